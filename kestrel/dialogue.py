@@ -1,0 +1,46 @@
+"""What a persona dialogue is, for every reader, the prompt and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+Speaker = Literal["partner", "self"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance. `self` is the owner of the persona, whose replies are learned; `partner` is the other one."""
+
+    speaker: Speaker
+    text: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation seen from the side of one persona's owner.
+
+    Attributes:
+        dialogue_id: unique in a corpus.
+        conversation_id: shared by all dialogues that come from one conversation (both owners of it, or several rows
+            of one source); dialogues that share it never straddle two splits.
+        persona: the owner's sentences.
+        partner_persona: the partner's sentences; empty where the source does not tell them.
+        turns: in order, no two neighbours by the same speaker, no empty text, at least one by `self`.
+        candidates: for each turn by `self`, in order, the distractor replies offered by the source (without the
+            reference); an empty list where there are none. As long as the number of turns by `self`, or empty.
+    """
+
+    dialogue_id: str
+    persona: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    conversation_id: str = ""
+    partner_persona: tuple[str, ...] = ()
+    candidates: tuple[tuple[str, ...], ...] = field(default=())
+
+    def replies(self) -> Iterator[tuple[int, str]]:
+        """The owner's turns: (index into `turns`, text)."""
+        for index, turn in enumerate(self.turns):
+            if turn.speaker == "self":
+                yield index, turn.text
