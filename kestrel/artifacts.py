@@ -1,0 +1,227 @@
+"""What stands on disk and why it can be trusted: whole-or-nothing writes, manifests, hashes, one run a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from kestrel.errors import KestrelError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
+    "evaluate", "sacrebleu", "rouge_score",
+)  # fmt: skip
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that shape results, read without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of this checkout, with `+changes` where the working tree differs; None outside of git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex digest of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+
+
+@contextmanager
+def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """An open file that appears under `path` when the block ends without an error, and not before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            _flush(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends without an error; what stood there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, former = _temporary_name(path), path.with_name(f".{path.name}.former-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, former)
+        os.replace(temporary, path)
+    finally:
+        if former.exists() and not path.exists():
+            os.replace(former, path)
+        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, whole or not at all. NaN and infinity are refused: they are no JSON."""
+    with write_atomically(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Reads JSON that a script of ours wrote.
+
+    Raises:
+        KestrelError: missing or damaged; `remedy` says what to do.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KestrelError(f"{path} does not exist; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise KestrelError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def files_below(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder but its manifest, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def write_manifest(folder: Path, kind: str, settings: dict[str, Any], made_from: dict[str, Any], **facts: Any) -> None:
+    """Describes a finished folder: what it is, how it was made, of what, and the hash of each of its files."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "settings": settings,
+        "made_from": made_from,
+        **facts,
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "files": files_below(folder),
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True) -> dict[str, Any]:
+    """Reads a manifest and checks that the folder still is what it describes.
+
+    Args:
+        folder: an artifact of a run.
+        kind: what it must be.
+        remedy: the command that makes it, for the message.
+        check_files: compare each file's hash.
+
+    Raises:
+        KestrelError: absent, of another kind or schema, or a file is missing or changed.
+    """
+    manifest = read_json(folder / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise KestrelError(f"{folder / MANIFEST} does not describe a {kind}; {remedy}")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise KestrelError(
+            f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}; {remedy}"
+        )
+    for name, digest in (manifest.get("files") or {}).items() if check_files else ():
+        path = folder / name
+        if not path.is_file():
+            raise KestrelError(f"{path} is missing; {remedy}")
+        if sha256_of(path) != digest:
+            raise KestrelError(f"{path} is damaged or was edited: its sha256 is not the one in {MANIFEST}; {remedy}")
+    return manifest
+
+
+def differences(recorded: Any, expected: Any, prefix: str = "") -> Iterable[str]:
+    """`key: recorded X, now Y` for every leaf in which two nested dicts differ."""
+    if isinstance(recorded, dict) and isinstance(expected, dict):
+        for key in sorted({*recorded, *expected}):
+            yield from differences(recorded.get(key), expected.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif recorded != expected:
+        yield f"{prefix}: it was {recorded!r}, now {expected!r}"
+
+
+def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
+    """Refuses an artifact whose recorded settings are not the ones of this run.
+
+    Raises:
+        KestrelError: naming each field that differs.
+    """
+    found = list(differences(recorded, expected))
+    if found:
+        raise KestrelError(f"{what} was made with other settings; {remedy}\n  " + "\n  ".join(found))
+
+
+@contextmanager
+def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
+    """The run's folder, locked for this process, with the resolved settings in config.yaml.
+
+    The lock is the kernel's: it ends with its process however that dies, so that none is ever left behind.
+
+    Raises:
+        KestrelError: another process holds the folder.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise KestrelError(
+                f"{folder} is in use by {owner}; wait for it, or give this run another run_dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        with write_atomically(folder / "config.yaml") as file:
+            file.write(settings)
+        yield folder

@@ -1,0 +1,224 @@
+"""Every key of an experiment: its type, default, meaning and limits. One YAML file serves all scripts.
+
+The JSON Schema that editors use is made from this file: `python -m kestrel.settings > configs/schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Strict: a YAML `true` is no integer and `"16"` is no number. Numbers such as 2e-4 are the loader's business.
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = _STRICT
+
+
+class Data(Section):
+    """Where the dialogues come from."""
+
+    source: str = Field(description="Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
+    format: Literal["auto", "parlai", "huggingface", "truecased", "cynaptics", "synthetic", "kaggle", "kestrel"] = (
+        Field("auto", description="Layout of the source; auto looks at its content.")
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a source on the Hub.")
+    both_sides: bool = Field(
+        True, description="Where both personas are known, make two dialogues of a conversation, one for each owner."
+    )
+    validation_fraction: Fraction = Field(
+        0.05, description="Share of train's personas cut off for validation where the source has no such split."
+    )
+    test_fraction: Fraction = Field(
+        0.05, description="Share of train's personas cut off for test where the source has neither test nor validation."
+    )
+    max_dialogues: PositiveInt | None = Field(None, description="Use at most this many dialogues of each split.")
+    processes: PositiveInt | None = Field(
+        None, description="Processes that tokenize; null: one for each core, if it pays."
+    )
+
+
+class Prompt(Section):
+    """How a dialogue becomes tokens."""
+
+    format: Literal["plain", "chat"] = Field(
+        "plain",
+        description="plain: Kestrel's own, for base models; chat: the tokenizer's chat template, for instruct models.",
+    )
+    max_length: Annotated[int, Field(ge=16)] = Field(
+        1024, description="Longest training sequence in tokens; the oldest turns are dropped beyond it."
+    )
+
+
+class Model(Section):
+    """The base model and, for generation, the adapter on it."""
+
+    name: str = Field(description="Model id on the Hugging Face Hub, or a local folder.")
+    revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
+    adapter: str | None = Field(None, description="Folder of the adapter to generate with; null: the run's own.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for authors you trust with your account."
+    )
+
+
+class Quantization(Section):
+    """How the frozen base is held in memory."""
+
+    bits: Literal[4, 16] = Field(4, description="4: QLoRA; 16: plain LoRA over the base in compute_dtype.")
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type.")
+    double_quant: bool = Field(True, description="Quantize the quantization constants too (0.37 bit a weight less).")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Type of activations and of everything that is not quantized. float32 for most CPUs."
+    )
+
+
+class Lora(Section):
+    """The low-rank adapter that is trained."""
+
+    r: PositiveInt = Field(16, description="Rank.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale; the update is multiplied by alpha / r.")
+    dropout: Fraction = Field(0.05, description="Dropout on the adapter's input while training.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        ["query_key_value"], description="Names of the layers that get an adapter, or all-linear."
+    )
+
+
+class Training(Section):
+    """The optimization. Batch sizes are of the whole run, whatever the number of processes."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training dialogues.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps; overrides epochs.")
+    batch_size: PositiveInt = Field(32, description="Dialogues in one optimizer step.")
+    tokens_per_step: PositiveInt = Field(
+        4096,
+        description="Most tokens, padding included, in one forward pass on one device; changes speed and memory only.",
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the decay after the warm-up."
+    )
+    warmup_ratio: Fraction = Field(0.03, description="Share of the steps in which the learning rate rises.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight decay of AdamW.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = Field(
+        "adamw_torch", description="Optimizer; the paged one needs a GPU."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, a third more time."
+    )
+    evaluations: PositiveInt = Field(
+        4, description="Evaluations on validation over the run, evenly spaced; each writes a checkpoint and samples."
+    )
+    early_stopping: PositiveInt | None = Field(
+        None, description="Stop after this many evaluations without a better validation loss; null: never."
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="Checkpoints kept on disk; the best one is kept besides.")
+    logging_steps: PositiveInt = Field(10, description="Optimizer steps between two lines of the log.")
+    samples: NonNegativeInt = Field(
+        3, description="Validation contexts answered at each evaluation, into samples.jsonl."
+    )
+    resume: str = Field(
+        "auto", description="auto: go on from the newest sound checkpoint; never: begin anew; or a checkpoint's folder."
+    )
+    report_to: list[str] = Field(["tensorboard"], description="Trackers, by the names the Trainer knows; [] for none.")
+
+
+class Generation(Section):
+    """Answers of the adapter and of the base to every context of a split."""
+
+    split: Literal["train", "validation", "test"] = Field("test", description="Split to answer.")
+    systems: list[Literal["adapter", "base"]] = Field(["adapter", "base"], description="Who answers.")
+    max_dialogues: PositiveInt | None = Field(None, description="Answer only the first dialogues of the split.")
+    max_new_tokens: PositiveInt = Field(64, description="Longest response in tokens.")
+    do_sample: bool = Field(False, description="Sample instead of taking the likeliest token.")
+    temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="With do_sample: softmax temperature.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="With do_sample: nucleus mass.")
+    top_k: PositiveInt | None = Field(None, description="With do_sample: sample among the k likeliest tokens.")
+    num_beams: PositiveInt = Field(1, description="Beams; 1 is greedy search.")
+    length_penalty: float | None = Field(
+        None, description="With beams: exponent on the length; above 0 prefers longer ones."
+    )
+    repetition_penalty: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="Penalty on repeated tokens; 1.0 is none."
+    )
+    no_repeat_ngram_size: NonNegativeInt = Field(0, description="No n-gram of this size occurs twice; 0 allows all.")
+    stop_strings: list[str] = Field(
+        ["\n"],
+        description="A response ends at these too, so that a base that never learned EOS is not scored on rambling.",
+    )
+    tokens_per_step: PositiveInt = Field(
+        8192, description="Most tokens, padding included, in one batch of prompts; changes speed and memory only."
+    )
+    references: bool = Field(True, description="Score the likelihood of the references (perplexity).")
+    candidates: bool = Field(False, description="Score the likelihood of each candidate reply (hits@1).")
+
+
+class Evaluation(Section):
+    """Scores of generations. Needs no model."""
+
+    generations: list[str] = Field(
+        [], description="Files to score, ours or another tool's; []: all of the run's generations for generation.split."
+    )
+    normalization: Literal["raw", "lower", "parlai"] = Field(
+        "raw", description="Applied alike to references and responses before BLEU and ROUGE-L."
+    )
+    stemmer: bool = Field(False, description="Porter stemmer in ROUGE-L.")
+    resamples: Annotated[int, Field(ge=100)] = Field(1000, description="Bootstrap resamples of the dialogues.")
+    extra_metrics: list[str] = Field([], description="More metrics of the evaluate library, by Hub id or local folder.")
+    samples: NonNegativeInt = Field(100, description="Dialogues that can be browsed in the report.")
+
+
+class Settings(Section):
+    """One experiment."""
+
+    run_dir: str = Field(description="Folder of everything this experiment makes.")
+    seed: NonNegativeInt = Field(0, description="Seed of splits, initialization, shuffling, dropout and sampling.")
+    data: Data
+    prompt: Prompt = Prompt()
+    model: Model
+    quantization: Quantization = Quantization()
+    lora: Lora = Lora()
+    training: Training = Training()
+    generation: Generation = Generation()
+    evaluation: Evaluation = Evaluation()
+
+
+def conflicts(settings: Settings) -> list[tuple[str, str]]:
+    """Values that are fine alone and impossible together: (dotted key, what is wrong)."""
+    found = []
+    generation = settings.generation
+    if not generation.do_sample:
+        for key in ("temperature", "top_p", "top_k"):
+            if getattr(generation, key) is not None:
+                found.append((f"generation.{key}", "has no effect without generation.do_sample: true"))
+    if generation.do_sample and generation.num_beams > 1:
+        found.append(("generation.num_beams", "beams and sampling exclude each other; leave one out"))
+    if generation.length_penalty is not None and generation.num_beams == 1:
+        found.append(("generation.length_penalty", "has no effect without generation.num_beams above 1"))
+    if generation.max_new_tokens >= settings.prompt.max_length:
+        found.append(("generation.max_new_tokens", "leaves no room for a prompt within prompt.max_length"))
+    if not generation.systems:
+        found.append(("generation.systems", "names no system"))
+    if any(not text for text in generation.stop_strings):
+        found.append(("generation.stop_strings", "an empty string would stop every response at once"))
+    if settings.lora.target_modules == []:
+        found.append(("lora.target_modules", "names no layer, so nothing would be trained"))
+    return found
+
+
+def json_schema() -> str:
+    """The settings as JSON Schema, for editors."""
+    schema: dict[str, Any] = Settings.model_json_schema()
+    schema["title"] = "Kestrel experiment"
+    return json.dumps(schema, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")
