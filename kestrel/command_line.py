@@ -327,7 +327,7 @@ def run_script(
         finally:
             signal.signal(signal.SIGTERM, previous)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         if debug and not isinstance(error, UsageError):
             traceback.print_exc()
         status, message = _verdict(error)

@@ -1,0 +1,64 @@
+"""Which dialogues make up each optimizer step, and how a step is cut into forward passes that fit the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+_WINDOW = 50  # batches that are sorted by length together
+
+
+def steps_of_run(
+    lengths: np.ndarray, batch_size: int, epochs: float, max_steps: int | None, seed: int
+) -> list[np.ndarray]:
+    """The whole run's order: the row numbers of each optimizer step.
+
+    Each epoch is a fresh permutation. Within windows of 50 batches rows are put together by length, so that little is
+    padded, and the batches are shuffled again, so that long and short ones come in no order.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of one optimizer step, over all processes.
+        epochs: passes over the rows; ignored where max_steps is given.
+        max_steps: optimizer steps.
+        seed: of the order.
+    """
+    rows = len(lengths)
+    steps_an_epoch = math.ceil(rows / batch_size)
+    total = max_steps if max_steps is not None else max(1, math.ceil(epochs * steps_an_epoch - 1e-9))
+    steps: list[np.ndarray] = []
+    epoch = 0
+    while len(steps) < total:
+        random = np.random.default_rng([seed, epoch])
+        order = random.permutation(rows)
+        batches: list[np.ndarray] = []
+        for start in range(0, rows, _WINDOW * batch_size):
+            window = order[start : start + _WINDOW * batch_size]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            batches += [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
+        steps += [batches[index] for index in random.permutation(len(batches))]
+        epoch += 1
+    return steps[:total]
+
+
+def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Cuts rows into batches of similar length that hold at most `tokens` tokens, padding included.
+
+    The longest rows come first, so that a device too small for them fails at once. A row that is longer than the
+    budget makes a batch of its own.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: the budget: rows of a batch times its longest row.
+
+    Yields:
+        Positions into `lengths`.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, tokens // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,174 @@
+"""The tokenizer, the base in 4 or 16 bit, and the adapter on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kestrel.artifacts import sha256_of
+from kestrel.errors import KestrelError
+from kestrel.quantization import Audit, audit, keep_weights_packed_for_training, quantizable_layers
+from kestrel.settings import Lora, Model, Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def _clear_errors(what: str, name: str) -> Iterator[None]:
+    """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
+    try:
+        yield
+    except KestrelError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).exists():
+            advice = "the folder exists but cannot be used"
+        elif os.environ.get("HF_HUB_OFFLINE") == "1":
+            advice = "it is no local folder and HF_HUB_OFFLINE=1 forbids the network"
+        else:
+            advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
+        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first})") from error
+
+
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model.
+
+    Raises:
+        KestrelError: it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    with _clear_errors("tokenizer", settings.name):
+        return AutoTokenizer.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def load_config(settings: Model) -> PretrainedConfig:
+    """The architecture of the base model."""
+    from transformers import AutoConfig
+
+    with _clear_errors("configuration", settings.name):
+        return AutoConfig.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The architecture on the meta device: shapes and names, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
+    """The frozen base on this process's device, quantized as asked and audited.
+
+    The same preparation serves training and inference. Nothing is lifted to float32: peft's own k-bit preparation
+    would do so with the embedding and the head, half a gigabyte on Falcon-7B, for no better loss.
+
+    Raises:
+        KestrelError: it cannot be loaded.
+        ProofError: it is not what the settings ask for.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    wanted, chosen = settings.quantization, settings.model
+    dtype = getattr(torch, wanted.compute_dtype)
+    config = load_config(chosen)
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=wanted.type,
+            bnb_4bit_use_double_quant=wanted.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if wanted.bits == 4
+        else None
+    )
+    with _clear_errors("weights", chosen.name), quantizable_layers():
+        model = AutoModelForCausalLM.from_pretrained(
+            chosen.name,
+            revision=chosen.revision,
+            trust_remote_code=chosen.trust_remote_code,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": str(device())},
+            use_safetensors=True,
+        )
+    report = audit(model, skeleton_of(config, chosen.trust_remote_code), wanted)
+    keep_weights_packed_for_training(model)
+    model.requires_grad_(False)
+    model.eval()
+    return model, report
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    """Puts a fresh adapter on the base; its weights are float32, the base's stay as they are.
+
+    Raises:
+        KestrelError: target_modules names layers the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise KestrelError(
+            f"lora.target_modules {lora.target_modules} does not fit this model ({error}); "
+            f"its linear layers are {', '.join(names)}"
+        ) from None
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Puts a saved adapter on the base, for inference.
+
+    Raises:
+        KestrelError: no adapter in the folder, or one for another architecture.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise KestrelError(f"there is no adapter in {folder}; train one with: python train.py --config …")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
+
+
+def base_identity(settings: Model, config: PretrainedConfig) -> dict[str, Any]:
+    """What makes two bases the same: the commit on the Hub, or the content of a local folder wherever it lies."""
+    folder = Path(settings.name)
+    if not folder.is_dir():
+        return {"name": settings.name, "commit": getattr(config, "_commit_hash", None)}
+    weights = sorted(folder.glob("*.safetensors"))
+    small = sum(path.stat().st_size for path in weights) <= _HASHED_UP_TO
+    files = {path.name: sha256_of(path) if small else f"{path.stat().st_size} bytes" for path in weights}
+    return {"files": {"config.json": sha256_of(folder / "config.json"), **files}}

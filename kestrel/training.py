@@ -1,0 +1,346 @@
+"""transformers' Trainer with our batches, our loss, and proofs that training does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from kestrel.batching import batches_within
+from kestrel.checkpoints import seal
+from kestrel.dataset import lengths_of
+from kestrel.errors import Interrupted, KestrelError, ProofError
+from kestrel.loss import collate, token_nll
+from kestrel.settings import Settings
+
+_COLUMNS = ["input_ids", "labels"]
+
+
+class DialogueTrainer(Trainer):
+    """A Trainer whose unit of data is the optimizer step.
+
+    The loader yields one item a step: this process's share of the step's dialogues, cut into forward passes, and the
+    number of supervised tokens in the whole step over all processes, by which the summed loss is divided. To the
+    Trainer the run is one epoch of such items, so that resuming is skipping items.
+
+    Args:
+        settings: of the run.
+        steps: row numbers of each optimizer step.
+        meaning: what a checkpoint must agree with to be resumed.
+        extra: further arguments of the Trainer: model, args, datasets, callbacks.
+    """
+
+    def __init__(self, settings: Settings, steps: list[np.ndarray], meaning: dict[str, Any], **extra: Any):
+        super().__init__(**extra)
+        self._settings = settings
+        self._steps = steps
+        self._meaning = meaning
+        self._rows = self.train_dataset.select_columns(_COLUMNS)
+        self._lengths = lengths_of(self.train_dataset)
+        self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
+        self._proven = False
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self._rows, batch_sampler=self._steps, collate_fn=self._step_of)  # type: ignore[arg-type]
+
+    def _step_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        supervised = sum(sum(label != -100 for label in row["labels"]) for row in rows)
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        mine = rows[self.args.process_index :: self.args.world_size]
+        lengths = np.asarray([len(row["input_ids"]) for row in mine])
+        cuts = batches_within(lengths, self._settings.training.tokens_per_step) if mine else ()
+        return {
+            "forward_passes": [collate([mine[i] for i in cut], self._pad_id) for cut in cuts],
+            "supervised_tokens": supervised,
+        }
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.processing_class.eos_token_id)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the library's estimate needs one batch of ids; nothing of ours reads it
+
+    # -- loss ------------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Backward over one optimizer step. Returns this process's part of the loss times the number of processes."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        passes, total = inputs["forward_passes"], torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(passes):
+            with self._gradients_synchronized(model, last=index == len(passes) - 1):
+                nll = token_nll(model, batch).sum()
+                loss = nll * (self.args.world_size / inputs["supervised_tokens"])
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    @contextmanager
+    def _gradients_synchronized(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean negative log-likelihood a supervised token of validation, and its exponential.
+
+        Sums and counts are kept apart until the end: a mean of batch means depends on the batch size.
+        """
+        rows = self.eval_dataset.select_columns(_COLUMNS)
+        self.model.eval()
+        nll, tokens = torch.zeros((), dtype=torch.float64), 0
+        mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
+        lengths = lengths_of(self.eval_dataset)[mine]
+        for cut in batches_within(lengths, self._settings.training.tokens_per_step):
+            batch = self._prepare_inputs(collate([rows[int(mine[i])] for i in cut], self._pad_id))
+            each = token_nll(self.model, batch)
+            nll += each.double().sum().cpu()
+            tokens += len(each)
+        if self.args.world_size > 1:
+            both = torch.tensor([nll.item(), tokens], dtype=torch.float64, device=self.args.device)
+            torch.distributed.all_reduce(both)
+            nll, tokens = both[0].cpu(), int(both[1])
+        loss = nll.item() / tokens
+        if not math.isfinite(loss):
+            raise ProofError(
+                f"the validation loss at step {self.state.global_step} is {loss}; lower training.learning_rate"
+            )
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves as the Trainer does, never anything that is not finite, and seals the result."""
+        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        if bad:
+            raise ProofError(
+                f"step {self.state.global_step}: {bad[0]} is not finite; the checkpoints before it are kept"
+            )
+        super()._save_checkpoint(model, trial)
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+        if self.is_world_process_zero():
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self._meaning)
+
+    def dialogues_of_step(self, step: int) -> list[str]:
+        """Ids of the dialogues of an optimizer step (1-based)."""
+        return [str(name) for name in self.train_dataset.select(self._steps[step - 1])["dialogue_id"]]
+
+
+class Guard(TrainerCallback):
+    """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
+
+    Args:
+        trainer_of: returns the trainer, which does not exist yet when its callbacks do.
+    """
+
+    def __init__(self, trainer_of: Callable[[], DialogueTrainer]):
+        self._trainer_of = trainer_of
+        self._before: dict[str, torch.Tensor] | None = None
+        self._moved = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        if not self._moved:
+            with_gradient = [g for g in gradients if g is not None]
+            if not with_gradient or not any(bool(g.abs().max() > 0) for g in with_gradient):
+                raise ProofError(
+                    "the first step's gradient is zero for every weight of the adapter: nothing is learned"
+                )
+            self._before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        if not torch.isfinite(norm):
+            step = state.global_step + 1
+            names = ", ".join(self._trainer_of().dialogues_of_step(step))
+            raise ProofError(
+                f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
+                "kept: lower training.learning_rate, or look at these dialogues, and run the same command again"
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
+        if self._moved or self._trainer_of().lr_scheduler.get_last_lr()[0] == 0:
+            return  # during the first step of a warm-up the learning rate is zero
+        now = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
+        assert self._before is not None
+        if all(torch.equal(self._before[name], now[name]) for name in now):
+            raise ProofError("the first optimizer step moved no lora_B: the adapter is not being trained")
+        self._moved, self._before = True, None
+
+
+class JsonLines(TrainerCallback):
+    """One line of logs/training.jsonl for each logged step and each evaluation.
+
+    Args:
+        path: the file; lines after the step that training goes on from are cut off.
+        tokens_until: tokens of dialogue seen after each optimizer step.
+    """
+
+    _KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
+
+    def __init__(self, path: Path, tokens_until: Callable[[], np.ndarray]):
+        self._path = path
+        self._tokens_until = tokens_until
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        cut_after(self._path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
+        values = {key: logs[key] for key in self._KEYS if logs and key in logs}
+        if not values or not state.is_world_process_zero:
+            return
+        tokens = int(self._tokens_until()[state.global_step - 1]) if state.global_step else 0
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **values, "tokens": tokens}) + "\n")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Keeps the lines of a JSONL file whose `step` is at most the given one; what a killed run half wrote goes too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class Samples(TrainerCallback):
+    """Writes what the model answers to a few fixed validation contexts at each evaluation.
+
+    Args:
+        path: samples.jsonl.
+        answer: returns one row for each context, given nothing.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
+        self._path = path
+        self._answer = answer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        cut_after(self._path, state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.is_world_process_zero:
+            with open(self._path, "a", encoding="utf-8") as file:
+                for row in self._answer():
+                    file.write(json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise Interrupted(number, "stopped at once; the last checkpoint is what can be resumed")
+        self.received = number
+        print("\nstopping after this step and saving a checkpoint; once more to stop at once", flush=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles both signals while the block runs."""
+        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if self.received is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:
+    """The Trainer's arguments for a run of `steps` optimizer steps."""
+    training = settings.training
+    # Evaluations fall on logged steps, so that no window of the logged loss is cut by a checkpoint.
+    every = max(1, steps // training.evaluations)
+    logging = min(training.logging_steps, every)
+    every -= every % logging
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.run_dir) / "logs")
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.lr_schedule, training.lr_schedule),
+        warmup_steps=round(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        fp16=settings.quantization.compute_dtype == "float16" and on_gpu,
+        use_cpu=not on_gpu,
+        logging_steps=logging,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=max(2, training.keep_checkpoints),
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        report_to=training.report_to or "none",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+    )
+
+
+def callbacks_for(settings: Settings) -> list[TrainerCallback]:
+    """Callbacks that the settings ask for by themselves."""
+    patience = settings.training.early_stopping
+    return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
+
+
+def quiet(trainer: Trainer) -> None:
+    """Leaves the Trainer's own printing of dicts away; its progress bar stays on a terminal."""
+    trainer.remove_callback(PrinterCallback)
+    if not os.isatty(2):
+        trainer.remove_callback(ProgressCallback)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuses a tracker that is not installed before anything is loaded.
+
+    Raises:
+        KestrelError: naming it.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+
+    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    if missing:
+        raise KestrelError(
+            f"training.report_to: {', '.join(missing)} is not installed; pip install it, or leave it out"
+        )
