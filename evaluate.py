@@ -1,0 +1,79 @@
+"""Scores generations: BLEU, ROUGE-L, F1, perplexity and more, with intervals, beside what takes no model.
+
+    python evaluate.py --config configs/quickstart.yaml
+    python evaluate.py --config configs/quickstart.yaml --evaluation.generations mine.jsonl theirs.jsonl
+
+Reads generations/SPLIT.SYSTEM.jsonl of the run, or the files named: one JSON object a line with `reference` and
+`response`, and whatever else is there of dialogue_id, turn, persona, history, stopped_by, response_tokens,
+reference_nll, reference_tokens, candidate_nll. Needs no model and no GPU. Writes evaluation/ in the run folder:
+metrics.json, report.html, report.md, plots, and every system's responses as text for other tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kestrel.command_line import run_script
+from kestrel.settings import Settings
+
+
+def steps(settings: Settings, arguments: argparse.Namespace) -> None:
+    from kestrel.artifacts import folder_atomically, write_json
+    from kestrel.evaluation.alignment import line_up
+    from kestrel.evaluation.extra import extra_scores
+    from kestrel.evaluation.generations import read_generations
+    from kestrel.evaluation.report import write_report
+    from kestrel.evaluation.scoring import evaluate_files, write_responses
+    from kestrel.evaluation.tables import summary
+    from kestrel.evaluation.trivial import replies_of_other_split
+
+    options = settings.evaluation
+    run_dir = Path(settings.run_dir)
+    files, notes = line_up([read_generations(path) for path in generation_files(settings)])
+
+    split = next((file.split for file in files if file.split), None)
+    dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
+    search, source = replies_of_other_split(run_dir, split, dialogue_ids)
+    notes.append(
+        f"The constant systems are searched in the run's {source} split."
+        if search
+        else f"The constant systems are searched by halves of the scored dialogues, because {source}."
+    )
+    evaluation = evaluate_files(
+        files, notes, options.normalization, options.stemmer, options.resamples, settings.seed, search
+    )
+    evaluation.add_extra(extra_scores(options.extra_metrics, evaluation.texts()))
+
+    folder = run_dir / "evaluation"
+    with folder_atomically(folder) as unfinished:
+        write_json(unfinished / "metrics.json", evaluation.metrics)
+        write_responses(unfinished / "responses", evaluation)
+        write_report(unfinished, evaluation, run_dir / "logs" / "training.jsonl", options.samples, settings.seed)
+    print(summary(evaluation.metrics))
+    print(f"\n{folder}/report.html shows it all; {folder}/metrics.json has the numbers")
+
+
+def generation_files(settings: Settings) -> list[Path]:
+    """The files to score: those named, else all of the run's for generation.split."""
+    from kestrel.errors import KestrelError
+
+    if settings.evaluation.generations:
+        return [Path(name) for name in settings.evaluation.generations]
+    folder = Path(settings.run_dir) / "generations"
+    files = sorted(folder.glob(f"{settings.generation.split}.*.jsonl"))
+    if not files:
+        raise KestrelError(
+            f"{folder} holds no generations of split {settings.generation.split}; run generate.py first, or name files "
+            "with --evaluation.generations"
+        )
+    return files
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("evaluate.py", __doc__, steps, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Lines several generation files up, so that one table compares the same replies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kestrel.errors import KestrelError
+from kestrel.evaluation.generations import Generations
+from kestrel.evaluation.trivial import TRIVIAL
+
+
+def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
+    """Brings several files to the same replies in the same order, that of the first file.
+
+    Returns:
+        The files, each with the replies that all of them have, under names that tell them apart; and what the reader
+        of the scores must know: replies left out, files that are the same.
+
+    Raises:
+        KestrelError: the files are of different splits, their references differ, or they share no reply.
+    """
+    named = [(file.path, file.split) for file in files if file.split is not None]
+    for path, split in named[1:]:
+        if split != named[0][1]:
+            raise KestrelError(
+                f"{path} is of split {split}, {named[0][0]} of split {named[0][1]}; score one split at a time"
+            )
+    notes: list[str] = []
+    files = _without_copies(files, notes)
+    _name_apart(files)
+    if len({file.numbered for file in files}) > 1:
+        _borrow_keys(files)
+    tables = [{reply.key: reply for reply in file.replies} for file in files]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    if not shared:
+        raise KestrelError(f"{files[0].path} and the other files share no (dialogue_id, turn); nothing can be compared")
+    for file, table in zip(files, tables, strict=True):
+        for key in shared:
+            first, other = tables[0][key], table[key]
+            if first.reference != other.reference:
+                raise KestrelError(
+                    f"references differ: {files[0].path}:{first.line} has {first.reference!r}, {file.path}:{other.line} "
+                    f"has {other.reference!r}; scores against different references cannot stand in one table"
+                )
+        if len(table) > len(shared):
+            notes.append(
+                f"WARNING: the files do not cover the same replies. Of {file.system}, {len(table) - len(shared):,} of "
+                f"{len(table):,} replies are left out; everything below is on the {len(shared):,} that all files have."
+            )
+        file.replies = [table[key] for key in shared]
+    return files, notes
+
+
+def _without_copies(files: Sequence[Generations], notes: list[str]) -> list[Generations]:
+    """Two runs with one base write its file twice; it is one system."""
+    kept: list[Generations] = []
+    for file in files:
+        same = next((k for k in kept if k.sha256 == file.sha256 and k.system == file.system), None)
+        if same is None:
+            kept.append(file)
+        else:
+            notes.append(f"{file.path} is the same as {same.path} and is scored once.")
+    return kept
+
+
+def _name_apart(files: Sequence[Generations]) -> None:
+    """Files of one system from several run folders become SYSTEM@RUN."""
+    several = {name for name, count in Counter(file.system for file in files).items() if count > 1}
+    taken = {*TRIVIAL, "gold"}  # the rows that are ours
+    for file in files:
+        if file.system in several:
+            folder = file.path.resolve().parent
+            run = folder.parent.name if folder.name == "generations" else folder.name
+            file.system = f"{file.system}@{run}"
+        name, number = file.system, 2
+        while file.system in taken:
+            file.system, number = f"{name}#{number}", number + 1
+        taken.add(file.system)
+
+
+def _borrow_keys(files: Sequence[Generations]) -> None:
+    """A file that names no dialogues takes the names of one that does, where their references agree line by line."""
+    lender = next(file for file in files if not file.numbered)
+    for file in files:
+        if not file.numbered:
+            continue
+        if len(file.replies) != len(lender.replies):
+            raise KestrelError(
+                f"{file.path} has {len(file.replies):,} rows and no dialogue_id, {lender.path} has "
+                f"{len(lender.replies):,}; without ids both need the same replies in the same order"
+            )
+        for index, (reply, named) in enumerate(zip(file.replies, lender.replies, strict=True)):
+            file.replies[index] = replace(reply, dialogue_id=named.dialogue_id, turn=named.turn)

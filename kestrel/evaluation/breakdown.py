@@ -1,0 +1,59 @@
+"""Where a system is good: scores by the number of the reply in its dialogue and by the length of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metrics import Array, tokens_13a
+from kestrel.evaluation.statistics import Bootstrap
+
+_LENGTH_BINS = ((1, 5), (6, 8), (9, 11), (12, 14), (15, 19), (20, None))
+_LAST_REPLY = 8  # replies of this number and later share a bin
+
+
+def by_reply(contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Scores by the number of the reply in its dialogue.
+
+    Args:
+        contexts: N replies.
+        shown: ROUGE-L of each reply on 0-1, shape (N,), by system.
+
+    Returns:
+        For each bin its name, its number of replies, and each system's score (0-100) with its interval.
+    """
+    numbers = np.array([min(reply.turn // 2 + 1, _LAST_REPLY) for reply in contexts])
+    bins = {f"{n}" if n < _LAST_REPLY else f"{n}+": numbers == n for n in sorted(set(numbers.tolist()))}
+    return _binned(bins, shown, bootstrap)
+
+
+def by_length(contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """Scores by the number of words in the reference; arguments and result as of `by_reply`."""
+    lengths = np.array([len(tokens_13a(reply.reference)) for reply in contexts])
+    bins = {
+        f"{low}–{high}" if high else f"{low}+": (lengths >= low) & (lengths <= (high or lengths.max()))
+        for low, high in _LENGTH_BINS
+    }
+    return _binned({label: mask for label, mask in bins.items() if mask.any()}, shown, bootstrap)
+
+
+def _binned(
+    bins: Mapping[str, NDArray[np.bool_]], shown: Mapping[str, Array], bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    table = []
+    for label, mask in bins.items():
+        sums = bootstrap.sums({"": mask.astype(np.float64)} | {name: score * mask for name, score in shown.items()})
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss a small bin: then no interval
+            systems = {
+                name: {
+                    "score": float(100 * score[mask].mean()),
+                    "ci95": bootstrap.interval_of(100 * sums[name] / sums[""]),
+                }
+                for name, score in shown.items()
+            }
+        table.append({"bin": label, "replies": int(mask.sum()), "systems": systems})
+    return table

@@ -1,0 +1,194 @@
+"""What a system must beat: replies that take no model, in every table.
+
+A constant senseless reply has beaten every entrant of ConvAI2 in F1, so no score means anything without these.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kestrel.errors import KestrelError
+from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metrics import normalize_answer
+
+TRIVIAL = {
+    "copy_partner": "the partner's turn just before, copied",
+    "random_persona": "a sentence of the persona, drawn at random",
+    "random_reply": "the reference of a reply in another dialogue, drawn at random",
+    "constant_reply": "one reply for every context: the human reply with the best mean F1",
+    "constant_words": "one bag of frequent words for every context, grown word by word for the best mean F1",
+}
+_MOST_REFERENCES = 10_000  # in the search for a constant: the third digit of a mean F1 is settled by then
+_MOST_CANDIDATES = 2_000
+_VOCABULARY = 300
+_LONGEST = 40
+
+
+def trivial_replies(
+    replies: Sequence[Reply], seed: int, search: Sequence[str] | None
+) -> tuple[dict[str, list[Reply]], dict[str, str], list[str]]:
+    """The trivial systems' answers to the contexts of `replies`.
+
+    Args:
+        replies: of any system; their contexts and references are used, their responses are not.
+        seed: of the draws.
+        search: replies of another split, in which the constants are searched; None searches the constants of each half
+            of the dialogues in the other half, so that none has seen the references that it is scored on.
+
+    Returns:
+        Replies by system, in the order of `TRIVIAL`; how each was made; and what could not be made, and why.
+    """
+    made: dict[str, list[Reply]] = {}
+    made_by = dict(TRIVIAL)
+    notes: list[str] = []
+
+    def answer(system: str, responses: Iterable[str]) -> None:
+        made[system] = [reply.answered(text) for reply, text in zip(replies, responses, strict=True)]
+
+    if replies[0].history is None:
+        notes.append("copy_partner is left out: the files have no history.")
+    else:
+        answer("copy_partner", map(_last_of_partner, replies))
+    if not any(reply.persona for reply in replies):
+        notes.append("random_persona is left out: the files have no persona.")
+    else:
+        generator = random.Random(seed)
+        answer("random_persona", [generator.choice(r.persona) if r.persona else "" for r in replies])
+    dialogues = sorted({reply.dialogue_id for reply in replies})
+    if len(dialogues) < 2:
+        notes.append("random_reply is left out: it needs a second dialogue.")
+    else:
+        answer("random_reply", _of_other_dialogues(replies, seed))
+    if search is None and len(dialogues) < 2:
+        notes.append("constant_reply and constant_words are left out: they need another split or a second dialogue.")
+    for system, best in (("constant_reply", best_constant), ("constant_words", best_words)):
+        if search is not None:
+            constant = best(search)
+            made_by[system] += f": {constant!r}"
+            answer(system, [constant] * len(replies))
+        elif len(dialogues) >= 2:
+            shuffled = random.Random(seed).sample(dialogues, len(dialogues))
+            first = set(shuffled[: len(shuffled) // 2])
+            halves = [[r.reference for r in replies if (r.dialogue_id in first) == inside] for inside in (True, False)]
+            constants = {True: best(halves[1]), False: best(halves[0])}
+            made_by[system] += (
+                f", found for each half of the dialogues in the other half: {constants[True]!r}, {constants[False]!r}"
+            )
+            answer(system, [constants[reply.dialogue_id in first] for reply in replies])
+    return made, {system: made_by[system] for system in made}, notes
+
+
+def _last_of_partner(reply: Reply) -> str:
+    """Empty where the owner of the persona opens the dialogue."""
+    return next((turn.text for turn in reversed(reply.history or ()) if turn.speaker == "partner"), "")
+
+
+def _of_other_dialogues(replies: Sequence[Reply], seed: int) -> list[str]:
+    generator = random.Random(seed)
+    drawn = []
+    for reply in replies:
+        while (other := generator.choice(replies)).dialogue_id == reply.dialogue_id:
+            pass
+        drawn.append(other.reference)
+    return drawn
+
+
+def _word_counts(texts: Sequence[str], words: Sequence[str]) -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    """Counts of `words` in each text, shape (texts, words), and each text's length in all words, shape (texts,)."""
+    column = {word: j for j, word in enumerate(words)}
+    counts = np.zeros((len(texts), len(words)), dtype=np.int16)
+    lengths = np.zeros(len(texts))
+    for i, text in enumerate(texts):
+        tokens = text.split()
+        lengths[i] = len(tokens)
+        for token in tokens:
+            if token in column:
+                counts[i, column[token]] += 1
+    return counts, lengths
+
+
+def _sample(texts: Sequence[str]) -> list[str]:
+    """Evenly spaced normalized texts, `_MOST_REFERENCES` at most."""
+    step = max(1, len(texts) / _MOST_REFERENCES)
+    return [normalize_answer(texts[int(i * step)]) for i in range(int(len(texts) / step))]
+
+
+def best_constant(references: Sequence[str]) -> str:
+    """The one among the references (the most frequent 2,000 wordings) with the best mean F1 against all of them."""
+    gold = _sample(references)
+    written = {normalize_answer(text): text for text in reversed(references)}
+    candidates = [text for text, _ in Counter(gold).most_common(_MOST_CANDIDATES) if text]
+    words = sorted({word for text in candidates for word in text.split()})
+    counts, lengths = _word_counts(gold, words)
+    column = {word: j for j, word in enumerate(words)}
+    best, best_f1 = references[0], -1.0
+    for candidate in candidates:
+        wanted = Counter(candidate.split())
+        overlap = sum(np.minimum(counts[:, column[word]], count) for word, count in wanted.items())
+        f1 = float((2 * overlap / (lengths + wanted.total())).mean())
+        if f1 > best_f1:
+            best, best_f1 = written[candidate], f1
+    return best
+
+
+def best_words(references: Sequence[str]) -> str:
+    """Words that together have the best mean F1 against the references, found greedily; their order means nothing."""
+    gold = _sample(references)
+    frequent = [word for word, _ in Counter(word for text in gold for word in text.split()).most_common(_VOCABULARY)]
+    counts, lengths = _word_counts(gold, frequent)
+    chosen: list[int] = []
+    taken = np.zeros(len(frequent), dtype=np.int16)
+    overlap = np.zeros(len(gold))
+    best_f1 = 0.0
+    while frequent and len(chosen) < _LONGEST:
+        # F1 is 2 * overlap / (both lengths), so the gain of every word comes out of one product.
+        weights = 2 / (len(chosen) + 1 + lengths)
+        gains = weights @ (counts > taken)
+        f1 = float(weights @ overlap + gains.max()) / len(gold)
+        if f1 <= best_f1:
+            break
+        word = int(gains.argmax())
+        overlap += counts[:, word] > taken[word]
+        taken[word] += 1
+        chosen.append(word)
+        best_f1 = f1
+    return " ".join(frequent[word] for word in chosen)
+
+
+def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[str]) -> tuple[list[str] | None, str]:
+    """Human replies of the run's training split (of validation, where train is what is scored).
+
+    Args:
+        run_dir: the run, with or without a dataset.
+        split: the split that is scored; None where it is unknown.
+        dialogue_ids: of the scored replies. A run whose dataset does not hold them is of another corpus.
+
+    Returns:
+        The replies and the split's name; or None and why there are none.
+
+    Raises:
+        KestrelError: the dataset is damaged.
+    """
+    folder = run_dir / "dataset"
+    if split is None:
+        return None, "the file's name tells no split"
+    source = "validation" if split == "train" else "train"
+    if not (folder / source).is_dir() or not (folder / split).is_dir():
+        return None, f"{folder} holds no {source} split"
+    from datasets import load_from_disk
+
+    try:
+        scored = set(load_from_disk(str(folder / split))["dialogue_id"])
+        rows = load_from_disk(str(folder / source))["turns"]
+        texts = [turn["text"] for turns in rows for turn in turns if turn["speaker"] == "self"]
+    except (OSError, ValueError, KeyError) as error:
+        raise KestrelError(f"{folder} is damaged ({error}); make it again with preprocess.py") from error
+    if not dialogue_ids <= scored:
+        return None, f"{folder} is of other dialogues"
+    return texts or None, source
