@@ -1,0 +1,116 @@
+"""The corpora room: every published form of Persona-Chat, and Kestrel's own, as a stream of dialogues.
+
+    from kestrel.corpora.splits import Splitter
+
+    corpus = open_corpus("train_self_original.txt")
+    splitter = Splitter(corpus)
+    tally = Tally()
+    for dialogue in splitter.read("train", tally): ...
+    print(tally.table())
+
+One file a format reads drafts; `repair.finish` is the gate that every draft passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kestrel.corpora.locate import Part, locate
+from kestrel.corpora.repair import Draft, finish, stable_hash
+from kestrel.corpora.sniff import FORMATS, READERS, resolve
+from kestrel.corpora.tally import Tally
+from kestrel.dialogue import Dialogue
+from kestrel.errors import KestrelError
+
+__all__ = ["FORMATS", "Corpus", "Tally", "open_corpus"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Dialogues of one source.
+
+    Attributes:
+        source: as given.
+        format: one of `FORMATS`.
+        files: the local files it is read from (for a hub set: in the Hub's cache).
+        fingerprint: file name -> sha256; for a hub set also "hub id" and "hub revision" (the commit).
+        splits: the splits that the source has, among train, validation, test, in this order; always with train.
+        both_sides: whether a conversation whose both personas are known yields a dialogue for each owner.
+    """
+
+    source: str
+    format: str
+    files: list[Path]
+    fingerprint: dict[str, str]
+    splits: tuple[str, ...]
+    both_sides: bool
+    parts: dict[str, list[Part]]
+
+    def read(self, split: str, tally: Tally) -> Iterator[Dialogue]:
+        """Streams the dialogues of a split; memory grows by an 8-byte hash for each.
+
+        Raises:
+            KestrelError: malformed input, a dialogue_id that stands twice, or not one dialogue that could be kept.
+        """
+        if split not in self.splits:
+            raise KestrelError(f"{self.source} has no {split} split; it has {', '.join(self.splits)}.")
+        met: set[int] = set()
+        kept_any, dropped = False, tally.dropped.copy()
+        for draft in self._drafts(split, tally):
+            dialogue = finish(draft, tally)
+            if dialogue is None:
+                continue
+            key = stable_hash(dialogue.dialogue_id)
+            if key in met:
+                raise KestrelError(
+                    f"{draft.where}: the dialogue_id {dialogue.dialogue_id!r} stands at "
+                    f"{self.place(split, dialogue.dialogue_id)} already; make it unique."
+                )
+            met.add(key)
+            tally.kept += 1
+            kept_any = True
+            yield dialogue
+        if not kept_any:
+            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in (tally.dropped - dropped).most_common())
+            raise KestrelError(f"{self.source}: the {split} split yields no dialogue ({reasons or 'it has none'}).")
+
+    def place(self, split: str, dialogue_id: str) -> str:
+        """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
+        return next(draft.where for draft in self._drafts(split, Tally()) if draft.dialogue_id == dialogue_id)
+
+    def _drafts(self, split: str, tally: Tally) -> Iterator[Draft]:
+        parts = self.parts[split]
+        for number, part in enumerate(parts):
+            prefix = split if len(parts) == 1 else f"{split}.{number}"
+            yield from READERS[self.format](part.path, part.section, prefix, self.both_sides, tally)
+
+
+def open_corpus(source: str, format: str = "auto", *, revision: str | None = None, both_sides: bool = True) -> Corpus:
+    """Finds and recognizes a source; reads no more of it than that takes, and its sha256.
+
+    Args:
+        source: a file, a folder with a file for each split, or a hub id `owner/name`.
+        format: one of `FORMATS`, or "auto" to tell by the content.
+        revision: branch, tag or commit of a hub set.
+        both_sides: see `Corpus`.
+    Raises:
+        KestrelError: no such source, not reachable, of no known format, or not of the one named.
+    """
+    located = locate(source, revision)
+    formats = {
+        part.path: resolve(part.path, part.section, format) for parts in located.parts.values() for part in parts
+    }
+    if len(set(formats.values())) > 1:
+        told = ", ".join(f"{path.name} is {name}" for path, name in formats.items())
+        raise KestrelError(f"{source}: the files are of different formats: {told}.")
+    return Corpus(
+        source=source,
+        format=next(iter(formats.values())),
+        files=located.files,
+        fingerprint=located.fingerprint(),
+        splits=tuple(located.parts),
+        both_sides=both_sides,
+        parts=located.parts,
+    )

@@ -1,0 +1,111 @@
+"""Synthetic-Persona-Chat (CSV, and the hub set google/Synthetic-Persona-Chat): both personas, text by a language model.
+
+The conversations are messy. What is done, each counted:
+
+- Placeholders ("[user 1's name]", "(name)", "User 2" used as a name): a form of address goes ("Nice to meet you,
+  [name]." becomes "Nice to meet you."); otherwise the sentence that holds the placeholder goes, but for a greeting that
+  leads it. No name is invented. An utterance of which nothing remains goes together with the one that it answers, so
+  that what is left still takes turns.
+- Markdown around the speaker's tag ("*User 1:* Hi!", "* User 1: Hi! *") is removed.
+- Lines without a speaker: after an utterance that ends with a colon they continue it (a recipe, a list); anything else
+  is narration ("[A few minutes later]", "At the gym", "Adam: You too.", "* * *") and is left out.
+- Blank lines separate and mean nothing. A speaker who goes on after narration: one turn (merged in `repair`).
+
+Source: Jandaghi et al. 2023, https://arxiv.org/abs/2312.10007.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from kestrel.corpora.repair import Draft, Utterance
+from kestrel.corpora.rows import rows
+from kestrel.corpora.tally import Tally
+
+PERSONAS = ("user 1 personas", "user 2 personas")
+CONVERSATION = "Best Generated Conversation"
+
+_TAG = re.compile(r"(?P<mark>[*_#>\s-]*)user ?(?P<user>[12])\s*[*_]*\s*:(?P<text>.*)", re.IGNORECASE | re.DOTALL)
+_WORDS = r"name|city|town|hometown|country|state|age|job|location|place|school|company"
+_PLACEHOLDER = (
+    r"(?:\[[^\]]*\]?|\{[^}]*\}?|<\w[^>]*>"
+    rf"|\((?:(?:your|my|first|last|user ?_?[12])(?:'s)? )?(?:user|{_WORDS})\)|\(user ?[12]\)|\buser ?_?[12]\b(?:'s)?)"
+)
+_HOLDS = re.compile(_PLACEHOLDER, re.IGNORECASE)
+_ADDRESS = re.compile(
+    rf",\s*{_PLACEHOLDER}(?=\s*(?:[.!?,]|$))|(?<=\bhi) {_PLACEHOLDER}(?=[,.!])|(?<=\bhello) {_PLACEHOLDER}(?=[,.!])"
+    rf"|(?<=\bhey) {_PLACEHOLDER}(?=[,.!])",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_GREETING = re.compile(r"\s*(?:hi|hello|hey)(?: there)?(?=[,.! ])", re.IGNORECASE)
+_ASIDE = re.compile(r"[\[(*].*[\])*]")
+
+
+def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
+    """Drafts of one file: user 2, who answers first as in the other sources, then user 1 where `both_sides`."""
+    for index, row in enumerate(rows(path, section)):
+        one, two = (tuple(line for line in row.text(key).split("\n") if line.strip()) for key in PERSONAS)
+        spoken = _conversation(row.text(CONVERSATION), row.where, tally)
+        turns = tuple(Utterance("partner" if user == "1" else "self", text) for user, text in spoken)
+        identity = f"{prefix}-{index:06d}"
+        draft = Draft(row.where, identity, two, turns, identity, one)
+        yield draft
+        if both_sides:
+            yield draft.other_side()
+
+
+def _conversation(text: str, where: str, tally: Tally) -> list[tuple[str, str]]:
+    """(user, utterance) in order, free of placeholders and narration."""
+    spoken: list[tuple[str, str]] = []
+    for user, said in _utterances(text, where, tally):
+        kept = _without_placeholders(said, where, tally)
+        if kept.strip():
+            spoken.append((user, kept))
+        else:
+            tally.repair("utterances left out: nothing but a placeholder", where)
+            if spoken and spoken[-1][0] != user:
+                spoken.pop()
+                tally.repair("utterances left out: the answer was nothing but a placeholder", where)
+    return spoken
+
+
+def _utterances(text: str, where: str, tally: Tally) -> Iterator[tuple[str, str]]:
+    user, said, open_ended = "", "", False
+    for line in text.splitlines():
+        line = line.strip()
+        tagged = _TAG.fullmatch(line)
+        if tagged and not _ASIDE.fullmatch(tagged["text"].strip()):
+            if user:
+                yield user, said
+            user, said = tagged["user"], tagged["text"].strip()
+            if tagged["mark"]:
+                tally.repair("utterances freed of markdown", where)
+                said = said.strip("*_ ")
+            open_ended = said.endswith(":")
+        elif line and open_ended and not _ASIDE.fullmatch(line):
+            tally.repair("lines joined to the utterance they continue", where)
+            said += " " + line
+        elif line:
+            tally.repair("lines left out: narration, or an unknown speaker", where)
+    if user:
+        yield user, said
+
+
+def _without_placeholders(text: str, where: str, tally: Tally) -> str:
+    if not _HOLDS.search(text):
+        return text
+    text, times = _ADDRESS.subn("", text)
+    tally.repair("placeholders left out: a form of address", where, times)
+    kept = []
+    for sentence in _SENTENCE_END.split(text):
+        if _HOLDS.search(sentence):
+            greeting = _GREETING.match(sentence)
+            if greeting:
+                kept.append(greeting[0].strip() + "!")
+            tally.repair("sentences left out: a placeholder", where)
+        else:
+            kept.append(sentence)
+    return " ".join(kept)

@@ -1,0 +1,71 @@
+"""What a reader did to its source: read, kept, dropped and repaired, by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+EXAMPLES_PER_REASON = 3
+
+
+@dataclass
+class Tally:
+    """Counts of one reading.
+
+    `read == kept + dropped.total()` holds whenever the reading has finished: all three count dialogues, each owner of a
+    conversation for one. Repairs count what their reason names (turns, texts, candidates, lines, rows).
+
+    Attributes:
+        read: dialogues met in the source.
+        kept: dialogues handed on.
+        dropped: dialogues left out, by reason.
+        repaired: repairs, by reason; the reason begins with the unit that is counted.
+        examples: reason -> the first few places where it happened.
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Counts one dialogue that is left out."""
+        self.dropped[reason] += 1
+        self._remember(reason, where)
+
+    def repair(self, reason: str, where: str, times: int = 1) -> None:
+        """Counts `times` repairs; none when `times` is 0."""
+        if times:
+            self.repaired[reason] += times
+            self._remember(reason, where)
+
+    def absorb(self, other: Tally) -> None:
+        """Adds the counts of `other` to this one."""
+        self.read += other.read
+        self.kept += other.kept
+        self.dropped.update(other.dropped)
+        self.repaired.update(other.repaired)
+        for reason, places in other.examples.items():
+            for where in places:
+                self._remember(reason, where)
+
+    def clear(self) -> None:
+        """Back to nothing counted."""
+        self.read = self.kept = 0
+        self.dropped.clear()
+        self.repaired.clear()
+        self.examples.clear()
+
+    def table(self) -> str:
+        """The counts as lines of text for a terminal: number, reason, the first place."""
+        lines = [f"{self.read:>9,}  dialogues read", f"{self.kept:>9,}  dialogues kept"]
+        for title, counts in (("dropped", self.dropped), ("repaired", self.repaired)):
+            for reason, count in counts.most_common():
+                lines.append(f"{count:>9,}  {title}: {reason} (first at {self.examples[reason][0]})")
+        return "\n".join(lines)
+
+    def _remember(self, reason: str, where: str) -> None:
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES_PER_REASON:
+            places.append(where)
