@@ -58,25 +58,31 @@ def verdicts(kinds: Mapping[str, str], paired: Sequence[Mapping[str, Any]]) -> l
             ]
             if kind == "base":  # the base of the same run stands first
                 tests = [t for t in tests if t["against"] == tests[0]["against"]]
-            won = [t for t in tests if _is_better(t)]
-            lost = [t for t in tests if not _is_better(t)]
+            won = [t for t in tests if _is_significant(t) and t["difference"] > 0]
+            lost = [t for t in tests if t not in won]
             if won:
                 sentences.append(f"{system} beats {what} in {_told(won)}.")
             if lost:
-                sentences.append(f"{system} does NOT beat {what} significantly in {_told(lost)}.")
+                sentences.append(f"{system} does NOT beat {what} in {_told(lost)}.")
     return sentences
 
 
-def _is_better(test: Mapping[str, Any]) -> bool:
-    return test["difference"] > 0 and test["p_value"] is not None and test["p_value"] < SIGNIFICANT
+def _is_significant(test: Mapping[str, Any]) -> bool:
+    return test["p_value"] is not None and test["p_value"] < SIGNIFICANT
 
 
 def _told(tests: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(
-        f"{NAMES[t['metric']]} ({t['difference']:+.2f} against {t['against']}, "
-        + (f"p = {t['p_value']:.3f})" if t["p_value"] is not None else "no test from one dialogue)")
-        for t in tests
-    )
+    parts = []
+    for test in tests:
+        against = "" if test["against"] == "base" else f" against {test['against']}"
+        if test["p_value"] is None:
+            sure = "no test without a second dialogue"
+        elif not _is_significant(test):
+            sure = f"p = {test['p_value']:.3f}: not significant"
+        else:
+            sure = f"p = {test['p_value']:.3f}" + (": significantly worse" if test["difference"] < 0 else "")
+        parts.append(f"{NAMES[test['metric']]} ({test['difference']:+.2f}{against}, {sure})")
+    return ", ".join(parts)
 
 
 def spread_over_seeds(groups: Mapping[str, str], bootstrap: Bootstrap) -> dict[str, Any]:

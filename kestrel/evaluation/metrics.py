@@ -41,6 +41,7 @@ _SPEAKER_TAG = re.compile(
 )
 
 
+@lru_cache(maxsize=1 << 18)
 def normalize_answer(text: str) -> str:
     """ParlAI's normalization: lower case, punctuation and articles to spaces, single spaces."""
     return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
@@ -69,10 +70,39 @@ def _bleu(lowercase: bool) -> BLEU:
     return BLEU(lowercase=lowercase, force=True)
 
 
+def _ngrams(text: str) -> tuple[Counter[tuple[str, ...]], int]:
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
+    ngrams, words = extract_all_word_ngrams(text, 1, _ORDER)
+    return ngrams, words
+
+
+_reference_ngrams = lru_cache(maxsize=1 << 15)(_ngrams)
+
+
 @lru_cache(maxsize=1 << 17)
-def tokens_13a(text: str) -> tuple[str, ...]:
+def _bleu_words(text: str) -> str:
+    return str(_bleu(False).tokenizer(text.rstrip()))
+
+
+def tokens_13a(text: str) -> list[str]:
     """Words as sacreBLEU counts them (mteval-v13a), lower-cased."""
-    return tuple(_bleu(False).tokenizer(text.lower().rstrip()).split())
+    return _bleu_words(text.lower()).split()
+
+
+def _bleu_counts(response: str, reference: str, lowercase: bool) -> list[int]:
+    """sacreBLEU's statistics of one reply: both lengths, clipped matches and totals of n-grams of order 1 to 4."""
+    if lowercase:
+        response, reference = response.lower(), reference.lower()
+    known, ref_len = _reference_ngrams(_bleu_words(reference))
+    ngrams, sys_len = _ngrams(_bleu_words(response))
+    correct, total = [0] * _ORDER, [0] * _ORDER
+    for ngram, count in ngrams.items():
+        order = len(ngram) - 1
+        total[order] += count
+        if ngram in known:
+            correct[order] += min(count, known[ngram])
+    return [sys_len, ref_len, *correct, *total]
 
 
 def bleu_signature(lowercase: bool) -> str:
@@ -89,38 +119,44 @@ def rouge_signature(stemmer: bool) -> str:
     )
 
 
-class _CachedStemmer:
-    """Porter's stemmer, asked once a word: 7 systems share most of their words, and stemming is most of the time."""
+@lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    """Porter's, as rouge_score uses it, asked once a word: systems share most of their words."""
+    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 
-    def __init__(self) -> None:
-        from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-
-        self.stem = lru_cache(maxsize=None)(PorterStemmer().stem)
-
-
-class RougeL:
-    """rouge_score's rougeL F-measure of single replies, 0 to 1. Tokens of each text are computed once."""
-
-    def __init__(self, stemmer: bool) -> None:
-        from rouge_score import rouge_scorer, tokenize
-
-        porter = _CachedStemmer() if stemmer else None
-
-        class Tokenizer:
-            @staticmethod
-            @lru_cache(maxsize=1 << 17)
-            def tokenize(text: str) -> list[str]:
-                return list(tokenize.tokenize(text, porter))
-
-        self._scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=Tokenizer())
-
-    def __call__(self, response: str, reference: str) -> float:
-        return float(self._scorer.score(reference, response)["rougeL"].fmeasure)
+    porter = PorterStemmer()
+    porter.stem = lru_cache(maxsize=None)(porter.stem)
+    return porter
 
 
-@lru_cache(maxsize=2)
-def rouge_l(stemmer: bool) -> RougeL:
-    return RougeL(stemmer)
+@lru_cache(maxsize=1 << 18)
+def _rouge_words(text: str, stemmer: bool) -> list[str]:
+    from rouge_score.tokenize import tokenize
+
+    return list(tokenize(text, _stemmer() if stemmer else None))
+
+
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Its length, by Hyyro's bit-parallel algorithm (2004): a zero in `state` for each word of the subsequence."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(first):
+        places[word] = places.get(word, 0) | 1 << i
+    everywhere = (1 << len(first)) - 1
+    state = everywhere
+    for word in second:
+        matches = state & places.get(word, 0)
+        state = (state + matches | state - matches) & everywhere
+    return len(first) - state.bit_count()
+
+
+def rouge_l(response: str, reference: str, stemmer: bool) -> float:
+    """rouge_score's rougeL F-measure of one reply, 0 to 1: its words and formula over a faster subsequence."""
+    guess, gold = _rouge_words(response, stemmer), _rouge_words(reference, stemmer)
+    common = longest_common_subsequence(guess, gold)
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(guess), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
 
 
 def reply_statistics(replies: Sequence[Reply], normalization: str, stemmer: bool) -> dict[str, Array]:
@@ -139,16 +175,11 @@ def reply_statistics(replies: Sequence[Reply], normalization: str, stemmer: bool
     responses = [normalize(reply.response) for reply in replies]
     columns: dict[str, Any] = {"replies": np.ones(len(replies))}
     for name, lowercase in (("bleu", False), ("bleu_lc", True)):
-        metric = _bleu(lowercase)
-        counts = np.empty((len(replies), 2 + 2 * _ORDER))
-        for i, (response, reference) in enumerate(zip(responses, references, strict=True)):
-            score = metric.corpus_score([response], [[reference]])
-            counts[i] = [score.sys_len, score.ref_len, *score.counts, *score.totals]
+        counts = np.array([_bleu_counts(*pair, lowercase) for pair in zip(responses, references, strict=True)])
         for j, part in enumerate(_bleu_parts(name)):
             columns[part] = counts[:, j]
     for name, stem in (("rouge_l", stemmer), ("rouge_l_other", not stemmer)):
-        scorer = rouge_l(stem)
-        columns[name] = [scorer(response, reference) for response, reference in zip(responses, references, strict=True)]
+        columns[name] = [rouge_l(*pair, stem) for pair in zip(responses, references, strict=True)]
     columns["f1"] = [f1_score(reply.response, reply.reference) for reply in replies]
     columns["empty"] = [not reply.response.strip() for reply in replies]
     columns["speaker_tag"] = [bool(_SPEAKER_TAG.search(reply.response)) for reply in replies]
@@ -271,7 +302,7 @@ def distinct(responses: Sequence[str], n: int) -> float:
 
     It falls as the number of replies grows, so it compares only with a value at the same number of them.
     """
-    grams = [words[i : i + n] for words in map(tokens_13a, responses) for i in range(len(words) - n + 1)]
+    grams = [tuple(words[i : i + n]) for words in map(tokens_13a, responses) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

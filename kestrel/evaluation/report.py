@@ -1,6 +1,7 @@
 """stub"""
 
 from pathlib import Path
+
 from kestrel.evaluation.scoring import Evaluation
 
 

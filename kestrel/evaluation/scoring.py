@@ -186,10 +186,10 @@ def _entry(
 def _file_notes(files: Sequence[Generations]) -> list[str]:
     notes = []
     for file in files:
-        if file.missing:
-            keys = ", ".join(file.missing)
+        # Candidates are scored on demand only; that they are absent from a file that has all else is no news.
+        if file.missing and file.missing != ["candidate_nll"]:
             lost = "; ".join(dict.fromkeys(OPTIONAL[key] for key in file.missing))
-            notes.append(f"{file.path} has no {keys}. Left out for it: {lost}.")
+            notes.append(f"{file.path} has no {', '.join(file.missing)}. Left out for it: {lost}.")
         sizes = {len(reply.candidate_nll) for reply in file.replies if reply.candidate_nll is not None}
         if len(sizes) > 1:
             notes.append(
@@ -200,20 +200,20 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
 
 
 def _convention_notes(systems: Mapping[str, Sequence[Reply]], normalization: str) -> list[str]:
+    parts = {
+        "casing": "capital letters in {1:.0%} of its responses and {0:.0%} of the references",
+        "spacing": "spaces before punctuation in {1:.0%} of its responses and {0:.0%} of the references",
+    }
+    mended: list[str] = {"raw": [], "lower": ["casing"], "parlai": ["casing", "spacing"]}[normalization]
     notes = []
     for name, replies in systems.items():
-        gap = convention_gap(replies)
-        if normalization == "parlai" or (normalization == "lower" and "spacing" not in gap):
-            continue
-        parts = {
-            "casing": "capital letters in {1:.0%} of its responses, in {0:.0%} of the references",
-            "spacing": "spaces before punctuation in {1:.0%} of its responses, in {0:.0%} of the references",
-        }
-        for kind, shares in gap.items():
-            advice = "parlai" if "spacing" in gap else "lower"
+        gap = {kind: shares for kind, shares in convention_gap(replies).items() if kind not in mended}
+        if gap:
+            told = ", ".join(parts[kind].format(*shares) for kind, shares in gap.items())
             notes.append(
-                f"WARNING: {name} writes in another convention ({parts[kind].format(*shares)}), which costs it BLEU "
-                f"whatever it says. Score with --evaluation.normalization {advice}, or let the data be written alike."
+                f"WARNING: {name} writes in another convention than the references ({told}), which costs it BLEU "
+                f"whatever it says. Score with --evaluation.normalization {'parlai' if 'spacing' in gap else 'lower'}, "
+                "or write the training data as the references are written."
             )
     return notes
 

@@ -10,7 +10,7 @@ from typing import Any
 from kestrel.evaluation.comparisons import NAMES
 
 WIDTH = 100  # columns of the terminal
-_LONGEST_NAME = 22
+_LONGEST_NAME = 18
 METRIC_NAMES = NAMES | {
     "bleu_lc": "BLEU lower-cased",
     "rouge_l_other": "ROUGE-L, other stemmer choice",
@@ -45,8 +45,10 @@ def percent(value: float | None) -> str:
 
 
 def _with_interval(entry: Mapping[str, Any]) -> str:
+    """Score and interval; an interval without width, as that of gold, says nothing and is left out."""
     interval = entry["ci95"]
-    return number(entry["score"]) + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+    shown = interval is not None and interval[0] < interval[1]
+    return number(entry["score"]) + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if shown else "")
 
 
 Cell = Callable[[Mapping[str, Any]], str]
@@ -66,7 +68,7 @@ def scores_table(metrics: Mapping[str, Any]) -> Table:
     """The scores that papers report, with their intervals."""
 
     def perplexity(entry: Mapping[str, Any]) -> str:
-        return number(entry.get("perplexity", {}).get("token"))
+        return number(entry.get("perplexity", {}).get("token"), 1)
 
     return _of_systems(
         "Scores with 95% intervals (0–100; perplexity per token)",
