@@ -22,7 +22,7 @@ from kestrel.settings import Settings
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.artifacts import folder_atomically, write_json
     from kestrel.evaluation.alignment import line_up
-    from kestrel.evaluation.extra import extra_scores
+    from kestrel.evaluation.extra import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.report import write_report
     from kestrel.evaluation.scoring import evaluate_files, write_responses
@@ -31,6 +31,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
 
     options = settings.evaluation
     run_dir = Path(settings.run_dir)
+    extra_metrics = load_metrics(options.extra_metrics)
     files, notes = line_up([read_generations(path) for path in generation_files(settings)])
 
     split = next((file.split for file in files if file.split), None)
@@ -44,7 +45,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     evaluation = evaluate_files(
         files, notes, options.normalization, options.stemmer, options.resamples, settings.seed, search
     )
-    evaluation.add_extra(extra_scores(options.extra_metrics, evaluation.texts()))
+    evaluation.add_extra(extra_scores(extra_metrics, evaluation.texts()))
 
     folder = run_dir / "evaluation"
     with folder_atomically(folder) as unfinished:

@@ -48,11 +48,36 @@ def evaluate_library() -> ModuleType:
     return library
 
 
-def extra_scores(names: Sequence[str], systems: Mapping[str, Sequence[tuple[str, str]]]) -> dict[str, dict[str, Any]]:
-    """Scores each system by each metric.
+def load_metrics(names: Sequence[str]) -> dict[str, Any]:
+    """Loads metrics, by the name that the table gives them.
 
     Args:
         names: Hub ids such as `meteor`, or local folders with the metric's script.
+
+    Raises:
+        KestrelError: the library is absent, or a metric cannot be loaded.
+    """
+    metrics: dict[str, Any] = {}
+    for name in names:
+        library = evaluate_library()
+        try:
+            metrics[Path(name).name] = library.load(name)
+        except Exception as error:
+            kind = "that folder" if Path(name).exists() else "no such local folder, and the Hub"
+            raise KestrelError(
+                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {_first_line(error)}). Metrics on the Hub need "
+                "a network and the packages they import; a local folder NAME/ needs NAME.py in it"
+            ) from error
+    return metrics
+
+
+def extra_scores(
+    metrics: Mapping[str, Any], systems: Mapping[str, Sequence[tuple[str, str]]]
+) -> dict[str, dict[str, Any]]:
+    """Scores each system by each metric.
+
+    Args:
+        metrics: from `load_metrics`.
         systems: (response, reference) of each reply, by system.
 
     Returns:
@@ -60,21 +85,10 @@ def extra_scores(names: Sequence[str], systems: Mapping[str, Sequence[tuple[str,
         left out.
 
     Raises:
-        KestrelError: a metric cannot be loaded, fails, or gives no number.
+        KestrelError: a metric fails, or gives no number.
     """
-    library = evaluate_library() if names else None
     scores: dict[str, dict[str, Any]] = {system: {} for system in systems}
-    for name in names:
-        assert library is not None
-        label = Path(name).name
-        try:
-            metric = library.load(name)
-        except Exception as error:
-            kind = "that folder" if Path(name).exists() else "no such local folder, and the Hub"
-            raise KestrelError(
-                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {_first_line(error)}). Metrics on the Hub need "
-                "a network and the packages they import; a local folder NAME/ needs NAME.py in it"
-            ) from error
+    for name, metric in metrics.items():
         for system, pairs in systems.items():
             try:
                 result = metric.compute(
@@ -87,7 +101,7 @@ def extra_scores(names: Sequence[str], systems: Mapping[str, Sequence[tuple[str,
             numbers = _numbers(result or {}, len(pairs))
             if not numbers:
                 raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that could stand in a table")
-            scores[system][label] = numbers
+            scores[system][name] = numbers
     return scores
 
 

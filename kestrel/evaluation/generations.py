@@ -113,18 +113,18 @@ def read_generations(path: Path) -> Generations:
     Raises:
         KestrelError: names the file and the line of each problem, ten at most.
     """
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
     rows: list[tuple[int, dict[str, Any]]] = []
     for line, text in _lines(path):
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{line}: not JSON ({error})")
+            problems.append((line, f"not JSON ({error})"))
             continue
         if isinstance(row, dict):
             rows.append((line, row))
         else:
-            problems.append(f"{path}:{line}: expected an object with reference and response, found {_kind(row)}")
+            problems.append((line, f"expected an object with reference and response, found {_kind(row)}"))
     if not rows and not problems:
         raise KestrelError(f"{path} holds no row; a generation file has one JSON object a reply and line")
     present = {key for _, row in rows for key in row if row[key] is not None}
@@ -148,11 +148,12 @@ def read_generations(path: Path) -> Generations:
         if not found and reply.key in seen:
             found.append(f"dialogue {reply.dialogue_id!r}, turn {reply.turn} stands in line {seen[reply.key]} already")
         seen.setdefault(reply.key, line)
-        problems += [f"{path}:{line}: {problem}" for problem in found]
+        problems += [(line, problem) for problem in found]
         replies.append(reply)
     if problems:
         more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS] + ([f"... and {more} more"] if more > 0 else [])
+        shown = [f"{path}:{line}: {problem}" for line, problem in sorted(problems)[:_MOST_PROBLEMS]]
+        shown += [f"... and {more} more"] if more > 0 else []
         raise KestrelError("generations cannot be scored; mend the file or leave it out\n  " + "\n  ".join(shown))
     split, system = names_of(path)
     seeds = _SEED_SUFFIX.match(system)

@@ -1,0 +1,212 @@
+"""Reading generation files and lining several of them up: what is refused, by file and line, and what is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kestrel.dialogue import Turn
+from kestrel.errors import KestrelError
+from kestrel.evaluation.alignment import line_up
+from kestrel.evaluation.generations import names_of, read_generations
+
+
+def row(**changes):
+    """A whole row; a key set to None is left out."""
+    whole = {
+        "dialogue_id": "d1",
+        "turn": 1,
+        "persona": ["i like dogs ."],
+        "history": [{"speaker": "partner", "text": "hi"}],
+        "reference": "hello",
+        "response": "hey",
+        "stopped_by": "eos",
+        "response_tokens": 2,
+        "reference_nll": 3.5,
+        "reference_tokens": 2,
+        "candidate_nll": [[4.0, 2], [5.0, 3]],
+    }
+    return {key: value for key, value in (whole | changes).items() if value is not None}
+
+
+def write(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "system"),
+    [
+        ("test.adapter.jsonl", "test", "adapter"),
+        ("validation.my.model.jsonl", "validation", "my.model"),
+        ("theirs.jsonl", None, "theirs"),
+        ("gpt4.v2.jsonl", None, "gpt4.v2"),
+        ("test.jsonl", None, "test"),
+    ],
+)
+def test_a_file_names_its_split_and_system(name, split, system):
+    assert names_of(Path("some/folder") / name) == (split, system)
+
+
+def test_every_value_arrives(tmp_path):
+    file = read_generations(write(tmp_path / "test.adapter.jsonl", [row(response="two\r\nlines"), "", row(turn=3)]))
+    first, second = file.replies
+    assert first.response == "two lines"
+    assert first.history == (Turn("partner", "hi"),)
+    assert first.candidate_nll == ((4.0, 2), (5.0, 3))
+    assert (first.reference_nll, first.reference_tokens, first.stopped_by) == (3.5, 2, "eos")
+    assert (second.turn, second.line) == (3, 3)  # the blank line counts
+    assert file.missing == [] and not file.numbered
+
+
+def test_plain_history_ends_with_the_partner(tmp_path):
+    file = read_generations(
+        write(tmp_path / "x.jsonl", [row(history=["a", "b", "c"]), row(turn=3, history=["a", "b"])])
+    )
+    assert [turn.speaker for turn in file.replies[0].history] == ["partner", "self", "partner"]
+    assert [turn.speaker for turn in file.replies[1].history] == ["self", "partner"]
+
+
+def test_two_keys_are_enough(tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"reference": "a", "response": ""}\n' * 2)  # with the mark some editors write
+    file = read_generations(path)
+    assert file.numbered
+    assert [reply.dialogue_id for reply in file.replies] == ["row 1", "row 2"]
+    assert set(file.missing) >= {"dialogue_id", "history", "persona", "reference_nll", "candidate_nll"}
+
+
+def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
+    rows = [row(turn=None), row(turn=None), row(turn=None, dialogue_id="d2")]
+    file = read_generations(write(tmp_path / "x.jsonl", rows))
+    assert [reply.key for reply in file.replies] == [("d1", 0), ("d1", 1), ("d2", 0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "says"),
+    [
+        ([row(), row(turn=3, reference=None)], 2, "reference is missing"),
+        ([row(response=None)], 1, "response is missing"),
+        ([row(reference="  ")], 1, "reference is empty"),
+        ([row(reference=["a", "b"])], 1, "reference: expected text, found a list"),
+        ([row(response=7)], 1, "response: expected text, found the number 7"),
+        ([row(), row()], 2, "stands in line 1 already"),
+        ([row(), row(turn=3, persona=None)], 2, "persona is missing, other rows have it"),
+        ([row(turn=None), row(turn=3)], 1, "turn is missing, other rows have it"),
+        ([row(reference_nll=float("nan"))], 1, "reference_nll is nan"),
+        ([row(reference_nll=float("inf"))], 1, "reference_nll is inf"),
+        ([row(reference_nll=-1.0)], 1, "reference_nll is -1.0"),
+        ([row(reference_nll=True)], 1, "reference_nll: expected a number, found true or false"),
+        ([row(reference_tokens=0)], 1, "reference_tokens is 0"),
+        ([row(reference_tokens=None)], 1, "belong together"),
+        ([row(candidate_nll=[[1.0, 0]])], 1, "its tokens [0] is 0"),
+        ([row(candidate_nll=[[float("nan"), 2]])], 1, "candidate_nll[0] is nan"),
+        ([row(candidate_nll=[1.0])], 1, "expected a list of [nll, tokens]"),
+        ([row(reference_nll=None, reference_tokens=None)], 1, "candidate_nll needs reference_nll"),
+        ([row(stopped_by="tired")], 1, "expected one of eos, length, stop_string"),
+        ([row(history="hi")], 1, "history: expected a list"),
+        ([row(history=[{"speaker": "bob", "text": "hi"}])], 1, "history[0]"),
+        ([row(persona="i like dogs .")], 1, "persona: expected a list"),
+        ([row(turn=-1)], 1, "turn is -1"),
+        ([row(dialogue_id=1.5)], 1, "dialogue_id: expected text"),
+        ([row(), "{"], 2, "not JSON"),
+        (["[" * 100_000], 1, "not JSON"),
+        ([row(), "[1, 2]"], 2, "expected an object"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, line, says):
+    path = write(tmp_path / "test.adapter.jsonl", rows)
+    with pytest.raises(KestrelError) as refusal:
+        read_generations(path)
+    told = [text for text in str(refusal.value).splitlines() if text.strip().startswith(f"{path}:{line}: ")]
+    assert any(says in text for text in told), str(refusal.value)
+
+
+def test_many_problems_are_cut_short(tmp_path):
+    path = write(tmp_path / "x.jsonl", [row(turn=i, stopped_by="?") for i in range(50)])
+    with pytest.raises(KestrelError, match="and 40 more"):
+        read_generations(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(KestrelError, match="does not exist"):
+        read_generations(tmp_path / "none.jsonl")
+    with pytest.raises(KestrelError, match="is a folder"):
+        read_generations(tmp_path)
+    with pytest.raises(KestrelError, match="holds no row"):
+        read_generations(write(tmp_path / "empty.jsonl", ["", " "]))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"reference": "a", "response": "b"}\n{"reference": "caf\xe9"}\n')
+    with pytest.raises(KestrelError, match=r"latin.jsonl:2: not UTF-8"):
+        read_generations(tmp_path / "latin.jsonl")
+
+
+def read_all(*paths: Path):
+    return line_up([read_generations(path) for path in paths])
+
+
+def test_files_meet_on_the_replies_that_all_have(tmp_path):
+    first = write(tmp_path / "test.a.jsonl", [row(turn=t, reference=f"r{t}") for t in (1, 3, 5)])
+    second = write(tmp_path / "test.b.jsonl", [row(turn=t, reference=f"r{t}") for t in (5, 1, 7)])
+    files, notes = read_all(first, second)
+    assert [[reply.turn for reply in file.replies] for file in files] == [[1, 5], [1, 5]]
+    assert len(notes) == 2 and all(
+        note.startswith("WARNING: the files do not cover the same replies") for note in notes
+    )
+
+
+def test_different_references_are_refused(tmp_path):
+    first = write(tmp_path / "test.a.jsonl", [row(), row(turn=3)])
+    second = write(tmp_path / "test.b.jsonl", [row(), row(turn=3, reference="Hello")])
+    with pytest.raises(
+        KestrelError, match=r"references differ: .*test.a.jsonl:2 has 'hello', .*test.b.jsonl:2 has 'Hello'"
+    ):
+        read_all(first, second)
+
+
+def test_another_split_is_refused(tmp_path):
+    first, second = (write(tmp_path / f"{split}.a.jsonl", [row()]) for split in ("test", "validation"))
+    with pytest.raises(KestrelError, match=r"validation.a.jsonl is of split validation, .*test.a.jsonl of split test"):
+        read_all(first, second)
+
+
+def test_nothing_in_common_is_refused(tmp_path):
+    first, second = write(tmp_path / "a.jsonl", [row()]), write(tmp_path / "b.jsonl", [row(dialogue_id="d9")])
+    with pytest.raises(KestrelError, match="share no"):
+        read_all(first, second)
+
+
+def test_seeds_of_one_system(tmp_path):
+    """Runs in several folders, or seeds in the file's name; the base that both runs wrote alike is one system."""
+    paths = [
+        write(tmp_path / run / "generations" / f"test.{system}.jsonl", [row(response=text)])
+        for run, system, text in (
+            ("one", "adapter", "x"), ("one", "base", "same"), ("two", "adapter", "y"), ("two", "base", "same"),
+        )
+    ]  # fmt: skip
+    files, notes = read_all(*paths)
+    assert [file.system for file in files] == ["adapter@one", "base", "adapter@two"]
+    assert [file.group for file in files] == ["adapter", "base", "adapter"]
+    assert len(notes) == 1 and "scored once" in notes[0]
+    seeds = [write(tmp_path / f"test.lora-seed{n}.jsonl", [row(response=str(n))]) for n in (1, 22)]
+    files, _ = read_all(*seeds)
+    assert [(file.system, file.group) for file in files] == [("lora-seed1", "lora"), ("lora-seed22", "lora")]
+
+
+def test_a_file_cannot_take_the_name_of_our_rows(tmp_path):
+    files, _ = read_all(write(tmp_path / "gold.jsonl", [row()]), write(tmp_path / "copy_partner.jsonl", [row()]))
+    assert not {file.system for file in files} & {"gold", "copy_partner"}
+    assert len({file.system for file in files}) == 2
+
+
+def test_a_file_without_ids_follows_one_with_them(tmp_path):
+    named = write(tmp_path / "test.a.jsonl", [row(), row(turn=3, reference="bye")])
+    bare = [{"reference": "hello", "response": "1"}, {"reference": "bye", "response": "2"}]
+    files, _ = read_all(write(tmp_path / "bare.jsonl", bare), named)
+    assert [reply.key for reply in files[0].replies] == [("d1", 1), ("d1", 3)]
+    assert [reply.response for reply in files[0].replies] == ["1", "2"]
+    with pytest.raises(KestrelError, match="has 1 rows and no dialogue_id, .* has 2"):
+        read_all(write(tmp_path / "short.jsonl", bare[:1]), named)
+    with pytest.raises(KestrelError, match="references differ"):
+        read_all(write(tmp_path / "swapped.jsonl", bare[::-1]), named)
