@@ -179,6 +179,11 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
     return manifest
 
 
+def identity_of(manifest: dict[str, Any]) -> str:
+    """sha256 of what an artifact is, whenever and by which commit it was made."""
+    return sha256_of_json({key: manifest.get(key) for key in ("kind", "settings", "made_from", "prompt", "files")})
+
+
 def differences(recorded: Any, expected: Any, prefix: str = "") -> Iterable[str]:
     """`key: recorded X, now Y` for every leaf in which two nested dicts differ."""
     if isinstance(recorded, dict) and isinstance(expected, dict):

@@ -16,6 +16,7 @@ import textwrap
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -320,6 +321,7 @@ def run_script(
             return 0
         from kestrel.artifacts import run_folder
 
+        _quieten_libraries()
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
             with run_folder(settings.run_dir, describe(settings, {})):
@@ -333,6 +335,15 @@ def run_script(
         status, message = _verdict(error)
         print(f"{name}: {message}", file=sys.stderr)
         return status
+
+
+def _quieten_libraries() -> None:
+    """Progress bars only on a terminal; no deprecation notes that the user of a script can do nothing about."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
 
 
 def _terminate(signal_number: int, frame: Any) -> None:

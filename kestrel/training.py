@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -129,7 +128,7 @@ class DialogueTrainer(Trainer):
             )
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
@@ -209,6 +208,10 @@ class JsonLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         cut_after(self._path, state.global_step)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last window too, however short
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
         values = {key: logs[key] for key in self._KEYS if logs and key in logs}
         if not values or not state.is_world_process_zero:
@@ -249,8 +252,9 @@ class Samples(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if state.is_world_process_zero:
             with open(self._path, "a", encoding="utf-8") as file:
-                for row in self._answer():
-                    file.write(json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n")
+                file.writelines(
+                    json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n" for row in self._answer()
+                )
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,0 +1,156 @@
+"""The adapter on disk: saved whole, loaded again, and proven to be the one that was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kestrel.artifacts import folder_atomically, read_json, read_manifest, require_equal, write_json, write_manifest
+from kestrel.errors import KestrelError, ProofError
+from kestrel.likelihood import Scored, span_nll
+from kestrel.model import base_identity, load_adapter, load_config
+from kestrel.prompt import Prompt
+from kestrel.settings import Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+PROMPT = "prompt.json"
+# Relative difference of the canary's likelihood between two machines; float32 on one machine agrees to the bit.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
+
+
+def canary_nll(model: torch.nn.Module, identity: dict[str, Any]) -> float:
+    """Negative log-likelihood, in nats, of the prompt room's fixed dialogue: a fingerprint of base and adapter."""
+    spans = [(int(start), int(end)) for start, end in identity["canary_spans"]]
+    scores = span_nll(model, [Scored(identity["canary_ids"], spans)], tokens_per_step=1)
+    return sum(nll for nll, _ in scores[0])
+
+
+def save_and_prove(
+    model: PeftModel, prompt: Prompt, settings: Settings, folder: Path, meaning: dict[str, Any], facts: dict[str, Any]
+) -> str:
+    """Writes the adapter's folder and loads it again beside the trained one.
+
+    Args:
+        model: trained; prepared by `loss.install`.
+        prompt: that it was trained with.
+        settings: of the run.
+        folder: RUN/adapter, replaced as a whole.
+        meaning: what decided the training, for the manifest.
+        facts: measured in training, for the manifest.
+
+    Returns:
+        What was proven, for the terminal.
+
+    Raises:
+        ProofError: another set of keys, other weights, other logits, or no difference from the base.
+    """
+    identity = prompt.identity()
+    ids = torch.tensor([identity["canary_ids"]], device=next(model.parameters()).device)
+    model.eval()
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        nll = canary_nll(model, identity)
+    if torch.equal(trained, base):
+        raise ProofError("the trained adapter changes no logit: it is the base; look at training.learning_rate")
+    with folder_atomically(folder) as target:
+        model.save_pretrained(str(target), save_embedding_layers=False)
+        (target / "README.md").unlink(missing_ok=True)  # peft's empty card would be mistaken for ours
+        prompt.tokenizer.save_pretrained(str(target))
+        write_json(target / PROMPT, identity)
+        _prove_reload(model, target, ids, trained)
+        write_manifest(
+            target,
+            "adapter",
+            settings={name: meaning[name] for name in ("quantization", "lora", "training", "seed")},
+            made_from={name: meaning[name] for name in ("dataset", "base", "prompt_sha256")},
+            base_model={"name": settings.model.name, "revision": settings.model.revision},
+            canary_nll=nll,
+            **facts,
+        )
+    difference = ((trained - base).norm() / base.norm()).item()
+    return f"saved and loaded adapter agree to the bit; its logits differ from the base's by {difference:.1%}"
+
+
+def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: torch.Tensor) -> None:
+    """Loads the saved adapter under a second name on the same base and compares weights and logits."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    saved, kept = load_file(str(folder / WEIGHTS)), get_peft_model_state_dict(model)
+    if saved.keys() != kept.keys():
+        odd = sorted(saved.keys() ^ kept.keys())
+        raise ProofError(f"the saved adapter has other keys than the trained one, such as {odd[0]}")
+    for name, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            raise ProofError(f"{name} of the adapter is not finite")
+        if not torch.equal(tensor, kept[name].cpu()):
+            raise ProofError(f"{name} was saved with other values than it was trained to")
+    model.load_adapter(str(folder), adapter_name="reloaded")
+    try:
+        model.set_adapter("reloaded")
+        model.eval()
+        with torch.no_grad():
+            reloaded = model(input_ids=ids).logits
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    if not torch.equal(reloaded, trained):
+        difference = ((reloaded - trained).norm() / trained.norm()).item()
+        raise ProofError(f"the saved adapter gives other logits than the trained one ({difference:.2%} apart)")
+
+
+def open_adapter(
+    base: PreTrainedModel, folder: Path, prompt: Prompt, settings: Settings, command: str
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Loads an adapter after checking that base, quantization and prompt are the ones it was trained with.
+
+    Args:
+        base: loaded by `load_base`.
+        folder: the adapter's.
+        prompt: as this run renders.
+        settings: of this run.
+        command: the command that trains an adapter, for messages.
+
+    Returns:
+        The model with its adapter, and the adapter's manifest.
+
+    Raises:
+        KestrelError: missing, damaged, or of another base or prompt; naming what differs.
+    """
+    if not folder.is_dir():
+        raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
+    remedy = f"train it anew with: {command}"
+    manifest = read_manifest(folder, "adapter", remedy)
+    what = f"the adapter in {folder}"
+    recorded = read_json(folder / PROMPT, remedy)
+    require_equal(what, {"prompt": recorded}, {"prompt": prompt.identity()}, remedy)
+    now = {
+        "quantization": settings.quantization.model_dump(),
+        "base": base_identity(settings.model, load_config(settings.model)),
+    }
+    require_equal(
+        what, {"quantization": manifest["settings"]["quantization"], "base": manifest["made_from"]["base"]}, now, remedy
+    )
+    return load_adapter(base, folder), manifest
+
+
+def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str, Any], compute_dtype: str) -> None:
+    """Compares a fixed dialogue's likelihood with the one recorded when the adapter was saved.
+
+    Raises:
+        ProofError: they differ by more than machines do.
+    """
+    recorded, now = float(manifest["canary_nll"]), canary_nll(model, identity)
+    if not abs(now - recorded) <= _TOLERANCE[compute_dtype] * abs(recorded):
+        raise ProofError(
+            f"the loaded adapter does not compute what the trained one did: a fixed dialogue has a negative "
+            f"log-likelihood of {now:.4f} nats, where it was {recorded:.4f}"
+        )

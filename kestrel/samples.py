@@ -1,0 +1,54 @@
+"""What the model says to a few fixed validation contexts, to be read while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kestrel.dataset import dialogue_of
+from kestrel.generation import respond
+from kestrel.prompt import Prompt
+from kestrel.settings import Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def sampler(
+    model: torch.nn.Module, prompt: Prompt, rows: Dataset, settings: Settings
+) -> Callable[[], list[dict[str, Any]]]:
+    """Returns a function that answers the first contexts of validation, greedily, one from each dialogue.
+
+    Each call returns a row a context: dialogue_id, turn, persona, history, reference, response, stopped_by.
+    """
+    contexts, known = [], []
+    for row in rows.select(range(min(settings.training.samples, len(rows)))):
+        dialogue = dialogue_of(row)
+        replies = list(dialogue.replies())
+        turn, reference = replies[len(replies) // 2]
+        contexts.append(prompt.context(dialogue, turn))
+        known.append(
+            {
+                "dialogue_id": dialogue.dialogue_id,
+                "turn": turn,
+                "persona": list(dialogue.persona),
+                "history": [{"speaker": t.speaker, "text": t.text} for t in dialogue.turns[:turn]],
+                "reference": reference,
+            }
+        )
+    greedy = settings.generation.model_copy(
+        update={"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+
+    def answer() -> list[dict[str, Any]]:
+        was_training = model.training
+        responses = respond(model, prompt, contexts, greedy) if contexts else []
+        model.train(was_training)
+        return [
+            {**facts, "response": response.text, "stopped_by": response.stopped_by}
+            for facts, response in zip(known, responses, strict=True)
+        ]
+
+    return answer

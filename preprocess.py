@@ -1,0 +1,127 @@
+"""Turns persona dialogues into training sequences.
+
+    python preprocess.py --config configs/falcon-7b.yaml
+    python preprocess.py --config configs/falcon-7b.yaml --show 3      also show dialogues as the model sees them
+
+Reads data.source, cuts the splits it lacks by persona, renders each dialogue as one token sequence in which the
+owner's replies are supervised, and writes RUN/dataset with a manifest and statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from kestrel.command_line import run_script
+from kestrel.settings import Settings
+
+OPTIONS = [("--show", {"type": int, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
+
+
+def preprocess(settings: Settings, options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from kestrel.artifacts import folder_atomically, write_manifest
+    from kestrel.corpora import Tally, open_corpus
+    from kestrel.corpora.splits import Splitter
+    from kestrel.dataset import SPLITS, settings_that_shape, write_split, write_statistics
+    from kestrel.errors import KestrelError
+    from kestrel.model import load_tokenizer
+    from kestrel.prompt import Prompt
+
+    data = settings.data
+    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    corpus = open_corpus(data.source, data.format, revision=data.revision, both_sides=data.both_sides)
+    print(f"{data.source} is {corpus.format}, with {', '.join(corpus.splits)}")
+    splitter = Splitter(
+        corpus,
+        validation_fraction=data.validation_fraction,
+        test_fraction=data.test_fraction,
+        seed=settings.seed,
+        max_dialogues=data.max_dialogues,
+    )
+    target = Path(settings.run_dir) / "dataset"
+    with folder_atomically(target) as folder:
+        statistics, tallies = {}, {}
+        for split in SPLITS:
+            tally = tallies[split] = Tally()
+            dialogues = tqdm(splitter.read(split, tally), desc=split, unit=" dialogues", disable=None, leave=False)
+            statistics[split] = write_split(dialogues, prompt, folder / split)
+            if not statistics[split].dialogues:
+                raise KestrelError(
+                    f"no dialogue of {data.source} is left for {split}: {dict(statistics[split].dropped)}; "
+                    "raise prompt.max_length or the split's fraction"
+                )
+        described = write_statistics(
+            folder,
+            statistics,
+            {
+                split: {"read": tally.read, "dropped": dict(tally.dropped), "repaired": dict(tally.repaired)}
+                for split, tally in tallies.items()
+            },
+        )
+        write_manifest(
+            folder,
+            "dataset",
+            settings_that_shape(settings),
+            made_from={"source": corpus.fingerprint, "format": corpus.format},
+            prompt=prompt.identity(),
+            counts={split: described["splits"][split]["replies"] for split in SPLITS},
+        )
+    print_statistics(described)
+    for split in SPLITS:
+        if tallies[split].dropped or tallies[split].repaired:
+            print(f"\nread for {split}:\n{tallies[split].table()}")
+    print(f"\nwrote {target}")
+    if options.show:
+        show(target, prompt, options.show)
+
+
+def print_statistics(described: dict[str, Any]) -> None:
+    """One line a split: how much there is, how long, how much of it is supervised, what was cut."""
+    print(
+        f"\n{'split':<11}{'dialogues':>10}{'replies':>9}{'tokens':>11}{'supervised':>12}{'median':>8}{'max':>7}{'turns cut':>11}"
+    )
+    for split, counts in described["splits"].items():
+        lengths = counts["tokens_a_dialogue"]
+        print(
+            f"{split:<11}{counts['dialogues']:>10,}{counts['replies']:>9,}{counts['tokens']:>11,}"
+            f"{counts['supervised_share']:>12.1%}{lengths['p50']:>8,}{lengths['max']:>7,}{counts['turns_cut']:>11,}"
+        )
+        for reason, count in counts["dropped_at_rendering"].items():
+            print(f"  {count:,} dropped: {reason}")
+
+
+def show(folder: Path, prompt: Any, count: int) -> None:
+    """Prints dialogues as the collator hands them to the model, supervised tokens in green or in [brackets]."""
+    from kestrel.dataset import load_split
+    from kestrel.loss import collate
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    rows = load_split(folder, "train", "run preprocess.py again")
+    for row in rows.select(range(min(count, len(rows)))):
+        batch = collate([row], pad_id=prompt.end_id)
+        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        supervised = sum(label != -100 for label in labels)
+        print(f"\n── {row['dialogue_id']}: {len(ids)} tokens, {supervised} supervised " + "─" * 20)
+        start = 0
+        while start < len(ids):
+            end = start + 1
+            while end < len(ids) and (labels[end] == -100) == (labels[start] == -100):
+                end += 1
+            text = prompt.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            print(text if labels[start] == -100 else f"{before}{text}{after}", end="")
+            start = end
+        print()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Trains a LoRA adapter on the dataset of a run.
+
+    python train.py --config configs/falcon-7b.yaml
+    python train.py --config configs/falcon-7b.yaml --training.resume never      begin anew
+
+Loads the base in 4 bit and audits it, trains, keeps the adapter with the best validation loss in RUN/adapter, and
+proves that what was saved is what was trained. The same command goes on where an interrupted run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kestrel.command_line import run_script
+from kestrel.settings import Settings
+
+
+def train(settings: Settings, options: argparse.Namespace) -> None:
+    from kestrel import training
+    from kestrel.adapter import save_and_prove
+    from kestrel.artifacts import identity_of
+    from kestrel.batching import steps_of_run
+    from kestrel.dataset import lengths_of, load_split, open_dataset
+    from kestrel.errors import Interrupted
+    from kestrel.loss import collate, install, prove_loss
+    from kestrel.model import add_lora, base_identity, device, load_base, load_config, load_tokenizer
+    from kestrel.plots import plot_loss
+    from kestrel.prompt import Prompt
+    from kestrel.samples import sampler
+
+    run = Path(settings.run_dir)
+    training.check_trackers(settings.training.report_to)
+    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    remedy = f"python preprocess.py --config {options.config}"
+    dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
+    train_rows = load_split(dataset_folder, "train", remedy)
+    validation_rows = load_split(dataset_folder, "validation", remedy)
+    lengths = lengths_of(train_rows)
+    steps = steps_of_run(
+        lengths, settings.training.batch_size, settings.training.epochs, settings.training.max_steps, settings.seed
+    )
+    print(
+        f"{len(train_rows):,} dialogues, {int(lengths.sum()):,} tokens; {len(steps):,} steps of up to "
+        f"{settings.training.batch_size} dialogues"
+    )
+
+    # What a checkpoint must agree with: everything that decides the next step, and nothing else.
+    origin = {
+        "dataset": identity_of(dataset_manifest),
+        "base": base_identity(settings.model, load_config(settings.model)),
+    }
+    shaping = settings.training.model_dump(
+        include={
+            "batch_size",
+            "learning_rate",
+            "lr_schedule",
+            "warmup_ratio",
+            "weight_decay",
+            "max_grad_norm",
+            "optimizer",
+        }
+    )
+    meaning = {
+        **origin,
+        "prompt_sha256": prompt.identity()["sha256"],
+        "quantization": settings.quantization.model_dump(),
+        "lora": settings.lora.model_dump(),
+        "training": {**shaping, "steps": len(steps)},
+        "seed": settings.seed,
+    }
+    resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py --config {options.config}")
+
+    base, audit = load_base(settings)
+    print(f"base: {audit.line()}")
+    model = add_lora(base, settings.lora, settings.seed)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"adapter: {trainable:,} trainable parameters")
+    install(model)
+    if settings.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    probe = collate([validation_rows[0]], pad_id=prompt.end_id)
+    prove_loss(
+        model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype
+    )
+
+    stop = training.StopOnSignal()
+    trainer = training.DialogueTrainer(
+        settings,
+        steps,
+        meaning,
+        model=model,
+        args=training.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        processing_class=prompt.tokenizer,
+        callbacks=[
+            training.Guard(lambda: trainer),
+            training.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
+            training.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),
+            *training.callbacks_for(settings),
+            stop,
+        ],
+    )
+    training.quiet(trainer)
+    began = time.monotonic()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if stop.received is not None and trainer.state.global_step < len(steps):
+        raise Interrupted(
+            stop.received, f"stopped at step {trainer.state.global_step}; the same command goes on from there"
+        )
+    seconds = time.monotonic() - began
+
+    best = trainer.state.best_metric
+    facts: dict[str, Any] = {
+        "audit": audit.as_json(),
+        "trainable_parameters": trainable,
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.tokens_until[trainer.state.global_step - 1]),
+        "best_step": trainer.state.best_global_step,
+        "eval_loss": best,
+    }
+    plot_loss(run / "logs" / "training.jsonl", run / "logs" / "loss.png")
+    proof = save_and_prove(model, prompt, settings, run / "adapter", meaning, facts)
+    print(
+        f"validation loss {best:.4f} at step {trainer.state.best_global_step} of {trainer.state.global_step}; "
+        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process"
+    )
+    print(f"proven: {proof}")
+    print(f"wrote {run / 'adapter'}")
+
+
+def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], command: str) -> Path | None:
+    """The checkpoint to go on from; others that are damaged or no longer wanted are removed."""
+    from kestrel import checkpoints
+    from kestrel.errors import KestrelError
+
+    choice = settings.training.resume
+    anew = f"{command} --training.resume never"
+    if choice == "never":
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    found, damaged = checkpoints.newest_sound(folder, meaning, anew)
+    for line in damaged:
+        print(f"warning: {line}", file=sys.stderr)
+    if choice != "auto":
+        if not Path(choice).is_dir():
+            raise KestrelError(f"training.resume: there is no checkpoint {choice}")
+        found = checkpoints.sound(Path(choice), meaning, anew)
+    if found is not None:
+        print(f"going on from {found}")
+    checkpoints.remove_newer(folder, checkpoints.step_of(found) if found else 0)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script("train.py", __doc__, train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
