@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import islice
 
 from kestrel.corpora.tally import Tally
 from kestrel.dialogue import Dialogue, Speaker, Turn
@@ -80,13 +81,13 @@ def persona_key(sentences: Iterable[str]) -> int:
 
 def is_silence(text: str) -> bool:
     """Whether this is ParlAI's mark for a partner who says nothing, in any casing."""
-    return text.strip().startswith("__") and normalised(text) == "silence"
+    return "__" in text and text.strip().startswith("__") and normalised(text) == "silence"
 
 
 def opening(turns: Iterable[Utterance]) -> str:
     """Names a conversation by its first utterances, whoever owns the dialogue."""
-    said = [normalised(turn.text) for turn in turns if turn.text.strip() and not is_silence(turn.text)]
-    return f"opening-{stable_hash(*said[:OPENING_UTTERANCES]):016x}"
+    said = (turn.text for turn in turns if turn.text.strip() and not is_silence(turn.text))
+    return f"opening-{stable_hash(*map(normalised, islice(said, OPENING_UTTERANCES))):016x}"
 
 
 def finish(draft: Draft, tally: Tally) -> Dialogue | None:
@@ -151,12 +152,16 @@ def _clean(text: str, where: str, tally: Tally) -> str:
 
 
 def _texts(texts: Iterable[str], unit: str, where: str, tally: Tally) -> tuple[str, ...]:
-    cleaned = [_clean(text, where, tally) for text in texts]
+    cleaned = tuple([_clean(text, where, tally) for text in texts])
+    if "" not in cleaned:
+        return cleaned
     tally.repair(f"{unit} removed: empty", where, cleaned.count(""))
-    return tuple(text for text in cleaned if text)
+    return tuple(filter(None, cleaned))
 
 
 def _distractors(turn: Utterance, where: str, tally: Tally) -> tuple[str, ...]:
+    if not turn.candidates:
+        return ()
     cleaned = _texts(turn.candidates, "candidates", where, tally)
     tally.repair("candidates removed: the gold reply among the distractors", where, cleaned.count(turn.text))
     return tuple(text for text in cleaned if text != turn.text)

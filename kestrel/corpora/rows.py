@@ -53,11 +53,14 @@ class Row:
         return [Row(f"{self.where}, {key}[{index}]", item) for index, item in enumerate(value)]
 
     def label(self, key: str) -> str:
-        """A column that identifies something: a text or a whole number."""
+        """A column that identifies something: a printable text or a whole number."""
         value = self.values.get(key, self)
-        if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-            raise KestrelError(f"{self.where}: '{key}' must be a text or a number, found {self._found(key)}.")
-        return str(value)
+        label = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        if not label.strip() or not label.isprintable():
+            raise KestrelError(
+                f"{self.where}: '{key}' must be a printable text or a whole number, found {self._found(key)}."
+            )
+        return label
 
     def _found(self, key: str) -> str:
         return repr(self.values[key])[:60] if key in self.values else f"only {sorted(self.values)}"
