@@ -1,0 +1,42 @@
+# Each target does its own set-up. Python 3.11 or 3.12 is looked for; `make PYTHON=/path/to/python` names one.
+CANDIDATES := python3.12 python3.11 python3 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo "$$p"; break; }; done)
+CONFIG := configs/quickstart.yaml
+VENV := .venv/bin
+
+.PHONY: quickstart test check schema clean
+
+quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
+	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
+	$(VENV)/python train.py --config $(CONFIG)
+	$(VENV)/python generate.py --config $(CONFIG)
+	$(VENV)/python evaluate.py --config $(CONFIG)
+
+test: .venv/ready-dev browser check   ## formatter, linter, types, and every test
+	$(VENV)/python -m pytest -n 2
+
+check: .venv/ready-dev
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy kestrel preprocess.py train.py generate.py evaluate.py
+
+schema: .venv/ready   ## configs/schema.json, from the settings
+	$(VENV)/python -m kestrel.settings > configs/schema.json
+
+# The report is tested in a real browser; without it and without root the test says that it is skipped.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qqy --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || echo "chromium is not installed and cannot be installed without root: the browser tests will be skipped"
+
+.venv/ready: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 or 3.12 with venv; found none among $(CANDIDATES). Install one (on Debian: python3-venv), or: make PYTHON=/path/to/python"; exit 1; }
+	"$(PYTHON)" -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:   ## removes what the quickstart and the set-up made
+	rm -rf .venv runs/quickstart
