@@ -1,0 +1,118 @@
+"""The dialogues that can be read in the report: the best, the worst, and some drawn at random."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kestrel.dialogue import Turn
+from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.scoring import Evaluation
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one system answered; `flags` are words to filter by."""
+
+    system: str
+    text: str
+    rouge_l: float
+    f1: float
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One reply: the turns since the one before, the reference, and each system's response."""
+
+    turns: tuple[Turn, ...]
+    reference: str
+    responses: tuple[Response, ...]
+
+
+@dataclass(frozen=True)
+class SampleDialogue:
+    """One dialogue of the sample.
+
+    Attributes:
+        place: its position in the files, from 0.
+        chosen: why it stands here: best, worst or random.
+        scores: mean ROUGE-L (0-100) of its replies by system.
+    """
+
+    dialogue_id: str
+    place: int
+    chosen: str
+    persona: tuple[str, ...]
+    scores: Mapping[str, float]
+    exchanges: tuple[Exchange, ...]
+
+    @property
+    def flags(self) -> list[str]:
+        return sorted({flag for e in self.exchanges for response in e.responses for flag in response.flags})
+
+
+def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[SampleDialogue]:
+    """At most `count` dialogues, by falling score of the first system.
+
+    Where there are more, a third of them are the best, a third the worst, and the others are drawn at random, so that
+    the sample is not made of extremes alone.
+    """
+    members: dict[str, list[int]] = {}
+    first = next(iter(evaluation.systems))
+    for i, reply in enumerate(evaluation.systems[first]):
+        members.setdefault(reply.dialogue_id, []).append(i)
+    rouge = evaluation.statistics[first]["rouge_l"]
+    ranked = sorted(members, key=lambda name: float(rouge[members[name]].mean()), reverse=True)
+    if len(ranked) <= count:
+        chosen = dict.fromkeys(ranked, "random")
+    else:
+        third = count // 3
+        best, worst, middle = ranked[:third], ranked[len(ranked) - third :], ranked[third : len(ranked) - third]
+        drawn = random.Random(seed).sample(middle, count - 2 * third)
+        chosen = dict.fromkeys(best, "best") | dict.fromkeys(drawn, "random") | dict.fromkeys(worst, "worst")
+    places = {name: place for place, name in enumerate(members)}
+    return [_dialogue(evaluation, name, members[name], places[name], chosen[name]) for name in ranked if name in chosen]
+
+
+def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: int, chosen: str) -> SampleDialogue:
+    shown = evaluation.of_kind("system", "base")
+    contexts = evaluation.systems["gold"]
+    exchanges = []
+    seen = 0
+    for i in indices:
+        history = contexts[i].history or ()
+        turns = history[seen:] if len(history) >= seen else history
+        seen = len(history) + 1
+        responses = tuple(_response(evaluation, system, i) for system in shown)
+        exchanges.append(Exchange(tuple(turns), contexts[i].reference, responses))
+    return SampleDialogue(
+        dialogue_id=name,
+        place=place,
+        chosen=chosen,
+        persona=contexts[indices[0]].persona or (),
+        scores={s: float(100 * evaluation.statistics[s]["rouge_l"][list(indices)].mean()) for s in shown},
+        exchanges=tuple(exchanges),
+    )
+
+
+def _response(evaluation: Evaluation, system: str, i: int) -> Response:
+    reply: Reply = evaluation.systems[system][i]
+    columns: Mapping[str, Any] = evaluation.statistics[system]
+    flags = [
+        flag
+        for flag, key in (
+            ("empty", "empty"),
+            ("speaker tag", "speaker_tag"),
+            ("copies persona", "copied_persona"),
+            ("copies history", "copied_history"),
+        )
+        if key in columns and columns[key][i]
+    ]
+    if reply.stopped_by == "length":
+        flags.append("cut by length")
+    return Response(
+        system, reply.response, float(100 * columns["rouge_l"][i]), float(100 * columns["f1"][i]), tuple(flags)
+    )

@@ -1,0 +1,225 @@
+"""Plots of an evaluation: each as SVG whose colours follow the page's theme, and as PNG for places without CSS."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kestrel.evaluation.comparisons import NAMES
+from kestrel.evaluation.metrics import tokens_13a
+from kestrel.evaluation.scoring import Evaluation
+
+# The light theme's colours; the SVG refers to them as CSS variables of these names, which the dark theme redefines.
+COLOURS = {
+    "ink": "#22252a",
+    "muted": "#6a7078",
+    "rule": "#dcdad4",
+    "adapter": "#1f5fa8",
+    "base": "#b8560f",
+    "trivial": "#858b93",
+    "other1": "#2a7a4b",
+    "other2": "#8a4a9e",
+    "other3": "#0f7c86",
+    "other4": "#a23b52",
+}
+_WIDTH = 5.4  # inches at 72 points: readable when a phone shows the figure in 340 pixels
+_MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot. `name` is its file name without an ending, `caption` says what it shows."""
+
+    name: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def colour_names(evaluation: Evaluation) -> dict[str, str]:
+    """A name in `COLOURS` for every system of the table."""
+    others = [f"other{i}" for i in (1, 2, 3, 4)]
+    names = {name: "trivial" for name in evaluation.systems} | {"gold": "ink"}
+    tuned = evaluation.of_kind("system")
+    names |= {name: others[(i - 1) % 4] if i else "adapter" for i, name in enumerate(tuned)}
+    return names | dict.fromkeys(evaluation.of_kind("base"), "base")
+
+
+def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
+    """The plots for which there are numbers.
+
+    Args:
+        log: the run's training.jsonl, which may be absent.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(
+        {
+            "backend": "agg",
+            "svg.fonttype": "none",
+            "svg.hashsalt": "kestrel",
+            "text.parse_math": False,  # a system may have a $ in its name
+            "font.size": 10.5,
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "text.color": COLOURS["ink"],
+            "axes.labelcolor": COLOURS["muted"],
+            "axes.edgecolor": COLOURS["rule"],
+            "xtick.color": COLOURS["muted"],
+            "ytick.color": COLOURS["muted"],
+            "grid.color": COLOURS["rule"],
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    ):
+        metrics = evaluation.metrics
+        rival = "the best trivial system" if evaluation.of_kind("trivial") else ""
+        shown = ", ".join(filter(None, ["every scored file", rival]))
+        drawn = [_scores(evaluation)]
+        for name, key, label, what in (
+            ("by_reply", "by_reply", "number of the reply in its dialogue", "the number of the reply"),
+            ("by_length", "by_length", "words in the reference", "the length of the reference"),
+        ):
+            if metrics[key]:
+                caption = f"ROUGE-L with 95% intervals by {what}, for {shown}."
+                drawn.append(_lines(name, caption, label, metrics[key], colour_names(evaluation)))
+        drawn.append(_lengths(evaluation))
+        loss = _loss(log)
+        return [*drawn, *([loss] if loss else [])]
+
+
+def _render(name: str, caption: str, height: float, draw: Callable[[Any], None]) -> Figure:
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
+    draw(canvas)
+    svg, png = io.StringIO(), io.BytesIO()
+    canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    canvas.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    return Figure(name, caption, _themed(svg.getvalue(), name), png.getvalue())
+
+
+def _themed(svg: str, name: str) -> str:
+    """An SVG that can stand inside a page: no prologue, ids of its own, colours and font of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for colour, value in COLOURS.items():
+        svg = re.sub(value, f"var(--{colour})", svg, flags=re.IGNORECASE)
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-labelledby="{name}-caption">', svg)
+
+
+def _scores(evaluation: Evaluation) -> Figure:
+    """A row for each system but gold, whose 100 would press the others together."""
+    names = evaluation.of_kind("system", "base", "trivial")
+    colours = colour_names(evaluation)
+
+    def draw(canvas: Any) -> None:
+        for axes, (metric, label) in zip(canvas.subplots(len(NAMES), 1), NAMES.items(), strict=True):
+            for row, name in enumerate(reversed(names)):
+                entry, colour = evaluation.metrics["systems"][name][metric], COLOURS[colours[name]]
+                axes.plot(entry["ci95"] or [entry["score"]] * 2, [row, row], color=colour, linewidth=2.2, alpha=0.75)
+                axes.plot(entry["score"], row, "o", color=colour, markersize=5)
+            axes.set_yticks(range(len(names)), [_short(name) for name in reversed(names)])
+            axes.set_ylim(-0.6, len(names) - 0.4)
+            axes.set_xlim(left=0)
+            axes.set_title(label)
+            axes.tick_params(length=0)
+            axes.grid(axis="x", linewidth=0.8)
+            axes.spines["left"].set_visible(False)
+            axes.set_axisbelow(True)
+
+    caption = "Scores with 95% intervals (bootstrap over dialogues). The references themselves score 100."
+    return _render("scores", caption, len(NAMES) * (0.55 + 0.23 * len(names)), draw)
+
+
+def _lines(
+    name: str, caption: str, label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
+) -> Figure:
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        systems = list(bins[0]["systems"])
+        for i, system in enumerate(systems):
+            entries = [row["systems"][system] for row in bins]
+            places = [x + 0.12 * (i - (len(systems) - 1) / 2) for x in range(len(bins))]
+            colour = COLOURS[colours[system]]
+            for x, entry in zip(places, entries, strict=True):
+                if entry["ci95"]:
+                    axes.plot([x, x], entry["ci95"], color=colour, linewidth=1.6, alpha=0.6)
+            marker = _MARKERS[i % len(_MARKERS)] + "-"
+            axes.plot(places, [e["score"] for e in entries], marker, color=colour, markersize=4.5, label=_short(system))
+        axes.set_xticks(range(len(bins)), [row["bin"] for row in bins])
+        axes.set_ylim(bottom=0)
+        _finish(axes, label, "ROUGE-L")
+
+    return _render(name, caption, 3.0, draw)
+
+
+def _lengths(evaluation: Evaluation) -> Figure:
+    shown = [*evaluation.of_kind("system", "base"), "gold"]
+    colours = colour_names(evaluation)
+    counts = {name: Counter(len(tokens_13a(reply.response)) for reply in evaluation.systems[name]) for name in shown}
+    replies = evaluation.metrics["n_replies"]
+    # The longest hundredth of the references ends the axis; longer replies stand in the last bin.
+    last = max(10, sorted(counts["gold"].elements())[int(0.99 * (replies - 1))] + 5)
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for name in shown:
+            heights = [100 * counts[name][n] / replies for n in range(last)]
+            heights.append(100 * sum(c for n, c in counts[name].items() if n >= last) / replies)
+            style = "--" if name == "gold" else "-"
+            label = "references" if name == "gold" else _short(name)
+            axes.step(range(last + 1), heights, style, where="mid", color=COLOURS[colours[name]], label=label)
+        axes.set_ylim(bottom=0)
+        _finish(axes, f"words of a reply ({last}: {last} and more)", "% of replies")
+
+    return _render("lengths", "How long responses and references are, in words.", 2.8, draw)
+
+
+def _loss(log: Path) -> Figure | None:
+    if not log.is_file():
+        return None
+    rows = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the last line of a run that is still writing
+            continue
+    curves = {
+        label: [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
+        for key, label in (("loss", "training"), ("eval_loss", "validation"))
+    }
+    if not any(curves.values()):
+        return None
+
+    def draw(canvas: Any) -> None:
+        axes = canvas.subplots()
+        for (label, points), style, colour in zip(curves.items(), ("-", "o-"), ("adapter", "base"), strict=True):
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=COLOURS[colour], markersize=4.5, label=label)
+        _finish(axes, "optimizer step", "nats per reply token")
+
+    return _render("loss", "Loss on the replies while training.", 2.8, draw)
+
+
+def _finish(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(axis="y", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.legend(loc="best", labelcolor=COLOURS["ink"], fontsize=9.5)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
