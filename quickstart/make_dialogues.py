@@ -13,6 +13,7 @@ import argparse
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from world import (
     FAREWELL_REPLY,
@@ -77,9 +78,9 @@ def converse(persona: dict[str, Value], rng: Random) -> list[tuple[str, str]]:
     return exchanges + [closing] * ends
 
 
-def make_split(name: str, size: int, seen: set[frozenset[str]], rng: Random) -> list[dict[str, object]]:
+def make_split(name: str, size: int, seen: set[frozenset[str]], rng: Random) -> list[dict[str, Any]]:
     """`size` dialogues on personas that are not in `seen`, which is added to."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < size:
         persona = draw_persona(rng)
         # A persona is what is said of its owner, whatever the wording and the order.
@@ -99,9 +100,9 @@ def make_split(name: str, size: int, seen: set[frozenset[str]], rng: Random) -> 
     return rows
 
 
-def add_candidates(rows: list[dict[str, object]], rng: Random) -> None:
+def add_candidates(rows: list[dict[str, Any]], rng: Random) -> None:
     """Give every reply distractors: replies of other dialogues of the split, none equal to the reference."""
-    replies = [[turn["text"] for turn in row["turns"] if turn["speaker"] == "self"] for row in rows]  # type: ignore
+    replies = [[turn["text"] for turn in row["turns"] if turn["speaker"] == "self"] for row in rows]
     for index, row in enumerate(rows):
         others = sorted({text for other, texts in enumerate(replies) if other != index for text in texts})
         row["candidates"] = [
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         (options.output / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
         print(
             f"{name}: {len(rows)} dialogues, {sum(len(row['turns']) for row in rows) // 2} replies, {len(text)} bytes"
-        )  # type: ignore
+        )
 
 
 if __name__ == "__main__":
