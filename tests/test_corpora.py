@@ -194,6 +194,13 @@ def test_histories_that_contradict_each_other_drop_the_dialogue(tmp_path: Path) 
     assert tally.dropped == {"histories of its rows contradict each other": 1}
 
 
+def test_a_history_that_begins_with_the_owner(tmp_path: Path) -> None:
+    utterances = [{"candidates": ["no", "c"], "history": ["a", "b"]}]
+    dialogues, _ = read(write(tmp_path, json.dumps({"train": [{"personality": PERSONA, "utterances": utterances}]})))
+    assert dialogues[0].turns == (Turn("self", "a"), Turn("partner", "b"), Turn("self", "c"))
+    assert dialogues[0].candidates == ((), ("no",))
+
+
 def test_cynaptics_keeps_the_longest_row_of_a_conversation(tmp_path: Path) -> None:
     short = CYNAPTICS | {"dialogue": CYNAPTICS["dialogue"][:3], "reference": SAID[3]}
     dialogues, tally = read(write(tmp_path, "\n".join(json.dumps(row) for row in (short, CYNAPTICS, short))))
@@ -293,6 +300,7 @@ BAD = [
     (LAYOUTS["huggingface"][:-30], "data.x:1"),
     ('{"train": [' + "[" * 10 + "]}", "data.x:1: expected one of {"),
     ('{"persona": ' + "[" * 100_000, "nested too deeply"),
+    ('{"train": [{"persona": ' + "[" * 100_000, "nested too deeply"),
     ('{"train": []}', "no rows"),
     (LAYOUTS["parlai"] + "no number\n", r"data.x:6: a ParlAI line is a number"),
     (LAYOUTS["parlai"] + "7 a\tb\n", r"data.x:6: line 7 of a dialogue where 6 should"),
