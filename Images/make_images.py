@@ -1,0 +1,131 @@
+"""Draws the README's pictures: the objective, the pipeline, and the quickstart's loss curve.
+
+    make images        after make quickstart, whose run the loss curve is of
+
+The objective is drawn from a dialogue of the quickstart as the prompt room renders it, so that the picture cannot say
+anything else than the code does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+IMAGES = Path(__file__).resolve().parent
+ROOT = IMAGES.parent
+sys.path.insert(0, str(ROOT))
+
+INK, GREY, PALE, GREEN, GREEN_PALE = "#1f2933", "#8793a0", "#eef1f4", "#1b7f5c", "#d9f0e6"
+WIDTH = 100.0  # of the drawing, in units of a hundredth of its width
+
+
+def draw_objective() -> None:
+    """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
+    from kestrel.dataset import dialogue_of, load_split
+    from kestrel.model import load_tokenizer
+    from kestrel.prompt import IGNORED, Prompt
+    from kestrel.settings import Model
+
+    rows = load_split(ROOT / "runs" / "quickstart" / "dataset", "test", "run make quickstart first")
+    row = min(rows.select(range(min(50, len(rows)))), key=lambda row: len(row["input_ids"]))
+    tokenizer = load_tokenizer(Model(name=str(ROOT / "quickstart" / "base")))
+    rendered = Prompt(tokenizer, "plain", 1024).render(dialogue_of(row))
+    end = rendered.reply_spans[min(1, len(rendered.reply_spans) - 1)][1]
+    ids, labels = rendered.input_ids[:end], rendered.labels[:end]
+
+    figure, axes = plt.subplots(figsize=(10, 5.4))
+    x, y, height = 1.0, 0.0, 5.2
+    for token, label in zip(ids, labels, strict=True):
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False).replace("\n", "⏎")
+        width = 1.5 + 0.92 * max(1, len(text))
+        if x + width > WIDTH - 1:
+            x, y = 1.0, y - 8.2
+        supervised = label != IGNORED
+        box = FancyBboxPatch(
+            (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.7", linewidth=0.9,
+            facecolor=GREEN_PALE if supervised else PALE, edgecolor=GREEN if supervised else "#cfd6dd",
+        )  # fmt: skip
+        axes.add_patch(box)
+        axes.text(
+            x + width / 2, y + height / 2, text.replace(" ", "·", 1) if text.startswith(" ") else text,
+            ha="center", va="center", family="monospace", fontsize=7.5, color=GREEN if supervised else INK,
+        )  # fmt: skip
+        x += width + 0.6
+    supervised_count = sum(label != IGNORED for label in labels)
+    axes.text(
+        WIDTH / 2, y - 11,
+        r"$\mathcal{L}(\theta)\;=\;-\frac{1}{|S|}\;\sum_{t\,\in\,S}\;\log\,p_\theta(x_t\mid x_1,\ldots,x_{t-1})$",
+        ha="center", va="center", fontsize=19, color=INK,
+    )  # fmt: skip
+    axes.text(
+        WIDTH / 2, y - 18.5,
+        f"S, in green: the tokens of the persona owner's replies, each with its end token ({supervised_count} of these "
+        f"{len(ids)} tokens).\nEvery reply is predicted from all that stands before it, in one pass; |S| is counted over "
+        "the whole global batch.",
+        ha="center", va="center", fontsize=9, color=GREY, linespacing=1.6,
+    )  # fmt: skip
+    axes.set_xlim(0, WIDTH)
+    axes.set_ylim(y - 22, height + 2)
+    axes.axis("off")
+    figure.savefig(IMAGES / "objective.png", dpi=160, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def draw_pipeline() -> None:
+    """The scripts, what each leaves on disk, and what each proves before it does."""
+    stages = [
+        ("preprocess.py", "dialogues →\nsequences", "dataset/", "prompt is a token prefix,\nend of reply supervised,\nsplits share no persona"),
+        ("train.py", "LoRA over\nNF4 Falcon", "adapter/\nlogs/  samples.jsonl", "4-bit layers counted,\nadapter moves,\nsaved = loaded"),
+        ("generate.py", "adapter and\nbase answer", "generations/", "same prompt hash,\nsame base and adapter,\nsame likelihood as saved"),
+        ("evaluate.py", "BLEU, ROUGE-L,\nF1, perplexity", "evaluation/", "trivial systems beside,\n95% intervals,\npaired test"),
+    ]  # fmt: skip
+    figure, axes = plt.subplots(figsize=(10, 3.9))
+    for index, (script, does, leaves, proves) in enumerate(stages):
+        x = index * 25 + 1
+        axes.add_patch(
+            FancyBboxPatch(
+                (x, 20), 21, 13, boxstyle="round,pad=0,rounding_size=1.2", facecolor=GREEN_PALE, edgecolor=GREEN
+            )
+        )
+        axes.text(x + 10.5, 29.4, script, ha="center", va="center", family="monospace", fontsize=11, color=GREEN)
+        axes.text(x + 10.5, 24.3, does, ha="center", va="center", fontsize=9, color=INK, linespacing=1.3)
+        axes.text(x + 10.5, 15.4, leaves, ha="center", va="center", family="monospace", fontsize=8.5, color=INK)
+        axes.text(x + 10.5, 6, proves, ha="center", va="center", fontsize=8.5, color=GREY, linespacing=1.4)
+        if index:
+            axes.add_patch(
+                FancyArrowPatch((x - 3.7, 26.5), (x - 0.4, 26.5), arrowstyle="-|>", mutation_scale=13, color=GREY)
+            )
+    axes.text(1, 36.5, "one YAML file", fontsize=10, color=INK, family="monospace")
+    axes.plot([17, 97], [37.2, 37.2], color="#cfd6dd", linewidth=1)
+    for y, label in ((15.4, "leaves"), (6, "proves")):
+        axes.text(-1.2, y, label, fontsize=8, color=GREY, rotation=90, va="center", ha="center")
+    axes.set_xlim(-3, 100)
+    axes.set_ylim(0, 40)
+    axes.axis("off")
+    figure.savefig(IMAGES / "pipeline.png", dpi=160, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def main() -> int:
+    run = ROOT / "runs" / "quickstart"
+    if not (run / "evaluation" / "metrics.json").exists():
+        print("make_images.py: run make quickstart first", file=sys.stderr)
+        return 1
+    draw_objective()
+    draw_pipeline()
+    shutil.copyfile(run / "logs" / "loss.png", IMAGES / "loss.png")
+    versions = json.loads((run / "adapter" / "manifest.json").read_text(encoding="utf-8"))["versions"]
+    print(f"wrote objective.png, pipeline.png, loss.png in {IMAGES.name}/ (torch {versions['torch']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
