@@ -61,6 +61,10 @@ def test_every_value_arrives(tmp_path):
     assert file.missing == [] and not file.numbered
 
 
+def test_escaped_emoji_is_text(tmp_path):
+    assert read_generations(write(tmp_path / "x.jsonl", [row(response="🙂")])).replies[0].response == "🙂"
+
+
 def test_plain_history_ends_with_the_partner(tmp_path):
     file = read_generations(
         write(tmp_path / "x.jsonl", [row(history=["a", "b", "c"]), row(turn=3, history=["a", "b"])])
@@ -112,6 +116,7 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
         ([row(turn=-1)], 1, "turn is -1"),
         ([row(dialogue_id=1.5)], 1, "dialogue_id: expected text"),
         ([row(), "{"], 2, "not JSON"),
+        ([row(response="\ud83d")], 1, "half of a surrogate pair"),
         (["[" * 100_000], 1, "not JSON"),
         ([row(), "[1, 2]"], 2, "expected an object"),
     ],

@@ -81,7 +81,8 @@ def _told(tests: Sequence[Mapping[str, Any]]) -> str:
             sure = f"p = {test['p_value']:.3f}: not significant"
         else:
             sure = f"p = {test['p_value']:.3f}" + (": significantly worse" if test["difference"] < 0 else "")
-        parts.append(f"{NAMES[test['metric']]} ({test['difference']:+.2f}{against}, {sure})")
+        difference = f"{test['difference']:+.2f}".replace("-", "−")
+        parts.append(f"{NAMES[test['metric']]} ({difference}{against}, {sure})")
     return ", ".join(parts)
 
 

@@ -80,8 +80,7 @@ def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
         }
     ):
         metrics = evaluation.metrics
-        rival = "the best trivial system" if evaluation.of_kind("trivial") else ""
-        shown = ", ".join(filter(None, ["every scored file", rival]))
+        shown = "every scored file" + (" and the best trivial system" if evaluation.of_kind("trivial") else "")
         drawn = [_scores(evaluation)]
         for name, key, label, what in (
             ("by_reply", "by_reply", "number of the reply in its dialogue", "the number of the reply"),
@@ -102,6 +101,7 @@ def _render(name: str, caption: str, height: float, draw: Callable[[Any], None])
     draw(canvas)
     svg, png = io.StringIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    canvas.set_layout_engine("none")  # it is laid out
     canvas.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     return Figure(name, caption, _themed(svg.getvalue(), name), png.getvalue())
 

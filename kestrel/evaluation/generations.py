@@ -118,6 +118,11 @@ def read_generations(path: Path) -> Generations:
     for line, text in _lines(path):
         try:
             row = json.loads(text)
+            if "\\u" in text:  # JSON can spell half of a surrogate pair, which no file can hold
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            problems.append((line, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"))
+            continue
         except (ValueError, RecursionError) as error:
             problems.append((line, f"not JSON ({error})"))
             continue

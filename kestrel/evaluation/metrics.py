@@ -90,10 +90,8 @@ def tokens_13a(text: str) -> list[str]:
     return _bleu_words(text.lower()).split()
 
 
-def _bleu_counts(response: str, reference: str, lowercase: bool) -> list[int]:
+def _bleu_counts(response: str, reference: str) -> list[int]:
     """sacreBLEU's statistics of one reply: both lengths, clipped matches and totals of n-grams of order 1 to 4."""
-    if lowercase:
-        response, reference = response.lower(), reference.lower()
     known, ref_len = _reference_ngrams(_bleu_words(reference))
     ngrams, sys_len = _ngrams(_bleu_words(response))
     correct, total = [0] * _ORDER, [0] * _ORDER
@@ -174,12 +172,16 @@ def reply_statistics(replies: Sequence[Reply], normalization: str, stemmer: bool
     references = [normalize(reply.reference) for reply in replies]
     responses = [normalize(reply.response) for reply in replies]
     columns: dict[str, Any] = {"replies": np.ones(len(replies))}
-    for name, lowercase in (("bleu", False), ("bleu_lc", True)):
-        counts = np.array([_bleu_counts(*pair, lowercase) for pair in zip(responses, references, strict=True)])
-        for j, part in enumerate(_bleu_parts(name)):
-            columns[part] = counts[:, j]
+    pairs = list(zip(responses, references, strict=True))
+    cased = [_bleu_counts(*pair) for pair in pairs]
+    lowered = [
+        counts if pair == (lower := (pair[0].lower(), pair[1].lower())) else _bleu_counts(*lower)
+        for counts, pair in zip(cased, pairs, strict=True)
+    ]
+    for name, rows in (("bleu", cased), ("bleu_lc", lowered)):
+        columns |= dict(zip(_bleu_parts(name), np.array(rows, dtype=np.float64).T, strict=True))
     for name, stem in (("rouge_l", stemmer), ("rouge_l_other", not stemmer)):
-        columns[name] = [rouge_l(*pair, stem) for pair in zip(responses, references, strict=True)]
+        columns[name] = [rouge_l(*pair, stem) for pair in pairs]
     columns["f1"] = [f1_score(reply.response, reply.reference) for reply in replies]
     columns["empty"] = [not reply.response.strip() for reply in replies]
     columns["speaker_tag"] = [bool(_SPEAKER_TAG.search(reply.response)) for reply in replies]

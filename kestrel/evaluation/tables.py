@@ -40,6 +40,10 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
@@ -142,8 +146,8 @@ def paired_table(metrics: Mapping[str, Any]) -> Table:
         (
             f"{test['system']} − {test['against']}",
             METRIC_NAMES[test["metric"]],
-            f"{test['difference']:+.3f}",
-            f"[{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}]" if test["ci95"] else "–",
+            signed(test["difference"], 3),
+            f"[{signed(test['ci95'][0], 3)}, {signed(test['ci95'][1], 3)}]" if test["ci95"] else "–",
             number(test["p_value"], 4),
         )
         for test in metrics["paired"]

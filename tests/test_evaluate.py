@@ -1,0 +1,308 @@
+"""evaluate.py from files on disk to what it writes and prints, and the `evaluate` library beside it."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sacrebleu
+
+SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
+
+METRIC = """
+import datasets
+import evaluate
+
+
+class Shortness(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description="", citation="", features=datasets.Features({"predictions": text, "references": text})
+        )
+
+    def _compute(self, predictions, references):
+        shorter = [len(p) < len(r) for p, r in zip(predictions, references)]
+        return {"shorter": shorter, "any": any(shorter), "remark": "not a number"}
+"""
+
+
+def load_script():
+    """By path: its name is also that of a library."""
+    spec = importlib.util.spec_from_file_location("kestrel_evaluate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main = load_script().main
+
+
+def make_run(folder: Path, dialogues: int = 12) -> Path:
+    """A run with generations of an adapter that often says the reference and of a base that never does."""
+    generator = random.Random(5)
+    words = [*"iyaou", "like", "love", "dogs", "cats", "music", "very", "much", "and", "my", "two", "work", "play"]
+
+    def text() -> str:
+        return " ".join(generator.choices(words, k=generator.randint(4, 9))) + " ."
+
+    files = {name: [] for name in ("adapter", "base")}
+    for d in range(dialogues):
+        history: list[dict[str, str]] = []
+        for t in range(3):
+            history.append({"speaker": "partner", "text": text()})
+            reference = text()
+            for name, rows in files.items():
+                rows.append(
+                    {
+                        "dialogue_id": f"d{d}",
+                        "turn": 2 * t + 1,
+                        "persona": [text(), text()],
+                        "history": list(history),
+                        "reference": reference,
+                        "response": reference if name == "adapter" and generator.random() < 0.6 else text(),
+                        "stopped_by": "eos" if name == "adapter" else "length",
+                        "response_tokens": 8,
+                        "reference_nll": 9.0 if name == "adapter" else 20.0,
+                        "reference_tokens": 7,
+                    }
+                )
+            history.append({"speaker": "self", "text": reference})
+    for name, rows in files.items():
+        write_rows(folder / "run" / "generations" / f"test.{name}.jsonl", rows)
+    config = folder / "experiment.yaml"
+    config.write_text(f"run_dir: {folder / 'run'}\ndata:\n  source: x/y\nmodel:\n  name: x/y\n", encoding="utf-8")
+    return config
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_metrics(config: Path) -> dict:
+    return json.loads((config.parent / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, capfd_module):
+    config = make_run(tmp_path_factory.mktemp("scored"))
+    status = main(["--config", str(config), "--evaluation.resamples", "200"])
+    return config, status, capfd_module.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def capfd_module(request):
+    """capfd for a fixture that lives as long as the module."""
+    manager = request.config.pluginmanager.getplugin("capturemanager")
+    from _pytest.capture import CaptureFixture, FDCapture
+
+    with manager.global_and_fixture_disabled():
+        capture = CaptureFixture(FDCapture, request, _ispytest=True)
+        capture._start()
+        yield capture
+        capture.close()
+
+
+def test_schema_of_metrics_json(scored):
+    config, status, _ = scored
+    assert status == 0
+    metrics = read_metrics(config)
+    assert (metrics["split"], metrics["n_replies"], metrics["n_dialogues"]) == ("test", 36, 12)
+    assert {"signature", "systems", "paired", "verdicts", "notes", "inputs"} <= set(metrics)
+    assert list(metrics["systems"]) == [
+        "adapter", "base", "copy_partner", "random_persona", "random_reply", "constant_reply", "constant_words", "gold",
+    ]  # fmt: skip
+    for name, entry in metrics["systems"].items():
+        for metric in ("bleu", "bleu_lc", "rouge_l", "f1"):
+            score, (low, high) = entry[metric]["score"], entry[metric]["ci95"]
+            assert 0 <= low - 1e-9 <= score + 1e-6 and score - 1e-6 <= high <= 100 + 1e-6, (name, metric)
+            assert entry[metric]["signature"]
+        assert {"distinct_1", "distinct_2", "length_ratio"} <= set(entry)
+    adapter = metrics["systems"]["adapter"]
+    assert set(adapter["perplexity"]) == {"token", "word", "bits_per_byte", "ci95"}
+    assert (adapter["stopped_by_eos"], metrics["systems"]["base"]["stopped_by_eos"]) == (1.0, 0.0)
+    assert "perplexity" not in metrics["systems"]["gold"] and "hits_at_1" not in adapter
+    assert all(metrics["systems"]["gold"][m]["score"] == pytest.approx(100) for m in ("bleu", "rouge_l", "f1"))
+    pairs = {(test["system"], test["against"]) for test in metrics["paired"]}
+    assert ("adapter", "base") in pairs and any(name.startswith(("c", "r")) for _, name in pairs)
+    assert all(
+        set(test) == {"system", "against", "metric", "difference", "ci95", "p_value"} for test in metrics["paired"]
+    )
+
+
+def test_what_is_written_reproduces_the_scores(scored):
+    config, _, _ = scored
+    folder = config.parent / "run" / "evaluation"
+    metrics = read_metrics(config)
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in (folder / "responses").iterdir()}
+    assert set(lines) == {*metrics["systems"], "reference"} - {"gold"}
+    for name, entry in metrics["systems"].items():
+        if name != "gold":
+            bleu = sacrebleu.corpus_bleu(lines[name], [lines["reference"]], force=True)
+            assert entry["bleu"]["score"] == bleu.score
+            assert entry["bleu"]["precisions"] == bleu.precisions
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md", "scores.png", "lengths.png"}
+
+
+def test_printed_table_fits_and_names_everything(scored):
+    config, _, printed = scored
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if str(config.parent) not in line) <= 100
+    for name in ("adapter", "base", "copy_partner", "constant_words", "gold"):
+        assert any(line.startswith(name + " ") for line in lines)
+    assert "adapter beats base in BLEU" in printed
+    assert "tok:13a" in json.dumps(read_metrics(config)) and "resamples:200" in printed
+
+
+def test_same_seed_same_numbers(scored, tmp_path, capsys):
+    config, _, _ = scored
+    first = (config.parent / "run" / "evaluation" / "metrics.json").read_bytes()
+    assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
+    assert (config.parent / "run" / "evaluation" / "metrics.json").read_bytes() == first
+
+
+def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
+    config = make_run(tmp_path)
+    base = tmp_path / "run" / "generations" / "test.base.jsonl"
+    (tmp_path / "run" / "generations" / "test.adapter.jsonl").write_bytes(base.read_bytes())
+    assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adapter does NOT beat base in BLEU (+0.00, p = 1.000: not significant)" in printed
+    assert "adapter does NOT beat the best trivial system in" in printed
+
+
+def test_a_file_from_elsewhere(tmp_path, capsys):
+    config = make_run(tmp_path)
+    theirs = write_rows(
+        tmp_path / "theirs.jsonl",
+        [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)],
+    )
+    assert main(["--config", str(config), "--evaluation.generations", str(theirs)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    metrics = read_metrics(config)
+    assert (metrics["split"], metrics["n_dialogues"]) == (None, 40)
+    assert set(metrics["systems"]) == {"theirs", "random_reply", "constant_reply", "constant_words", "gold"}
+    assert "each row counts as a dialogue of its own" in printed and "perplexity" in printed
+    assert "copy_partner is left out" in printed and "random_persona is left out" in printed
+    assert metrics["by_reply"] == [] and metrics["by_length"]
+
+
+def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, capsys):
+    from datasets import Dataset
+
+    config = make_run(tmp_path)
+    reply = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "i like my dogs"}]
+    for split, ids in (("train", ["t0", "t1"]), ("test", [f"d{i}" for i in range(12)])):
+        rows = [{"dialogue_id": name, "turns": reply} for name in ids]
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / "run" / "dataset" / split))
+    options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
+    assert main(options) == 0
+    assert "'i like my dogs'" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
+    Dataset.from_list([{"dialogue_id": "z", "turns": reply}]).save_to_disk(str(tmp_path / "run" / "dataset" / "test"))
+    capsys.readouterr()
+    assert main(options) == 0  # a dataset of other dialogues is no place to look
+    assert "is of other dialogues" in " ".join(capsys.readouterr().out.split())
+    assert "other half" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
+
+
+def test_seeds_are_summarized(tmp_path, capsys):
+    configs = [make_run(tmp_path / name) for name in ("one", "two")]
+    files = [c.parent / "run" / "generations" / "test.adapter.jsonl" for c in configs]
+    rows = [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
+    for row in rows[::3]:
+        row["response"] = "i do not"
+    write_rows(files[1], rows)
+    files[1].rename(files[1].with_name("test.adapter-seed2.jsonl"))
+    files[1] = files[1].with_name("test.adapter-seed2.jsonl")
+    options = ["--config", str(configs[0]), "--evaluation.generations", *map(str, files)]
+    assert main([*options, "--evaluation.resamples", "100"]) == 0
+    metrics = read_metrics(configs[0])
+    (group,) = metrics["groups"].values()
+    scores = [metrics["systems"][name]["bleu"]["score"] for name in group["members"]]
+    assert len(scores) == 2 and group["bleu"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert group["bleu"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert "±" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--evaluation.generations", "none.jsonl"], 1, "none.jsonl does not exist"),
+        (["--generation.split", "validation"], 1, "holds no generations of split validation; run generate.py first"),
+        (["--evaluation.normalization", "upper"], 2, "evaluation.normalization"),
+        (["--evaluation.extra_metrics", "no_such_folder/metric"], 1, "cannot load 'no_such_folder/metric'"),
+    ],
+)
+def test_failures_are_told_and_leave_nothing(tmp_path, capsys, monkeypatch, options, status, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_run(tmp_path)
+    assert main(["--config", str(config), *options]) == status
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
+@pytest.fixture
+def local_metric(tmp_path):
+    folder = tmp_path / "metrics" / "shortness"
+    folder.mkdir(parents=True)
+    (folder / "shortness.py").write_text(METRIC, encoding="utf-8")
+    return folder
+
+
+def check_shortness(config: Path) -> None:
+    systems = read_metrics(config)["systems"]
+    assert systems["gold"]["extra"] == {"shortness": {"shorter": 0.0, "any": 0.0}}
+    assert systems["base"]["extra"]["shortness"]["any"] == 1.0
+    assert 0 < systems["base"]["extra"]["shortness"]["shorter"] < 1
+
+
+@pytest.mark.parametrize("started_in", ["the repository", "elsewhere"])
+def test_metrics_of_the_library_from_the_command_line(tmp_path, local_metric, started_in):
+    config = make_run(tmp_path)
+    # The library takes transformers along where it is installed, for seconds, and does without it where it is not.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "transformers.py").write_text("raise ImportError('not here')", encoding="utf-8")
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(tmp_path / "without"),
+    }
+    command = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *command, "--evaluation.extra_metrics", str(local_metric)],
+        cwd=SCRIPT.parent if started_in == "the repository" else tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"shortness: shorter", done.stdout)
+    check_shortness(config)
+
+
+def test_metrics_of_the_library_under_pytest(tmp_path, local_metric, monkeypatch):
+    """Here `import evaluate` may be the script already; the helper must find the library all the same."""
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    before = sys.modules.pop("evaluate", None)
+    try:
+        assert "run_script" in vars(importlib.import_module("evaluate"))  # ours, by sys.path
+        config = make_run(tmp_path)
+        options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
+        assert main([*options, "--evaluation.extra_metrics", str(local_metric)]) == 0
+        check_shortness(config)
+        assert hasattr(sys.modules["evaluate"], "EvaluationModule")
+    finally:
+        if before is not None:
+            sys.modules["evaluate"] = before
