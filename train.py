@@ -21,14 +21,14 @@ from kestrel.settings import Settings
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel import training
+    from kestrel import callbacks, checkpoints, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of
     from kestrel.batching import steps_of_run
     from kestrel.dataset import lengths_of, load_split, open_dataset
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
-    from kestrel.model import add_lora, base_identity, device, load_base, load_config, load_tokenizer
+    from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config, load_tokenizer
     from kestrel.plots import plot_loss
     from kestrel.prompt import Prompt
     from kestrel.samples import sampler
@@ -75,7 +75,12 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     }
     resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py --config {options.config}")
 
+    patience = settings.training.early_stopping
+    if resume and patience and callbacks.evaluations_without_progress(checkpoints.history(resume)) >= patience:
+        steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
+
     base, audit = load_base(settings)
+    check_context(base, int(max(lengths.max(), lengths_of(validation_rows).max())))
     print(f"base: {audit.line()}")
     model = add_lora(base, settings.lora, settings.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -88,7 +93,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype
     )
 
-    stop = training.StopOnSignal()
+    stop = callbacks.StopOnSignal()
     trainer = training.DialogueTrainer(
         settings,
         steps,
@@ -99,10 +104,10 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         eval_dataset=validation_rows,
         processing_class=prompt.tokenizer,
         callbacks=[
-            training.Guard(lambda: trainer),
-            training.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
-            training.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),
-            *training.callbacks_for(settings),
+            callbacks.Guard(lambda: trainer),
+            callbacks.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
+            callbacks.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),
+            *([callbacks.EarlyStopping(patience)] if patience else []),
             stop,
         ],
     )
@@ -149,8 +154,9 @@ def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], c
     for line in damaged:
         print(f"warning: {line}", file=sys.stderr)
     if choice != "auto":
-        if not Path(choice).is_dir():
-            raise KestrelError(f"training.resume: there is no checkpoint {choice}")
+        if Path(choice).resolve().parent != folder.resolve() or not Path(choice).is_dir():
+            there = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
+            raise KestrelError(f"training.resume: {choice} is no checkpoint of this run; in {folder} there are {there}")
         found = checkpoints.sound(Path(choice), meaning, anew)
     if found is not None:
         print(f"going on from {found}")

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.artifacts import folder_atomically, read_json, read_manifest, require_equal, write_json, write_manifest
+from kestrel.checkpoints import saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.likelihood import Scored, span_nll
-from kestrel.model import base_identity, load_adapter, load_config
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 PROMPT = "prompt.json"
@@ -60,7 +59,7 @@ def save_and_prove(
         nll = canary_nll(model, identity)
     if torch.equal(trained, base):
         raise ProofError("the trained adapter changes no logit: it is the base; look at training.learning_rate")
-    with folder_atomically(folder) as target:
+    with folder_atomically(folder) as target, saying_disk_full(target):
         model.save_pretrained(str(target), save_embedding_layers=False)
         (target / "README.md").unlink(missing_ok=True)  # peft's empty card would be mistaken for ours
         prompt.tokenizer.save_pretrained(str(target))
@@ -107,20 +106,20 @@ def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: to
         raise ProofError(f"the saved adapter gives other logits than the trained one ({difference:.2%} apart)")
 
 
-def open_adapter(
-    base: PreTrainedModel, folder: Path, prompt: Prompt, settings: Settings, command: str
-) -> tuple[PeftModel, dict[str, Any]]:
-    """Loads an adapter after checking that base, quantization and prompt are the ones it was trained with.
+def read_adapter(
+    folder: Path, identity: dict[str, Any], quantization: dict[str, Any], base: dict[str, Any], command: str
+) -> dict[str, Any]:
+    """Checks, before anything large is loaded, that an adapter is whole and was trained on this base with this prompt.
 
     Args:
-        base: loaded by `load_base`.
         folder: the adapter's.
-        prompt: as this run renders.
-        settings: of this run.
+        identity: of the prompt as this run renders.
+        quantization: settings of this run.
+        base: this run's `model.base_identity`.
         command: the command that trains an adapter, for messages.
 
     Returns:
-        The model with its adapter, and the adapter's manifest.
+        The adapter's manifest.
 
     Raises:
         KestrelError: missing, damaged, or of another base or prompt; naming what differs.
@@ -129,17 +128,14 @@ def open_adapter(
         raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
     remedy = f"train it anew with: {command}"
     manifest = read_manifest(folder, "adapter", remedy)
-    what = f"the adapter in {folder}"
-    recorded = read_json(folder / PROMPT, remedy)
-    require_equal(what, {"prompt": recorded}, {"prompt": prompt.identity()}, remedy)
-    now = {
-        "quantization": settings.quantization.model_dump(),
-        "base": base_identity(settings.model, load_config(settings.model)),
+    recorded = {
+        "prompt": read_json(folder / PROMPT, remedy),
+        "quantization": manifest["settings"]["quantization"],
+        "base": manifest["made_from"]["base"],
     }
-    require_equal(
-        what, {"quantization": manifest["settings"]["quantization"], "base": manifest["made_from"]["base"]}, now, remedy
-    )
-    return load_adapter(base, folder), manifest
+    now = {"prompt": identity, "quantization": quantization, "base": base}
+    require_equal(f"the adapter in {folder}", recorded, now, remedy)
+    return manifest
 
 
 def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str, Any], compute_dtype: str) -> None:

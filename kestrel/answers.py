@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kestrel.artifacts import write_atomically
 from kestrel.dataset import dialogue_of
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import in_batches
 from kestrel.likelihood import Scored, span_nll
-from kestrel.prompt import Prompt
+from kestrel.prompt import Prompt, Unrenderable
 from kestrel.settings import Generation
 
 if TYPE_CHECKING:
@@ -27,13 +28,23 @@ SHARD = 32  # dialogues that are answered together and then written; what an int
 
 @dataclass(frozen=True)
 class Question:
-    """One reply to be made: the prompt's tokens, the reference's, and what the row says besides."""
+    """One reply to be made.
+
+    Attributes:
+        dialogue: that the reply stands in.
+        turn: the reply's index in the dialogue's turns.
+        context: the prompt's tokens.
+        reference: the reference's tokens, end included.
+        candidates: other replies that the source offers here.
+        span: where the reference stands in the dialogue's training sequence; None where truncation cut it off.
+    """
 
     dialogue: Dialogue
     turn: int
     context: list[int]
     reference: list[int]
     candidates: tuple[str, ...]
+    span: tuple[int, int] | None
 
     def as_row(self) -> dict[str, Any]:
         return {
@@ -45,15 +56,16 @@ class Question:
         }
 
 
-def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt) -> list[Question]:
-    """Every reply of the given dataset rows, in order.
+def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt) -> list[list[Question]]:
+    """The replies of each of the given dataset rows, in order.
 
-    A prompt is the training sequence up to the reply. Replies that truncation cut from the sequence are rendered anew.
+    A prompt is the training sequence up to the reply. Replies that truncation cut from the sequence are rendered anew;
+    those whose exchange alone is longer than prompt.max_length are left out.
 
     Raises:
         ProofError: the prompt renders a dialogue otherwise than the dataset holds it.
     """
-    questions = []
+    questions: list[list[Question]] = []
     for row, again in zip(rows, prompt.render_all([dialogue_of(row) for row in rows]), strict=True):
         dialogue = dialogue_of(row)
         if isinstance(again, Exception) or again.input_ids != row["input_ids"]:
@@ -63,24 +75,38 @@ def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt) -> list[Questio
             )
         replies = list(dialogue.replies())
         cut = len(replies) - len(row["reply_spans"])
-        for number, (turn, text) in enumerate(replies):
-            if number < cut:
-                context, reference = prompt.context(dialogue, turn), prompt.reply_ids(text)
+        spans = [*[None] * cut, *((start, end) for start, end in row["reply_spans"])]
+        questions.append([])
+        for number, ((turn, text), span) in enumerate(zip(replies, spans, strict=True)):
+            if span is None:
+                try:
+                    context, reference = prompt.context(dialogue, turn), prompt.reply_ids(text)
+                except Unrenderable:
+                    continue
             else:
-                start, end = row["reply_spans"][number - cut]
-                context, reference = row["input_ids"][:start], row["input_ids"][start:end]
+                context, reference = row["input_ids"][: span[0]], row["input_ids"][span[0] : span[1]]
             candidates = dialogue.candidates[number] if dialogue.candidates else ()
-            questions.append(Question(dialogue, turn, context, reference, candidates))
+            questions[-1].append(Question(dialogue, turn, context, reference, candidates, span))
     return questions
 
 
 def answer(
-    model: torch.nn.Module, prompt: Prompt, rows: Sequence[dict[str, Any]], settings: Generation
+    model: torch.nn.Module, prompt: Prompt, rows: Sequence[dict[str, Any]], settings: Generation, seed: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Answers every reply of the given dataset rows. Returns generation rows in the dataset's order."""
-    questions = questions_of(rows, prompt)
+    """Answers every reply of the given dataset rows.
+
+    Args:
+        model: prepared by `loss.install`.
+        seed: of sampling.
+
+    Returns:
+        Generation rows in the dataset's order.
+    """
+    by_row = questions_of(rows, prompt)
+    questions = [question for row in by_row for question in row]
     answers = [question.as_row() for question in questions]
-    for positions, responses in in_batches(model, prompt, [question.context for question in questions], settings):
+    contexts = [question.context for question in questions]
+    for positions, responses in in_batches(model, prompt, contexts, settings, seed):
         for position, response in zip(positions, responses, strict=True):
             answers[position] |= {
                 "response": response.text,
@@ -88,37 +114,26 @@ def answer(
                 "response_tokens": response.tokens,
             }
     if settings.references:
-        _score_references(model, rows, questions, answers, settings.tokens_per_step)
+        scores = _reference_scores(model, rows, by_row, settings.tokens_per_step)
+        for row, (nll, tokens) in zip(answers, scores, strict=True):
+            row |= {"reference_nll": nll, "reference_tokens": tokens}
     if settings.candidates:
         _score_candidates(model, prompt, questions, answers, settings.tokens_per_step)
     return answers
 
 
-def _score_references(
-    model: torch.nn.Module,
-    rows: Sequence[dict[str, Any]],
-    questions: list[Question],
-    answers: list[dict[str, Any]],
-    tokens_per_step: int,
-) -> None:
-    """Adds reference_nll and reference_tokens. References that share a training sequence cost one pass together."""
-    sequences, targets = [], []
-    first = 0
-    for row in rows:
-        replies = sum(turn["speaker"] == "self" for turn in row["turns"])
-        own = list(range(first, first + replies))
-        cut = replies - len(row["reply_spans"])
-        for index in own[:cut]:
-            question = questions[index]
-            whole = [*question.context, *question.reference]
-            sequences.append(Scored(whole, [(len(question.context), len(whole))]))
-            targets.append([index])
+def _reference_scores(
+    model: torch.nn.Module, rows: Sequence[dict[str, Any]], by_row: list[list[Question]], tokens_per_step: int
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each reference, in order. Those that share a training sequence cost one pass together."""
+    sequences = []
+    for row, questions in zip(rows, by_row, strict=True):
+        for question in questions:
+            if question.span is None:
+                whole = [*question.context, *question.reference]
+                sequences.append(Scored(whole, [(len(question.context), len(whole))]))
         sequences.append(Scored(row["input_ids"], [(start, end) for start, end in row["reply_spans"]]))
-        targets.append(own[cut:])
-        first += replies
-    for indices, scores in zip(targets, span_nll(model, sequences, tokens_per_step), strict=True):
-        for index, (nll, tokens) in zip(indices, scores, strict=True):
-            answers[index] |= {"reference_nll": nll, "reference_tokens": tokens}
+    return [score for scores in span_nll(model, sequences, tokens_per_step) for score in scores]
 
 
 def _score_candidates(
@@ -141,7 +156,13 @@ def _score_candidates(
 
 
 def write_answers(
-    model: torch.nn.Module, prompt: Prompt, dataset: Dataset, settings: Generation, path: Path, identity: str
+    model: torch.nn.Module,
+    prompt: Prompt,
+    dataset: Dataset,
+    settings: Generation,
+    seed: int,
+    path: Path,
+    identity: str,
 ) -> Iterator[int]:
     """Answers a split into a JSONL file, which appears when it is complete.
 
@@ -150,6 +171,7 @@ def write_answers(
 
     Args:
         dataset: rows of the split, in the order of the file.
+        seed: of sampling.
         path: SPLIT.SYSTEM.jsonl.
         identity: hash of all that decides the answers.
 
@@ -162,19 +184,17 @@ def write_answers(
     yield done
     while done < len(dataset):
         rows = [dataset[i] for i in range(done, min(done + SHARD, len(dataset)))]
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answer(model, prompt, rows, settings)]
+        answers = answer(model, prompt, rows, settings, [seed, done])
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answers]
         done += len(rows)
         with open(partial, "a", encoding="utf-8") as file:
             file.write("\n".join([*lines, json.dumps({"dialogues_done": done})]) + "\n")
             file.flush()
             os.fsync(file.fileno())
         yield done
-    with open(partial, encoding="utf-8") as file, open(f"{partial}.whole", "w", encoding="utf-8") as whole:
+    with open(partial, encoding="utf-8") as file, write_atomically(path) as whole:
         next(file)
         whole.writelines(line for line in file if not line.startswith('{"dialogues_done"'))
-        whole.flush()
-        os.fsync(whole.fileno())
-    os.replace(f"{partial}.whole", path)
     partial.unlink()
 
 

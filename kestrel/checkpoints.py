@@ -7,14 +7,19 @@ holds the hash of each file and what the run was.
 
 from __future__ import annotations
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import MANIFEST, read_manifest, require_equal, write_manifest
+from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
 from kestrel.errors import KestrelError
 
 _KIND = "checkpoint"
+_STATE = "trainer_state.json"
+_FULL = 2**20  # bytes; where less is free, that is why writing failed
 
 
 def seal(checkpoint: Path, meaning: dict[str, Any]) -> None:
@@ -32,6 +37,11 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def history(checkpoint: Path) -> list[dict[str, Any]]:
+    """What the Trainer had logged by then: a dict for each logged step and each evaluation."""
+    return list(read_json(checkpoint / _STATE, "passed over")["log_history"])
+
+
 def sound(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
     """The checkpoint, if it is whole and belongs to this run.
 
@@ -43,9 +53,27 @@ def sound(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
     Raises:
         KestrelError: incomplete, damaged, or of another run; naming each field that differs.
     """
-    manifest = read_manifest(checkpoint, _KIND, "passed over")
+    manifest = _whole(checkpoint)
     require_equal(f"the checkpoint {checkpoint}", manifest["settings"], meaning, f"begin anew with: {anew}")
     return checkpoint
+
+
+def _whole(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that can be gone on from: the best one, which may win in the end, is whole too."""
+    manifest = read_sealed(checkpoint, "passed over")
+    best = read_json(checkpoint / _STATE, "passed over")["best_global_step"]
+    if best and best != step_of(checkpoint):
+        read_sealed(checkpoint.with_name(f"checkpoint-{best}"), f"{checkpoint} needs it and is passed over")
+    return manifest
+
+
+def read_sealed(checkpoint: Path, remedy: str) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as they were when it was sealed.
+
+    Raises:
+        KestrelError: never sealed, or damaged since; ending in `remedy`.
+    """
+    return read_manifest(checkpoint, _KIND, remedy)
 
 
 def newest_sound(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path | None, list[str]]:
@@ -66,7 +94,7 @@ def newest_sound(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path
             damaged.append(f"{checkpoint} was never completed; passed over")
             continue
         try:
-            read_manifest(checkpoint, _KIND, "passed over")
+            _whole(checkpoint)
         except KestrelError as error:
             damaged.append(str(error))
             continue
@@ -79,3 +107,19 @@ def remove_newer(folder: Path, step: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.name.rpartition("-")[2].isdecimal() and step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def saying_disk_full(folder: Path) -> Iterator[None]:
+    """Turns what torch and safetensors raise on a full disk into the OSError that it is.
+
+    Args:
+        folder: that is written to; it exists.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
+        if isinstance(error, KestrelError) or not full:
+            raise
+        raise OSError(errno.ENOSPC, "no space left on device", str(folder)) from error

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from kestrel.batching import batches_within
-from kestrel.errors import KestrelError
+from kestrel.loss import causal_lm_of
+from kestrel.model import check_context
 from kestrel.prompt import Prompt
 from kestrel.settings import Generation
 
@@ -36,7 +37,7 @@ class Response:
 
 
 def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
-    """The library's configuration, built from the settings alone: a model's own defaults would change the result."""
+    """The library's configuration, built from the settings alone."""
     from transformers import GenerationConfig
 
     chosen: dict[str, Any] = {
@@ -57,8 +58,6 @@ def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
         }
     if settings.num_beams > 1:
         chosen["length_penalty"] = 1.0 if settings.length_penalty is None else settings.length_penalty
-    if settings.stop_strings:
-        chosen["stop_strings"] = list(settings.stop_strings)
     return GenerationConfig(**chosen)
 
 
@@ -83,27 +82,46 @@ def respond(
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
+    from transformers import StoppingCriteriaList
+
     model.eval()
     longest = max(len(ids) for ids in contexts)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and longest + settings.max_new_tokens > limit:
-        raise KestrelError(
-            f"a prompt of {longest} tokens and generation.max_new_tokens {settings.max_new_tokens} exceed the model's "
-            f"context of {limit}; lower prompt.max_length or generation.max_new_tokens"
-        )
+    check_context(model, longest, settings.max_new_tokens)
     device = next(model.parameters()).device
     ids = torch.full((len(contexts), longest), prompt.end_id)
     mask = torch.zeros((len(contexts), longest), dtype=torch.long)
     for index, context in enumerate(contexts):
         ids[index, longest - len(context) :] = torch.as_tensor(context)
         mask[index, longest - len(context) :] = 1
-    generated = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=generation_config(settings, prompt),
-        tokenizer=prompt.tokenizer,
-    )
+
+    def stopped(sequences: torch.Tensor, scores: Any, **extra: Any) -> torch.Tensor:
+        """Which rows (of a batch, or of its beams) have just spelled a stop string; bool (rows,)."""
+        # A stop string of n bytes ends in the last token and spans at most n; what came before was looked at already.
+        tail = max(len(stop.encode()) for stop in settings.stop_strings) + 1
+        rows = sequences[:, max(longest, sequences.shape[1] - tail) :].tolist()
+        texts = [_text_of(row, prompt) for row in rows]
+        hits = [any(stop in text for stop in settings.stop_strings) for text in texts]
+        return torch.tensor(hits, device=sequences.device)
+
+    config = generation_config(settings, prompt)
+    causal_lm: Any = causal_lm_of(model)
+    # What a configuration leaves open, `generate` fills in from the model's own (a repetition penalty, suppressed
+    # tokens), which would change the result in silence. So for this call the model's own is ours.
+    own, causal_lm.generation_config = causal_lm.generation_config, config
+    try:
+        generated = causal_lm.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([stopped] if settings.stop_strings else []),
+        )
+    finally:
+        causal_lm.generation_config = own
     return [_cut(row[longest:].tolist(), prompt, settings.stop_strings) for row in generated]
+
+
+def _text_of(ids: Sequence[int], prompt: Prompt) -> str:
+    return str(prompt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _cut(ids: list[int], prompt: Prompt, stop_strings: Sequence[str]) -> Response:
@@ -120,15 +138,11 @@ def _cut(ids: list[int], prompt: Prompt, stop_strings: Sequence[str]) -> Respons
 
 def _first_stop(ids: list[int], prompt: Prompt, stop_strings: Sequence[str]) -> tuple[str, int] | None:
     """Text before the first stop string, and the number of tokens that first spell it whole."""
-
-    def text_of(tokens: list[int]) -> str:
-        return str(prompt.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    whole = text_of(ids)
+    whole = _text_of(ids, prompt)
     if not any(stop in whole for stop in stop_strings):
         return None
     for count in range(1, len(ids) + 1):
-        text = text_of(ids[:count])
+        text = _text_of(ids[:count], prompt)
         places = [text.find(stop) for stop in stop_strings if stop in text]
         if places:
             return text[: min(places)].strip(), count
@@ -136,21 +150,17 @@ def _first_stop(ids: list[int], prompt: Prompt, stop_strings: Sequence[str]) -> 
 
 
 def in_batches(
-    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Generation, skip: int = 0
+    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Generation, seed: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, list[Response]]]:
     """Answers all contexts, batch after batch.
 
     Args:
-        skip: batches that an interrupted run has done; the ones after them are made up as they would have been.
+        seed: of sampling; each batch draws from a stream of its own, so that an interrupted run repeats what it drew.
 
     Yields:
         Positions of the contexts and their responses.
     """
     for number, positions in enumerate(batches_of(contexts, settings)):
-        if number >= skip:
-            if settings.do_sample:
-                torch.manual_seed(_SAMPLING_SEED + number)  # the same answers whether or not the run was interrupted
-            yield positions, respond(model, prompt, [contexts[i] for i in positions], settings)
-
-
-_SAMPLING_SEED = 1_000_003
+        if settings.do_sample:
+            torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0] >> 1))
+        yield positions, respond(model, prompt, [contexts[i] for i in positions], settings)

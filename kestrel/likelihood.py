@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kestrel.batching import batches_within
+from kestrel.errors import ProofError
 from kestrel.loss import collate, token_nll
 from kestrel.prompt import IGNORED
 
@@ -36,6 +37,9 @@ def span_nll(
 
     Returns:
         For each sequence, in order, (sum in nats, tokens) of each span.
+
+    Raises:
+        ProofError: a likelihood is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -51,6 +55,11 @@ def span_nll(
             rows.append({"input_ids": sequence.input_ids, "labels": labels})
         batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id=0).items()}
         values = token_nll(model, batch).double().cpu()
+        if not torch.isfinite(values).all():
+            raise ProofError(
+                "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
+                "quantization.compute_dtype, where bfloat16 or float32 has more room than float16"
+            )
         first = 0
         for position in positions:
             for start, end in sequences[position].spans:

@@ -9,6 +9,7 @@ so that the logits, 65,024 float32 numbers a position for Falcon, never exist al
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,8 @@ def install(model: nn.Module) -> None:
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
 
+    # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
+    @functools.wraps(own_forward)
     def forward(*args: Any, nll_only: bool = False, **kwargs: Any) -> Any:
         if not nll_only:
             return own_forward(*args, **kwargs)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.artifacts import sha256_of
+from kestrel.attention import use_fused_kernels
 from kestrel.errors import KestrelError
-from kestrel.quantization import Audit, audit, keep_weights_packed_for_training, quantizable_layers
+from kestrel.quantization import Audit, audit, forbid_repacking, quantizable_layers
 from kestrel.settings import Lora, Model, Settings
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
     wanted, chosen = settings.quantization, settings.model
     dtype = getattr(torch, wanted.compute_dtype)
     config = load_config(chosen)
+    use_fused_kernels(config.model_type)
     quantization = (
         BitsAndBytesConfig(
             load_in_4bit=True,
@@ -115,7 +117,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
             use_safetensors=True,
         )
     report = audit(model, skeleton_of(config, chosen.trust_remote_code), wanted)
-    keep_weights_packed_for_training(model)
+    forbid_repacking(model)
     model.requires_grad_(False)
     model.eval()
     return model, report
@@ -161,6 +163,27 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
+
+
+def check_context(model: torch.nn.Module, longest: int, max_new_tokens: int = 0) -> None:
+    """Refuses sequences that are longer than the positions which the model was trained on.
+
+    Args:
+        longest: tokens of the longest dialogue, or of the longest prompt where something is to follow it.
+        max_new_tokens: what is to follow.
+
+    Raises:
+        KestrelError: they do not fit.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and longest + max_new_tokens > limit:
+        what = f"a prompt of {longest} tokens and generation.max_new_tokens {max_new_tokens} exceed"
+        if not max_new_tokens:
+            what = f"a dialogue of {longest} tokens exceeds"
+        advice = "lower prompt.max_length and run preprocess.py again"
+        raise KestrelError(
+            f"{what} the model's context of {limit}; {advice}{', or lower the latter' if max_new_tokens else ''}"
+        )
 
 
 def base_identity(settings: Model, config: PretrainedConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def quantizable_layers() -> Iterator[None]:
         modeling_falcon.FalconLinear = original
 
 
-def keep_weights_packed_for_training(model: nn.Module) -> None:
+def forbid_repacking(model: nn.Module) -> None:
     """Stops bitsandbytes (0.50) from repacking weights in place at the first evaluation on CPUs with AVX512-BF16.
 
     After it, training goes on with zero or wrong gradients and says nothing; `train()` does not undo it.
@@ -150,6 +150,12 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
             )
     elif found:
         problems.append(f"{len(found)} layers are in 4 bit, asked for were {wanted.bits} bits")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, torch.Tensor) and name not in found:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            if dtype != wanted.compute_dtype:
+                problems.append(f"{name or 'the model'} is held in {dtype}, asked for was {wanted.compute_dtype}")
     footprint = footprint_bytes(model)
     arithmetic = expected_footprint_bytes(skeleton, wanted)
     if abs(footprint - arithmetic) > _FOOTPRINT_TOLERANCE * arithmetic:

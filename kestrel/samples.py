@@ -9,6 +9,7 @@ import torch
 
 from kestrel.dataset import dialogue_of
 from kestrel.generation import respond
+from kestrel.model import check_context
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings
 
@@ -22,6 +23,9 @@ def sampler(
     """Returns a function that answers the first contexts of validation, greedily, one from each dialogue.
 
     Each call returns a row a context: dialogue_id, turn, persona, history, reference, response, stopped_by.
+
+    Raises:
+        KestrelError: a context and its answer are longer than the model's context.
     """
     contexts, known = [], []
     for row in rows.select(range(min(settings.training.samples, len(rows)))):
@@ -38,6 +42,7 @@ def sampler(
                 "reference": reference,
             }
         )
+    check_context(model, max(map(len, contexts), default=0), settings.generation.max_new_tokens)
     greedy = settings.generation.model_copy(
         update={"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kestrel.batching import batches_within
-from kestrel.checkpoints import seal
+from kestrel.checkpoints import read_sealed, saying_disk_full, seal
 from kestrel.dataset import lengths_of
-from kestrel.errors import Interrupted, KestrelError, ProofError
+from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, token_nll
 from kestrel.settings import Settings
 
 _COLUMNS = ["input_ids", "labels"]
+_DIVERGED = 500.0  # nats a token; guessing among 65,024 words costs 11
 
 
 class DialogueTrainer(Trainer):
@@ -122,9 +122,10 @@ class DialogueTrainer(Trainer):
             torch.distributed.all_reduce(both)
             nll, tokens = both[0].cpu(), int(both[1])
         loss = nll.item() / tokens
-        if not math.isfinite(loss):
+        if not loss < _DIVERGED:
             raise ProofError(
-                f"the validation loss at step {self.state.global_step} is {loss}; lower training.learning_rate"
+                f"the validation loss at step {self.state.global_step} is {loss}: training has diverged; lower "
+                "training.learning_rate. The checkpoints before this step are kept"
             )
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(metrics)
@@ -138,150 +139,35 @@ class DialogueTrainer(Trainer):
         bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
         if bad:
             raise ProofError(
-                f"step {self.state.global_step}: {bad[0]} is not finite; the checkpoints before it are kept"
+                f"step {self.state.global_step}: {bad[0]} is not finite; lower training.learning_rate. The checkpoints "
+                "before this step are kept"
             )
-        super()._save_checkpoint(model, trial)
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
-        if self.is_world_process_zero():
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self._meaning)
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with saying_disk_full(Path(self.args.output_dir)):
+                super()._save_checkpoint(model, trial)
+                if self.args.world_size > 1:
+                    torch.distributed.barrier()
+                if self.is_world_process_zero():
+                    seal(checkpoint, self._meaning)
+        except Exception:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint as the Trainer does, from this run's folder wherever it lies, if it is whole.
+
+        Raises:
+            KestrelError: it is damaged; the Trainer would go on with the last weights.
+        """
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        read_sealed(best, "the best adapter is in it: run the same command again, or with --training.resume never")
+        self.state.best_model_checkpoint = str(best)
+        super()._load_best_model()
 
     def dialogues_of_step(self, step: int) -> list[str]:
         """Ids of the dialogues of an optimizer step (1-based)."""
         return [str(name) for name in self.train_dataset.select(self._steps[step - 1])["dialogue_id"]]
-
-
-class Guard(TrainerCallback):
-    """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
-
-    Args:
-        trainer_of: returns the trainer, which does not exist yet when its callbacks do.
-    """
-
-    def __init__(self, trainer_of: Callable[[], DialogueTrainer]):
-        self._trainer_of = trainer_of
-        self._before: dict[str, torch.Tensor] | None = None
-        self._moved = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        if not self._moved:
-            with_gradient = [g for g in gradients if g is not None]
-            if not with_gradient or not any(bool(g.abs().max() > 0) for g in with_gradient):
-                raise ProofError(
-                    "the first step's gradient is zero for every weight of the adapter: nothing is learned"
-                )
-            self._before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-        if not torch.isfinite(norm):
-            step = state.global_step + 1
-            names = ", ".join(self._trainer_of().dialogues_of_step(step))
-            raise ProofError(
-                f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
-                "kept: lower training.learning_rate, or look at these dialogues, and run the same command again"
-            )
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
-        if self._moved or self._trainer_of().lr_scheduler.get_last_lr()[0] == 0:
-            return  # during the first step of a warm-up the learning rate is zero
-        now = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
-        assert self._before is not None
-        if all(torch.equal(self._before[name], now[name]) for name in now):
-            raise ProofError("the first optimizer step moved no lora_B: the adapter is not being trained")
-        self._moved, self._before = True, None
-
-
-class JsonLines(TrainerCallback):
-    """One line of logs/training.jsonl for each logged step and each evaluation.
-
-    Args:
-        path: the file; lines after the step that training goes on from are cut off.
-        tokens_until: tokens of dialogue seen after each optimizer step.
-    """
-
-    _KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
-
-    def __init__(self, path: Path, tokens_until: Callable[[], np.ndarray]):
-        self._path = path
-        self._tokens_until = tokens_until
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        cut_after(self._path, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.global_step == state.max_steps:
-            control.should_log = True  # the last window too, however short
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
-        values = {key: logs[key] for key in self._KEYS if logs and key in logs}
-        if not values or not state.is_world_process_zero:
-            return
-        tokens = int(self._tokens_until()[state.global_step - 1]) if state.global_step else 0
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **values, "tokens": tokens}) + "\n")
-
-
-def cut_after(path: Path, step: int) -> None:
-    """Keeps the lines of a JSONL file whose `step` is at most the given one; what a killed run half wrote goes too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-class Samples(TrainerCallback):
-    """Writes what the model answers to a few fixed validation contexts at each evaluation.
-
-    Args:
-        path: samples.jsonl.
-        answer: returns one row for each context, given nothing.
-    """
-
-    def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
-        self._path = path
-        self._answer = answer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        cut_after(self._path, state.global_step)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.is_world_process_zero:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n" for row in self._answer()
-                )
-
-
-class StopOnSignal(TrainerCallback):
-    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise Interrupted(number, "stopped at once; the last checkpoint is what can be resumed")
-        self.received = number
-        print("\nstopping after this step and saving a checkpoint; once more to stop at once", flush=True)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles both signals while the block runs."""
-        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if self.received is not None:
-            control.should_log = control.should_save = control.should_training_stop = True
 
 
 def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:
@@ -320,12 +206,6 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
     )
-
-
-def callbacks_for(settings: Settings) -> list[TrainerCallback]:
-    """Callbacks that the settings ask for by themselves."""
-    patience = settings.training.early_stopping
-    return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
 
 
 def quiet(trainer: Trainer) -> None:

@@ -1,0 +1,178 @@
+"""What happens beside the optimization: proofs, logs, samples, early stopping, and stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from kestrel.artifacts import write_atomically
+from kestrel.errors import Interrupted, ProofError
+
+if TYPE_CHECKING:
+    from kestrel.training import DialogueTrainer
+
+
+class Guard(TrainerCallback):
+    """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
+
+    Args:
+        trainer_of: returns the trainer, which does not exist yet when its callbacks do.
+    """
+
+    def __init__(self, trainer_of: Callable[[], DialogueTrainer]):
+        self._trainer_of = trainer_of
+        self._before: dict[str, torch.Tensor] | None = None
+        self._moved = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        if not self._moved:
+            with_gradient = [g for g in gradients if g is not None]
+            if not with_gradient or not any(bool(g.abs().max() > 0) for g in with_gradient):
+                raise ProofError(
+                    "the first step's gradient is zero for every weight of the adapter: nothing is learned"
+                )
+            self._before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        if not torch.isfinite(norm):
+            step = state.global_step + 1
+            names = ", ".join(self._trainer_of().dialogues_of_step(step))
+            raise ProofError(
+                f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
+                "kept: lower training.learning_rate, or look at these dialogues, and run the same command again"
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
+        if self._moved or self._trainer_of().lr_scheduler.get_last_lr()[0] == 0:
+            return  # during the first step of a warm-up the learning rate is zero
+        now = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
+        assert self._before is not None
+        if all(torch.equal(self._before[name], now[name]) for name in now):
+            raise ProofError("the first optimizer step moved no lora_B: the adapter is not being trained")
+        self._moved, self._before = True, None
+
+
+class JsonLines(TrainerCallback):
+    """One line of logs/training.jsonl for each logged step and each evaluation.
+
+    Args:
+        path: the file; lines after the step that training goes on from are cut off.
+        tokens_until: tokens of dialogue seen after each optimizer step.
+    """
+
+    _KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
+
+    def __init__(self, path: Path, tokens_until: Callable[[], np.ndarray]):
+        self._path = path
+        self._tokens_until = tokens_until
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        cut_after(self._path, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.global_step == state.max_steps:  # the last window and the final weights too, however short the window
+            control.should_log = control.should_evaluate = control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
+        values = {key: logs[key] for key in self._KEYS if logs and key in logs}
+        if not values or not state.is_world_process_zero:
+            return
+        tokens = int(self._tokens_until()[state.global_step - 1]) if state.global_step else 0
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **values, "tokens": tokens}) + "\n")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Keeps the lines of a JSONL file whose `step` is at most the given one; what a killed run half wrote goes too."""
+    kept = []
+    # Not splitlines(), which would also cut at the line separators that a text may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    with write_atomically(path) as file:
+        file.writelines(kept)
+
+
+class Samples(TrainerCallback):
+    """Writes what the model answers to a few fixed validation contexts at each evaluation.
+
+    Args:
+        path: samples.jsonl.
+        answer: returns one row for each context, given nothing.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
+        self._path = path
+        self._answer = answer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        cut_after(self._path, state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.is_world_process_zero:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(
+                    json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n" for row in self._answer()
+                )
+
+
+class StopOnSignal(TrainerCallback):
+    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise Interrupted(number, "stopped at once; the last checkpoint is what can be resumed")
+        self.received = number
+        print("\nstopping after this step and saving a checkpoint; once more to stop at once", flush=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles both signals while the block runs."""
+        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if self.received is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def evaluations_without_progress(log: Sequence[dict[str, Any]]) -> int:
+    """Evaluations since the one with the lowest validation loss.
+
+    Args:
+        log: the Trainer's log_history.
+    """
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops after so many evaluations without progress, counted in the log, which a resumed run has too.
+
+    The library's own keeps its count to itself, so that an interrupted run would stop later than one that was not.
+    """
+
+    def __init__(self, patience: int):
+        self._patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if evaluations_without_progress(state.log_history) >= self._patience:
+            control.should_training_stop = True
