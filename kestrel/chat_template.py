@@ -1,0 +1,151 @@
+"""What a tokenizer's chat template writes around the texts of a dialogue, and whether it can be trained on.
+
+The template is run with marks in place of the texts, so that no text of a user is ever read as a template or as a
+control token. A template is refused whose prompt for a reply changes once the reply, or what follows it, is known: what
+trains would not be what generates.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from kestrel.errors import KestrelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Some templates write today's date, and a prompt that changes overnight would not be the one that trained.
+_DATE = datetime(2024, 7, 26)
+_REWRITES = (
+    "the chat template writes a reply's prompt differently once the reply or what follows it is known, so what trains "
+    "would not be what generates; use prompt.format: plain"
+)
+_UNCLOSED = "the chat template closes a reply with no control token; use prompt.format: plain"
+
+
+class ChatTemplate:
+    """The strings that a chat template writes around the persona and the turns.
+
+    Args:
+        tokenizer: with the template.
+        controls: its control tokens, as text.
+
+    Attributes:
+        lead: blanks between a reply's prompt and its text, which are the reply's to produce; mostly none.
+        end: what closes a reply: blanks, mostly none, and a control token.
+
+    Raises:
+        KestrelError: there is no template, or it cannot be trained on.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: list[str]):
+        if not tokenizer.chat_template:
+            raise KestrelError(
+                "prompt.format is chat, but the tokenizer has no chat template; use prompt.format: plain"
+            )
+        self._tokenizer = tokenizer
+        self._takes_system = self._writes_system()
+        self._frames: dict[tuple[str, ...], list[str]] = {}
+        exchange = ("partner", "self")
+        before = self._upto_last(exchange)
+        prompt = self._run(exchange[:1], prompt=True)
+        self.lead = before[len(prompt) :]
+        if not before.startswith(prompt) or self.lead.strip():
+            raise KestrelError(_REWRITES)
+        after = self._around((*exchange, "partner"))[3]
+        visible = after.lstrip()
+        control = max((token for token in controls if visible.startswith(token)), key=len, default="")
+        if not control:
+            raise KestrelError(_UNCLOSED)
+        self.end = after[: len(after) - len(visible)] + control
+        for exchanges in (1, 2, 3, 4):  # of a longer dialogue, its own last replies are the proof
+            self.frames(exchange * exchanges)
+
+    def frames(self, speakers: tuple[str, ...]) -> list[str]:
+        """One string before the persona and one before each turn, without `lead` and `end`.
+
+        Args:
+            speakers: of the turns, partner or self in turn, a partner first.
+
+        Raises:
+            KestrelError: the template rewrites what it wrote before.
+        """
+        if speakers in self._frames:
+            return self._frames[speakers]
+        around = self._around(speakers)
+        frames = around[:1]
+        for index, (speaker, frame) in enumerate(zip(speakers, around[1:], strict=False)):
+            if index and speakers[index - 1] == "self":
+                frame = self._without_end(frame)
+            if speaker == "self":
+                if not frame.endswith(self.lead):
+                    raise KestrelError(_REWRITES)
+                frame = frame[: len(frame) - len(self.lead)]
+            frames.append(frame)
+        if speakers[-1:] == ("self",):
+            self._without_end(around[-1])
+            earlier = speakers[:-2]
+            if (
+                self._upto_last(speakers) != self._run(speakers[:-1], prompt=True) + self.lead
+                or earlier
+                and self._around(earlier)[:-1] != around[: len(earlier) + 1]
+            ):
+                raise KestrelError(_REWRITES)
+        self._frames[speakers] = frames
+        return frames
+
+    def _without_end(self, frame: str) -> str:
+        if not frame.startswith(self.end):
+            raise KestrelError(_UNCLOSED)
+        return frame[len(self.end) :]
+
+    def _around(self, speakers: tuple[str, ...]) -> list[str]:
+        """What stands before the persona, before each turn, and after the last."""
+        rest, around = self._run(speakers, prompt=False), []
+        for number in range(len(speakers) + 1):
+            before, found, rest = rest.partition(_mark(number))
+            if not found:
+                raise KestrelError("the chat template leaves out or reorders messages; use prompt.format: plain")
+            around.append(before)
+        return [*around, rest]
+
+    def _upto_last(self, speakers: tuple[str, ...]) -> str:
+        return self._run(speakers, prompt=False).partition(_mark(len(speakers)))[0]
+
+    def _run(self, speakers: tuple[str, ...], prompt: bool) -> str:
+        """The template's own rendering of a dialogue with a mark for each text; `prompt`: for a reply to come."""
+        messages = [
+            {"role": "user" if speaker == "partner" else "assistant", "content": _mark(number)}
+            for number, speaker in enumerate(speakers, start=1)
+        ]
+        if self._takes_system:
+            messages.insert(0, {"role": "system", "content": _mark(0)})
+        else:
+            messages[0]["content"] = f"{_mark(0)}\n\n{_mark(1)}"
+        return self._apply(messages, prompt)
+
+    def _apply(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_DATE.strftime
+                )
+            )
+        except Exception as error:  # noqa: BLE001  a template raises whatever its author chose
+            raise KestrelError(
+                f"the tokenizer's chat template fails: {error}; correct it or use prompt.format: plain"
+            ) from None
+
+    def _writes_system(self) -> bool:
+        """Whether the template takes a system message; otherwise the persona goes into the first user message."""
+        messages = [{"role": "system", "content": _mark(0)}, {"role": "user", "content": _mark(1)}]
+        try:
+            return _mark(0) in self._apply(messages, prompt=True)
+        except KestrelError:
+            return False
+
+
+def _mark(number: int) -> str:
+    """Stands for a text while the template runs; made of private-use characters, which no template writes."""
+    return f"\ue000{number}\ue001"
