@@ -109,7 +109,8 @@ def _render(name: str, caption: str, height: float, draw: Callable[[Any], None])
 def _themed(svg: str, name: str) -> str:
     """An SVG that can stand inside a page: no prologue, ids of its own, colours and font of the page."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Its style sheet would hold for the page; report.css has the same for figures.
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)

@@ -64,9 +64,10 @@ def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequen
 
 
 def escape_markdown(text: str) -> str:
-    """Text that stays text in Markdown, also inside a table's cell."""
-    text = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", html.escape(text, quote=False))
-    return " ".join(text.split())
+    """Text that stays text in Markdown: in a paragraph, an item, a quotation or a table's cell."""
+    text = " ".join(html.escape(text, quote=False).split())
+    text = re.sub(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"^(\d*)([-+#.)=])", r"\1\\\2", text)  # what at a line's beginning makes a list or a heading
 
 
 def _markdown_table(table: Table) -> str:
