@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c 'import sys, venv, ensurep
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
-.PHONY: quickstart test check schema images clean
+.PHONY: quickstart test check schema images readme clean
 
 quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
 	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
@@ -22,6 +22,9 @@ check: .venv/ready-dev
 
 schema: .venv/ready   ## configs/schema.json, from the settings
 	$(VENV)/python -m kestrel.settings > configs/schema.json
+
+readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
+	$(VENV)/python docs/fill_readme.py
 
 images: .venv/ready   ## the README's pictures, of the quickstart run
 	$(VENV)/python Images/make_images.py

@@ -1,0 +1,101 @@
+"""Writes into README.md what commands print, so that no number in it is typed by hand.
+
+    make readme        runs the quickstart, and takes its output, its times and the settings' table from there
+
+A block begins with `<!-- NAME: made by make readme -->` and ends with `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = ("preprocess.py", "train.py", "generate.py", "evaluate.py")
+# What a user edits first; `--help` has the rest.
+SHOWN_KEYS = (
+    "data.source", "data.format", "prompt.format", "prompt.max_length", "model.name", "quantization.bits",
+    "quantization.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "training.epochs",
+    "training.batch_size", "training.tokens_per_step", "training.learning_rate", "training.gradient_checkpointing",
+    "training.resume", "generation.split", "generation.max_new_tokens", "generation.do_sample",
+    "generation.num_beams", "generation.candidates", "evaluation.normalization", "evaluation.extra_metrics",
+)  # fmt: skip
+
+
+def machine() -> str:
+    """Processor, cores, versions, commit and date, in a line."""
+    from kestrel.artifacts import git_commit, library_versions
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    versions = library_versions()
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    return (
+        f"{cpu}, {os.cpu_count()} cores, Python {versions['python']}, {named}; commit {(git_commit() or '')[:10]}, "
+        f"{datetime.datetime.now(tz=datetime.UTC).date()}"
+    )
+
+
+def run_quickstart() -> tuple[str, str]:
+    """Runs the four scripts as `make quickstart` does. Returns their output and a sentence on how long each took."""
+    printed, seconds = [], []
+    for script in SCRIPTS:
+        command = ["python", script, "--config", "configs/quickstart.yaml"]
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - began)
+        printed.append(f"$ {' '.join(command)}\n{done.stdout.strip()}")
+    each = ", ".join(f"{script} {taken:.0f} s" for script, taken in zip(SCRIPTS, seconds, strict=True))
+    return "\n\n".join(printed), f"{sum(seconds):.0f} s in all ({each}) on {machine()}."
+
+
+def settings_table() -> str:
+    from kestrel.command_line import all_keys
+
+    keys = all_keys()
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name in SHOWN_KEYS:
+        key = keys[name]
+        default = "" if key.field.is_required() else f"`{key.default.removeprefix('default: ')}`"
+        rows.append(f"| `{name}` | {default} | {str(key.field.description).replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replaces the block of that name.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    pattern = re.compile(rf"(<!-- {re.escape(name)}: made by make readme -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"README.md has no block {name}")
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings-only", action="store_true", help="leave the quickstart's output as it is")
+    arguments = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = fill(readme.read_text(encoding="utf-8"), "settings", settings_table())
+    if not arguments.settings_only:
+        output, timing = run_quickstart()
+        text = fill(text, "quickstart output", f"```text\n{output}\n```")
+        text = fill(text, "quickstart times", timing)
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
