@@ -182,8 +182,9 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
 def _unquantized_share(skeleton: PreTrainedModel, linear: dict[str, tuple[int, int]]) -> float:
     """Share of parameters that are neither in the given layers nor embeddings, such as fused experts."""
     skipped = {id(p) for name in linear for p in skeleton.get_submodule(name).parameters()}
-    for embedding in (skeleton.get_input_embeddings(), skeleton.get_output_embeddings()):
-        skipped |= {id(p) for p in embedding.parameters()} if embedding is not None else set()
+    skipped |= {id(p) for module in skeleton.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    output = skeleton.get_output_embeddings()
+    skipped |= {id(p) for p in output.parameters()} if output is not None else set()
     rest = sum(p.numel() for p in skeleton.parameters() if id(p) not in skipped)
     return rest / max(1, sum(p.numel() for p in skeleton.parameters()))
 

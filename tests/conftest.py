@@ -1,0 +1,67 @@
+"""What the tests share: a quiet, offline, single-threaded process, and one small experiment that went through."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before torch is imported: a second thread on a busy machine makes tiny models ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+from make_models import write_base, write_config, write_corpus
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config and what it names."""
+
+    config: Path
+    run: Path
+    base: Path
+    source: Path
+
+    def arguments(self, *more: str) -> list[str]:
+        return ["--config", str(self.config), *more]
+
+    def copy_to(self, run: Path) -> list[str]:
+        """Arguments for the same experiment in another run folder, which begins as a copy of this one."""
+        shutil.copytree(self.run, run)
+        return self.arguments("--run_dir", str(run))
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/ (a tiny Falcon) and corpus/ (a miniature one)."""
+    folder = tmp_path_factory.mktemp("assets")
+    write_base(folder / "base")
+    write_corpus(folder / "corpus", dialogues=16, candidates=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """An experiment after preprocess.py. Read it, or copy it; never write into it."""
+    import preprocess
+
+    folder = tmp_path_factory.mktemp("prepared")
+    config = write_config(folder / "config.yaml", assets / "base", assets / "corpus", folder / "run")
+    experiment = Experiment(config, folder / "run", assets / "base", assets / "corpus")
+    assert preprocess.main(experiment.arguments()) == 0
+    return experiment
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """An experiment after train.py. Read it, or copy it; never write into it."""
+    import train
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main(prepared.copy_to(run)) == 0
+    config = write_config(run.parent / "config.yaml", prepared.base, prepared.source, run)
+    return Experiment(config, run, prepared.base, prepared.source)

@@ -1,0 +1,126 @@
+"""The objective equals the textbook's, wherever tokens stand and however they are cut."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from make_models import make_model
+
+import kestrel.loss
+from kestrel.batching import batches_within
+from kestrel.errors import ProofError
+from kestrel.loss import collate, install, prove_loss, token_nll
+from kestrel.model import add_lora
+from kestrel.settings import Lora
+
+END = 11  # end token and padding at once, as for Falcon
+
+
+def rows_of(lengths: list[int], seed: int) -> list[dict[str, list[int]]]:
+    """Random rows whose supervised spans end in the end token, and which hold end tokens that are not supervised."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for length in lengths:
+        ids = draw.integers(11, 380, size=length)
+        supervised = draw.random(length) < 0.4
+        supervised[[1, -1]], ids[-1] = True, END
+        rows.append({"input_ids": ids.tolist(), "labels": np.where(supervised, ids, -100).tolist()})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def model():
+    adapted = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    install(adapted)
+    return adapted
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 1024])
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_models_own_loss_and_gradients(model, monkeypatch, chunk, training):
+    monkeypatch.setattr(kestrel.loss, "CHUNK", chunk)
+    model.train(training)
+    batch = collate(rows_of([5, 31, 18], seed=chunk), pad_id=END)
+    nll = token_nll(model, batch)
+    own = model(**batch).loss
+    assert nll.dtype == torch.float32 and nll.shape == ((batch["labels"][:, 1:] != -100).sum(),)
+    assert torch.allclose(nll.mean(), own, rtol=1e-5)
+    ours, theirs = gradients(model, token_nll(model, batch).mean()), gradients(model, model(**batch).loss)
+    for name in theirs:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6 * theirs[name].abs().max() + 1e-8), name
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    budget=st.integers(1, 200),
+    pad_id=st.sampled_from([END, 0, 300]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_token_costs_the_same_in_any_batch(model, lengths, budget, pad_id, seed):
+    model.eval()
+    rows = rows_of(lengths, seed)
+    with torch.no_grad():
+        alone = [token_nll(model, collate([row], END)) for row in rows]
+        for cut in batches_within(np.asarray(lengths), budget):
+            together = token_nll(model, collate([rows[i] for i in cut], pad_id))
+            assert torch.allclose(together, torch.cat([alone[i] for i in cut]), rtol=1e-4, atol=1e-4)
+
+
+def test_no_supervised_token_is_no_loss(model):
+    batch = collate([{"input_ids": [20, 21], "labels": [-100, -100]}], pad_id=END)
+    assert token_nll(model, batch).shape == (0,)
+
+
+def test_first_token_is_not_predicted_and_padding_is_not_learned(model):
+    batch = collate([{"input_ids": [END, 21, END], "labels": [END, 21, END]}, {"input_ids": [20], "labels": [20]}], END)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[END, 21, END], [20, -100, -100]]
+    assert token_nll(model, batch).shape == (2,)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"])
+def test_proof_passes_for_plain_heads(architecture):
+    model = make_model(architecture)
+    install(model)
+    model.train()
+    prove_loss(model, collate(rows_of([20], seed=0), END), "float32")
+    assert model.training
+
+
+def test_proof_fails_where_logits_change_after_the_head():
+    from transformers import AutoModelForCausalLM, CohereConfig
+
+    config = CohereConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, logit_scale=0.25, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    install(model)
+    with pytest.raises(ProofError, match="not this architecture's own"):
+        prove_loss(model, collate(rows_of([20], seed=0), END), "float32")
+
+
+def test_full_logits_never_exist(model, monkeypatch):
+    """The head sees supervised positions only, and no more than a chunk of them at once."""
+    monkeypatch.setattr(kestrel.loss, "CHUNK", 8)
+    seen = []
+    head = model.get_base_model().get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    batch = collate(rows_of([30, 20], seed=3), pad_id=END)
+    with torch.no_grad():
+        nll = token_nll(model, batch)
+    hook.remove()
+    assert max(seen) <= 8 and sum(seen) == len(nll) < batch["input_ids"].numel() / 2
