@@ -37,11 +37,10 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
     search, source = replies_of_other_split(run_dir, split, dialogue_ids)
-    notes.append(
-        f"The constant systems are searched in the run's {source} split."
-        if search
-        else f"The constant systems are searched by halves of the scored dialogues, because {source}."
-    )
+    if search:
+        notes.append(f"The constant systems are searched in the run's {source} split.")
+    elif len(dialogue_ids) > 1:
+        notes.append(f"The constant systems are searched by halves of the scored dialogues, because {source}.")
     evaluation = evaluate_files(
         files, notes, options.normalization, options.stemmer, options.resamples, settings.seed, search
     )

@@ -17,15 +17,16 @@ from kestrel.errors import KestrelError
 
 SPLITS = ("train", "validation", "test")
 STOPPED_BY = ("eos", "length", "stop_string")
-# What a row may leave out, and what cannot be computed then. A file has a key in every row or in none.
+# What a row may leave out, and what cannot be computed then. A file has a key in every row or in
+# none, but for candidates, which a corpus may offer for some replies only.
 OPTIONAL = {
     "dialogue_id": "which replies belong together: each row counts as a dialogue of its own",
     "persona": "random persona sentence, replies copied from the persona",
     "history": "copy of the partner's turn, replies copied from the history",
     "stopped_by": "share stopped by EOS",
     "response_tokens": "response length in the model's tokens",
-    "reference_nll": "perplexity",
-    "reference_tokens": "perplexity",
+    "reference_nll": "perplexity, hits@1",
+    "reference_tokens": "perplexity, hits@1",
     "candidate_nll": "hits@1",
 }
 _MOST_PROBLEMS = 10
@@ -139,7 +140,9 @@ def read_generations(path: Path) -> Generations:
     turns_before: Counter[str] = Counter()
     for number, (line, row) in enumerate(rows, start=1):
         found: list[str] = [
-            f"{key} is missing, other rows have it" for key in OPTIONAL if key in present and row.get(key) is None
+            f"{key} is missing, other rows have it"
+            for key in OPTIONAL
+            if key in present and row.get(key) is None and key != "candidate_nll"  # not every reply has candidates
         ]
         if "turn" in present and row.get("turn") is None:
             found.append("turn is missing, other rows have it")
@@ -238,8 +241,6 @@ def _reply(row: dict[str, Any], line: int, number: int, complain: Callable[[str]
         else:
             complain("candidate_nll: expected a list of [nll, tokens]")
             candidates = None
-        if row.get("reference_nll") is None:
-            complain("candidate_nll needs reference_nll and reference_tokens, with which it is compared")
     return Reply(
         dialogue_id=f"row {number}" if dialogue_id is None else str(dialogue_id),
         turn=optional("turn", True, 0) or 0,

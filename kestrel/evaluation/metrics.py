@@ -200,8 +200,9 @@ def reply_statistics(replies: Sequence[Reply], normalization: str, stemmer: bool
         columns["nll_tokens"] = [reply.reference_tokens for reply in replies]
         columns["nll_words"] = [len(reply.reference.split()) for reply in replies]
         columns["nll_bytes"] = [len(reply.reference.encode()) for reply in replies]
-    if any(reply.candidate_nll for reply in replies):
-        columns["ranked"] = [bool(reply.candidate_nll) for reply in replies]
+    ranked = [bool(reply.candidate_nll) and reply.reference_nll is not None for reply in replies]
+    if any(ranked):
+        columns["ranked"] = ranked
         columns["hits"] = [is_hit(reply) for reply in replies]
     return {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
 

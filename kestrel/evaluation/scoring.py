@@ -97,7 +97,11 @@ def evaluate_files(
     paired = paired_tests(bootstrap, kinds, {file.system: file.path.resolve().parent for file in files})
     rival = best_trivial(bootstrap, kinds, "rouge_l")
     shown = {name: statistics[name]["rouge_l"] for name in [file.system for file in files] + ([rival] if rival else [])}
-    few = f"WARNING: intervals from {n_dialogues} dialogues are too narrow; take them as a hint only."
+    few = (
+        f"WARNING: intervals from {n_dialogues} dialogues are too narrow; take them as a hint only."
+        if n_dialogues > 1
+        else "WARNING: one dialogue gives no intervals and no tests."
+    )
     signature = {
         "kestrel": __version__, "split": split or "unknown", "replies": len(contexts), "dialogues": n_dialogues,
         "norm": normalization, "bootstrap": "dialogues", "resamples": resamples, "seed": seed,
@@ -187,7 +191,7 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
     notes = []
     for file in files:
         # Candidates are scored on demand only; that they are absent from a file that has all else is no news.
-        if file.missing and file.missing != ["candidate_nll"]:
+        if set(file.missing) - {"candidate_nll", "response_tokens"}:
             lost = "; ".join(dict.fromkeys(OPTIONAL[key] for key in file.missing))
             notes.append(f"{file.path} has no {', '.join(file.missing)}. Left out for it: {lost}.")
         sizes = {len(reply.candidate_nll) for reply in file.replies if reply.candidate_nll is not None}

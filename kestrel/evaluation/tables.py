@@ -50,9 +50,8 @@ def percent(value: float | None) -> str:
 
 def _with_interval(entry: Mapping[str, Any]) -> str:
     """Score and interval; an interval without width, as that of gold, says nothing and is left out."""
-    interval = entry["ci95"]
-    shown = interval is not None and interval[0] < interval[1]
-    return number(entry["score"]) + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if shown else "")
+    low, high = (number(end) for end in entry["ci95"] or (None, None))
+    return number(entry["score"]) + (f" [{low}, {high}]" if low != high else "")
 
 
 Cell = Callable[[Mapping[str, Any]], str]
