@@ -7,7 +7,6 @@ trains would not be what generates.
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from kestrel.errors import KestrelError
@@ -15,8 +14,12 @@ from kestrel.errors import KestrelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates write today's date, and a prompt that changes overnight would not be the one that trained.
-_DATE = datetime(2024, 7, 26)
+# Some templates write today's date, and a prompt that changes overnight would not be the one that trained. The library
+# makes text of functions that it is given for a template (transformers 5.23), so the date is pinned within it.
+_DATE = (
+    "{%- macro strftime_now(format) -%}{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
+    "{%- endmacro -%}"
+)
 _REWRITES = (
     "the chat template writes a reply's prompt differently once the reply or what follows it is known, so what trains "
     "would not be what generates; use prompt.format: plain"
@@ -45,6 +48,9 @@ class ChatTemplate:
                 "prompt.format is chat, but the tokenizer has no chat template; use prompt.format: plain"
             )
         self._tokenizer = tokenizer
+        self._source = tokenizer.get_chat_template()
+        if "strftime_now" in self._source:
+            self._source = _DATE + self._source
         self._takes_system = self._writes_system()
         self._frames: dict[tuple[str, ...], list[str]] = {}
         exchange = ("partner", "self")
@@ -129,7 +135,7 @@ class ChatTemplate:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompt, strftime_now=_DATE.strftime
+                    messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
                 )
             )
         except Exception as error:  # noqa: BLE001  a template raises whatever its author chose

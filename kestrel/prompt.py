@@ -269,7 +269,9 @@ class Prompt:
             tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
                 "input_ids"
             ]
-        if not self._control_ids.isdisjoint(tokens):
+        unknown = self.tokenizer.unk_token
+        spelled = unknown is not None and unknown in text and self.tokenizer.unk_token_id in tokens
+        if spelled or not self._control_ids.isdisjoint(tokens):
             raise Unrenderable(
                 "text spells a control token", f"{where}: the tokenizer reads a control token in {text[:80]!r}"
             )
