@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
+from kestrel.artifacts import sha256_of
+
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
 
 METRIC = """
@@ -75,9 +77,16 @@ def make_run(folder: Path, dialogues: int = 12) -> Path:
             history.append({"speaker": "self", "text": reference})
     for name, rows in files.items():
         write_rows(folder / "run" / "generations" / f"test.{name}.jsonl", rows)
+    record(folder / "run" / "generations")
     config = folder / "experiment.yaml"
     config.write_text(f"run_dir: {folder / 'run'}\ndata:\n  source: x/y\nmodel:\n  name: x/y\n", encoding="utf-8")
     return config
+
+
+def record(folder: Path) -> None:
+    """The manifest that generate.py leaves beside its files."""
+    facts = {path.name: {"sha256": sha256_of(path), "made_from": {}} for path in folder.glob("*.jsonl")}
+    (folder / "manifest.json").write_text(json.dumps({"generations": facts}), encoding="utf-8")
 
 
 def write_rows(path: Path, rows) -> Path:
@@ -172,6 +181,7 @@ def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
     config = make_run(tmp_path)
     base = tmp_path / "run" / "generations" / "test.base.jsonl"
     (tmp_path / "run" / "generations" / "test.adapter.jsonl").write_bytes(base.read_bytes())
+    record(base.parent)
     assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "adapter does NOT beat base in BLEU (+0.00, p = 1.000: not significant)" in printed

@@ -194,7 +194,7 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
         if set(file.missing) - {"candidate_nll", "response_tokens"}:
             lost = "; ".join(dict.fromkeys(OPTIONAL[key] for key in file.missing))
             notes.append(f"{file.path} has no {', '.join(file.missing)}. Left out for it: {lost}.")
-        sizes = {len(reply.candidate_nll) for reply in file.replies if reply.candidate_nll is not None}
+        sizes = {len(reply.candidate_nll) for reply in file.replies if reply.candidate_nll}
         if len(sizes) > 1:
             notes.append(
                 f"WARNING: {file.path} has from {min(sizes)} to {max(sizes)} candidates a reply; hits@1 depends on "
