@@ -33,13 +33,15 @@ def words(persona: list[str]) -> list[dict[str, str]]:
     ]
 
 
-def write_corpus(folder: Path, dialogues: int, seed: int = 0, candidates: bool = False) -> Path:
+def write_corpus(
+    folder: Path, dialogues: int, seed: int = 0, candidates: bool = False, test: int | None = None
+) -> Path:
     """Train, validation and test in Kestrel's own JSON lines; dialogues of 2, 4 or 6 turns, no two personas alike."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     personas = [(a, f, t) for a in _ANIMALS for f in _FOODS for t in _TOWNS]
     draw.shuffle(personas)
-    counts = {"train": dialogues, "validation": max(2, dialogues // 6), "test": max(3, dialogues // 4)}
+    counts = {"train": dialogues, "validation": max(2, dialogues // 6), "test": test or max(3, dialogues // 4)}
     for split, count in counts.items():
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
             for index in range(count):
