@@ -48,7 +48,23 @@ main = load_script().main
 def make_run(folder: Path, dialogues: int = 12) -> Path:
     """A run with generations of an adapter that often says the reference and of a base that never does."""
     generator = random.Random(5)
-    words = [*"iyaou", "like", "love", "dogs", "cats", "music", "very", "much", "and", "my", "two", "work", "play"]
+    words = [
+        "i",
+        "you",
+        "a",
+        "like",
+        "love",
+        "dogs",
+        "cats",
+        "music",
+        "very",
+        "much",
+        "and",
+        "my",
+        "two",
+        "work",
+        "play",
+    ]
 
     def text() -> str:
         return " ".join(generator.choices(words, k=generator.randint(4, 9))) + " ."
