@@ -9,11 +9,12 @@ from kestrel.artifacts import MANIFEST, identity_of, read_json, sha256_of
 from kestrel.errors import KestrelError
 
 
-def check_provenance(run_dir: Path, files: Sequence[Path], command: str) -> None:
+def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], command: str) -> None:
     """Refuses generations of the run that were edited, or whose dataset or adapter has been made anew since.
 
     Args:
         run_dir: the run's folder.
+        adapter: folder of the adapter that the settings name.
         files: of run_dir/generations.
         command: the command that makes them.
 
@@ -24,10 +25,9 @@ def check_provenance(run_dir: Path, files: Sequence[Path], command: str) -> None
     remedy = f"make it again with: {command}"
     recorded = read_json(folder / MANIFEST, remedy).get("generations", {})
     now = {}
-    for kind in ("dataset", "adapter"):
-        manifest = run_dir / kind / MANIFEST
-        if manifest.exists():
-            now[kind] = identity_of(read_json(manifest, remedy))
+    for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
+        if (artifact / MANIFEST).exists():
+            now[kind] = identity_of(read_json(artifact / MANIFEST, remedy))
     for file in files:
         facts = recorded.get(file.name)
         if facts is None:
@@ -37,7 +37,5 @@ def check_provenance(run_dir: Path, files: Sequence[Path], command: str) -> None
                 f"{file} was changed since it was generated; {remedy}, or name it in evaluation.generations"
             )
         for kind, identity in now.items():
-            # An adapter from elsewhere (model.adapter) is not the run's, and the base has none.
-            made_from = facts["made_from"].get(kind, identity)
-            if made_from != identity and not (kind == "adapter" and facts.get("adapter_folder")):
-                raise KestrelError(f"{file} was generated from another {kind} than {run_dir / kind} is now; {remedy}")
+            if facts["made_from"].get(kind, identity) != identity:  # the base was made from no adapter
+                raise KestrelError(f"{file} was generated from another {kind} than the run's is now; {remedy}")

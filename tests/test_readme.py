@@ -1,0 +1,79 @@
+"""What README.md and docs/ tell a user to type is accepted, and what they quote is current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md"]
+
+
+def _commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    return found
+
+
+COMMANDS = _commands()
+
+
+def test_the_two_commands_are_there() -> None:
+    typed = {command for _, command in COMMANDS}
+    assert {"make quickstart", "make test"} <= typed
+
+
+@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if c.startswith("make ")}))
+def test_make_targets_exist(command: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if re.match(r"python \w+\.py --config", c)}))
+def test_commands_of_scripts_are_valid(command: str) -> None:
+    arguments = [part for part in shlex.split(command)[1:]]
+    done = subprocess.run(
+        [sys.executable, *arguments, "--print-config"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run_dir:" in done.stdout
+
+
+def test_every_command_is_checked_by_some_test() -> None:
+    known = re.compile(r"make |python \w+\.py --config|python (quickstart|benchmarks|docs)/\w+\.py")
+    assert not [command for _, command in COMMANDS if not known.match(command)]
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in COMMANDS if re.match(r"python (quickstart|benchmarks|docs)/", c)})
+)
+def test_tools_exist(command: str) -> None:
+    tool = shlex.split(command)[1]
+    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_table_is_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import fill_readme
+    finally:
+        sys.path.pop(0)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill_readme.fill(text, "settings", fill_readme.settings_table()) == text, "run make readme"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
