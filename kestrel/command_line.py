@@ -14,83 +14,18 @@ import signal
 import sys
 import textwrap
 import traceback
-import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from kestrel.errors import Interrupted, KestrelError, UsageError
+from kestrel.keys import Key, all_keys, alternatives, as_yaml
 from kestrel.settings import Settings, conflicts
 from kestrel.yaml_lines import load_with_lines
-
-
-@dataclass(frozen=True)
-class Key:
-    """One leaf of the settings, such as training.learning_rate."""
-
-    dotted: str
-    field: FieldInfo
-
-    @property
-    def takes_several(self) -> bool:
-        return any(typing.get_origin(option) is list for option in _alternatives(self.field.annotation))
-
-    @property
-    def is_text(self) -> bool:
-        """Takes strings only, so that a revision such as 1234567 or 12e4567 is not read as a number."""
-        options = {option for option in _alternatives(self.field.annotation) if option is not type(None)}
-        return options == {str}
-
-    @property
-    def type_name(self) -> str:
-        return " or ".join(_type_name(option) for option in _alternatives(self.field.annotation))
-
-    @property
-    def default(self) -> str:
-        return "required" if self.field.is_required() else f"default: {_as_yaml(self.field.default)}"
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, `Annotated` and `Literal` left as they are."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _alternatives(typing.get_args(annotation)[0])
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [leaf for member in typing.get_args(annotation) for leaf in _alternatives(member)]
-    return [annotation]
-
-
-def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(str(value) for value in typing.get_args(annotation))
-    if typing.get_origin(annotation) is list:
-        return f"list of {_type_name(typing.get_args(annotation)[0])}"
-    if annotation is type(None):
-        return "null"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-
-
-def all_keys(model: type[BaseModel] = Settings, prefix: str = "") -> dict[str, Key]:
-    """Every leaf of the settings by its dotted name, in the order of the file."""
-    keys: dict[str, Key] = {}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= all_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys[prefix + name] = Key(prefix + name, field)
-    return keys
 
 
 def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:
@@ -127,28 +62,33 @@ def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) 
     return parser
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
+def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
     """`; did you mean X?` for the valid key that looks most like `name`, comparing also its last part alone."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if not close:
         last_parts = {key.rpartition(".")[2]: key for key in valid}
         close = [last_parts[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1)]
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _option_value(key: Key, given: Any) -> Any:
     """The value of one command-line option, read as YAML reads it unless the key takes text."""
 
     def scalar(text: str) -> Any:
-        if text in ("null", "None") and type(None) in _alternatives(key.field.annotation):
+        if text in ("null", "None") and type(None) in alternatives(key.field.annotation):
             return None
-        return text if key.is_text or key.takes_several else load_with_lines(text, key.dotted).value
+        if key.is_text or key.takes_several:
+            return text
+        try:
+            return load_with_lines(text, key.dotted).value
+        except UsageError:
+            return text  # and the settings say what they expect instead
 
     if not key.takes_several:
         return scalar(given)
     if len(given) == 1 and given[0] in [
         value
-        for option in _alternatives(key.field.annotation)
+        for option in alternatives(key.field.annotation)
         for value in typing.get_args(option)
         if typing.get_origin(option) is typing.Literal
     ]:
@@ -166,9 +106,15 @@ def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def resolve(
-    config: str | None, overrides: dict[str, Any], unknown: Sequence[str] = ()
+    config: str | None, overrides: dict[str, Any], unknown: Sequence[str] = (), flags: Sequence[str] = ()
 ) -> tuple[Settings, dict[str, str]]:
     """Validated settings from a YAML file and command-line options, and where each value that is no default is from.
+
+    Args:
+        config: the YAML file.
+        overrides: dotted key -> value as given; None where the value is missing, a list where several may be given.
+        unknown: arguments that nobody knows, for the messages about them.
+        flags: names of the options that are no keys.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
@@ -178,7 +124,7 @@ def resolve(
     for before, given in zip([None, *unknown], unknown, strict=False):
         flag = given.split("=")[0]
         if flag.startswith("-"):
-            problems.append(f"{flag}: unknown option{_nearest(flag.lstrip('-'), list(keys))}")
+            problems.append(f"{flag}: unknown option{_nearest(flag.lstrip('-'), [*keys, *flags], '--')}")
         elif before is None or not before.startswith("-"):  # else it is the value of the unknown option
             problems.append(f"{given!r}: an argument that belongs to no option")
     tree: dict[str, Any] = {}
@@ -196,6 +142,8 @@ def resolve(
     if not isinstance(tree, dict):
         problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
         tree = {}
+    # A section of which everything is commented out.
+    tree = {name: {} if value is None and name not in keys else value for name, value in tree.items()}
     origin = {dotted: f"{config}:{line}" for dotted, line in lines.items()}
     for dotted, given in overrides.items():
         if given is None:
@@ -204,11 +152,14 @@ def resolve(
             _place(tree, dotted, _option_value(keys[dotted], given))
             origin[dotted] = f"--{dotted}"
 
+    complained: set[str] = set()
+
     def complain(dotted: str, message: str) -> None:
         place = next((origin[name] for name in _ancestors(dotted) if name in origin), config or "settings")
-        line = f"{place}: {message}" if place == f"--{dotted}" else f"{place}: {dotted}: {message}"
-        if line not in problems:
-            problems.append(line)
+        # Of the several ways in which a value is none of the types that it may have, one is enough.
+        if dotted not in complained or not message.startswith("expected"):
+            problems.append(f"{place}: {message}" if place == f"--{dotted}" else f"{place}: {dotted}: {message}")
+        complained.add(dotted)
 
     settings = None
     try:
@@ -237,9 +188,15 @@ def _explain(problem: Any, keys: dict[str, Key], complain: Callable[[str, str], 
     dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
     if problem["type"] == "extra_forbidden":
         sections = list(Settings.model_fields)
-        complain(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
+        if parts[0] in keys:  # `training.epochs: 1` for a section with a key
+            section, _, name = parts[0].rpartition(".")
+            complain(parts[0], f"write it as a section: `{section}:`, and below it, indented, `{name}:`")
+        else:
+            complain(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
     elif problem["type"] == "missing":
-        complain(dotted, "is required and missing")
+        required = [name for name, key in keys.items() if name.startswith(f"{dotted}.") and key.field.is_required()]
+        for name in required or [dotted]:
+            complain(name, "is required and missing")
     elif dotted in keys:
         reason = problem["msg"][0].lower() + problem["msg"][1:]
         expected = keys[dotted].type_name
@@ -260,6 +217,8 @@ def _read(config: str) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError([f"{config}: not UTF-8 text (byte {error.start})"]) from None
+    except ValueError as error:  # a zero byte in the name
+        raise UsageError([f"{config!r}: {error}"]) from None
     except OSError as error:
         siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise UsageError(
@@ -278,15 +237,9 @@ def describe(settings: Settings, origin: dict[str, str]) -> str:
         else:
             entries = [(name, name, value)]
         for label, dotted, leaf in entries:
-            source = next((origin[d] for d in (dotted,) if d in origin), None)
-            mark = (
-                ""
-                if source is None
-                else "  # overridden on the command line"
-                if source.startswith("--")
-                else f"  # {source}"
-            )
-            lines.append(f"{label}: {_as_yaml(leaf)}{mark}")
+            source = origin.get(dotted, "")
+            mark = "  # overridden on the command line" if source.startswith("--") else source and f"  # {source}"
+            lines.append(f"{label}: {as_yaml(leaf)}{mark}")
     return "\n".join(lines) + "\n"
 
 
@@ -315,9 +268,10 @@ def run_script(
             raise UsageError([str(error)]) from None
         keys = all_keys()
         overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
-        settings, origin = resolve(arguments.config, overrides, unknown)
+        flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
+        settings, origin = resolve(arguments.config, overrides, unknown, flags)
         if arguments.print_config:
-            print(describe(settings, origin), end="")
+            print(describe(settings, origin), end="", flush=True)
             return 0
         from kestrel.artifacts import run_folder
 
@@ -329,6 +283,9 @@ def run_script(
         finally:
             signal.signal(signal.SIGTERM, previous)
         return 0
+    except BrokenPipeError:  # `... | head`: nobody reads on, and Python's own last flush must not complain of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         if debug and not isinstance(error, UsageError):
             traceback.print_exc()

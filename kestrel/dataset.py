@@ -159,7 +159,7 @@ def write_statistics(folder: Path, statistics: dict[str, SplitStatistics], corpu
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
     """The settings that decide what is in the dataset."""
-    data = settings.data.model_dump(exclude={"processes"})
+    data = settings.data.model_dump()
     return {"data": data, "prompt": settings.prompt.model_dump(), "seed": settings.seed}
 
 

@@ -16,6 +16,12 @@ _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=Fal
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+# The names that transformers' Trainer knows (5.23); a test compares them.
+Tracker = Literal[
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
+    "swanlab", "tensorboard", "trackio", "wandb",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -25,11 +31,11 @@ class Section(BaseModel):
 class Data(Section):
     """Where the dialogues come from."""
 
-    source: str = Field(description="Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
+    source: Text = Field(description="Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
     format: Literal["auto", "parlai", "huggingface", "truecased", "cynaptics", "synthetic", "kaggle", "kestrel"] = (
         Field("auto", description="Layout of the source; auto looks at its content.")
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a source on the Hub.")
+    revision: Text | None = Field(None, description="Commit, tag or branch of a source on the Hub.")
     both_sides: bool = Field(
         True, description="Where both personas are known, make two dialogues of a conversation, one for each owner."
     )
@@ -40,9 +46,6 @@ class Data(Section):
         0.05, description="Share of train's personas cut off for test where the source has neither test nor validation."
     )
     max_dialogues: PositiveInt | None = Field(None, description="Use at most this many dialogues of each split.")
-    processes: PositiveInt | None = Field(
-        None, description="Processes that tokenize; null: one for each core, if it pays."
-    )
 
 
 class Prompt(Section):
@@ -60,9 +63,9 @@ class Prompt(Section):
 class Model(Section):
     """The base model and, for generation, the adapter on it."""
 
-    name: str = Field(description="Model id on the Hugging Face Hub, or a local folder.")
-    revision: str | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
-    adapter: str | None = Field(None, description="Folder of the adapter to generate with; null: the run's own.")
+    name: Text = Field(description="Model id on the Hugging Face Hub, or a local folder.")
+    revision: Text | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
+    adapter: Text | None = Field(None, description="Folder of the adapter to generate with; null: the run's own.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for authors you trust with your account."
     )
@@ -124,10 +127,10 @@ class Training(Section):
     samples: NonNegativeInt = Field(
         3, description="Validation contexts answered at each evaluation, into samples.jsonl."
     )
-    resume: str = Field(
+    resume: Text = Field(
         "auto", description="auto: go on from the newest sound checkpoint; never: begin anew; or a checkpoint's folder."
     )
-    report_to: list[str] = Field(["tensorboard"], description="Trackers, by the names the Trainer knows; [] for none.")
+    report_to: list[Tracker] = Field(["tensorboard"], description="Trackers of transformers' Trainer; [] for none.")
 
 
 class Generation(Section):
@@ -178,7 +181,7 @@ class Evaluation(Section):
 class Settings(Section):
     """One experiment."""
 
-    run_dir: str = Field(description="Folder of everything this experiment makes.")
+    run_dir: Text = Field(description="Folder of everything this experiment makes.")
     seed: NonNegativeInt = Field(0, description="Seed of splits, initialization, shuffling, dropout and sampling.")
     data: Data
     prompt: Prompt = Prompt()
@@ -193,6 +196,11 @@ class Settings(Section):
 def conflicts(settings: Settings) -> list[tuple[str, str]]:
     """Values that are fine alone and impossible together: (dotted key, what is wrong)."""
     found = []
+    if settings.data.validation_fraction + settings.data.test_fraction >= 1:
+        found.append(("data.test_fraction", "leaves nothing for training beside data.validation_fraction"))
+    patience = settings.training.early_stopping
+    if patience is not None and patience >= settings.training.evaluations:
+        found.append(("training.early_stopping", "never stops a run that has no more training.evaluations than that"))
     generation = settings.generation
     if not generation.do_sample:
         for key in ("temperature", "top_p", "top_k"):
@@ -206,6 +214,8 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
         found.append(("generation.max_new_tokens", "leaves no room for a prompt within prompt.max_length"))
     if not generation.systems:
         found.append(("generation.systems", "names no system"))
+    if len(set(generation.systems)) < len(generation.systems):
+        found.append(("generation.systems", "names a system twice"))
     if any(not text for text in generation.stop_strings):
         found.append(("generation.stop_strings", "an empty string would stop every response at once"))
     if settings.lora.target_modules == []:

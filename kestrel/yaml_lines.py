@@ -1,4 +1,4 @@
-"""YAML with the line of every key, numbers such as 2e-4, and no silent duplicates."""
+"""YAML with the line of every key, numbers as people write them, and no silent duplicates."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from kestrel.errors import UsageError
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader. It follows YAML 1.1, for which 2e-4 is text; 1.2 and everybody else say number."""
+    """PyYAML's safe loader with numbers as YAML 1.2 has them.
+
+    It follows YAML 1.1, for which 2e-4 is text, 010 is eight, 1:30 is ninety and 2024-01-01 is a date.
+    """
+
+
+def _rule(tag: str, pattern: str, first: str) -> None:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first))
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF|nan|NaN|NAN))$"
-    ),
-    list("-+.0123456789"),
+_rule("int", r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789")
+_rule(
+    "float",
+    r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+    "-+.0123456789",
 )
+_MOST_VALUES = 10_000  # an experiment has a hundred; references to references can make billions of a few lines
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Loaded:
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    values: int = 0
 
 
 def load_with_lines(text: str, name: str, text_keys: Collection[str] = ()) -> Loaded:
@@ -49,8 +57,8 @@ def load_with_lines(text: str, name: str, text_keys: Collection[str] = ()) -> Lo
     Raises:
         UsageError: not YAML; with file and line.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         loaded = Loaded(None)
         if node is not None:
@@ -61,16 +69,22 @@ def load_with_lines(text: str, name: str, text_keys: Collection[str] = ()) -> Lo
         line = f":{mark.line + 1}" if mark else ""
         raise UsageError([f"{name}{line}: not valid YAML: {error.problem or error.context}"]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError([f"{name}: not valid YAML: {error}"]) from None
-    finally:
-        loader.dispose()
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UsageError([f"{name}: not valid YAML: {reason}"]) from None
 
 
 def _construct(loader: _Loader, node: Any, dotted: str, name: str, text_keys: frozenset[str], loaded: Loaded) -> Any:
+    loaded.values += 1
+    if loaded.values > _MOST_VALUES:
+        raise UsageError([f"{name}: more than {_MOST_VALUES:,} values; this is no experiment"])
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                loaded.problems.append(f"{name}:{line}: a key must be a word, not a list or mapping")
+                continue
+            key = str(key_node.value)
             path = f"{dotted}.{key}" if dotted else key
             if path in loaded.lines:
                 loaded.problems.append(f"{name}:{line}: {path}: given twice, first in line {loaded.lines[path]}")
