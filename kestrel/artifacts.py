@@ -10,6 +10,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -69,15 +70,20 @@ def _flush(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
 
 
 @contextmanager
 def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """An open file that appears under `path` when the block ends without an error, and not before."""
+    """An open file that appears under `path` when the block ends without an error, and not before.
+
+    Args:
+        path: of the file; its folder is made.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+    temporary = _beside(path, "incomplete")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -89,9 +95,13 @@ def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends without an error; what stood there is replaced."""
+    """An empty folder that becomes `path` when the block ends without an error; what stood there is replaced.
+
+    A process killed at any moment leaves the old folder or the new one: under `path`, or, between the two renames,
+    beside it, from where `run_folder` puts it back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = _temporary_name(path), path.with_name(f".{path.name}.former-{os.getpid()}")
+    temporary, former = _beside(path, "incomplete"), _beside(path, "former")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -104,6 +114,19 @@ def folder_atomically(path: Path) -> Iterator[Path]:
             os.replace(former, path)
         shutil.rmtree(former, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Mends what killed processes left in a folder that no other process is writing to."""
+    for former in sorted(folder.rglob(".*.former-*")):
+        path = former.with_name(former.name[1:].rpartition(".former-")[0])
+        if not path.exists():
+            os.replace(former, path)
+    for left in [*folder.rglob(".*.former-*"), *folder.rglob(".*.incomplete-*")]:
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -123,6 +146,8 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KestrelError(f"{path} does not exist; {remedy}") from None
+    except OSError as error:
+        raise KestrelError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise KestrelError(f"{path} is damaged ({error}); {remedy}") from None
 
@@ -132,7 +157,7 @@ def files_below(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): sha256_of(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
 
 
@@ -161,7 +186,7 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
         check_files: compare each file's hash.
 
     Raises:
-        KestrelError: absent, of another kind or schema, or a file is missing or changed.
+        KestrelError: absent, damaged, of another kind or schema, or a file is missing or changed.
     """
     manifest = read_json(folder / MANIFEST, remedy)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
@@ -170,7 +195,10 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
         raise KestrelError(
             f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}; {remedy}"
         )
-    for name, digest in (manifest.get("files") or {}).items() if check_files else ():
+    for part in ("settings", "made_from", "files"):
+        if not isinstance(manifest.get(part), dict):
+            raise KestrelError(f"{folder / MANIFEST} is damaged (no {part}); {remedy}")
+    for name, digest in manifest["files"].items() if check_files else ():
         path = folder / name
         if not path.is_file():
             raise KestrelError(f"{path} is missing; {remedy}")
@@ -190,7 +218,12 @@ def differences(recorded: Any, expected: Any, prefix: str = "") -> Iterable[str]
         for key in sorted({*recorded, *expected}):
             yield from differences(recorded.get(key), expected.get(key), f"{prefix}.{key}" if prefix else str(key))
     elif recorded != expected:
-        yield f"{prefix}: it was {recorded!r}, now {expected!r}"
+        yield f"{prefix}: it was {_short(recorded)}, now {_short(expected)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}… ({len(text):,} characters)"
 
 
 def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
@@ -208,13 +241,20 @@ def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any],
 def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     """The run's folder, locked for this process, with the resolved settings in config.yaml.
 
-    The lock is the kernel's: it ends with its process however that dies, so that none is ever left behind.
+    The lock is the kernel's: it ends with its process however that dies, so that none is ever left behind. Of several
+    processes of one run (torchrun sets RANK), the first holds it for all.
 
     Raises:
-        KestrelError: another process holds the folder.
+        KestrelError: another process holds the folder, or there cannot be one.
     """
     folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise KestrelError(f"run_dir {folder} is or lies below a file; give this run another run_dir") from None
+    if os.environ.get("RANK", "0") != "0":
+        yield folder
+        return
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,9 +264,12 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
             raise KestrelError(
                 f"{folder} is in use by {owner}; wait for it, or give this run another run_dir"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{folder} cannot be locked ({error.strerror}): start no second run into it", file=sys.stderr)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+        clear_leftovers(folder)
         with write_atomically(folder / "config.yaml") as file:
             file.write(settings)
         yield folder

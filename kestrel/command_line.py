@@ -141,7 +141,7 @@ def resolve(
             problems += error.problems
     if not isinstance(tree, dict):
         problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
-        tree = {}
+        tree, readable = {}, False
     # A section of which everything is commented out.
     tree = {name: {} if value is None and name not in keys else value for name, value in tree.items()}
     origin = {dotted: f"{config}:{line}" for dotted, line in lines.items()}
