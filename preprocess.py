@@ -27,7 +27,7 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.artifacts import folder_atomically, write_manifest
     from kestrel.corpora import Tally, open_corpus
     from kestrel.corpora.splits import Splitter
-    from kestrel.dataset import SPLITS, settings_that_shape, write_split, write_statistics
+    from kestrel.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
     from kestrel.errors import KestrelError
     from kestrel.model import load_tokenizer
     from kestrel.prompt import Prompt
@@ -43,24 +43,36 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
         seed=settings.seed,
         max_dialogues=data.max_dialogues,
     )
+    if "validation" not in splitter.splits:
+        raise KestrelError(
+            f"{data.source} has no validation split, and data.validation_fraction 0 cuts none off train; training "
+            "needs one, so set it to 0.05, say"
+        )
     target = Path(settings.run_dir) / "dataset"
     with folder_atomically(target) as folder:
-        statistics, tallies = {}, {}
-        for split in SPLITS:
+        statistics: dict[str, SplitStatistics] = {}
+        tallies: dict[str, Tally] = {}
+        for split in splitter.splits:
             tally = tallies[split] = Tally()
             dialogues = tqdm(splitter.read(split, tally), desc=split, unit=" dialogues", disable=None, leave=False)
             statistics[split] = write_split(dialogues, prompt, folder / split)
             if not statistics[split].dialogues:
                 raise KestrelError(
-                    f"no dialogue of {data.source} is left for {split}: {dict(statistics[split].dropped)}; "
-                    "raise prompt.max_length or the split's fraction"
+                    f"no dialogue of {data.source} is left for {split} ({statistics[split].why_dropped()}); "
+                    "raise prompt.max_length, or the split's fraction"
                 )
         described = write_statistics(
             folder,
             statistics,
             {
-                split: {"read": tally.read, "dropped": dict(tally.dropped), "repaired": dict(tally.repaired)}
-                for split, tally in tallies.items()
+                split: {
+                    "origin": splitter.origin[split],
+                    "persona_overlap": splitter.persona_overlap.get(split),
+                    "read": tallies[split].read,
+                    "dropped": dict(tallies[split].dropped),
+                    "repaired": dict(tallies[split].repaired),
+                }
+                for split in splitter.splits
             },
         )
         write_manifest(
@@ -69,27 +81,32 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
             settings_that_shape(settings),
             made_from={"source": corpus.fingerprint, "format": corpus.format},
             prompt=prompt.identity(),
-            counts={split: described["splits"][split]["replies"] for split in SPLITS},
+            counts={split: counts["replies"] for split, counts in described["splits"].items()},
         )
     print_statistics(described)
-    for split in SPLITS:
-        if tallies[split].dropped or tallies[split].repaired:
-            print(f"\nread for {split}:\n{tallies[split].table()}")
+    for name, tally in tallies.items():
+        if tally.dropped or tally.repaired:
+            print(f"\nread for {name}:\n{tally.table()}")
+    for name, personas in splitter.persona_overlap.items():
+        if shared := personas["in_train"]:
+            print(
+                f"\n{shared:,} of the {personas['personas']:,} personas of {name} stand in train too, as the source has it"
+            )
     print(f"\nwrote {target}")
     if options.show:
         show(target, prompt, options.show)
 
 
 def print_statistics(described: dict[str, Any]) -> None:
-    """One line a split: how much there is, how long, how much of it is supervised, what was cut."""
-    print(
-        f"\n{'split':<11}{'dialogues':>10}{'replies':>9}{'tokens':>11}{'supervised':>12}{'median':>8}{'max':>7}{'turns cut':>11}"
-    )
+    """One line a split: where it is from, how much there is, how long, how much is supervised, what was cut."""
+    print(f"\n{'split':<11}{'dialogues':>10}{'replies':>9}{'tokens':>12}{'supervised':>12}", end="")
+    print(f"{'median':>8}{'max':>7}{'turns cut':>11}  from")
     for split, counts in described["splits"].items():
-        lengths = counts["tokens_a_dialogue"]
+        lengths, origin = counts["tokens_a_dialogue"], described["corpus"][split]["origin"]
+        origin = origin if "cut" in origin else f"the source's {origin}"
         print(
-            f"{split:<11}{counts['dialogues']:>10,}{counts['replies']:>9,}{counts['tokens']:>11,}"
-            f"{counts['supervised_share']:>12.1%}{lengths['p50']:>8,}{lengths['max']:>7,}{counts['turns_cut']:>11,}"
+            f"{split:<11}{counts['dialogues']:>10,}{counts['replies']:>9,}{counts['tokens']:>12,}"
+            f"{counts['supervised_share']:>12.1%}{lengths['p50']:>8,}{lengths['max']:>7,}{counts['turns_cut']:>11,}  {origin}"
         )
         for reason, count in counts["dropped_at_rendering"].items():
             print(f"  {count:,} dropped: {reason}")

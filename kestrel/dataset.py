@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from kestrel.settings import Settings
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLITS = ("train", "validation", "test")
 _ROWS_A_BATCH = 1000
 
 
@@ -54,10 +54,11 @@ class SplitStatistics:
     turns_cut: int = 0
     replies_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list, repr=False)
+    lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        lengths = np.asarray(self.lengths or [0])
+        """The counts, and shares and percentiles made of them. Lengths are in tokens."""
+        lengths = np.asarray(self.lengths if self.lengths else [0])
         return {
             "dialogues": self.dialogues,
             "replies": self.replies,
@@ -74,6 +75,10 @@ class SplitStatistics:
             "replies_cut": self.replies_cut,
             "dropped_at_rendering": dict(self.dropped),
         }
+
+    def why_dropped(self) -> str:
+        """What rendering dropped, by reason, on one line."""
+        return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common()) or "there was none"
 
 
 def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> SplitStatistics:
@@ -183,7 +188,7 @@ def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path
         raise KestrelError(f"there is no dataset in {folder}; {remedy}")
     manifest = read_manifest(folder, "dataset", remedy)
     require_equal(f"the dataset in {folder}", manifest["settings"], settings_that_shape(settings), remedy)
-    recorded, current = manifest["prompt"], prompt.identity()
+    recorded, current = manifest.get("prompt"), prompt.identity()
     require_equal(f"the dataset in {folder}", {"prompt": recorded}, {"prompt": current}, remedy)
     return folder, manifest
 
