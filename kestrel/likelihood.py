@@ -10,7 +10,7 @@ import torch
 
 from kestrel.batching import batches_within
 from kestrel.errors import ProofError
-from kestrel.loss import collate, token_nll
+from kestrel.loss import NOT_FINITE, collate, token_nll
 from kestrel.prompt import IGNORED
 
 
@@ -56,10 +56,7 @@ def span_nll(
         batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id=0).items()}
         values = token_nll(model, batch).double().cpu()
         if not torch.isfinite(values).all():
-            raise ProofError(
-                "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
-                "quantization.compute_dtype, where bfloat16 or float32 has more room than float16"
-            )
+            raise ProofError(NOT_FINITE)
         first = 0
         for position in positions:
             for start, end in sequences[position].spans:

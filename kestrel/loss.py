@@ -23,6 +23,10 @@ from kestrel.prompt import IGNORED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_FINITE = (
+    "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
+    "quantization.compute_dtype, where bfloat16 and float32 have more room than float16"
+)
 CHUNK = 1024  # positions projected at a time: 266 MB of float32 logits for Falcon's vocabulary
 
 
@@ -110,11 +114,13 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
     """Checks our likelihoods against the architecture's own logits, which may be scaled or capped after the head.
 
     Raises:
-        ProofError: they differ by more than the compute type's rounding.
+        ProofError: they differ by more than the compute type's rounding, or are not finite.
     """
     was_training = model.training
     model.eval()
     ours = token_nll(model, batch)
+    if not torch.isfinite(ours).all():
+        raise ProofError(NOT_FINITE)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED

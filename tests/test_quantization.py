@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_models import make_config, write_base
+from make_models import write_base
 
 import kestrel.model
 from kestrel.errors import KestrelError, ProofError
@@ -194,5 +194,5 @@ def test_adapter_begins_the_same_for_the_same_seed(bases):
     weights = []
     for seed in (1, 1, 2):
         base, _ = load_base(settings_for(bases["falcon"]))
-        weights.append([p for n, p in add_lora(base, Lora(r=2), seed).named_parameters() if "lora_A" in n][0])
+        weights.append(next(p for n, p in add_lora(base, Lora(r=2), seed).named_parameters() if "lora_A" in n))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
