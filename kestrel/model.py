@@ -33,11 +33,13 @@ def device() -> torch.device:
 @contextmanager
 def _clear_errors(what: str, name: str) -> Iterator[None]:
     """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except KestrelError:
+    except (KestrelError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(name).exists():
             advice = "the folder exists but cannot be used"
