@@ -24,6 +24,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.alignment import line_up
     from kestrel.evaluation.extra import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
+    from kestrel.evaluation.provenance import check_provenance
     from kestrel.evaluation.report import write_report
     from kestrel.evaluation.scoring import evaluate_files, write_responses
     from kestrel.evaluation.tables import summary
@@ -32,7 +33,11 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     options = settings.evaluation
     run_dir = Path(settings.run_dir)
     extra_metrics = load_metrics(options.extra_metrics)
-    files, notes = line_up([read_generations(path) for path in generation_files(settings)])
+    paths = generation_files(settings)
+    if not options.generations:
+        adapter = Path(settings.model.adapter or run_dir / "adapter")
+        check_provenance(run_dir, adapter, paths, f"python generate.py --config {arguments.config}")
+    files, notes = line_up([read_generations(path) for path in paths])
 
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}

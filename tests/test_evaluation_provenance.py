@@ -1,0 +1,76 @@
+"""Generations of a run that no longer fit its other artifacts are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kestrel.artifacts import identity_of, read_json, sha256_of, write_json, write_manifest
+from kestrel.errors import KestrelError
+from kestrel.evaluation.provenance import check_provenance
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with a dataset, an adapter and generations of both systems."""
+    identities = {}
+    for kind in ("dataset", "adapter"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "content").write_text(kind)
+        write_manifest(tmp_path / kind, kind, settings={"seed": 0}, made_from={})
+        identities[kind] = identity_of(read_json(tmp_path / kind / "manifest.json", ""))
+    folder = tmp_path / "generations"
+    facts = {}
+    for system in ("adapter", "base"):
+        write_json(folder / f"test.{system}.jsonl", {"response": system})
+        made_from = {"dataset": identities["dataset"], "system": system}
+        if system == "adapter":
+            made_from["adapter"] = identities["adapter"]
+        facts[f"test.{system}.jsonl"] = {"sha256": sha256_of(folder / f"test.{system}.jsonl"), "made_from": made_from}
+    write_manifest(folder, "generations", settings={}, made_from={}, generations=facts)
+    return tmp_path
+
+
+def _check(run: Path) -> None:
+    files = sorted((run / "generations").glob("*.jsonl"))
+    check_provenance(run, run / "adapter", files, "python generate.py --config c.yaml")
+
+
+def _make_anew(run: Path, kind: str) -> None:
+    write_manifest(run / kind, kind, settings={"seed": 1}, made_from={})
+
+
+def test_a_run_that_fits_is_accepted(run: Path) -> None:
+    _check(run)
+
+
+def test_the_same_artifact_made_again_is_accepted(run: Path) -> None:
+    write_manifest(run / "dataset", "dataset", settings={"seed": 0}, made_from={}, elsewhere="another day")
+    _check(run)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "adapter"])
+def test_an_artifact_made_anew_is_refused(run: Path, kind: str) -> None:
+    _make_anew(run, kind)
+    with pytest.raises(KestrelError, match=rf"another {kind} .* python generate\.py"):
+        _check(run)
+
+
+def test_base_does_not_depend_on_the_adapter(run: Path) -> None:
+    _make_anew(run, "adapter")
+    check_provenance(run, run / "adapter", [run / "generations" / "test.base.jsonl"], "generate")
+
+
+def test_an_edited_file_is_refused(run: Path) -> None:
+    path = run / "generations" / "test.base.jsonl"
+    path.write_text(json.dumps({"response": "better"}))
+    with pytest.raises(KestrelError, match=r"test\.base\.jsonl was changed"):
+        _check(run)
+
+
+def test_a_file_from_elsewhere_must_be_named(run: Path) -> None:
+    write_json(run / "generations" / "test.theirs.jsonl", {"response": "x"})
+    with pytest.raises(KestrelError, match="evaluation.generations"):
+        _check(run)
