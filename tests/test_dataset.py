@@ -163,14 +163,14 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
 
     def stream() -> Any:
         nonlocal seen
-        for dialogue in corpus(2500):
+        for dialogue in corpus(1300):
             seen += 1
             yield dialogue
             if seen == 1001:
                 assert (tmp_path / "train" / "data-00000-of-00001.arrow").exists()
 
     write_split(stream(), prompt(), tmp_path / "train")
-    assert seen == 2500 and len(load_split(tmp_path, "train", COMMAND)) == 2500
+    assert seen == 1300 and len(load_split(tmp_path, "train", COMMAND)) == 1300
 
 
 # -- whether it still fits ---------------------------------------------------------------------------------------------
