@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def quiet(trainer: Trainer) -> None:
         trainer.remove_callback(ProgressCallback)
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuses a tracker that is not installed before anything is loaded.
 
     Raises:
