@@ -29,41 +29,29 @@ from world import (
     SMALL_TALK,
     TOPICS,
     draw_value,
+    words,
 )
 
 # In the order of Falcon-7B's ids 0-10; <|endoftext|> is 11.
 SPARE_TOKENS = [
     f">>{name}<<"
-    for name in [
-        "TITLE",
-        "ABSTRACT",
-        "INTRODUCTION",
-        "SUMMARY",
-        "COMMENT",
-        "ANSWER",
-        "QUESTION",
-        "DOMAIN",
-        "PREFIX",
-        "SUFFIX",
-        "MIDDLE",
-    ]
+    for name in words("TITLE ABSTRACT INTRODUCTION SUMMARY COMMENT ANSWER QUESTION DOMAIN PREFIX SUFFIX MIDDLE")
 ]
 END = "<|endoftext|>"
 VOCABULARY, HIDDEN, LAYERS, HEADS = 1536, 128, 4, 4
-ROW, BATCH, STEPS, LEARNING_RATE, WARMUP = 192, 12, 1700, 4e-3, 60
+ROW, BATCH, STEPS, WARMUP = 192, 12, 1250, 60
+LEARNING_RATE, MUON_RATE, MOMENTUM, DECAY = 4e-3, 0.02, 0.95, 0.05
 
 
 def portrait(rng: Random) -> str:
     """Facts about one or two people, then the same people in other words and another order."""
     facts, retold = [], []
     for name in rng.sample(NAMES, rng.choice((1, 1, 2))):
-        for topic in rng.sample(sorted(TOPICS), rng.randint(2, 5)):
+        for topic in rng.sample(sorted(TOPICS), rng.randint(2, 4)):
             forms, value = TOPICS[topic], draw_value(topic, rng)
             facts.append(rng.choice(forms.portrait).format(name=name, **value))
-            heading = f"{forms.word}: " if rng.random() < 0.5 else ""
-            retold += [
-                heading + text.format(name=name, **value) for text in rng.sample(forms.retold, rng.randint(1, 2))
-            ]
+            told = rng.sample(forms.retold, rng.randint(2, 3))
+            retold += [f"{forms.word}: {text.format(name=name, **value)}" for text in told]
     rng.shuffle(facts)
     rng.shuffle(retold)
     return "- " + " ".join(facts) + "\n- " + rng.choice((" ", "\n- ")).join(retold)
@@ -72,11 +60,11 @@ def portrait(rng: Random) -> str:
 def diary(rng: Random) -> str:
     """What somebody says of himself, then his days."""
     facts, days = [], []
-    for topic in rng.sample(sorted(TOPICS), rng.randint(3, 6)):
+    for topic in rng.sample(sorted(TOPICS), rng.randint(3, 5)):
         forms, value = TOPICS[topic], draw_value(topic, rng)
         facts.append(rng.choice(forms.facts).format(**value))
-        heading = f"{forms.word}: " if rng.random() < 0.5 else ""
-        days += [heading + text.format(**value) for text in rng.sample(forms.diary, rng.randint(1, 2))]
+        told = rng.sample(forms.diary, rng.randint(2, 3))
+        days += [f"{forms.word}: {text.format(**value)}" for text in told]
     rng.shuffle(days)
     return "- " + " ".join(facts) + "\n- " + rng.choice((" ", "\n- ")).join(days)
 
@@ -185,12 +173,25 @@ def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor
             stream = stream[BATCH * ROW :]
 
 
+def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrix, roughly: Muon's Newton-Schulz iteration (Jordan et al., 2024), in float32.
+
+    torch.optim.Muon computes it in bfloat16, which many CPUs have no instructions for.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is matrix else x.T
+
+
 def pretrain(model: FalconForCausalLM, batches: Iterator[torch.Tensor], steps: int) -> None:
-    """Next-token prediction, AdamW, linear warm-up and decay."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
-    )
+    """Next-token prediction; Muon for the linear layers, AdamW for the rest, linear warm-up and decay."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embeddings" in name]
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    optimizer = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=DECAY)
     started = time.monotonic()
     model.train()
     for step in range(1, steps + 1):
@@ -198,9 +199,16 @@ def pretrain(model: FalconForCausalLM, batches: Iterator[torch.Tensor], steps: i
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = min(step / WARMUP, (steps - step + 1) / steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * scale
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for matrix, momentum in zip(matrices, momenta, strict=True):
+                momentum.lerp_(matrix.grad, 1 - MOMENTUM)
+                update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM))
+                matrix.mul_(1 - MUON_RATE * scale * DECAY)
+                matrix.sub_(update, alpha=MUON_RATE * scale * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+        model.zero_grad()
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps} loss {loss.item():.3f} after {time.monotonic() - started:.0f} s", flush=True)
 

@@ -16,19 +16,19 @@ import pytest
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart"
 SPLITS = ("train", "validation", "test")
-SPARE = [
-    "TITLE",
-    "ABSTRACT",
-    "INTRODUCTION",
-    "SUMMARY",
-    "COMMENT",
-    "ANSWER",
-    "QUESTION",
-    "DOMAIN",
-    "PREFIX",
-    "SUFFIX",
-    "MIDDLE",
-]
+SPARE = (
+    ">>TITLE<<",
+    ">>ABSTRACT<<",
+    ">>INTRODUCTION<<",
+    ">>SUMMARY<<",
+    ">>COMMENT<<",
+    ">>ANSWER<<",
+    ">>QUESTION<<",
+    ">>DOMAIN<<",
+    ">>PREFIX<<",
+    ">>SUFFIX<<",
+    ">>MIDDLE<<",
+)
 
 
 def rows(split: str) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
-    specials = [f">>{name}<<" for name in SPARE] + ["<|endoftext|>"]
+    specials = [*SPARE, "<|endoftext|>"]
     assert tokenizer.convert_ids_to_tokens(list(range(12))) == specials
     assert set(tokenizer.all_special_tokens) == set(specials)
     assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.bos_token) == (11, None, None)
