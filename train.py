@@ -104,6 +104,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         eval_dataset=validation_rows,
         processing_class=prompt.tokenizer,
         callbacks=[
+            callbacks.BestCheckpoint(),
             callbacks.Guard(lambda: trainer),
             callbacks.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
             callbacks.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),

@@ -127,6 +127,18 @@ class Samples(TrainerCallback):
                 )
 
 
+class BestCheckpoint(TrainerCallback):
+    """Looks for the best checkpoint in this run's folder, wherever it lies now.
+
+    The Trainer (5.17 to 5.23) resumes with the path that was recorded. Where that is gone, because the run was moved,
+    it forgets the best checkpoint and ends with the last weights.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
+
 class StopOnSignal(TrainerCallback):
     """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once."""
 

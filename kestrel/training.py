@@ -155,14 +155,13 @@ class DialogueTrainer(Trainer):
             raise
 
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint as the Trainer does, from this run's folder wherever it lies, if it is whole.
+        """Loads the best checkpoint as the Trainer does, if it is whole.
 
         Raises:
-            KestrelError: it is damaged; the Trainer would go on with the last weights.
+            KestrelError: it is damaged.
         """
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        best = Path(self.state.best_model_checkpoint)
         read_sealed(best, "the best adapter is in it: run the same command again, or with --training.resume never")
-        self.state.best_model_checkpoint = str(best)
         super()._load_best_model()
 
     def dialogues_of_step(self, step: int) -> list[str]:

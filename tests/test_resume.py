@@ -299,6 +299,19 @@ def test_a_run_may_be_moved(prepared, begun, whole, tmp_path, monkeypatch):
     assert results(tmp_path / "elsewhere" / "run") == whole
 
 
+def test_a_finished_run_that_was_moved_keeps_its_best_adapter(prepared, tmp_path, monkeypatch):
+    """No step is left to save a checkpoint in, so nothing but the recorded step says where the best one lies."""
+    from test_training import worsen
+
+    with monkeypatch.context() as patch:
+        worsen(patch, after=1)
+        assert train.main([*prepared.copy_to(tmp_path / "one"), *LONG]) == 0
+    best = results(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert train.main([*prepared.arguments("--run_dir", str(tmp_path / "two")), *LONG]) == 0
+    assert results(tmp_path / "two") == best
+
+
 def test_cutting_a_log_keeps_texts_with_odd_line_separators(tmp_path):
     path = tmp_path / "samples.jsonl"
     rows = [{"step": step, "response": "a\u2028b\x85c\x0cd"} for step in (1, 2, 3)]
