@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, __file__, "--here", script, "--", *options.arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = done.stdout.splitlines()
-        measured: dict[str, Any] = next((json.loads(line.removeprefix(_MARK)) for line in lines if line.startswith(_MARK)), {})
+        measured: dict[str, Any] = next(
+            (json.loads(line.removeprefix(_MARK)) for line in lines if line.startswith(_MARK)), {}
+        )
         printed = [line for line in lines if not line.startswith(_MARK)]
         results[script] = {**measured, "printed": printed}
         print(f"{script}: {measured}\n" + "\n".join(f"  {line}" for line in printed), flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import re
@@ -59,6 +60,26 @@ def run_quickstart() -> tuple[str, str]:
     return "\n\n".join(printed), f"{sum(seconds):.0f} s in all ({each}) on {machine()}."
 
 
+def measured_table() -> str:
+    """Training of Falcon-7B's shape, from benchmarks/results, a line a configuration."""
+    rows = ["| command line | peak GPU memory | device, versions |", "|---|---|---|"]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("falcon-7b*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        typed = record["command"].split(" -- ")[1].split()
+        # Where model and data lay, and how long was trained, is not what a reader wants to repeat.
+        left_out = ("--data.source", "--model.name", "--run_dir", "--data.test_fraction", "--training.epochs",
+                    "--training.evaluations")  # fmt: skip
+        pairs = zip(typed[::2], typed[1::2], strict=True)
+        kept = " ".join(f"{option} {value}" for option, value in pairs if option not in left_out)
+        versions = record["versions"]
+        machine = (
+            f"{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, {record['date']}"
+        )
+        peak = record["scripts"]["train"]["peak_gpu_bytes"] / 2**30
+        rows.append(f"| `train.py {kept}` | {peak:.1f} GiB | {machine} |")
+    return "\n".join(rows)
+
+
 def settings_table() -> str:
     from kestrel.command_line import all_keys
 
@@ -89,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = fill(readme.read_text(encoding="utf-8"), "settings", settings_table())
+    text = fill(text, "measured memory", measured_table())
     if not arguments.settings_only:
         output, timing = run_quickstart()
         text = fill(text, "quickstart output", f"```text\n{output}\n```")

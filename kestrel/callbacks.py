@@ -78,8 +78,10 @@ class JsonLines(TrainerCallback):
         cut_after(self._path, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.global_step == state.max_steps:  # the last window and the final weights too, however short the window
-            control.should_log = control.should_evaluate = control.should_save = True
+        if state.global_step == state.max_steps:  # the final weights too
+            control.should_evaluate = control.should_save = True
+        # Whatever is saved begins a new window of the logged loss, so that a resumed run logs what this one would have.
+        control.should_log |= control.should_evaluate or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
         values = {key: logs[key] for key in self._KEYS if logs and key in logs}

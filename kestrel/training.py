@@ -172,10 +172,7 @@ class DialogueTrainer(Trainer):
 def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:
     """The Trainer's arguments for a run of `steps` optimizer steps."""
     training = settings.training
-    # Evaluations fall on logged steps, so that no window of the logged loss is cut by a checkpoint.
-    every = max(1, steps // training.evaluations)
-    logging = min(training.logging_steps, every)
-    every -= every % logging
+    every = math.ceil(steps / training.evaluations)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.run_dir) / "logs")
     return TrainingArguments(
         output_dir=str(output),
@@ -191,7 +188,7 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         data_seed=settings.seed,
         fp16=settings.quantization.compute_dtype == "float16" and on_gpu,
         use_cpu=not on_gpu,
-        logging_steps=logging,
+        logging_steps=min(training.logging_steps, every),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=every,
