@@ -18,7 +18,7 @@ test: .venv/ready-dev browser check   ## formatter, linter, types, and every tes
 check: .venv/ready-dev
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
-	$(VENV)/mypy kestrel preprocess.py train.py generate.py evaluate.py
+	$(VENV)/mypy kestrel *.py docs benchmarks Images
 
 schema: .venv/ready   ## configs/schema.json, from the settings
 	$(VENV)/python -m kestrel.settings > configs/schema.json

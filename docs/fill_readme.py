@@ -52,6 +52,8 @@ def run_quickstart() -> tuple[str, str]:
     printed, seconds = [], []
     for script in SCRIPTS:
         command = ["python", script, "--config", "configs/quickstart.yaml"]
+        if script == "preprocess.py":
+            command += ["--show", "1"]
         began = time.monotonic()
         done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - began)
@@ -62,7 +64,7 @@ def run_quickstart() -> tuple[str, str]:
 
 def measured_table() -> str:
     """Training of Falcon-7B's shape, from benchmarks/results, a line a configuration."""
-    rows = ["| command line | peak GPU memory | device, versions |", "|---|---|---|"]
+    rows = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("falcon-7b*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         typed = record["command"].split(" -- ")[1].split()
@@ -76,12 +78,13 @@ def measured_table() -> str:
             f"{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, {record['date']}"
         )
         peak = record["scripts"]["train"]["peak_gpu_bytes"] / 2**30
-        rows.append(f"| `train.py {kept}` | {peak:.1f} GiB | {machine} |")
-    return "\n".join(rows)
+        rows.append((peak, f"| `train.py {kept}` | {peak:.1f} GiB | {machine} |"))
+    head = ["| command line | peak GPU memory | device, versions |", "|---|---|---|"]
+    return "\n".join([*head, *(row for _, row in sorted(rows))])
 
 
 def settings_table() -> str:
-    from kestrel.command_line import all_keys
+    from kestrel.keys import all_keys
 
     keys = all_keys()
     rows = ["| key | default | meaning |", "|---|---|---|"]
