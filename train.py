@@ -104,6 +104,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         eval_dataset=validation_rows,
         processing_class=prompt.tokenizer,
         callbacks=[
+            callbacks.Progress(),
             callbacks.BestCheckpoint(),
             callbacks.Guard(lambda: trainer),
             callbacks.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
@@ -112,7 +113,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
             stop,
         ],
     )
-    training.quiet(trainer)
+    training.silence(trainer)
     began = time.monotonic()
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

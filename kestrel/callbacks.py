@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from kestrel.artifacts import write_atomically
@@ -139,6 +141,39 @@ class BestCheckpoint(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal, and everywhere a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", disable=None, leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
+        if self._bar is not None and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **extra: Any
+    ) -> None:
+        if metrics and state.is_world_process_zero:
+            tqdm.write(
+                f"step {state.global_step:,} of {state.max_steps:,}: validation loss {metrics['eval_loss']:.4f}, "
+                f"perplexity {metrics['eval_perplexity']:.2f} a reply token"
+            )
+            sys.stdout.flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class StopOnSignal(TrainerCallback):

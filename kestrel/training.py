@@ -204,11 +204,10 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
     )
 
 
-def quiet(trainer: Trainer) -> None:
-    """Leaves the Trainer's own printing of dicts away; its progress bar stays on a terminal."""
+def silence(trainer: Trainer) -> None:
+    """Leaves the Trainer's own bar and its printing of dicts away; `callbacks.Progress` takes their place."""
     trainer.remove_callback(PrinterCallback)
-    if not os.isatty(2):
-        trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(ProgressCallback)
 
 
 def check_trackers(names: Sequence[str]) -> None:
