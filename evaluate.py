@@ -5,7 +5,8 @@
 
 Reads generations/SPLIT.SYSTEM.jsonl of the run, or the files named: one JSON object a line with `reference` and
 `response`, and whatever else is there of dialogue_id, turn, persona, history, stopped_by, response_tokens,
-reference_nll, reference_tokens, candidate_nll. Needs no model and no GPU. Writes evaluation/ in the run folder:
+reference_nll, reference_tokens, candidate_nll. SYSTEM-seedN and SYSTEM-orderK are further seeds of SYSTEM and further
+orders of the persona, whose spread is told. Needs no model and no GPU. Writes evaluation/ in the run folder:
 metrics.json, report.html, report.md, plots, and every system's responses as text for other tools.
 """
 

@@ -4,7 +4,8 @@
     python generate.py --config configs/falcon-7b.yaml --generation.split validation --generation.max_dialogues 50
 
 Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes a line for every
-reply to RUN/generations/SPLIT.SYSTEM.jsonl. The same command goes on where an interrupted run stopped.
+reply to RUN/generations/SPLIT.SYSTEM.jsonl; with generation.persona_orders above 1, to SPLIT.SYSTEM-orderK.jsonl for
+each shuffle of the persona's sentences too. The same command goes on where an interrupted run stopped.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from kestrel.adapter import prove_loaded, read_adapter
-    from kestrel.answers import write_answers
+    from kestrel.answers import left_out, write_answers
     from kestrel.artifacts import identity_of, sha256_of_json
     from kestrel.dataset import load_split, open_dataset
     from kestrel.loss import install
     from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config, load_tokenizer
+    from kestrel.persona_order import name_in_order
     from kestrel.prompt import Prompt
 
     run, chosen = Path(settings.run_dir), settings.generation
@@ -40,7 +42,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         rows = rows.select(range(min(chosen.max_dialogues, len(rows))))
 
     # Sampling draws for a whole batch at once; otherwise how many prompts share a batch changes nothing but speed.
-    ignored = {"systems"} if chosen.do_sample else {"systems", "tokens_per_step"}
+    ignored = {"systems", "persona_orders", *(() if chosen.do_sample else ("tokens_per_step",))}
     common = {
         "dataset": identity_of(dataset_manifest),
         "base": base_identity(settings.model, load_config(settings.model)),
@@ -56,15 +58,20 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         adapter_manifest = read_adapter(
             adapter_folder, prompt.identity(), common["quantization"], common["base"], command
         )
-    made_from = {system: {**common, "system": system} for system in chosen.systems}
-    if adapter_manifest is not None:
-        made_from["adapter"]["adapter"] = identity_of(adapter_manifest)
     folder = run / "generations"
-    missing = [
-        system for system in made_from if not up_to_date(folder, f"{chosen.split}.{system}.jsonl", made_from[system])
-    ]
-    for system in made_from.keys() - missing:
-        print(f"{folder / f'{chosen.split}.{system}.jsonl'} is up to date")
+    files: dict[Path, tuple[str, int, dict[str, Any]]] = {}  # system, order of the persona, what decides the answers
+    for order in range(chosen.persona_orders):
+        for system in chosen.systems:
+            made_from = {**common, "system": system}
+            if system == "adapter" and adapter_manifest is not None:
+                made_from["adapter"] = identity_of(adapter_manifest)
+            if order:
+                made_from["persona_order"] = order
+            files[folder / f"{chosen.split}.{name_in_order(system, order)}.jsonl"] = (system, order, made_from)
+    missing = [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
+    for path in files:
+        if path not in missing:
+            print(f"{path} is up to date")
     if not missing:
         return
 
@@ -81,41 +88,50 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         print("proven: it computes what the trained adapter did, over the same prompt")
 
     replies = sum(turn["speaker"] == "self" for turns in rows["turns"] for turn in turns)
-    for system in missing:
-        path = folder / f"{chosen.split}.{system}.jsonl"
-        alone = model.disable_adapter() if system == "base" and adapter_manifest else contextlib.nullcontext()
+    for path in missing:
+        answering, order, made_from = files[path]
+        label = name_in_order(answering, order)
+        alone = model.disable_adapter() if answering == "base" and adapter_manifest else contextlib.nullcontext()
         began = time.monotonic()
-        with alone, tqdm(total=len(rows), desc=system, unit=" dialogues", disable=None) as bar:
-            shards = write_answers(model, prompt, rows, chosen, settings.seed, path, sha256_of_json(made_from[system]))
+        with alone, tqdm(total=len(rows), desc=label, unit=" dialogues", disable=None) as bar:
+            identity = sha256_of_json(made_from)
+            shards = write_answers(model, prompt, rows, chosen, settings.seed, order, path, identity)
             if done := next(shards):
-                print(f"{system}: going on after {done} dialogues")
+                print(f"{label}: going on after {done} dialogues")
             bar.update(done)
             for done in shards:
                 bar.update(done - bar.n)
-        record(folder, path, made_from[system], settings)
+        record(path, made_from, settings)
         print(f"wrote {path} in {time.monotonic() - began:.0f} s")
-    with open(path, encoding="utf-8") as file:
-        left_out = replies - sum(1 for _ in file)
-    if left_out:
-        print(
-            f"{left_out:,} of {replies:,} replies are left out: their exchange alone is longer than prompt.max_length"
-        )
+        unanswered, unscored = left_out(rows, path)
+        if unanswered:
+            print(
+                f"  {unanswered:,} of {replies:,} replies are left out: their exchange alone is longer than "
+                "prompt.max_length"
+            )
+        if chosen.candidates and unscored:
+            print(
+                f"  {unscored:,} of {replies:,} replies have no candidate_nll and do not count in hits@1: the "
+                "tokenizer reads a control token in one of their candidates"
+            )
 
 
-def up_to_date(folder: Path, name: str, made_from: dict[str, Any]) -> bool:
+def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:
     """Whether a file of an earlier call is whole and is what this call would make."""
     from kestrel.artifacts import MANIFEST, read_json, sha256_of
 
-    if not (folder / MANIFEST).exists() or not (folder / name).exists():
+    folder = path.parent
+    if not (folder / MANIFEST).exists() or not path.exists():
         return False
-    known = read_json(folder / MANIFEST, f"delete {folder} and run this again")["generations"].get(name)
-    return known == {"sha256": sha256_of(folder / name), "made_from": made_from}
+    known = read_json(folder / MANIFEST, f"delete {folder} and run this again")["generations"].get(path.name)
+    return known == {"sha256": sha256_of(path), "made_from": made_from}
 
 
-def record(folder: Path, made: Path, made_from: dict[str, Any], settings: Settings) -> None:
+def record(made: Path, made_from: dict[str, Any], settings: Settings) -> None:
     """Adds a finished file to generations/manifest.json, keeping what it says of others that are still as they were."""
     from kestrel.artifacts import MANIFEST, read_json, sha256_of, write_manifest
 
+    folder = made.parent
     former = read_json(folder / MANIFEST, f"delete {folder} and run this again") if (folder / MANIFEST).exists() else {}
     kept = {
         name: facts

@@ -17,7 +17,8 @@ from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import in_batches
 from kestrel.likelihood import Scored, span_nll
-from kestrel.prompt import Prompt, Unrenderable
+from kestrel.persona_order import reordered
+from kestrel.prompt import Prompt, Rendered, Unrenderable
 from kestrel.settings import Generation
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Question:
         context: the prompt's tokens.
         reference: the reference's tokens, end included.
         candidates: other replies that the source offers here.
-        span: where the reference stands in the dialogue's training sequence; None where truncation cut it off.
+        span: where the reference stands in the dialogue's sequence; None where truncation cut it off.
     """
 
     dialogue: Dialogue
@@ -56,54 +57,72 @@ class Question:
         }
 
 
-def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt) -> list[list[Question]]:
+def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt, seed: int = 0, order: int = 0) -> list[list[Question]]:
     """The replies of each of the given dataset rows, in order.
 
-    A prompt is the training sequence up to the reply. Replies that truncation cut from the sequence are rendered anew;
-    those whose exchange alone is longer than prompt.max_length are left out.
+    A prompt is the dialogue's sequence up to the reply: the training sequence, or in another order of the persona what
+    that sequence would have been. Replies that truncation cut from it are rendered anew; those whose exchange alone is
+    longer than prompt.max_length are left out.
+
+    Args:
+        seed, order: of the persona's sentences, as of `persona_order.reordered`.
 
     Raises:
-        ProofError: the prompt renders a dialogue otherwise than the dataset holds it.
+        ProofError: the prompt renders a dialogue, as given, otherwise than the dataset holds it.
     """
-    questions: list[list[Question]] = []
-    for row, again in zip(rows, prompt.render_all([dialogue_of(row) for row in rows]), strict=True):
-        dialogue = dialogue_of(row)
-        if isinstance(again, Exception) or again.input_ids != row["input_ids"]:
+    dialogues = [dialogue_of(row) for row in rows]
+    renderings = prompt.render_all(dialogues)
+    for row, again in zip(rows, renderings, strict=True):
+        if isinstance(again, Unrenderable) or again.input_ids != row["input_ids"]:
             raise ProofError(
-                f"dialogue {dialogue.dialogue_id}: the prompt that would generate is not the one that trained; "
+                f"dialogue {row['dialogue_id']}: the prompt that would generate is not the one that trained; "
                 "make the dataset again with preprocess.py"
             )
-        replies = list(dialogue.replies())
-        cut = len(replies) - len(row["reply_spans"])
-        spans = [*[None] * cut, *((start, end) for start, end in row["reply_spans"])]
-        questions.append([])
-        for number, ((turn, text), span) in enumerate(zip(replies, spans, strict=True)):
-            if span is None:
-                try:
-                    context, reference = prompt.context(dialogue, turn), prompt.reply_ids(text)
-                except Unrenderable:
-                    continue
-            else:
-                context, reference = row["input_ids"][: span[0]], row["input_ids"][span[0] : span[1]]
-            candidates = dialogue.candidates[number] if dialogue.candidates else ()
-            questions[-1].append(Question(dialogue, turn, context, reference, candidates, span))
+    if order:
+        dialogues = [reordered(dialogue, seed, order) for dialogue in dialogues]
+        renderings = prompt.render_all(dialogues)
+    return [_questions(*pair, prompt) for pair in zip(dialogues, renderings, strict=True)]
+
+
+def _questions(dialogue: Dialogue, rendered: Rendered | Unrenderable, prompt: Prompt) -> list[Question]:
+    """One dialogue's replies. A shuffled persona may need a token more and cut other turns, or all of them."""
+    sequence, in_sequence = (
+        ([], []) if isinstance(rendered, Unrenderable) else (rendered.input_ids, rendered.reply_spans)
+    )
+    replies = list(dialogue.replies())
+    spans = [*[None] * (len(replies) - len(in_sequence)), *in_sequence]
+    questions = []
+    for number, ((turn, text), span) in enumerate(zip(replies, spans, strict=True)):
+        if span is None:
+            try:
+                context, reference = prompt.context(dialogue, turn), prompt.reply_ids(text)
+            except Unrenderable:
+                continue
+        else:
+            context, reference = sequence[: span[0]], sequence[span[0] : span[1]]
+        candidates = dialogue.candidates[number] if dialogue.candidates else ()
+        questions.append(Question(dialogue, turn, context, reference, candidates, span))
     return questions
 
 
 def answer(
-    model: torch.nn.Module, prompt: Prompt, rows: Sequence[dict[str, Any]], settings: Generation, seed: Sequence[int]
+    model: torch.nn.Module,
+    prompt: Prompt,
+    by_dialogue: Sequence[Sequence[Question]],
+    settings: Generation,
+    seed: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Answers every reply of the given dataset rows.
+    """Answers every question of some dialogues.
 
     Args:
         model: prepared by `loss.install`.
+        by_dialogue: from `questions_of`.
         seed: of sampling.
 
     Returns:
-        Generation rows in the dataset's order.
+        Generation rows in the same order.
     """
-    by_row = questions_of(rows, prompt)
-    questions = [question for row in by_row for question in row]
+    questions = [question for dialogue in by_dialogue for question in dialogue]
     answers = [question.as_row() for question in questions]
     contexts = [question.context for question in questions]
     for positions, responses in in_batches(model, prompt, contexts, settings, seed):
@@ -114,7 +133,7 @@ def answer(
                 "response_tokens": response.tokens,
             }
     if settings.references:
-        scores = _reference_scores(model, rows, by_row, settings.tokens_per_step)
+        scores = _reference_scores(model, by_dialogue, settings.tokens_per_step)
         for row, (nll, tokens) in zip(answers, scores, strict=True):
             row |= {"reference_nll": nll, "reference_tokens": tokens}
     if settings.candidates:
@@ -123,16 +142,18 @@ def answer(
 
 
 def _reference_scores(
-    model: torch.nn.Module, rows: Sequence[dict[str, Any]], by_row: list[list[Question]], tokens_per_step: int
+    model: torch.nn.Module, by_dialogue: Sequence[Sequence[Question]], tokens_per_step: int
 ) -> list[tuple[float, int]]:
-    """(nats, tokens) of each reference, in order. Those that share a training sequence cost one pass together."""
+    """(nats, tokens) of each reference, in order. Those that share their dialogue's sequence cost one pass together."""
     sequences = []
-    for row, questions in zip(rows, by_row, strict=True):
+    for questions in by_dialogue:
         for question in questions:
+            whole = [*question.context, *question.reference]
             if question.span is None:
-                whole = [*question.context, *question.reference]
                 sequences.append(Scored(whole, [(len(question.context), len(whole))]))
-        sequences.append(Scored(row["input_ids"], [(start, end) for start, end in row["reply_spans"]]))
+        # What truncation cut stands first, so the last question's sequence holds all of the others.
+        if spans := [question.span for question in questions if question.span is not None]:
+            sequences.append(Scored(whole, spans))
     return [score for scores in span_nll(model, sequences, tokens_per_step) for score in scores]
 
 
@@ -143,11 +164,17 @@ def _score_candidates(
     answers: list[dict[str, Any]],
     tokens_per_step: int,
 ) -> None:
-    """Adds candidate_nll, [nll, tokens] of each candidate, where the data offers candidates."""
+    """Adds candidate_nll, [nll, tokens] of each candidate, where the data offers candidates.
+
+    A reply of whose candidates one cannot be tokenized as text gets none: a rank among fewer would be another score.
+    """
     sequences, owners = [], []
     for index, question in enumerate(questions):
-        for text in question.candidates:
-            reply = prompt.reply_ids(text)
+        try:
+            candidates = [prompt.reply_ids(text) for text in question.candidates]
+        except Unrenderable:
+            continue
+        for reply in candidates:
             start = len(question.context)
             sequences.append(Scored([*question.context, *reply], [(start, start + len(reply))]))
             owners.append(index)
@@ -161,6 +188,7 @@ def write_answers(
     dataset: Dataset,
     settings: Generation,
     seed: int,
+    order: int,
     path: Path,
     identity: str,
 ) -> Iterator[int]:
@@ -171,8 +199,9 @@ def write_answers(
 
     Args:
         dataset: rows of the split, in the order of the file.
-        seed: of sampling.
-        path: SPLIT.SYSTEM.jsonl.
+        seed: of sampling and of the persona's order.
+        order: of the persona's sentences, 0 as given.
+        path: SPLIT.SYSTEM.jsonl or SPLIT.SYSTEM-orderK.jsonl.
         identity: hash of all that decides the answers.
 
     Yields:
@@ -184,7 +213,7 @@ def write_answers(
     yield done
     while done < len(dataset):
         rows = [dataset[i] for i in range(done, min(done + SHARD, len(dataset)))]
-        answers = answer(model, prompt, rows, settings, [seed, done])
+        answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, [seed, done])
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answers]
         done += len(rows)
         with open(partial, "a", encoding="utf-8") as file:
@@ -213,3 +242,16 @@ def _keep_complete_shards(partial: Path, identity: str, dataset: Dataset) -> int
     if kept != content:
         partial.write_bytes(kept)
     return done
+
+
+def left_out(dataset: Dataset, path: Path) -> tuple[int, int]:
+    """What a finished file lacks of its split: replies, and replies' candidates that the data offers."""
+    with open(path, encoding="utf-8") as file:
+        scored = {(row["dialogue_id"], row["turn"]): "candidate_nll" in row for row in map(json.loads, file)}
+    replies = unscored = 0
+    for dialogue in map(dialogue_of, dataset):
+        for number, (turn, _) in enumerate(dialogue.replies()):
+            key = (dialogue.dialogue_id, turn)
+            replies += key not in scored
+            unscored += bool(dialogue.candidates and dialogue.candidates[number]) and not scored.get(key, True)
+    return replies, unscored

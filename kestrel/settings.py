@@ -161,6 +161,9 @@ class Generation(Section):
     )
     references: bool = Field(True, description="Score the likelihood of the references (perplexity).")
     candidates: bool = Field(False, description="Score the likelihood of each candidate reply (hits@1).")
+    persona_orders: PositiveInt = Field(
+        1, description="Orders of the persona's sentences to answer with: the given one and shuffles of it."
+    )
 
 
 class Evaluation(Section):
@@ -212,6 +215,8 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
         found.append(("generation.length_penalty", "has no effect without generation.num_beams above 1"))
     if generation.max_new_tokens >= settings.prompt.max_length:
         found.append(("generation.max_new_tokens", "leaves no room for a prompt within prompt.max_length"))
+    if generation.candidates and not generation.references:
+        found.append(("generation.candidates", "needs generation.references: true; hits@1 ranks the reference too"))
     if not generation.systems:
         found.append(("generation.systems", "names no system"))
     if len(set(generation.systems)) < len(generation.systems):

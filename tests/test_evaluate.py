@@ -13,6 +13,7 @@ import pytest
 import sacrebleu
 
 from kestrel.artifacts import sha256_of
+from kestrel.persona_order import order_in_name
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
 
@@ -101,7 +102,10 @@ def make_run(folder: Path, dialogues: int = 12) -> Path:
 
 def record(folder: Path) -> None:
     """The manifest that generate.py leaves beside its files."""
-    facts = {path.name: {"sha256": sha256_of(path), "made_from": {}} for path in folder.glob("*.jsonl")}
+    facts = {}
+    for path in folder.glob("*.jsonl"):
+        order = order_in_name(path.stem)[1]
+        facts[path.name] = {"sha256": sha256_of(path), "made_from": {"persona_order": order} if order else {}}
     (folder / "manifest.json").write_text(json.dumps({"generations": facts}), encoding="utf-8")
 
 
@@ -255,6 +259,69 @@ def test_seeds_are_summarized(tmp_path, capsys):
     assert len(scores) == 2 and group["bleu"]["mean"] == pytest.approx(sum(scores) / 2)
     assert group["bleu"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     assert "±" in capsys.readouterr().out
+
+
+def add_orders(folder: Path, count: int) -> None:
+    """Files of both systems under further orders of the persona, the answers of the adapter ever worse."""
+    for name in ("adapter", "base"):
+        for order in range(1, count):
+            rows = [
+                json.loads(line) for line in (folder / f"test.{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            for i, row in enumerate(rows):
+                row["persona"] = row["persona"][::-1]
+                row["reference_nll"] += order
+                if name == "adapter" and i % 4 < order:
+                    row["response"] = "no no"
+            write_rows(folder / f"test.{name}-order{order}.jsonl", rows)
+    record(folder)
+
+
+def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
+    before = read_metrics(scored[0])
+    config = make_run(tmp_path)
+    folder = tmp_path / "run" / "generations"
+    add_orders(folder, 3)
+    options = ["--config", str(config), "--evaluation.resamples", "200"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    metrics = read_metrics(config)
+    systems = {
+        name: {key: value for key, value in entry.items() if key != "made_by"}
+        for name, entry in metrics["systems"].items()
+    }
+    assert systems == {
+        name: {key: value for key, value in entry.items() if key != "made_by"}
+        for name, entry in before["systems"].items()
+    }  # further orders change nothing that is said of the one as given
+    assert metrics["paired"] == before["paired"] and metrics["groups"] == {}
+    assert [file["system"] for file in metrics["inputs"]].count("adapter-order2") == 1
+    for name in ("adapter", "base"):
+        spread = metrics["persona_orders"][name]
+        assert spread["orders"] == [0, 1, 2] and spread["reordered"] == 1.0
+        for order in (1, 2):  # each file alone gives the same scores
+            alone = [*options, "--evaluation.generations", str(folder / f"test.{name}-order{order}.jsonl")]
+            assert main([*alone, "--evaluation.samples", "0"]) == 0
+            entry = read_metrics(config)["systems"][f"{name}-order{order}"]
+            expected = [entry[key]["score"] for key in ("bleu", "rouge_l", "f1")] + [entry["perplexity"]["token"]]
+            values = [spread[key]["values"][order] for key in ("bleu", "rouge_l", "f1", "perplexity.token")]
+            assert values == pytest.approx(expected, rel=1e-12)
+    assert metrics["persona_orders"]["adapter"]["f1"]["relative_change"] > 0.1
+    assert metrics["persona_orders"]["base"]["f1"]["relative_change"] == 0
+    assert "Persona order: 3 orders" in printed and "adapter-order" not in printed
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 100
+    assert any(verdict.startswith("adapter over 3 orders") for verdict in metrics["verdicts"])
+
+
+def test_persona_orders_in_the_report(tmp_path, capsys):
+    config = make_run(tmp_path)
+    add_orders(tmp_path / "run" / "generations", 2)
+    assert main(["--config", str(config), "--evaluation.resamples", "100"]) == 0
+    folder = tmp_path / "run" / "evaluation"
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "Persona order: 2 orders" in text and "shuffled for each dialogue" in text
+    assert (folder / "responses" / "adapter-order1.txt").is_file()
 
 
 @pytest.mark.parametrize(

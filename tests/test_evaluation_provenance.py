@@ -70,6 +70,25 @@ def test_an_edited_file_is_refused(run: Path) -> None:
         _check(run)
 
 
+def _add_order(run: Path, **changes: object) -> None:
+    folder = run / "generations"
+    facts = read_json(folder / "manifest.json", "")["generations"]
+    write_json(folder / "test.base-order2.jsonl", {"response": "base"})
+    made_from = facts["test.base.jsonl"]["made_from"] | {"persona_order": 2} | changes
+    facts["test.base-order2.jsonl"] = {"sha256": sha256_of(folder / "test.base-order2.jsonl"), "made_from": made_from}
+    write_manifest(folder, "generations", settings={}, made_from={}, generations=facts)
+
+
+def test_another_order_of_the_persona_must_differ_in_nothing_else(run: Path) -> None:
+    _add_order(run)
+    _check(run)
+    _add_order(run, generation={"max_new_tokens": 3})
+    with pytest.raises(
+        KestrelError, match=r"base-order2.* other settings .* --generation\.persona_orders 3, or delete"
+    ):
+        _check(run)
+
+
 def test_a_file_from_elsewhere_must_be_named(run: Path) -> None:
     write_json(run / "generations" / "test.theirs.jsonl", {"response": "x"})
     with pytest.raises(KestrelError, match="evaluation.generations"):

@@ -97,6 +97,8 @@ def test_sampling_and_beams() -> None:
     assert problems(do_sample=True, temperature=0.7, top_p=0.9, top_k=5) == []
     assert problems(num_beams=4, length_penalty=0.6) == []
     assert problems(do_sample=True, num_beams=2) == ["generation.num_beams"]
+    assert problems(candidates=True) == problems(references=False) == []
+    assert problems(candidates=True, references=False) == ["generation.candidates"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_sampling_and_beams() -> None:
         ("training.learning_rate", [0, -1e-4, "2e-4"]),
         ("training.report_to", [["tensorbord"], "wandb"]),
         ("generation.top_p", [0, 1.1]),
+        ("generation.persona_orders", [0, 2.0, True]),
         ("evaluation.resamples", [99]),
     ],
 )

@@ -14,6 +14,8 @@ from kestrel.evaluation.trivial import TRIVIAL
 def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
     """Brings several files to the same replies in the same order, that of the first file.
 
+    Files with the persona as given stand before those with its sentences in another order.
+
     Returns:
         The files, each with the replies that all of them have, under names that tell them apart; and what the reader
         of the scores must know: replies left out, files that are the same.
@@ -28,6 +30,7 @@ def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]
                 f"{path} is of split {split}, {named[0][0]} of split {named[0][1]}; score one split at a time"
             )
     notes: list[str] = []
+    files = sorted(files, key=lambda file: file.order)
     files = _without_copies(files, notes)
     _name_apart(files)
     if len({file.numbered for file in files}) > 1:

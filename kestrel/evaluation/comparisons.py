@@ -98,10 +98,13 @@ def spread_over_seeds(groups: Mapping[str, str], bootstrap: Bootstrap) -> dict[s
         if len(members) < 2:
             continue
         shared = [key for key in bootstrap.point[members[0]] if all(key in bootstrap.point[m] for m in members)]
-        values = {key: [bootstrap.point[m][key] for m in members] for key in shared}
-        result[group] = {"members": members} | {
-            key: {"mean": mean(v), "std": stdev(v), "min": min(v), "max": max(v)}
-            for key, v in values.items()
-            if np.isfinite(v).all()
-        }
+        spreads = {key: spread_of([bootstrap.point[m][key] for m in members]) for key in shared}
+        result[group] = {"members": members} | {key: spread for key, spread in spreads.items() if spread is not None}
     return result
+
+
+def spread_of(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation and range of two scores or more; None where one is not finite."""
+    if not np.isfinite(values).all():
+        return None
+    return {"mean": mean(values), "std": stdev(values), "min": min(values), "max": max(values)}

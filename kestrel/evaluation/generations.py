@@ -14,6 +14,7 @@ from typing import Any
 from kestrel.artifacts import sha256_of
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
+from kestrel.persona_order import order_in_name
 
 SPLITS = ("train", "validation", "test")
 STOPPED_BY = ("eos", "length", "stop_string")
@@ -81,7 +82,8 @@ class Generations:
     """The replies of one system on one split, in the order of the file.
 
     Attributes:
-        group: what several seeds of one system share; equals `system` where nothing tells them apart.
+        group: what several seeds and persona orders of one system share; equals `system` where nothing tells them
+            apart.
         split: from the file's name; None where it tells none.
         numbered: the file names no dialogues, so that each row is one, called by its number.
         missing: optional keys that the file does not have.
@@ -95,6 +97,16 @@ class Generations:
     replies: list[Reply]
     numbered: bool
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def order(self) -> int:
+        """Of the persona's sentences, by the file's name; 0 is the order as given."""
+        return order_in_name(names_of(self.path)[1])[1]
+
+    @property
+    def unordered(self) -> str:
+        """What files of this system in several orders share in their names."""
+        return order_in_name(names_of(self.path)[1])[0]
 
 
 def names_of(path: Path) -> tuple[str | None, str]:
@@ -164,10 +176,11 @@ def read_generations(path: Path) -> Generations:
         shown += [f"... and {more} more"] if more > 0 else []
         raise KestrelError("generations cannot be scored; mend the file or leave it out\n  " + "\n  ".join(shown))
     split, system = names_of(path)
-    seeds = _SEED_SUFFIX.match(system)
+    unordered, _ = order_in_name(system)
+    seeds = _SEED_SUFFIX.match(unordered)
     return Generations(
         system=system,
-        group=seeds["group"] if seeds else system,
+        group=seeds["group"] if seeds else unordered,
         split=split,
         path=path,
         sha256=sha256_of(path),

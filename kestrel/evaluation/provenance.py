@@ -7,10 +7,15 @@ from pathlib import Path
 
 from kestrel.artifacts import MANIFEST, identity_of, read_json, sha256_of
 from kestrel.errors import KestrelError
+from kestrel.evaluation.generations import names_of
+from kestrel.persona_order import name_in_order, order_in_name
 
 
 def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], command: str) -> None:
     """Refuses generations of the run that were edited, or whose dataset or adapter has been made anew since.
+
+    A file in another order of the persona must also have been made like the one in the order as given, so that nothing
+    but the order tells them apart.
 
     Args:
         run_dir: the run's folder.
@@ -22,13 +27,15 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
         KestrelError: naming the file and what changed.
     """
     folder = run_dir / "generations"
-    remedy = f"make it again with: {command}"
-    recorded = read_json(folder / MANIFEST, remedy).get("generations", {})
+    recorded = read_json(folder / MANIFEST, f"make it again with: {command}").get("generations", {})
     now = {}
     for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
         if (artifact / MANIFEST).exists():
-            now[kind] = identity_of(read_json(artifact / MANIFEST, remedy))
+            now[kind] = identity_of(read_json(artifact / MANIFEST, f"make it again with: {command}"))
     for file in files:
+        system, order = order_in_name(names_of(file)[1])
+        orders = f" --generation.persona_orders {order + 1}" if order else ""
+        remedy = f"make it again with: {command}{orders}" + (", or delete it" if order else "")
         facts = recorded.get(file.name)
         if facts is None:
             raise KestrelError(f"{file} is not in {folder / MANIFEST}; {remedy}, or name it in evaluation.generations")
@@ -39,3 +46,8 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
         for kind, identity in now.items():
             if facts["made_from"].get(kind, identity) != identity:  # the base was made from no adapter
                 raise KestrelError(f"{file} was generated from another {kind} than the run's is now; {remedy}")
+        given = recorded.get(file.name.replace(name_in_order(system, order), system))
+        if order and given is not None and facts["made_from"] != given["made_from"] | {"persona_order": order}:
+            raise KestrelError(
+                f"{file} was generated with other settings than {system} with the persona as given; {remedy}"
+            )

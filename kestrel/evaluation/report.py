@@ -13,7 +13,7 @@ from typing import Any
 from kestrel.evaluation.browse import SampleDialogue, sample_dialogues
 from kestrel.evaluation.figures import COLOURS, Figure, all_figures, colour_names
 from kestrel.evaluation.scoring import Evaluation
-from kestrel.evaluation.tables import PROPERTIES_LEGEND, Table, all_tables
+from kestrel.evaluation.tables import ORDERS_LEGEND, ORDERS_TITLE, PROPERTIES_LEGEND, Table, all_tables
 
 _PAGE = Path(__file__).with_name("page")
 _IN_MARKDOWN = 6  # dialogues: a model card is no place to browse
@@ -50,7 +50,7 @@ def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequen
         metrics=evaluation.metrics,
         scores=scores,
         tables=others,
-        legend=PROPERTIES_LEGEND,
+        legends={"Other conventions": PROPERTIES_LEGEND, ORDERS_TITLE: ORDERS_LEGEND},
         figures=figures,
         dialogues=dialogues,
         shown=evaluation.of_kind("system", "base"),
@@ -92,6 +92,7 @@ def as_markdown(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Se
         "\n".join(f"- {escape_markdown(sentence)}" for sentence in metrics["verdicts"]),
         *(_markdown_table(table) for table in all_tables(metrics)),
         escape_markdown(PROPERTIES_LEGEND),
+        f"{ORDERS_TITLE}: {escape_markdown(ORDERS_LEGEND)}" if metrics["persona_orders"] else "",
         f"Paired tests: {escape_markdown(metrics['paired_test'])}.",
         "## Plots",
         *(f"![{escape_markdown(figure.caption)}]({figure.name}.png)" for figure in figures),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from kestrel.evaluation.metrics import (
     reply_statistics,
     rouge_signature,
 )
-from kestrel.evaluation.statistics import PAIRED_TEST, Bootstrap
+from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
+from kestrel.evaluation.statistics import PAIRED_TEST, Bootstrap, point_scores
 from kestrel.evaluation.trivial import trivial_replies
 
 _FEW_DIALOGUES = 30
@@ -39,22 +40,24 @@ class Evaluation:
         metrics: what metrics.json holds.
         systems: the replies of every system of the table, in its order; N each, all to the same contexts.
         statistics: the columns of `reply_statistics` by system.
+        further: replies with the persona in another order, which have no row in the table, by their file's system.
     """
 
     metrics: dict[str, Any]
     systems: dict[str, list[Reply]]
     statistics: dict[str, dict[str, Array]]
+    further: dict[str, list[Reply]] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[str]:
         """Systems that are one of: system (a file), base (its untuned model), trivial, gold."""
         return [name for name, entry in self.metrics["systems"].items() if entry["kind"] in kinds]
 
-    def texts(self) -> dict[str, list[tuple[str, str]]]:
-        """(response, reference) of each reply as BLEU and ROUGE-L saw them, by system."""
+    def texts(self, further: bool = False) -> dict[str, list[tuple[str, str]]]:
+        """(response, reference) of each reply as BLEU and ROUGE-L saw them, by system; with `further`, of those too."""
         normalize = normalizer(self.metrics["normalization"])
         return {
             name: [(normalize(reply.response), normalize(reply.reference)) for reply in replies]
-            for name, replies in self.systems.items()
+            for name, replies in (self.systems | (self.further if further else {})).items()
         }
 
     def add_extra(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
@@ -81,6 +84,8 @@ def evaluate_files(
         normalization, stemmer, resamples, seed: as in the settings.
         search: human replies of another split for the constant systems, or None.
     """
+    scored = files
+    files, further = gather(files)
     contexts = _fullest_contexts(files)
     trivial, made_by, left_out = trivial_replies(contexts, seed, search)
     files = sorted(files, key=lambda file: {"adapter": 0, "base": 2}.get(file.group, 1))
@@ -94,7 +99,20 @@ def evaluate_files(
     bootstrap = Bootstrap(statistics, dialogues, resamples, seed)
     n_dialogues = len(set(dialogues))
     split = next((file.split for file in files if file.split), None)
-    paired = paired_tests(bootstrap, kinds, {file.system: file.path.resolve().parent for file in files})
+    folders = {file.system: file.path.resolve().parent for file in files}
+    paired = paired_tests(bootstrap, kinds, folders)
+    orders = {
+        file.system: spread_over_orders(
+            file,
+            further[file.system],
+            [
+                bootstrap.point[file.system],
+                *(point_scores(reply_statistics(f.replies, normalization, stemmer)) for f in further[file.system]),
+            ],
+        )
+        for file in files
+        if file.system in further
+    }
     rival = best_trivial(bootstrap, kinds, "rouge_l")
     shown = {name: statistics[name]["rouge_l"] for name in [file.system for file in files] + ([rival] if rival else [])}
     few = (
@@ -114,17 +132,18 @@ def evaluate_files(
         "normalization": normalization,
         "inputs": [
             {"system": file.system, "file": str(file.path), "sha256": file.sha256, "replies": len(file.replies)}
-            for file in files
+            for file in scored
         ],
         "systems": {
             name: {"kind": kinds[name], "made_by": made_by[name]}
             | _entry(name, replies, bootstrap, statistics[name], normalization, stemmer)
             for name, replies in systems.items()
         },
+        "persona_orders": orders,
         "groups": spread_over_seeds({file.system: file.group for file in files}, bootstrap),
         "paired_test": PAIRED_TEST,
         "paired": paired,
-        "verdicts": verdicts(kinds, paired),
+        "verdicts": [*verdicts(kinds, paired), *order_verdicts(orders, kinds, folders)],
         "by_reply": by_reply(contexts, shown, bootstrap) if not all(file.numbered for file in files) else [],
         "by_length": by_length(contexts, shown, bootstrap),
         "notes": [
@@ -135,7 +154,9 @@ def evaluate_files(
             *([few] if n_dialogues < _FEW_DIALOGUES else []),
         ],
     }
-    return Evaluation(metrics, systems, statistics)
+    return Evaluation(
+        metrics, systems, statistics, {file.system: file.replies for group in further.values() for file in group}
+    )
 
 
 def _fullest_contexts(files: Sequence[Generations]) -> list[Reply]:
@@ -229,7 +250,7 @@ def write_responses(folder: Path, evaluation: Evaluation) -> None:
     is reference.txt; it is also what the row gold answers.
     """
     folder.mkdir()
-    for name, pairs in evaluation.texts().items():
+    for name, pairs in evaluation.texts(further=True).items():
         if name == "gold":
             name = "reference"
         safe = re.sub(r"[^\w@.+-]+", "_", name)

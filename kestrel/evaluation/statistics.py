@@ -68,10 +68,7 @@ class Bootstrap:
         drawn = self.sums(joined)
         sums = {system: {name: drawn[system, name] for name in columns} for system, columns in systems.items()}
         self.draws = {system: scores(columns) for system, columns in sums.items()}
-        self.point = {
-            system: {name: float(value[0]) for name, value in scores(_totals(columns)).items()}
-            for system, columns in systems.items()
-        }
+        self.point = {system: point_scores(columns) for system, columns in systems.items()}
 
     def sums(self, columns: Mapping[Key, Array]) -> dict[Key, Array]:
         """Resampled sums of further columns, from the same draws."""
@@ -107,5 +104,7 @@ class Bootstrap:
         }
 
 
-def _totals(columns: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: column.sum(keepdims=True) for name, column in columns.items()}
+def point_scores(columns: Mapping[str, Array]) -> dict[str, float]:
+    """Every score of one system on all replies, from columns of `reply_statistics`."""
+    totals = {name: column.sum(keepdims=True) for name, column in columns.items()}
+    return {name: float(value[0]) for name, value in scores(totals).items()}

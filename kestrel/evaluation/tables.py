@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kestrel.evaluation.comparisons import NAMES
+from kestrel.evaluation.persona_orders import SCORES
 
 WIDTH = 100  # columns of the terminal
 _LONGEST_NAME = 18
@@ -117,6 +118,13 @@ PROPERTIES_LEGEND = (
 )
 
 
+ORDERS_TITLE = "Persona order"
+ORDERS_LEGEND = (
+    "The same sentences of the persona, shuffled for each dialogue. SD: standard deviation. change: (highest − lowest) / "
+    "mean. All other tables are of the order as given."
+)
+
+
 def perplexity_table(metrics: Mapping[str, Any]) -> Table | None:
     """The references' likelihood in its three units; None where no file has it."""
 
@@ -171,6 +179,24 @@ def seeds_table(metrics: Mapping[str, Any]) -> Table | None:
     return Table("Mean ± standard deviation over runs", columns, rows, ("system",) * len(rows))
 
 
+def orders_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Scores over the orders of the persona's sentences; None where no system has several."""
+    rows, kinds = [], []
+    for name, entry in metrics["persona_orders"].items():
+        for key in (key for key in SCORES if key in entry):
+            scale = 100 if key == "hits_at_1" else 1
+            values = {part: number(scale * entry[key][part]) for part in ("mean", "std", "min", "max")}
+            first = number(scale * entry[key]["values"][0]) if entry["orders"][0] == 0 else "–"
+            spread = (f"{values['mean']} ± {values['std']}", values["min"], values["max"])
+            rows.append((name, SCORES[key], first, *spread, percent(entry[key]["relative_change"])))
+            kinds.append(metrics["systems"][name]["kind"])
+    if not rows:
+        return None
+    most = max(len(entry["orders"]) for entry in metrics["persona_orders"].values())
+    columns = ("System", "Metric", "as given", "mean ± SD", "lowest", "highest", "change")
+    return Table(f"{ORDERS_TITLE}: {most} orders", columns, tuple(rows), tuple(kinds))
+
+
 def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> Table | None:
     """ROUGE-L by bins of replies; None without bins."""
     if not bins:
@@ -207,6 +233,7 @@ def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
     tables = [
         scores_table(metrics),
         seeds_table(metrics),
+        orders_table(metrics),
         paired_table(metrics),
         properties_table(metrics),
         perplexity_table(metrics),
@@ -244,8 +271,9 @@ def as_text(table: Table) -> str:
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """What evaluate.py prints: the tables, the verdicts in words, and the notes."""
-    seeds, perplexity, extra = seeds_table(metrics), perplexity_table(metrics), extra_table(metrics)
-    tables = [scores_table(metrics), seeds, properties_table(metrics), perplexity, extra]
+    seeds, orders = seeds_table(metrics), orders_table(metrics)
+    perplexity, extra = perplexity_table(metrics), extra_table(metrics)
+    tables = [scores_table(metrics), seeds, orders, properties_table(metrics), perplexity, extra]
     parts = [f"{metrics['signature']}", *(as_text(table) for table in tables if table is not None)]
     for heading, lines in (("", metrics["verdicts"]), ("Notes", metrics["notes"])):
         wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
