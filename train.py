@@ -49,30 +49,10 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         f"{settings.training.batch_size} dialogues"
     )
 
-    # What a checkpoint must agree with: everything that decides the next step, and nothing else.
-    origin = {
-        "dataset": identity_of(dataset_manifest),
-        "base": base_identity(settings.model, load_config(settings.model)),
-    }
-    shaping = settings.training.model_dump(
-        include={
-            "batch_size",
-            "learning_rate",
-            "lr_schedule",
-            "warmup_ratio",
-            "weight_decay",
-            "max_grad_norm",
-            "optimizer",
-        }
+    base_id = base_identity(settings.model, load_config(settings.model))
+    meaning = training.meaning_of(
+        settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
-    meaning = {
-        **origin,
-        "prompt_sha256": prompt.identity()["sha256"],
-        "quantization": settings.quantization.model_dump(),
-        "lora": settings.lora.model_dump(),
-        "training": {**shaping, "steps": len(steps)},
-        "seed": settings.seed,
-    }
     resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py --config {options.config}")
 
     patience = settings.training.early_stopping
@@ -123,23 +103,32 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         )
     seconds = time.monotonic() - began
 
-    best = trainer.state.best_metric
+    plot_loss(run / "logs" / "training.jsonl", run / "logs" / "loss.png")
+    state = trainer.state
     facts: dict[str, Any] = {
         "audit": audit.as_json(),
         "trainable_parameters": trainable,
-        "steps": trainer.state.global_step,
-        "tokens": int(trainer.tokens_until[trainer.state.global_step - 1]),
-        "best_step": trainer.state.best_global_step,
-        "eval_loss": best,
+        "steps": state.global_step,
+        "tokens": int(trainer.tokens_until[state.global_step - 1]),
+        "best_step": state.best_global_step,
+        "eval_loss": state.best_metric,
     }
-    plot_loss(run / "logs" / "training.jsonl", run / "logs" / "loss.png")
     proof = save_and_prove(model, prompt, settings, run / "adapter", meaning, facts)
     print(
-        f"validation loss {best:.4f} at step {trainer.state.best_global_step} of {trainer.state.global_step}; "
-        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process"
+        f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}; "
+        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process{peak_memory()}"
     )
     print(f"proven: {proof}")
     print(f"wrote {run / 'adapter'}")
+
+
+def peak_memory() -> str:
+    """`, 9.7 GiB of GPU memory at the peak`, or nothing without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at the peak"
 
 
 def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], command: str) -> Path | None:
