@@ -1,6 +1,6 @@
-"""Draws the README's pictures: the objective, the pipeline, and the quickstart's loss curve.
+"""Draws the README's pictures: the objective, the pipeline, the quickstart's loss curve and its report.
 
-    make images        after make quickstart, whose run the loss curve is of
+    make images        after make quickstart, whose run the last two are of; the report needs Chromium
 
 The objective is drawn from a dialogue of the quickstart as the prompt room renders it, so that the picture cannot say
 anything else than the code does.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -114,6 +116,23 @@ def draw_pipeline() -> None:
     plt.close(figure)
 
 
+def photograph_report() -> None:
+    """The top of the quickstart's report, in headless Chromium.
+
+    Raises:
+        FileNotFoundError: Chromium is not installed.
+    """
+    page = ROOT / "runs" / "quickstart" / "evaluation" / "report.html"
+    with tempfile.TemporaryDirectory() as profile:
+        command = [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+            f"--user-data-dir={profile}", "--window-size=1100,1650", f"--screenshot={IMAGES / 'report.png'}",
+            page.as_uri(),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
 def main() -> int:
     run = ROOT / "runs" / "quickstart"
     if not (run / "evaluation" / "metrics.json").exists():
@@ -122,8 +141,9 @@ def main() -> int:
     draw_objective()
     draw_pipeline()
     shutil.copyfile(run / "logs" / "loss.png", IMAGES / "loss.png")
+    photograph_report()
     versions = json.loads((run / "adapter" / "manifest.json").read_text(encoding="utf-8"))["versions"]
-    print(f"wrote objective.png, pipeline.png, loss.png in {IMAGES.name}/ (torch {versions['torch']})")
+    print(f"wrote objective.png, pipeline.png, loss.png and report.png in {IMAGES.name}/ (torch {versions['torch']})")
     return 0
 
 
