@@ -37,7 +37,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     paths = generation_files(settings)
     if not options.generations:
         adapter = Path(settings.model.adapter or run_dir / "adapter")
-        check_provenance(run_dir, adapter, paths, f"python generate.py --config {arguments.config}")
+        check_provenance(run_dir, adapter, paths, f"python generate.py {arguments.again}")
     files, notes = line_up([read_generations(path) for path in paths])
 
     split = next((file.split for file in files if file.split), None)

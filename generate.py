@@ -35,7 +35,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     run, chosen = Path(settings.run_dir), settings.generation
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    remedy = f"python preprocess.py --config {options.config}"
+    remedy = f"python preprocess.py {options.again}"
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)
     if chosen.max_dialogues is not None:
@@ -54,7 +54,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     adapter_folder = Path(settings.model.adapter or run / "adapter")
     adapter_manifest = None
     if "adapter" in chosen.systems:
-        command = f"python train.py --config {options.config}"
+        command = f"python train.py {options.again}"
         adapter_manifest = read_adapter(
             adapter_folder, prompt.identity(), common["quantization"], common["base"], command
         )
@@ -116,26 +116,32 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             )
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What generations/manifest.json says of each file."""
+    from kestrel.artifacts import MANIFEST, read_manifest
+
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = read_manifest(folder, "generations", f"delete {folder} and run this again", check_files=False)
+    return dict(manifest.get("generations", {}))
+
+
 def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:
     """Whether a file of an earlier call is whole and is what this call would make."""
-    from kestrel.artifacts import MANIFEST, read_json, sha256_of
+    from kestrel.artifacts import sha256_of
 
-    folder = path.parent
-    if not (folder / MANIFEST).exists() or not path.exists():
-        return False
-    known = read_json(folder / MANIFEST, f"delete {folder} and run this again")["generations"].get(path.name)
-    return known == {"sha256": sha256_of(path), "made_from": made_from}
+    known = recorded(path.parent).get(path.name)
+    return known is not None and path.exists() and known == {"sha256": sha256_of(path), "made_from": made_from}
 
 
 def record(made: Path, made_from: dict[str, Any], settings: Settings) -> None:
     """Adds a finished file to generations/manifest.json, keeping what it says of others that are still as they were."""
-    from kestrel.artifacts import MANIFEST, read_json, sha256_of, write_manifest
+    from kestrel.artifacts import sha256_of, write_manifest
 
     folder = made.parent
-    former = read_json(folder / MANIFEST, f"delete {folder} and run this again") if (folder / MANIFEST).exists() else {}
     kept = {
         name: facts
-        for name, facts in former.get("generations", {}).items()
+        for name, facts in recorded(folder).items()
         if (folder / name).exists() and sha256_of(folder / name) == facts["sha256"]
     }
     write_manifest(

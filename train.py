@@ -34,9 +34,9 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
 
     run = Path(settings.run_dir)
-    training.check_trackers(settings.training.report_to)
+    training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    remedy = f"python preprocess.py --config {options.config}"
+    remedy = f"python preprocess.py {options.again}"
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     train_rows = load_split(dataset_folder, "train", remedy)
     validation_rows = load_split(dataset_folder, "validation", remedy)
@@ -53,7 +53,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     meaning = training.meaning_of(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
-    resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py --config {options.config}")
+    resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")
 
     patience = settings.training.early_stopping
     if resume and patience and callbacks.evaluations_without_progress(checkpoints.history(resume)) >= patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from kestrel.errors import KestrelError
+from kestrel.errors import Interrupted, KestrelError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -239,7 +240,7 @@ def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any],
 
 @contextmanager
 def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
-    """The run's folder, locked for this process, with the resolved settings in config.yaml.
+    """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
 
     The lock is the kernel's: it ends with its process however that dies, so that none is ever left behind. Of several
     processes of one run (torchrun sets RANK), the first holds it for all.
@@ -249,9 +250,15 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     """
     folder = Path(run_dir)
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise KestrelError(f"run_dir {folder} is or lies below a file; give this run another run_dir") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOENT):
+            said = f"run_dir {str(folder)[:200]} cannot be made ({error.strerror}); give this run another run_dir"
+            raise KestrelError(said) from None
+        raise
     if os.environ.get("RANK", "0") != "0":
         yield folder
         return
@@ -270,6 +277,17 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         clear_leftovers(folder)
-        with write_atomically(folder / "config.yaml") as file:
-            file.write(settings)
-        yield folder
+        accepted = False
+        try:
+            yield folder
+            accepted = True
+        except (Interrupted, KeyboardInterrupt):
+            accepted = True
+            raise
+        finally:
+            # Settings that were refused are not what the folder was made with.
+            if accepted:
+                with write_atomically(folder / "config.yaml") as file:
+                    file.write(settings)
+            elif is_new and [path.name for path in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)

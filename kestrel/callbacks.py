@@ -184,7 +184,10 @@ class StopOnSignal(TrainerCallback):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.received is not None:
-            raise Interrupted(number, "stopped at once; the last checkpoint is what can be resumed")
+            raise Interrupted(
+                number,
+                "stopped at once; the same command goes on from the last checkpoint, or begins anew if there is none yet",
+            )
         self.received = number
         print("\nstopping after this step and saving a checkpoint; once more to stop at once", flush=True)
 

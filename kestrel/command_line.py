@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import io
 import os
+import shlex
 import signal
 import sys
 import textwrap
 import traceback
+import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -260,6 +263,10 @@ def run_script(
         options: the script's own flags, each with the keywords of `ArgumentParser.add_argument`.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
+    run_dir = None
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 must not end a run
+            stream.reconfigure(errors="replace")
     try:
         parser = _parser(name, doc, options)
         try:
@@ -275,6 +282,8 @@ def run_script(
             return 0
         from kestrel.artifacts import run_folder
 
+        run_dir = settings.run_dir
+        arguments.again = _typed_again(arguments.config, overrides)
         _quieten_libraries()
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -289,25 +298,39 @@ def run_script(
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         if debug and not isinstance(error, UsageError):
             traceback.print_exc()
-        status, message = _verdict(error)
+        status, message = _verdict(error, run_dir)
         print(f"{name}: {message}", file=sys.stderr)
         return status
 
 
 def _quieten_libraries() -> None:
     """Progress bars only on a terminal; no deprecation notes that the user of a script can do nothing about."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
 
 
-def _terminate(signal_number: int, frame: Any) -> None:
-    raise Interrupted(signal_number)
+def _typed_again(config: str, overrides: dict[str, Any]) -> str:
+    """The options of this call, as another script must be given them to speak of the same run."""
+    words = ["--config", config]
+    for dotted, given in overrides.items():
+        words += [f"--{dotted}", *(given if isinstance(given, list) else [given])]
+    return shlex.join(words)
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
+def _terminate(signal_number: int, frame: types.FrameType | None) -> None:
+    """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted before anything was begun\n")
+            os._exit(128 + signal_number)
+        frame = frame.f_back
+    raise Interrupted(signal_number, "interrupted; run the same command again to go on")
+
+
+def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     """Exit status and message for what ended a script."""
     if isinstance(error, UsageError):
         several = (
@@ -321,9 +344,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command again to go on"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 1, f"the disk is full ({error.filename or os.getcwd()}); free some space and run the same command again"
+        where = error.filename or run_dir or "standard output"
+        return 1, f"the disk is full ({where}); free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return 1, f"no permission: {error.filename or error}"
+        return 1, f"no permission to write: {error.filename or error}; mend it, or give this run another run_dir"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
             "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "

@@ -185,7 +185,9 @@ class Settings(Section):
     """One experiment."""
 
     run_dir: Text = Field(description="Folder of everything this experiment makes.")
-    seed: NonNegativeInt = Field(0, description="Seed of splits, initialization, shuffling, dropout and sampling.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="Seed of splits, initialization, shuffling, dropout and sampling."
+    )
     data: Data
     prompt: Prompt = Prompt()
     model: Model

@@ -236,12 +236,14 @@ def silence(trainer: Trainer) -> None:
     trainer.remove_callback(ProgressCallback)
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuses a tracker that is not installed before anything is loaded.
+def check_machine(names: Sequence[str], optimizer: str) -> None:
+    """Refuses a tracker that is not installed and an optimizer that needs a GPU, before anything is loaded.
 
     Raises:
         KestrelError: naming it.
     """
+    if optimizer.startswith("paged") and not torch.cuda.is_available():
+        raise KestrelError(f"training.optimizer: {optimizer} needs a GPU; use adamw_torch")
     from transformers.integrations import get_available_reporting_integrations
 
     missing = [name for name in names if name not in get_available_reporting_integrations()]

@@ -32,7 +32,7 @@ from kestrel.artifacts import (
     write_json,
     write_manifest,
 )
-from kestrel.errors import KestrelError
+from kestrel.errors import Interrupted, KestrelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,9 +178,28 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
     kill(first)
     began = time.monotonic()
     with run_folder(str(tmp_path), "a: 1\n") as folder:
-        assert (folder / "config.yaml").read_text() == "a: 1\n"
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
     assert time.monotonic() - began < 1 and not left.exists()
+
+
+def test_settings_that_were_refused_are_not_written(tmp_path: Path) -> None:
+    with run_folder(str(tmp_path / "run"), "a: 1\n"):
+        pass
+    with pytest.raises(KestrelError), run_folder(str(tmp_path / "run"), "a: 2\n"):
+        raise KestrelError("made with other settings")
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
+    with pytest.raises(Interrupted), run_folder(str(tmp_path / "run"), "a: 3\n"):
+        raise Interrupted(15)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 3\n"
+
+
+def test_a_mistyped_run_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KestrelError), run_folder(str(tmp_path / "typo"), "a: 1\n"):
+        raise KestrelError("there is no dataset")
+    assert not (tmp_path / "typo").exists()
+    with pytest.raises(KestrelError, match="cannot be made"), run_folder(str(tmp_path / ("x" * 300)), "a: 1\n"):
+        pass
 
 
 def test_processes_of_one_run_share_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

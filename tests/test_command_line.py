@@ -292,7 +292,7 @@ def test_nothing_heavy_before_the_settings_are_valid(script: str, tmp_path: Path
         (Interrupted(15, "stopped at step 3"), 143, "stopped at step 3"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "f.bin"), 1, "the disk is full (f.bin)"),
-        (PermissionError(errno.EACCES, "Permission denied", "f.bin"), 1, "no permission: f.bin"),
+        (PermissionError(errno.EACCES, "Permission denied", "f.bin"), 1, "no permission to write: f.bin"),
         (MemoryError(), 1, "lower training.tokens_per_step"),
         (ZeroDivisionError("odd"), 1, "unexpected ZeroDivisionError: odd\n  run it again with --debug"),
     ],
@@ -333,3 +333,32 @@ def test_the_run_keeps_its_settings(config: str, tmp_path: Path) -> None:
     assert run(lambda *_: None, "--config", config, "--seed", "3") == 0
     kept = tmp_path / "run" / "config.yaml"
     assert resolve(str(kept), {})[0] == resolve(config, {"seed": "3"})[0]
+
+
+def test_a_remedy_repeats_the_options(config: str) -> None:
+    said = []
+    options = ["--seed", "3", "--lora.target_modules", "a b", "c"]
+    assert run(lambda settings, arguments: said.append(arguments.again), "--config", config, *options) == 0
+    assert said == [f"--config {config} --seed 3 --lora.target_modules 'a b' c"]
+
+
+def test_a_terminal_of_another_encoding_ends_no_run(config: str) -> None:
+    code = (
+        "from kestrel.command_line import run_script\n"
+        f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: print('\\u2013'), ['--config', {config!r}]))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr
+
+
+def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n", encoding="utf-8")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from kestrel.command_line import run_script\n"
+        f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: __import__('slow'), ['--config', {config!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr == "interrupted before anything was begun\n"

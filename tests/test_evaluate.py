@@ -106,7 +106,19 @@ def record(folder: Path) -> None:
     for path in folder.glob("*.jsonl"):
         order = order_in_name(path.stem)[1]
         facts[path.name] = {"sha256": sha256_of(path), "made_from": {"persona_order": order} if order else {}}
-    (folder / "manifest.json").write_text(json.dumps({"generations": facts}), encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        json.dumps(
+            {
+                "kind": "generations",
+                "schema_version": 1,
+                "settings": {},
+                "made_from": {},
+                "files": {},
+                "generations": facts,
+            }
+        ),
+        encoding="utf-8",
+    )
 
 
 def write_rows(path: Path, rows) -> Path:

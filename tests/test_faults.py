@@ -313,7 +313,7 @@ def test_no_permission(trained, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("kestrel.dataset.open_dataset", refuse)
     assert script("train").main(Desk(trained, tmp_path).options) == 1
-    assert "no permission: some/file" in capsys.readouterr().err
+    assert "no permission to write: some/file" in capsys.readouterr().err
 
 
 def test_debug_shows_where(trained, tmp_path, capsys):

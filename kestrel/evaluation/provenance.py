@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kestrel.artifacts import MANIFEST, identity_of, read_json, sha256_of
+from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
 from kestrel.persona_order import name_in_order, order_in_name
@@ -27,7 +27,8 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
         KestrelError: naming the file and what changed.
     """
     folder = run_dir / "generations"
-    recorded = read_json(folder / MANIFEST, f"make it again with: {command}").get("generations", {})
+    manifest = read_manifest(folder, "generations", f"make it again with: {command}", check_files=False)
+    recorded = manifest.get("generations", {})
     now = {}
     for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
         if (artifact / MANIFEST).exists():
