@@ -5,6 +5,9 @@
 |S| is counted over the whole global batch, so that neither accumulation nor the number of processes changes what a
 token weighs. The vocabulary is projected onto only at positions in S (37% of Persona-Chat's tokens) and in chunks,
 so that the logits, 65,024 float32 numbers a position for Falcon, never exist all at once.
+
+Rows are padded on the right and attention looks back only, so no attention mask is needed, and none is made: what stands
+at padding reaches no supervised position. Without a mask the fused attention kernels run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kestrel import falcon
 from kestrel.errors import ProofError
 from kestrel.prompt import IGNORED
 
@@ -27,7 +31,7 @@ NOT_FINITE = (
     "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
     "quantization.compute_dtype, where bfloat16 and float32 have more room than float16"
 )
-CHUNK = 1024  # positions projected at a time: 266 MB of float32 logits for Falcon's vocabulary
+CHUNK = 512  # positions projected at a time: 133 MB of float32 logits for Falcon's vocabulary
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
@@ -52,20 +56,43 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+class _ProjectedNll(torch.autograd.Function):
+    """Negative log-likelihoods through a frozen output head, whose gradient is made while the logits are there.
+
+    A position's likelihood depends on its own hidden state alone, so the gradient for a unit weight of each can be made at
+    once and scaled when the weights are known: the logits are neither kept nor made twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), CHUNK):
+            rows = slice(start, start + CHUNK)
+            log_probabilities = torch.log_softmax(hidden[rows] @ weight.t(), dim=-1, dtype=torch.float32)
+            wanted = targets[rows, None]
+            nll[rows] = -log_probabilities.gather(1, wanted)[:, 0]
+            if grad is not None:
+                probabilities = log_probabilities.exp_()
+                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
+                torch.mm(probabilities.to(weight.dtype), weight, out=grad[rows])
+        ctx.grad = grad
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return ctx.grad * weights[:, None].to(ctx.grad.dtype), None, None
+
+
 def _chunk_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _token_nll(causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    head = causal_lm.get_output_embeddings()
-    hidden = backbone(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    targets = batch["labels"][:, 1:]
-    kept = targets != IGNORED
-    hidden, targets = hidden[:, :-1][kept], targets[kept]
-    pieces = []
+def _nll_of(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        nll: torch.Tensor = _ProjectedNll.apply(hidden, head.weight, targets)
+        return nll
+    pieces = []  # a head with an adapter or a bias, through autograd
     for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(_chunk_nll, head, states, wanted, use_reentrant=False))
@@ -74,21 +101,39 @@ def _token_nll(causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor]) -> to
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def install(model: nn.Module) -> None:
+def _token_nll(causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor], recompute: falcon.Recompute) -> torch.Tensor:
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    if falcon.fits(backbone):
+        hidden = falcon.hidden_states(backbone, batch["input_ids"], recompute)
+    else:
+        hidden = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    kept = targets != IGNORED
+    return _nll_of(causal_lm.get_output_embeddings(), hidden[:, :-1][kept], targets[kept])
+
+
+def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
     """Lets the model's `forward` return the supervised tokens' likelihoods when called as `token_nll` calls it.
 
     Going through `forward` keeps what wraps a model in the way: PEFT's hooks and the gradient synchronization of
     several processes.
+
+    Args:
+        model: the causal LM, with or without an adapter.
+        recompute: what the backward pass makes again to save memory, as of `falcon.hidden_states`. Other architectures
+            know none and full: each layer is checkpointed for anything but none.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
+    if recompute != "none" and not falcon.fits(getattr(causal_lm, causal_lm.base_model_prefix)):
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
     @functools.wraps(own_forward)
     def forward(*args: Any, nll_only: bool = False, **kwargs: Any) -> Any:
         if not nll_only:
             return own_forward(*args, **kwargs)
-        return {"nll": _token_nll(causal_lm, kwargs)}
+        return {"nll": _token_nll(causal_lm, kwargs, recompute)}
 
     causal_lm.forward = forward
 
@@ -103,9 +148,7 @@ def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Returns:
         float32 (supervised tokens,) in nats, row by row.
     """
-    nll: torch.Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"], nll_only=True
-    )["nll"]
+    nll: torch.Tensor = model(input_ids=batch["input_ids"], labels=batch["labels"], nll_only=True)["nll"]
     return nll
 
 

@@ -1,0 +1,173 @@
+"""Falcon's own training layer against transformers': the same loss, the same LoRA gradients, whatever is recomputed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from make_models import write_base
+from torch import nn
+
+from kestrel import falcon
+from kestrel.loss import causal_lm_of, collate, install, token_nll
+from kestrel.model import add_lora, load_base
+from kestrel.settings import Data, Lora, Model, Quantization, Settings
+
+ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(write_base(tmp_path_factory.mktemp("falcon") / "base"))
+
+
+def _model(base: Path, dtype: str, targets: list[str], dropout: float = 0.0, bits: int = 4) -> Any:
+    settings = Settings(
+        run_dir="unused",
+        data=Data(source="unused"),
+        model=Model(name=str(base)),
+        quantization=Quantization(compute_dtype=dtype, bits=bits),
+        lora=Lora(target_modules=targets, dropout=dropout),
+    )
+    model = add_lora(load_base(settings)[0], settings.lora, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # begins at zero, where A has no gradient
+            nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    """Three rows of different lengths, padded on the right with a token that also stands in the text."""
+    random = torch.Generator().manual_seed(2)
+    rows = []
+    for length in (23, 40, 9):
+        ids = torch.randint(12, 300, (length,), generator=random).tolist()
+        labels = [token if place % 3 else -100 for place, token in enumerate(ids)]
+        rows.append({"input_ids": ids, "labels": labels})
+    return collate(rows, pad_id=20)
+
+
+def _library_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = causal_lm_of(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    targets = batch["labels"][:, 1:]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+def _gradients(model: Any, loss: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("targets", [["query_key_value"], ["dense_4h_to_h"], ALL], ids=["qkv", "down", "all"])
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 4), ("float32", 16), ("bfloat16", 4)])
+def test_loss_and_gradients_are_the_librarys(
+    base: Path, dtype: str, bits: int, targets: list[str], recompute: falcon.Recompute
+) -> None:
+    model, batch = _model(base, dtype, targets, bits=bits), _batch()
+    theirs = _library_loss(model, batch)
+    expected = _gradients(model, theirs)
+    install(model, recompute)
+    assert falcon.fits(causal_lm_of(model).transformer)
+    ours = token_nll(model, batch).sum()
+    found = _gradients(model, ours)
+    rounding = 1e-5 if dtype == "float32" else 2e-2
+    assert ours.item() == pytest.approx(theirs.item(), rel=rounding)
+    assert expected.norm() > 0
+    assert (found - expected).norm() / expected.norm() < rounding
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_recomputing_changes_no_bit(base: Path, recompute: falcon.Recompute) -> None:
+    """Dropout included: its mask is made again, not drawn again."""
+    results = []
+    for level in ("none", recompute):
+        model = _model(base, "float32", ALL, dropout=0.3)
+        install(model, level)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        loss = token_nll(model, _batch()).sum()
+        results.append((loss.detach(), _gradients(model, loss)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean(base: Path) -> None:
+    """The update's mean over many draws is the update without dropout, and no two draws are alike."""
+    model, batch = _model(base, "float32", ["query_key_value"], dropout=0.4), _batch()
+    install(model)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        draws = torch.stack([token_nll(model, batch) for _ in range(200)])
+        model.eval()
+        without = token_nll(model, batch)
+    spread = draws.std(0)
+    assert (spread > 0).float().mean() > 0.9  # the first tokens of a row see little
+    # A nonlinear function of a noisy input is biased in the second order of the noise; the first order must vanish.
+    assert ((draws.mean(0) - without).abs() < 6 * spread / 200**0.5 + spread**2 + 1e-6).float().mean() > 0.95
+
+
+def test_gradient_of_a_dropout_draw(base: Path) -> None:
+    """The backward pass uses the mask of the forward pass: a step against the gradient lowers the same draw's loss."""
+    model, batch = _model(base, "float32", ["query_key_value"], dropout=0.5), _batch()
+    install(model)
+    torch.manual_seed(5)
+    loss = token_nll(model, batch).sum()
+    gradient = _gradients(model, loss)
+    step = 1e-3 / gradient.norm()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter -= step * parameter.grad
+    torch.manual_seed(5)
+    after = token_nll(model, batch).sum()
+    predicted = (step * gradient.square().sum()).item()
+    assert (loss - after).item() == pytest.approx(predicted, rel=0.1)
+
+
+def test_padding_reaches_nothing(base: Path) -> None:
+    model = _model(base, "float32", ["query_key_value"])
+    install(model)
+    batch = _batch()
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][batch["attention_mask"] == 0] = 7
+    with torch.no_grad():
+        assert torch.equal(token_nll(model, batch), token_nll(model, other))
+
+
+def test_without_its_adapter_it_is_the_base(base: Path) -> None:
+    model, batch = _model(base, "float32", ALL).eval(), _batch()
+    install(model)
+    with torch.no_grad(), model.disable_adapter():
+        ours = token_nll(model, batch).sum()
+        theirs = _library_loss(model, batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_hooked_layers_are_left_to_the_library(base: Path) -> None:
+    model, batch = _model(base, "float32", ["query_key_value"]), _batch()
+    install(model)
+    backbone = causal_lm_of(model).transformer
+    seen = []
+    handle = backbone.h[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert not falcon.fits(backbone)
+    token_nll(model, batch)
+    handle.remove()
+    assert seen and falcon.fits(backbone)
+
+
+def test_compiled_pieces_compute_the_same() -> None:
+    random = torch.Generator().manual_seed(0)
+    fused = torch.randn(2, 7, 5, 8, generator=random)
+    cos, sin = torch.randn(1, 7, 1, 8, generator=random), torch.randn(1, 7, 1, 8, generator=random)
+    leaf = fused.clone().requires_grad_()
+    rotated, value = falcon._rotate(leaf, cos, sin)
+    weights = torch.randn(2, 7, 5, 8, generator=random)
+    (torch.cat((rotated, value), 2) * weights).sum().backward()
+    by_hand = falcon._rotate_back(weights[:, :, :3], weights[:, :, 3:4], weights[:, :, 4:], cos, sin)
+    assert leaf.grad is not None
+    torch.testing.assert_close(by_hand, leaf.grad)
