@@ -7,6 +7,7 @@ and options of the form `--section.key VALUE`. Nothing heavy is imported before 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
@@ -252,6 +253,7 @@ def run_script(
     steps: Callable[[Settings, argparse.Namespace], None],
     argv: Sequence[str] | None = None,
     options: Sequence[tuple[str, dict[str, Any]]] = (),
+    writes: bool = True,
 ) -> int:
     """Runs one script: settings, lock, steps. Returns the exit status of DESIGN's contract.
 
@@ -261,6 +263,7 @@ def run_script(
         steps: what it does, given the settings and the script's own options.
         argv: arguments without the program's name; None takes those of the process.
         options: the script's own flags, each with the keywords of `ArgumentParser.add_argument`.
+        writes: whether it makes something in the run folder, which is then locked and told the settings.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
     run_dir = None
@@ -287,7 +290,7 @@ def run_script(
         _quieten_libraries()
         previous = signal.signal(signal.SIGTERM, _terminate)
         try:
-            with run_folder(settings.run_dir, describe(settings, {})):
+            with run_folder(settings.run_dir, describe(settings, {})) if writes else contextlib.nullcontext():
                 steps(settings, arguments)
         finally:
             signal.signal(signal.SIGTERM, previous)

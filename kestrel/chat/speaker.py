@@ -1,0 +1,141 @@
+"""Answers as they are made: token by token, from the adapter or the base, until they end or are told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kestrel.chat.conversation import System
+from kestrel.dialogue import Dialogue, Turn
+from kestrel.generation import generation_config
+from kestrel.loss import causal_lm_of
+from kestrel.prompt import Prompt
+from kestrel.settings import Generation
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a character of which bytes are still to come
+
+
+class Speaker:
+    """The loaded model with the prompt that it was trained with.
+
+    Args:
+        model: the base, or a PeftModel on it.
+        prompt: as of training; its max_length leaves room for an answer in the model's context.
+        systems: whom the model can speak as: adapter and base, or base where no adapter is loaded.
+    """
+
+    def __init__(self, model: torch.nn.Module, prompt: Prompt, systems: Sequence[System]):
+        self.model: Any = model.eval()
+        self.prompt = prompt
+        self.systems = tuple(systems)
+        self._one_at_a_time = threading.Lock()
+
+    def context(self, dialogue: Dialogue) -> tuple[list[int], int]:
+        """Tokens of the prompt after the last turn, and how many of the oldest turns did not fit into it.
+
+        It is the prompt of training: what a reply here would be predicted from, had the dialogue been trained on.
+
+        Raises:
+            Unrenderable: persona and last message alone are too long, or a text spells a control token.
+        """
+        placeholder = replace(dialogue, turns=(*dialogue.turns, Turn("self", "ok")))
+        rendered = self.prompt.render(placeholder)
+        return rendered.input_ids[: rendered.reply_spans[-1][0]], rendered.first_turn
+
+    def answer(self, context: Sequence[int], system: System, chosen: Generation) -> Iterator[str]:
+        """Yields the answer as far as it is known, each time with more text; the last one is the whole answer.
+
+        The model works in a thread of its own, so that the one that reads can be interrupted at any moment. When the
+        reading ends early, the model stops after the token it is at.
+
+        Args:
+            context: from `context`.
+            system: who answers.
+            chosen: sampling, lengths and stop strings. Beams are shown when they are done.
+        """
+        said: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                with self._one_at_a_time:
+                    self._generate(context, system, chosen, said, stop)
+                said.put(None)
+            except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
+                said.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while (item := said.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            worker.join()
+
+    def _generate(
+        self,
+        context: Sequence[int],
+        system: System,
+        chosen: Generation,
+        said: queue.SimpleQueue[str | BaseException | None],
+        stop: threading.Event,
+    ) -> None:
+        from transformers import StoppingCriteriaList
+
+        shown = ""
+
+        def look(sequences: torch.Tensor, scores: Any, **extra: Any) -> torch.Tensor:
+            """Tells the text so far; bool (rows,), whether that is all."""
+            nonlocal shown
+            rows = [spoken(self.prompt, row[len(context) :].tolist(), chosen.stop_strings) for row in sequences]
+            if len(rows) == 1 and len(rows[0][0]) > len(shown):  # of several beams none is the answer yet
+                shown = rows[0][0]
+                said.put(shown)
+            return torch.tensor([ended or stop.is_set() for _, ended in rows], device=sequences.device)
+
+        causal_lm: Any = causal_lm_of(self.model)
+        ids = torch.tensor([context], device=next(self.model.parameters()).device)
+        config = generation_config(chosen, self.prompt)
+        as_base = system == "base" and "adapter" in self.systems
+        own = causal_lm.generation_config
+        with self.model.disable_adapter() if as_base else contextlib.nullcontext():
+            try:
+                # As in kestrel.generation: else `generate` fills in what the model's own configuration says.
+                causal_lm.generation_config = config
+                generated = causal_lm.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([look]),
+                )
+            finally:
+                causal_lm.generation_config = own
+        if not stop.is_set():
+            said.put(spoken(self.prompt, generated[0, len(context) :].tolist(), chosen.stop_strings, whole=True)[0])
+
+
+def spoken(prompt: Prompt, ids: Sequence[int], stop_strings: Sequence[str], whole: bool = False) -> tuple[str, bool]:
+    """Text of the tokens so far as far as it is certain, and whether a stop string has ended it.
+
+    Left back, unless this is the whole answer: blanks at the end, which may turn out to be the last, a character that
+    lacks bytes, and what may be the beginning of a stop string. So a text only ever grows by what follows it.
+    """
+    decoded = prompt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = str(decoded)
+    places = [text.find(stop) for stop in stop_strings if stop in text]
+    if places:
+        return text[: min(places)].strip(), True
+    if not whole:
+        text = text.rstrip(_UNFINISHED)
+        begun = (n for stop in stop_strings for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+        text = text[: len(text) - max(begun, default=0)]
+    return text.strip(), False
