@@ -26,13 +26,13 @@ Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
-def fits(backbone: nn.Module) -> bool:
+def fits(backbone: Any) -> bool:
     """Whether a backbone is one whose layers this room computes, with nothing hooked into them.
 
     It is for Falcon-7B and models built alike: parallel attention, one key/value head, rotary positions, no biases, no
     dropout in the base; plain LoRA or none on any of the four linear layers.
     """
-    config = getattr(backbone, "config", None)
+    config: Any = getattr(backbone, "config", None)
     if getattr(config, "model_type", None) != "falcon":
         return False
     alike = (
@@ -49,7 +49,7 @@ def fits(backbone: nn.Module) -> bool:
     return bool(alike) and not any(_is_foreign(module) for layer in backbone.h for module in layer.modules())
 
 
-def _is_foreign(module: nn.Module) -> bool:
+def _is_foreign(module: Any) -> bool:
     """Hooked (sharded or traced by somebody), or a variant of LoRA that is more than two matrices."""
     if module._forward_hooks or module._forward_pre_hooks:
         return True
@@ -109,16 +109,16 @@ def compile_pieces() -> None:
 class _Projection:
     """A frozen linear layer and, where there is one, its LoRA update. Activations are (tokens, features)."""
 
-    def __init__(self, module: nn.Module):
-        self._base: Any = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    def __init__(self, module: Any):
+        self._base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         self.a: nn.Parameter | None = None
         self.b: nn.Parameter | None = None
         self._scaling, self._dropout = 1.0, 0.0
         if hasattr(module, "lora_A") and not module.disable_adapters:
-            name = module.active_adapters[0]  # type: ignore[index]
-            self.a, self.b = module.lora_A[name].weight, module.lora_B[name].weight  # type: ignore[index]
-            self._scaling = float(module.scaling[name])  # type: ignore[index]
-            dropout = module.lora_dropout[name]  # type: ignore[index]
+            name = module.active_adapters[0]
+            self.a, self.b = module.lora_A[name].weight, module.lora_B[name].weight
+            self._scaling = float(module.scaling[name])
+            dropout = module.lora_dropout[name]
             self._dropout = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
@@ -233,7 +233,7 @@ class _DecoderLayer(torch.autograd.Function):
         return y.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, cos, sin, before = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
         ctx.attention = None

@@ -80,7 +80,7 @@ class _ProjectedNll(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.grad * weights[:, None].to(ctx.grad.dtype), None, None
 
 
@@ -89,10 +89,11 @@ def _chunk_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def _nll_of(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not hooked:
         nll: torch.Tensor = _ProjectedNll.apply(hidden, head.weight, targets)
         return nll
-    pieces = []  # a head with an adapter or a bias, through autograd
+    pieces = []  # a head with an adapter, a bias or somebody's hook, through autograd
     for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         if torch.is_grad_enabled():
             pieces.append(checkpoint(_chunk_nll, head, states, wanted, use_reentrant=False))

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 from kestrel.artifacts import write_atomically
+
+
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of training.jsonl that hold a whole number as `step`, without what is no finite number.
+
+    Lines that do not are left out: a run that still writes, or was killed, ends in half of one. A file that is not
+    there has none.
+    """
+    rows = []
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append({key: v for key, v in row.items() if isinstance(v, int | float) and abs(v) < math.inf})
+    return rows
 
 
 def plot_loss(log: Path, picture: Path) -> None:
@@ -15,7 +34,7 @@ def plot_loss(log: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = read_log(log)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(line["step"], line[key]) for line in lines if key in line]

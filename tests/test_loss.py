@@ -113,14 +113,21 @@ def test_proof_fails_where_logits_change_after_the_head():
         prove_loss(model, collate(rows_of([20], seed=0), END), "float32")
 
 
-def test_full_logits_never_exist(model, monkeypatch):
+@pytest.mark.parametrize("hooked", [False, True], ids=["frozen head", "head for autograd"])
+def test_full_logits_never_exist(model, monkeypatch, hooked):
     """The head sees supervised positions only, and no more than a chunk of them at once."""
     monkeypatch.setattr(kestrel.loss, "CHUNK", 8)
     seen = []
-    head = model.get_base_model().get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    if hooked:
+        head = model.get_base_model().get_output_embeddings()
+        hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    else:
+        stock = torch.log_softmax
+        monkeypatch.setattr(
+            torch, "log_softmax", lambda logits, *a, **k: (seen.append(len(logits)), stock(logits, *a, **k))[1]
+        )
     batch = collate(rows_of([30, 20], seed=3), pad_id=END)
-    with torch.no_grad():
-        nll = token_nll(model, batch)
-    hook.remove()
+    nll = token_nll(model, batch)
+    if hooked:
+        hook.remove()
     assert max(seen) <= 8 and sum(seen) == len(nll) < batch["input_ids"].numel() / 2

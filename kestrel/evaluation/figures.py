@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from kestrel.evaluation.comparisons import NAMES
 from kestrel.evaluation.metrics import tokens_13a
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.plots import read_log
 
 # The light theme's colours; the SVG refers to them as CSS variables of these names, which the dark theme redefines.
 COLOURS = {
@@ -188,16 +188,9 @@ def _lengths(evaluation: Evaluation) -> Figure:
 
 
 def _loss(log: Path) -> Figure | None:
-    if not log.is_file():
-        return None
-    rows = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # the last line of a run that is still writing
-            continue
+    rows = read_log(log)
     curves = {
-        label: [(row["step"], row[key]) for row in rows if row.get(key) is not None and "step" in row]
+        label: [(row["step"], row[key]) for row in rows if key in row]
         for key, label in (("loss", "training"), ("eval_loss", "validation"))
     }
     if not any(curves.values()):
