@@ -1,0 +1,183 @@
+"""Runs of the scripts in processes of their own that can be killed at any moment and cost no imports.
+
+Importing torch and transformers takes longer than a tiny run. So this process imports everything once and forks for
+each run; the child calls the script's main(argv) and is killed for real, with its whole process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("preprocess", "train", "generate", "evaluate")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+
+def load_scripts() -> dict[str, ModuleType]:
+    """The four scripts, by path: `import evaluate` might be the library of that name."""
+    modules = {}
+    for name in SCRIPTS:
+        spec = importlib.util.spec_from_file_location(f"kestrel_{name}", ROOT / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[name])
+    return modules
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a run is sent a signal.
+
+    Attributes:
+        number: of the signal.
+        seconds: after its start.
+        operation: instead of that, just before its nth operation on files of the run folder; from 1.
+        again: seconds after which the same signal is sent a second time.
+    """
+
+    number: int = signal.SIGKILL
+    seconds: float | None = None
+    operation: int | None = None
+    again: float | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        status: exit status; minus the signal's number where a signal ended it.
+        seconds: from start to end.
+        seconds_to_stop: from the first signal to the end, 0.0 without one.
+        operations: on files of the run folder, counted as `Moment.operation` does; None for a run that was killed.
+        said: standard output and error.
+    """
+
+    status: int
+    seconds: float
+    seconds_to_stop: float
+    operations: int | None
+    said: str
+
+
+class Forks:
+    """Starts scripts by forking this process, which must stay single-threaded.
+
+    Args:
+        work: a folder for the output of runs.
+    """
+
+    def __init__(self, work: Path):
+        self._work = work
+        self._scripts = load_scripts()
+
+    def run(self, script: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
+        """Runs a script to its end, which `moment` may bring about.
+
+        Args:
+            script: its name without ".py".
+            arguments: of the command line.
+            watched: folder in which file operations are counted.
+            moment: when to send which signal.
+        """
+        log, report = self._work / "output.txt", self._work / "report.txt"
+        log.unlink(missing_ok=True)
+        report.unlink(missing_ok=True)
+        began = time.monotonic()
+        pid = os.fork()
+        if not pid:
+            self._child(script, arguments, watched, moment, log, report)
+        sent = self._send(pid, moment, began)
+        _, status = os.waitpid(pid, 0)
+        ended = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # whatever it had started itself
+            os.killpg(pid, signal.SIGKILL)
+        lines = report.read_text(encoding="utf-8").split() if report.exists() else []
+        for module in lines[1:]:
+            with contextlib.suppress(Exception):  # some are made by others and cannot be imported alone
+                importlib.import_module(module)
+        said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        return Ended(
+            os.waitstatus_to_exitcode(status),
+            ended - began,
+            ended - sent if sent else 0.0,
+            int(lines[0]) if lines else None,
+            said,
+        )
+
+    def _send(self, pid: int, moment: Moment | None, began: float) -> float | None:
+        """Sends the signals of a moment that is a time. Returns when the first one was sent."""
+        if moment is None or moment.seconds is None:
+            return None
+        if not _alive_until(pid, began + moment.seconds):
+            return None
+        sent = time.monotonic()
+        send: Callable[[int, int], None] = os.killpg if moment.number == signal.SIGKILL else os.kill
+        with contextlib.suppress(ProcessLookupError):
+            send(pid, moment.number)
+            if moment.again is not None and _alive_until(pid, sent + moment.again):
+                os.kill(pid, moment.number)
+        return sent
+
+    def _child(
+        self, script: str, arguments: list[str], watched: Path, moment: Moment | None, log: Path, report: Path
+    ) -> None:
+        status = 99
+        try:
+            os.setsid()
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(ROOT)
+            known = set(sys.modules)
+            count = _count_operations(watched, moment.operation if moment else None)
+            try:
+                status = self._scripts[script].main(arguments)
+            except SystemExit as exit:
+                status = int(exit.code or 0)
+            sys.stdout.flush()
+            new = [name for name in sys.modules if name not in known and "<" not in name]
+            report.write_text("\n".join([str(count()), *new]), encoding="utf-8")
+        except BaseException:  # noqa: BLE001  a fork must never return into its parent's work
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+
+def _alive_until(pid: int, moment: float) -> bool:
+    """Waits, and returns False as soon as the process has ended; it is left to be waited for."""
+    while (left := moment - time.monotonic()) > 0:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        time.sleep(min(left, 0.005))
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def _count_operations(watched: Path, last: int | None) -> Callable[[], int]:
+    """Counts Python's operations that change a folder from now on, and kills this process before the `last`th."""
+    count, prefix = 0, str(watched)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        changes = event in _OPERATIONS or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES)
+        if not changes or not isinstance(arguments[0], str | os.PathLike) or not str(arguments[0]).startswith(prefix):
+            return
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return lambda: count

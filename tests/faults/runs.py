@@ -1,0 +1,155 @@
+"""A small run: what each script starts from, and what it must leave behind however often it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults.forks import SCRIPTS, Ended, Forks, Moment
+from make_models import write_config
+
+# Answers are drawn at random and in several shards.
+_EXTRA = """  do_sample: true
+  temperature: 0.8
+  candidates: true
+evaluation:
+  resamples: 100
+  samples: 5
+"""
+# What a script leaves behind, and options with which it would leave something else.
+_RESULTS = {
+    "preprocess": ["dataset"],
+    "train": ["adapter", "logs/training.jsonl", "samples.jsonl"],
+    "generate": ["generations"],
+    "evaluate": ["evaluation"],
+}
+_OTHERWISE = {
+    "preprocess": ["--seed", "1"],
+    "train": ["--training.learning_rate", "2e-2"],
+    "generate": ["--generation.temperature", "0.9"],
+    "evaluate": ["--evaluation.resamples", "101"],
+}
+_GROWING = ("logs/", "samples.jsonl", "generations/manifest.json")
+
+
+class Failure(Exception):
+    """A promise that was not kept."""
+
+
+@dataclass
+class Stage:
+    """One script of the small run.
+
+    Attributes:
+        start: the run folder as the script before left it.
+        done: the run folder after a run that nothing interrupted.
+        expected: the results in it, by relative path.
+        earlier: the same, made with other options.
+        seconds, operations: what that run took.
+    """
+
+    name: str
+    arguments: list[str]
+    start: Path
+    done: Path
+    expected: dict[str, bytes] = field(default_factory=dict)
+    earlier: dict[str, bytes] = field(default_factory=dict)
+    seconds: float = 0.0
+    operations: int = 0
+
+
+class SmallRun:
+    """The four scripts on a tiny model, each run once without an interruption.
+
+    Args:
+        forks: that runs scripts.
+        work: holds base/ and corpus/, and nothing else.
+        options: added to every command line.
+    """
+
+    def __init__(self, forks: Forks, work: Path, options: list[str]):
+        self._forks, self.run = forks, work / "run"
+        config = write_config(work / "config.yaml", work / "base", work / "corpus", self.run, _EXTRA)
+        self.stages: dict[str, Stage] = {}
+        start = work / "start"
+        start.mkdir()
+        for name in SCRIPTS:
+            stage = Stage(name, ["--config", str(config), *options], start, work / f"after-{name}")
+            for expected, more in ((stage.earlier, _OTHERWISE[name]), (stage.expected, [])):
+                self.begin(stage, with_earlier=False)
+                ended = self.execute(stage, more=more)
+                if ended.status:
+                    raise SystemExit(f"{name} fails without a fault:\n{ended.said}")
+                expected |= self.results(name)
+            # The second run of each script pays for no import that the first one caused.
+            stage.seconds, stage.operations = ended.seconds, ended.operations or 0
+            self.run.rename(stage.done)
+            self.stages[name], start = stage, stage.done
+
+    def begin(self, stage: Stage, with_earlier: bool) -> None:
+        """Puts the run folder where the script begins, perhaps with results of other options in its way."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        shutil.copytree(stage.start, self.run)
+        for name, content in stage.earlier.items() if with_earlier else ():
+            (self.run / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.run / name).write_bytes(content)
+
+    def execute(self, stage: Stage, moment: Moment | None = None, more: list[str] | None = None) -> Ended:
+        """Runs the script in the run folder."""
+        ended = self._forks.run(stage.name, [*stage.arguments, *(more or [])], self.run, moment)
+        if "Traceback" in ended.said:
+            raise Failure(f"a traceback:\n{ended.said}")
+        return ended
+
+    def results(self, name: str) -> dict[str, bytes]:
+        """What a script has left in the run folder under its final name, by relative path."""
+        found = {}
+        for result in _RESULTS[name]:
+            top = self.run / result
+            for path in [top, *sorted(top.rglob("*"))]:
+                if path.is_file() and not path.name.startswith("."):
+                    found[path.relative_to(self.run).as_posix()] = _without_commit(path)
+        return found
+
+    def check_whole(self, stage: Stage) -> None:
+        """What has its final name is whole: all of this run's or all of the earlier one's.
+
+        Raises:
+            Failure: it is not.
+        """
+        found = {name: content for name, content in self.results(stage.name).items() if not name.startswith(_GROWING)}
+        for top in {name.split("/")[0] for name in found if not name.startswith("generations/")}:
+            these = {name: content for name, content in found.items() if name.startswith(f"{top}/")}
+            for whole in (stage.expected, stage.earlier):
+                if these == {name: content for name, content in whole.items() if name.startswith(f"{top}/")}:
+                    break
+            else:
+                raise Failure(f"{top} is neither what stood there nor what was being made")
+        for name, content in found.items():
+            if content not in (stage.expected.get(name), stage.earlier.get(name)):
+                raise Failure(f"{name} is neither what stood there nor what was being made")
+
+    def check_result(self, stage: Stage) -> None:
+        """The results are those of the uninterrupted run, to the bit.
+
+        Raises:
+            Failure: naming what is missing, odd or different.
+        """
+        found, expected = self.results(stage.name), stage.expected
+        odd = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+        if odd:
+            raise Failure(f"not what the uninterrupted run made: {', '.join(odd)}")
+        hidden = [path for path in self.run.rglob(".*") if path.name != ".lock"]
+        if hidden:
+            raise Failure(f"left lying about: {hidden[0].relative_to(self.run)}")
+
+
+def _without_commit(path: Path) -> bytes:
+    """A file's content; of a manifest, without the state of the repository, which others may be editing."""
+    if path.name != "manifest.json":
+        return path.read_bytes()
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest.pop("git_commit", None)
+    return json.dumps(manifest, sort_keys=True).encode()
