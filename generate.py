@@ -118,12 +118,12 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
 def recorded(folder: Path) -> dict[str, Any]:
     """What generations/manifest.json says of each file."""
-    from kestrel.artifacts import MANIFEST, read_manifest
+    from kestrel.artifacts import MANIFEST
+    from kestrel.evaluation.provenance import recorded_generations
 
     if not (folder / MANIFEST).exists():
         return {}
-    manifest = read_manifest(folder, "generations", f"delete {folder} and run this again", check_files=False)
-    return dict(manifest.get("generations", {}))
+    return recorded_generations(folder, f"delete {folder} and run this again")
 
 
 def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:

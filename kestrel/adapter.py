@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.artifacts import folder_atomically, read_json, read_manifest, require_equal, write_json, write_manifest
+from kestrel.artifacts import (
+    MANIFEST,
+    folder_atomically,
+    read_json,
+    read_manifest,
+    require_equal,
+    write_json,
+    write_manifest,
+)
 from kestrel.checkpoints import saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.likelihood import Scored, span_nll
@@ -128,10 +137,13 @@ def read_adapter(
         raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
     remedy = f"train it anew with: {command}"
     manifest = read_manifest(folder, "adapter", remedy)
+    nll = manifest.get("canary_nll")
+    if not isinstance(nll, int | float) or not math.isfinite(nll):
+        raise KestrelError(f"{folder / MANIFEST} is damaged (no canary_nll); {remedy}")
     recorded = {
         "prompt": read_json(folder / PROMPT, remedy),
-        "quantization": manifest["settings"]["quantization"],
-        "base": manifest["made_from"]["base"],
+        "quantization": manifest["settings"].get("quantization"),
+        "base": manifest["made_from"].get("base"),
     }
     now = {"prompt": identity, "quantization": quantization, "base": base}
     require_equal(f"the adapter in {folder}", recorded, now, remedy)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from kestrel.settings import Generation
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_MARK = re.compile(r'\{"dialogues_done": (\d{1,12}), ')
 SHARD = 32  # dialogues that are answered together and then written; what an interruption can cost
 
 
@@ -217,27 +220,36 @@ def write_answers(
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answers]
         done += len(rows)
         with open(partial, "a", encoding="utf-8") as file:
-            file.write("\n".join([*lines, json.dumps({"dialogues_done": done})]) + "\n")
+            shard = "".join(f"{line}\n" for line in lines)
+            file.write(shard + _mark(done, shard.encode()))
             file.flush()
             os.fsync(file.fileno())
         yield done
     with open(partial, encoding="utf-8") as file, write_atomically(path) as whole:
         next(file)
-        whole.writelines(line for line in file if not line.startswith('{"dialogues_done"'))
+        whole.writelines(line for line in file if not _MARK.match(line))
     partial.unlink()
 
 
+def _mark(done: int, shard: bytes) -> str:
+    """The line that closes a shard. Its hash keeps a run from going on after rows that were damaged meanwhile."""
+    return json.dumps({"dialogues_done": done, "sha256": hashlib.sha256(shard).hexdigest()}) + "\n"
+
+
 def _keep_complete_shards(partial: Path, identity: str, dataset: Dataset) -> int:
-    """Cuts a partial file behind its last complete shard, or begins it anew. Returns the dialogues that are done."""
+    """Cuts a partial file behind its last sound shard, or begins it anew. Returns the dialogues that are done."""
     header = json.dumps({"identity": identity, "dialogues": len(dataset)}) + "\n"
     kept, done, end = header.encode(), 0, len(header.encode())
     content = partial.read_bytes() if partial.exists() else b""
     if content.startswith(kept):
         position = end
         for line in content[end:].splitlines(keepends=True):
+            if mark := _MARK.match(line.decode("utf-8", "replace")):
+                claimed = int(mark[1])
+                if line.decode() != _mark(claimed, content[end:position]) or not done < claimed <= len(dataset):
+                    break
+                done, end = claimed, position + len(line)
             position += len(line)
-            if line.startswith(b'{"dialogues_done"') and line.endswith(b"\n"):
-                done, end = int(json.loads(line)["dialogues_done"]), position
         kept = content[:end]
     if kept != content:
         partial.write_bytes(kept)

@@ -201,7 +201,9 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
             raise KestrelError(f"{folder / MANIFEST} is damaged (no {part}); {remedy}")
     for name, digest in manifest["files"].items() if check_files else ():
         path = folder / name
-        if not path.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise KestrelError(f"{folder / MANIFEST} is damaged (it names {name!r}, outside of {folder}); {remedy}")
+        if not os.path.isfile(path):  # Path.is_file raises where the name is too long to be one
             raise KestrelError(f"{path} is missing; {remedy}")
         if sha256_of(path) != digest:
             raise KestrelError(f"{path} is damaged or was edited: its sha256 is not the one in {MANIFEST}; {remedy}")

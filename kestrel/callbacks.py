@@ -102,7 +102,7 @@ def cut_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
     with write_atomically(path) as file:
         file.writelines(kept)

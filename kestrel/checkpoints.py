@@ -39,7 +39,20 @@ def step_of(checkpoint: Path) -> int:
 
 def history(checkpoint: Path) -> list[dict[str, Any]]:
     """What the Trainer had logged by then: a dict for each logged step and each evaluation."""
-    return list(read_json(checkpoint / _STATE, "passed over")["log_history"])
+    return list(_state(checkpoint)["log_history"])
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's account of a run, with what is read of it known to be of the right kind."""
+    state = read_json(checkpoint / _STATE, "passed over")
+    log = state.get("log_history") if isinstance(state, dict) else None
+    if (
+        not isinstance(log, list)
+        or not all(isinstance(entry, dict) and isinstance(entry.get("eval_loss", 0), int | float) for entry in log)
+        or not isinstance(state.get("best_global_step"), int | None)
+    ):
+        raise KestrelError(f"{checkpoint / _STATE} is damaged (no log of a training); passed over")
+    return dict(state)
 
 
 def sound(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
@@ -61,7 +74,7 @@ def sound(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
 def _whole(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that can be gone on from: the best one, which may win in the end, is whole too."""
     manifest = read_sealed(checkpoint, "passed over")
-    best = read_json(checkpoint / _STATE, "passed over")["best_global_step"]
+    best = _state(checkpoint).get("best_global_step")
     if best and best != step_of(checkpoint):
         read_sealed(checkpoint.with_name(f"checkpoint-{best}"), f"{checkpoint} needs it and is passed over")
     return manifest

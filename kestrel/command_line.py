@@ -31,6 +31,8 @@ from kestrel.keys import Key, all_keys, alternatives, as_yaml
 from kestrel.settings import Settings, conflicts
 from kestrel.yaml_lines import load_with_lines
 
+_LONGEST = 2**20  # bytes of a YAML file
+
 
 def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -218,7 +220,11 @@ def _explain(problem: Any, keys: dict[str, Key], complain: Callable[[str, str], 
 def _read(config: str) -> str:
     path = Path(config)
     try:
-        return path.read_bytes().decode("utf-8")
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise UsageError([f"{config}: more than {_LONGEST:,} bytes; this is no experiment"])
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError([f"{config}: not UTF-8 text (byte {error.start})"]) from None
     except ValueError as error:  # a zero byte in the name
@@ -302,8 +308,13 @@ def run_script(
         if debug and not isinstance(error, UsageError):
             traceback.print_exc()
         status, message = _verdict(error, run_dir)
-        print(f"{name}: {message}", file=sys.stderr)
+        print(f"{name}: {_printable(message)}", file=sys.stderr)
         return status
+
+
+def _printable(text: str) -> str:
+    """What a file or an option put into a message must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _quieten_libraries() -> None:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
+from kestrel.artifacts import MANIFEST, identity_of, read_manifest, sha256_of
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
 from kestrel.persona_order import name_in_order, order_in_name
+
+
+def recorded_generations(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """What generations/manifest.json says of each file: its sha256, and what it was made from.
+
+    Args:
+        folder: RUN/generations.
+        remedy: for the message.
+
+    Raises:
+        KestrelError: absent or damaged.
+    """
+    recorded = read_manifest(folder, "generations", remedy, check_files=False).get("generations", {})
+    if not isinstance(recorded, dict) or not all(
+        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and isinstance(facts.get("made_from"), dict)
+        for facts in recorded.values()
+    ):
+        raise KestrelError(f"{folder / MANIFEST} is damaged (generations); {remedy}")
+    return recorded
 
 
 def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], command: str) -> None:
@@ -27,12 +47,11 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
         KestrelError: naming the file and what changed.
     """
     folder = run_dir / "generations"
-    manifest = read_manifest(folder, "generations", f"make it again with: {command}", check_files=False)
-    recorded = manifest.get("generations", {})
+    recorded = recorded_generations(folder, f"make it again with: {command}")
     now = {}
     for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
         if (artifact / MANIFEST).exists():
-            now[kind] = identity_of(read_json(artifact / MANIFEST, f"make it again with: {command}"))
+            now[kind] = identity_of(read_manifest(artifact, kind, f"make it again with: {command}", check_files=False))
     for file in files:
         system, order = order_in_name(names_of(file)[1])
         orders = f" --generation.persona_orders {order + 1}" if order else ""

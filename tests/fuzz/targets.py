@@ -1,0 +1,288 @@
+"""What rubbish is fed to: a function for each kind of input, from bytes to nothing, or to an exception that is a bug.
+
+A `KestrelError` is what rubbish deserves. Whatever else comes out is a bug: another exception, a dialogue that breaks
+what `kestrel.dialogue` promises, settings that do not read back, an exit status of no meaning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from kestrel.corpora import FORMATS, Tally, open_corpus
+from kestrel.corpora.splits import Splitter
+from kestrel.dialogue import Dialogue
+from kestrel.errors import KestrelError
+
+# What the tiny run of `artifacts` was made with, by its own account.
+IDENTITY = {"format": "plain", "sha256": "0" * 64}
+MEANING = {"dataset": "d", "seed": 0}
+BASE = {"files": {"config.json": "1" * 64}}
+QUANTIZATION = {"bits": 4, "type": "nf4"}
+FILES = ("manifest.json", "prompt.json", "trainer_state.json", "training.jsonl", "adapter_config.json")
+
+
+@cache
+def folder() -> Path:
+    """Where the inputs become files: in memory where the system has such a place."""
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(prefix="kestrel-fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def _file(name: str, content: bytes) -> Path:
+    path = folder() / name
+    path.write_bytes(content)
+    return path
+
+
+def _is_sound(dialogue: Dialogue) -> None:
+    assert dialogue.dialogue_id and dialogue.turns
+    speakers = [turn.speaker for turn in dialogue.turns]
+    assert set(speakers) <= {"self", "partner"} and speakers[-1] == "self"
+    assert all(one != other for one, other in pairwise(speakers))
+    assert len(dialogue.candidates) in (0, speakers.count("self"))
+    texts = [*dialogue.persona, *dialogue.partner_persona, *(turn.text for turn in dialogue.turns)]
+    texts += [text for offer in dialogue.candidates for text in offer]
+    for text in texts:
+        assert text and text == text.strip() and not set(text) & {chr(i) for i in range(32)}
+        text.encode("utf-8")
+    replies = [text for _, text in dialogue.replies()]
+    assert all(reply not in offer for reply, offer in zip(replies, dialogue.candidates, strict=False))
+
+
+def corpus(data: bytes, format: str) -> None:
+    """A source of dialogues: recognized, read, split."""
+    source = open_corpus(str(_file("source", data)), format)
+    for split in source.splits:
+        tally = Tally()
+        for dialogue in source.read(split, tally):
+            _is_sound(dialogue)
+        assert tally.read == tally.kept + tally.dropped.total()
+    with contextlib.suppress(KestrelError):  # three dialogues need not be enough for three splits
+        cut = Splitter(source, validation_fraction=0.3, test_fraction=0.3)
+        for split in cut.splits:
+            assert list(cut.read(split, Tally()))
+
+
+def config(data: bytes) -> None:
+    """A YAML file; settings that hold are described, and the description reads back to them."""
+    from kestrel.command_line import describe, resolve
+
+    settings, origin = resolve(str(_file("config.yaml", data)), {})
+    described = _file("described.yaml", describe(settings, origin).encode())
+    assert resolve(str(described), {})[0] == settings
+
+
+def options(data: bytes) -> None:
+    """Arguments, one a line, in front of a sound YAML file, through the whole command line."""
+    from kestrel.command_line import run_script
+
+    sound = _file("sound.yaml", b"run_dir: r\ndata: {source: s}\nmodel: {name: m}\n")
+    argv = [argument.decode("utf-8", "surrogateescape") for argument in data.split(b"\n")]
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = run_script("fuzz.py", "", _nothing, [*argv, "--print-config", "--config", str(sound)])
+        except SystemExit as exit:
+            status = exit.code  # --help
+        err.flush()
+    said = err.buffer.getvalue().decode()
+    assert status in (0, 2), said
+    assert all(line.isprintable() for line in said.split("\n")), said
+
+
+def _nothing(*arguments: Any) -> None:
+    raise AssertionError("--print-config stops before the script's own steps")
+
+
+def artifacts(data: bytes) -> None:
+    """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
+    from kestrel import adapter, callbacks, checkpoints, dataset
+    from kestrel.artifacts import identity_of, read_manifest
+    from kestrel.evaluation.provenance import check_provenance
+    from kestrel.plots import read_log
+
+    run = folder() / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    artifact = run / "checkpoint-1"
+    artifact.mkdir(parents=True)
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
+    raw = {"manifest.json": data.decode("utf-8", "surrogateescape")}
+    content = content if isinstance(content, dict) else raw
+    for name, value in content.items():
+        if name in FILES:
+            text = value if isinstance(value, str) else json.dumps(value)
+            (artifact / name).write_bytes(
+                text.encode("utf-8", "surrogateescape" if content is raw else "surrogatepass")
+            )
+    (artifact / "test.adapter.jsonl").write_bytes(b"")
+    for name in ("dataset", "generations", "adapter", "checkpoint-2"):
+        (run / name).symlink_to(artifact)
+    log = artifact / "training.jsonl"
+    readers: list[Callable[[], object]] = [
+        *(partial(read_manifest, artifact, kind, "mend it") for kind in ("dataset", "adapter", "generations")),
+        lambda: identity_of(read_manifest(artifact, "dataset", "mend it", check_files=False)),
+        lambda: dataset.open_dataset(_settings(run), _prompt(), "preprocess"),
+        lambda: adapter.read_adapter(artifact, IDENTITY, QUANTIZATION, BASE, "train"),
+        lambda: checkpoints.newest_sound(run, MEANING, "train"),
+        lambda: checkpoints.sound(artifact, MEANING, "train"),
+        lambda: callbacks.evaluations_without_progress(checkpoints.history(artifact)),
+        lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate"),
+        lambda: _script("generate").up_to_date(run / "generations" / "test.adapter.jsonl", {}),
+        lambda: read_log(log),
+        lambda: callbacks.cut_after(log, 3),
+    ]
+    for read in readers:
+        with contextlib.suppress(KestrelError):
+            read()
+
+
+@cache
+def _script(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def _settings(run: Path) -> Any:
+    from kestrel.settings import Data, Model, Settings
+
+    return Settings(run_dir=str(run), data=Data(source="s"), model=Model(name="m"))
+
+
+def _prompt() -> Any:
+    return SimpleNamespace(identity=lambda: IDENTITY)
+
+
+def generations(data: bytes) -> None:
+    """A generation file, alone and beside a sound one."""
+    from kestrel.evaluation.alignment import line_up
+    from kestrel.evaluation.generations import read_generations
+
+    sound = _file("test.sound.jsonl", b'{"reference": "a b", "response": "b"}\n{"reference": "c", "response": ""}\n')
+    read = read_generations(_file("test.other.jsonl", data))
+    assert read.replies and len({reply.key for reply in read.replies}) == len(read.replies)
+    with contextlib.suppress(KestrelError):
+        files, _ = line_up([read_generations(sound), read])
+        assert len({file.system for file in files}) == len(files)
+
+
+def evaluation(data: bytes) -> None:
+    """A generation file that can be read, scored and reported."""
+    from kestrel.evaluation.alignment import line_up
+    from kestrel.evaluation.browse import sample_dialogues
+    from kestrel.evaluation.generations import read_generations
+    from kestrel.evaluation.report import as_html, as_markdown
+    from kestrel.evaluation.scoring import evaluate_files
+    from kestrel.evaluation.tables import summary
+
+    files, notes = line_up([read_generations(_file("test.other.jsonl", data))])
+    result = evaluate_files(files, notes, "raw", False, 100, 0, None)
+    json.dumps(result.metrics, allow_nan=False).encode("utf-8")
+    summary(result.metrics).encode("utf-8")
+    dialogues = sample_dialogues(result, 10, 0)
+    as_html(result, [], dialogues).encode("utf-8")
+    as_markdown(result, [], dialogues).encode("utf-8")
+
+
+def partial_generations(data: bytes) -> None:
+    """What a killed generate.py left behind a header that still fits."""
+    from kestrel.answers import _keep_complete_shards
+
+    rows: Any = range(64)
+    header = json.dumps({"identity": "i", "dialogues": 64}).encode() + b"\n"
+    path = _file(".test.adapter.jsonl.partial", header + data)
+    done = _keep_complete_shards(path, "i", rows)
+    kept = path.read_bytes()
+    assert 0 <= done <= 64 and (header + data).startswith(kept)
+    assert (kept == header) == (done == 0) and kept.endswith(b"\n")
+    assert _keep_complete_shards(path, "i", rows) == done and path.read_bytes() == kept
+
+
+def prompt(data: bytes) -> None:
+    """Any text as persona and turns: rendered, never as a control token, the context of a turn a prefix of the whole."""
+    from kestrel.dialogue import Turn
+    from kestrel.prompt import Prompt, Unrenderable
+
+    tokenizer = _tokenizer()
+    texts = [text for text in (part.strip() for part in data.decode("utf-8", "ignore").split("\n")) if text]
+    if len(texts) < 2:
+        return
+    turns = [Turn("partner" if at % 2 else "self", text) for at, text in enumerate(reversed(texts[1:]))][::-1]
+    dialogue = Dialogue("d", (texts[0],), tuple(turns))
+    room = Prompt(tokenizer, "plain", 256)
+    (rendered,) = room.render_all([dialogue])
+    if isinstance(rendered, Unrenderable):
+        return
+    ends = [end - 1 for _, end in rendered.reply_spans]
+    special = set(tokenizer.all_special_ids) | set(range(12))
+    assert [at for at, token in enumerate(rendered.input_ids) if token in special] == ends
+    for (start, _), (turn, _) in zip(reversed(rendered.reply_spans), reversed(list(dialogue.replies())), strict=False):
+        if rendered.first_turn == 0:
+            assert room.context(dialogue, turn) == rendered.input_ids[:start]
+
+
+@cache
+def _tokenizer() -> Any:
+    import sys
+
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from make_models import make_tokenizer
+
+    return make_tokenizer()
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    **{name: partial(corpus, format=name) for name in FORMATS},
+    "auto": partial(corpus, format="auto"),
+    "config": config,
+    "options": options,
+    "artifacts": artifacts,
+    "generations": generations,
+    "evaluation": evaluation,
+    "partial": partial_generations,
+    "prompt": prompt,
+}
+
+
+def prepare(target: str) -> None:
+    """Imports and builds what a target needs, so that no input is charged for it."""
+    if target == "prompt":
+        _tokenizer()
+    with contextlib.suppress(KestrelError):
+        TARGETS[target](b"")
+
+
+def try_input(target: str, data: bytes) -> bool:
+    """Feeds one input. Returns whether it was accepted; False where it was refused as it should be.
+
+    Raises:
+        Exception: any but a KestrelError: a bug.
+    """
+    try:
+        TARGETS[target](data)
+    except KestrelError as error:
+        assert str(error).strip(), "an error without a message"
+        return False
+    return True
+
+
+def name_of(data: bytes) -> str:
+    """What a kept input is called."""
+    return hashlib.sha256(data).hexdigest()[:16]
