@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from kestrel.errors import Interrupted, KestrelError
+from kestrel.errors import KestrelError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -283,7 +283,7 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
         try:
             yield folder
             accepted = True
-        except (Interrupted, KeyboardInterrupt):
+        except KeyboardInterrupt:
             accepted = True
             raise
         finally:

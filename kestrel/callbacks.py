@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from kestrel.artifacts import write_atomically
 from kestrel.errors import Interrupted, ProofError
+from kestrel.process import on_signals
 
 if TYPE_CHECKING:
     from kestrel.training import DialogueTrainer
@@ -194,12 +194,8 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handles both signals while the block runs."""
-        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with on_signals(self._on_signal):
             yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if self.received is not None:

@@ -10,14 +10,11 @@ import argparse
 import contextlib
 import difflib
 import errno
-import io
 import os
 import shlex
-import signal
 import sys
 import textwrap
 import traceback
-import types
 import typing
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from pydantic import ValidationError
 
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.keys import Key, all_keys, alternatives, as_yaml
+from kestrel.process import on_signals, prepare_output
 from kestrel.settings import Settings, conflicts
 from kestrel.yaml_lines import load_with_lines
 
@@ -273,9 +271,7 @@ def run_script(
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
     run_dir = None
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 must not end a run
-            stream.reconfigure(errors="replace")
+    prepare_output()
     try:
         parser = _parser(name, doc, options)
         try:
@@ -294,16 +290,10 @@ def run_script(
         run_dir = settings.run_dir
         arguments.again = _typed_again(arguments.config, overrides)
         _quieten_libraries()
-        previous = signal.signal(signal.SIGTERM, _terminate)
-        try:
-            with run_folder(settings.run_dir, describe(settings, {})) if writes else contextlib.nullcontext():
-                steps(settings, arguments)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        folder = run_folder(settings.run_dir, describe(settings, {})) if writes else contextlib.nullcontext()
+        with on_signals(), folder:
+            steps(settings, arguments)
         return 0
-    except BrokenPipeError:  # `... | head`: nobody reads on, and Python's own last flush must not complain of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         if debug and not isinstance(error, UsageError):
             traceback.print_exc()
@@ -334,16 +324,6 @@ def _typed_again(config: str, overrides: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _terminate(signal_number: int, frame: types.FrameType | None) -> None:
-    """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"interrupted before anything was begun\n")
-            os._exit(128 + signal_number)
-        frame = frame.f_back
-    raise Interrupted(signal_number, "interrupted; run the same command again to go on")
-
-
 def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     """Exit status and message for what ended a script."""
     if isinstance(error, UsageError):
@@ -353,7 +333,7 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
             else "a problem in the settings"
         )
         return 2, several + "\n  " + "\n  ".join(error.problems)
-    if isinstance(error, KestrelError):
+    if isinstance(error, KestrelError | Interrupted):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command again to go on"

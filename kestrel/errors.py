@@ -28,8 +28,10 @@ class ProofError(KestrelError):
     """A check made during the run did not hold: what was asked for is not what happened."""
 
 
-class Interrupted(KestrelError):
+class Interrupted(KeyboardInterrupt):
     """The run was told to stop (SIGINT, SIGTERM) after it saved what can be resumed.
+
+    No Exception: libraries that go on after any of those would swallow it.
 
     Args:
         signal_number: 2 or 15; the exit status is 128 more, as shells expect.

@@ -361,4 +361,4 @@ def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 143
-    assert done.stderr == "interrupted before anything was begun\n"
+    assert done.stderr == "interrupted; run the same command again to go on\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kestrel.corpora.rows import SECTIONS, sections
 from kestrel.errors import KestrelError
+from kestrel.network import use_cache_without_network
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
@@ -135,6 +136,7 @@ def _hub(repo_id: str, revision: str | None) -> Located:
     revision = revision or default or "main"
     if revision != default and repo_id == "bavard/personachat_truecased":
         patterns = ["*.parquet"]
+    use_cache_without_network()
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(

@@ -1,0 +1,81 @@
+"""A script's process: told to stop at any moment, and writing to a reader that may have gone."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import stat
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kestrel.errors import Interrupted
+
+_AGAIN = "interrupted; run the same command again to go on"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _stop(number: int, frame: types.FrameType | None) -> None:
+    """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{_AGAIN}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise Interrupted(number, _AGAIN)
+
+
+@contextmanager
+def on_signals(handler: Callable[[int, Any], None] = _stop) -> Iterator[None]:
+    """Handles SIGINT and SIGTERM while the block runs; by default they end it with `Interrupted`.
+
+    A signal that the process was started to ignore, as shells do with SIGINT for jobs in the background, stays ignored.
+    """
+    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    mine = [number for number in _SIGNALS if former[number] is not signal.SIG_IGN]
+    for number in mine:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, former[number])
+
+
+class _Abandoned(io.FileIO):
+    """A pipe into which writing goes on, to nowhere, when its reader has gone (`train.py | head`)."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+def prepare_output() -> None:
+    """Lets a run survive that nobody reads its output any longer, and a terminal that is not UTF-8."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream is getattr(sys, f"__{name}__") and _is_pipe(stream):
+            stream.flush()
+            raw = _Abandoned(stream.fileno(), "w", closefd=False)
+            at_once = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, **at_once)
+            setattr(sys, name, stream)
+        stream.reconfigure(errors="replace")
+
+
+def _is_pipe(stream: io.TextIOWrapper) -> bool:
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
