@@ -22,6 +22,14 @@ from kestrel.settings import Settings
 
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
+    from kestrel.artifacts import require_made
+
+    run, chosen = Path(settings.run_dir), settings.generation
+    remedy = f"python preprocess.py {options.again}"
+    require_made(run / "dataset", "dataset", f"make it with: {remedy}")
+    if "adapter" in chosen.systems and settings.model.adapter is None:
+        require_made(run / "adapter", "adapter", f"train it with: python train.py {options.again}")
+
     from tqdm import tqdm
 
     from kestrel.adapter import prove_loaded, read_adapter
@@ -33,9 +41,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.persona_order import name_in_order
     from kestrel.prompt import Prompt
 
-    run, chosen = Path(settings.run_dir), settings.generation
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    remedy = f"python preprocess.py {options.again}"
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)
     if chosen.max_dialogues is not None:

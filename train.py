@@ -21,6 +21,11 @@ from kestrel.settings import Settings
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
+    from kestrel.artifacts import require_made
+
+    run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
+    require_made(run / "dataset", "dataset", f"make it with: {remedy}")
+
     from kestrel import callbacks, checkpoints, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of
@@ -33,10 +38,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.prompt import Prompt
     from kestrel.samples import sampler
 
-    run = Path(settings.run_dir)
     training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    remedy = f"python preprocess.py {options.again}"
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     train_rows = load_split(dataset_folder, "train", remedy)
     validation_rows = load_split(dataset_folder, "validation", remedy)

@@ -210,6 +210,16 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
     return manifest
 
 
+def require_made(folder: Path, kind: str, remedy: str) -> None:
+    """Refuses what an earlier script has not made, before anything heavy is imported to read it.
+
+    Raises:
+        KestrelError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise KestrelError(f"there is no {kind} in {folder}; {remedy}")
+
+
 def identity_of(manifest: dict[str, Any]) -> str:
     """sha256 of what an artifact is, whenever and by which commit it was made."""
     return sha256_of_json({key: manifest.get(key) for key in ("kind", "settings", "made_from", "prompt", "files")})
