@@ -14,93 +14,16 @@ The layer computes what transformers' computes (5.17 to 5.23), for rows padded o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kestrel.elementwise import add_dropout_, dense_weight, dropout, rotate
+
 Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-
-def fits(backbone: Any) -> bool:
-    """Whether a backbone is one whose layers this room computes, with nothing hooked into them.
-
-    It is for Falcon-7B and models built alike: parallel attention, one key/value head, rotary positions, no biases, no
-    dropout in the base; plain LoRA or none on any of the four linear layers.
-    """
-    config: Any = getattr(backbone, "config", None)
-    if getattr(config, "model_type", None) != "falcon":
-        return False
-    alike = (
-        config.parallel_attn
-        and config.multi_query
-        and not config.new_decoder_architecture
-        and not config.alibi
-        and not config.bias
-        and config.activation == "gelu"
-        and config.hidden_dropout == 0
-        and config.attention_dropout == 0
-        and getattr(config, "ffn_hidden_size", None) is not None
-    )
-    return bool(alike) and not any(_is_foreign(module) for layer in backbone.h for module in layer.modules())
-
-
-def _is_foreign(module: Any) -> bool:
-    """Hooked (sharded or traced by somebody), or a variant of LoRA that is more than two matrices."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    if not hasattr(module, "lora_A"):
-        return False
-    names = getattr(module, "active_adapters", [])
-    plain = len(names) == 1 and not getattr(module, "lora_variant", {}) and not module.merged
-    return not plain or any(part.bias is not None for part in (*module.lora_A.values(), *module.lora_B.values()))
-
-
-# -- elementwise pieces, which torch.compile turns into one kernel each ------------------------------------------------
-
-
-def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, length, heads + 2, size) → rotated queries and key in one tensor (…, heads + 1, size), and the value."""
-    straight = qkv[:, :, :-1]
-    low, high = straight.chunk(2, dim=-1)
-    return straight * cos + torch.cat((-high, low), dim=-1) * sin, qkv[:, :, -1:].clone()
-
-
-def _rotate_back(queries: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Gradients of rotated queries, key and value → the gradient of `_rotate`'s input."""
-    rotated = torch.cat((queries, key), dim=2)
-    turned = rotated * sin
-    low, high = turned.chunk(2, dim=-1)
-    return torch.cat((rotated * cos + torch.cat((high, -low), dim=-1), value), dim=2)
-
-
-def _drop(x: Tensor, kept: Tensor, scale: float) -> Tensor:
-    return x * kept * scale
-
-
-def _add_dropped(total: Tensor, part: Tensor, kept: Tensor, scale: float) -> Tensor:
-    return total + part * kept * scale
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    rotate: Callable[..., Any] = _rotate
-    rotate_back: Callable[..., Any] = _rotate_back
-    drop: Callable[..., Any] = _drop
-    add_dropped: Callable[..., Any] = _add_dropped
-
-
-_pieces = _Pieces()
-
-
-def compile_pieces() -> None:
-    """Compiles the elementwise pieces for the rest of the process: some ten seconds at the first step, on a GPU."""
-    global _pieces
-    _pieces = _Pieces(*(torch.compile(piece, dynamic=True) for piece in (_rotate, _rotate_back, _drop, _add_dropped)))
 
 
 # -- one linear layer --------------------------------------------------------------------------------------------------
@@ -110,68 +33,58 @@ class _Projection:
     """A frozen linear layer and, where there is one, its LoRA update. Activations are (tokens, features)."""
 
     def __init__(self, module: Any):
+        self.module = module
         self._base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        self.a: nn.Parameter | None = None
-        self.b: nn.Parameter | None = None
-        self._scaling, self._dropout = 1.0, 0.0
-        if hasattr(module, "lora_A") and not module.disable_adapters:
-            name = module.active_adapters[0]
-            self.a, self.b = module.lora_A[name].weight, module.lora_B[name].weight
-            self._scaling = float(module.scaling[name])
-            dropout = module.lora_dropout[name]
-            self._dropout = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        self._a: nn.Parameter | None = None
+        self._b: nn.Parameter | None = None
+        if hasattr(module, "lora_A"):
+            (name,) = module.active_adapters
+            self._a, self._b = module.lora_A[name].weight, module.lora_B[name].weight
+            self._scaling, self._dropout = float(module.scaling[name]), module.lora_dropout[name]
 
-    def _weight(self, dtype: torch.dtype) -> Tensor:
-        """Dense (out, in)."""
-        weight = self._base.weight
-        if getattr(weight, "quant_state", None) is not None:
-            from bitsandbytes.functional import dequantize_4bit
+    def adapter(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """A and B, or None and None where there is no update or it is switched off."""
+        return (None, None) if self._a is None or self.module.disable_adapters else (self._a, self._b)
 
-            weight = dequantize_4bit(weight, weight.quant_state)
-        return weight.to(dtype)
+    def _p(self) -> float:
+        return float(self._dropout.p) if isinstance(self._dropout, nn.Dropout) and self._dropout.training else 0.0
 
-    def _kept(self, x: Tensor, seed: int) -> Tensor | None:
-        """Which inputs dropout keeps: the same for the same seed, so that the mask need not be stored."""
-        if not self._dropout:
-            return None
-        generator = torch.Generator(x.device).manual_seed(seed)
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - self._dropout, generator=generator)
-
-    def _dropped(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        return x if kept is None else _pieces.drop(x, kept, 1 / (1 - self._dropout))
+    def _dropped(self, x: Tensor, seed: int) -> Tensor:
+        return dropout(x, self._p(), seed) if self._p() else x
 
     def forward(self, x: Tensor, seed: int, onto: Tensor | None = None) -> Tensor:
-        """The output, added to `onto` where that is given."""
-        weight = self._weight(x.dtype).t()
-        y = x @ weight if onto is None else torch.addmm(onto, x, weight)
-        if self.a is not None and self.b is not None:
-            low = self._dropped(x, self._kept(x, seed)) @ self.a.to(x.dtype).t()
-            y.addmm_(low, self.b.to(x.dtype).t(), alpha=self._scaling)
+        """The output; added to `onto`, in place, where that is given."""
+        weight = dense_weight(self._base.weight, x.dtype).t()
+        y = x @ weight if onto is None else onto.addmm_(x, weight)
+        a, b = self.adapter()
+        if a is not None and b is not None:
+            low = self._dropped(x, seed) @ a.to(x.dtype).t()
+            y.addmm_(low, b.to(x.dtype).t(), alpha=self._scaling)
         return y
 
     def backward(
         self, grad: Tensor, x: Tensor | None, seed: int, onto: Tensor | None = None, needs_input: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of the input (added to `onto` where that is given), of A and of B; `x` is needed for LoRA only."""
+        """Gradients of the input (added to `onto`, in place, where given), of A and of B; LoRA alone needs `x`."""
         grad_x = onto
         if needs_input:
-            weight = self._weight(grad.dtype)
-            grad_x = grad @ weight if onto is None else torch.addmm(onto, grad, weight)
-        if self.a is None or self.b is None:
+            weight = dense_weight(self._base.weight, grad.dtype)
+            grad_x = grad @ weight if onto is None else onto.addmm_(grad, weight)
+        matrices = self.adapter()
+        if matrices[0] is None or matrices[1] is None:
             return grad_x, None, None
         assert x is not None
-        a, b = self.a.to(grad.dtype), self.b.to(grad.dtype)
-        kept = self._kept(x, seed)
-        dropped = self._dropped(x, kept)
+        a, b = (matrix.to(grad.dtype) for matrix in matrices if matrix is not None)
+        dropped = self._dropped(x, seed)
         grad_low = grad @ b * self._scaling
-        grad_b = (grad.t() @ (dropped @ a.t())).to(self.b.dtype) * self._scaling
-        grad_a = (grad_low.t() @ dropped).to(self.a.dtype)
+        grad_b = (grad.t() @ (dropped @ a.t())).to(matrices[1].dtype) * self._scaling
+        grad_a = (grad_low.t() @ dropped).to(matrices[0].dtype)
         if needs_input:
             assert grad_x is not None
-            if kept is None:
-                grad_x.addmm_(grad_low, a)
+            if self._p():
+                add_dropout_(grad_x, grad_low @ a, self._p(), seed)
             else:
-                grad_x = _pieces.add_dropped(grad_x, grad_low @ a, kept, 1 / (1 - self._dropout))
+                grad_x.addmm_(grad_low, a)
         return grad_x, grad_a, grad_b
 
 
@@ -189,7 +102,7 @@ class _Layer:
         self.recompute = recompute
 
     def adapters(self) -> list[nn.Parameter | None]:
-        return [matrix for part in (self.qkv, self.dense, self.up, self.down) for matrix in (part.a, part.b)]
+        return [matrix for part in (self.qkv, self.dense, self.up, self.down) for matrix in part.adapter()]
 
     def norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed x, and the mean and reciprocal deviation of each row."""
@@ -204,8 +117,8 @@ class _Layer:
     def attention(self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int) -> list[Tensor]:
         """Output (batch, heads, length, size), and the queries, key and value that it has a graph to."""
         fused = self.qkv.forward(normed, seed).view(*shape[:2], self._heads + 2, -1)
-        rotated, value = _pieces.rotate(fused, cos, sin)
-        parts = (rotated[:, :, : self._heads], rotated[:, :, self._heads :], value)
+        parts = fused.split((self._heads, 1, 1), dim=2)
+        rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad():
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
             if query.is_cuda:
@@ -225,7 +138,7 @@ class _DecoderLayer(torch.autograd.Function):
         normed, _, _ = layer.norm(flat)
         attention = layer.attention(normed, x.shape, cos, sin, seed)
         before = layer.up.forward(normed, seed + 2)
-        y = layer.down.forward(F.gelu(before), seed + 3, onto=flat)
+        y = layer.down.forward(F.gelu(before), seed + 3, onto=flat.clone())
         y = layer.dense.forward(_merged(attention[0].detach()), seed + 1, onto=y)
         ctx.save_for_backward(x, cos, sin, before if layer.recompute == "none" else None)
         ctx.layer, ctx.seed = layer, seed
@@ -245,10 +158,11 @@ class _DecoderLayer(torch.autograd.Function):
 
         of_mlp: tuple[Any, ...] = (None,) * 4
         grad_normed = None
-        if needs_x or layer.up.a is not None or layer.down.a is not None:
+        adapts_down = layer.down.adapter()[0] is not None
+        if needs_x or adapts_down or layer.up.adapter()[0] is not None:
             if before is None:
                 before = layer.up.forward(normed, seed + 2)
-            inner = F.gelu(before) if layer.down.a is not None else None
+            inner = F.gelu(before) if adapts_down else None
             grad_inner, *of_down = layer.down.backward(grad, inner, seed + 3)
             del inner
             grad_before = torch.ops.aten.gelu_backward(grad_inner, before)
@@ -263,7 +177,9 @@ class _DecoderLayer(torch.autograd.Function):
         grad_out = grad_out.view(*x.shape[:2], out.shape[1], -1).transpose(1, 2)
         grads = [g.transpose(1, 2) for g in torch.autograd.grad(out, leaves, grad_out)]
         del attention, out, leaves, merged, grad_out
-        grad_fused = _pieces.rotate_back(*grads, cos, sin).flatten(0, 1).flatten(1)
+        grad_fused = normed.new_empty(*x.shape[:2], len(grads[0][0, 0]) + 2, cos.shape[-1])
+        rotate(grads, cos, sin, out=grad_fused, back=True)
+        grad_fused = grad_fused.flatten(0, 1).flatten(1)
         del grads
         grad_normed, *of_qkv = layer.qkv.backward(grad_fused, normed, seed, onto=grad_normed, needs_input=needs_x)
         grad_x = None
@@ -277,23 +193,72 @@ def _merged(out: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def hidden_states(backbone: Any, input_ids: Tensor, recompute: Recompute) -> Tensor:
-    """What the backbone returns as its last hidden state, for rows padded on the right.
+# -- the backbone ------------------------------------------------------------------------------------------------------
+
+
+def is_alike(backbone: Any) -> bool:
+    """Whether a backbone is built like Falcon-7B's.
+
+    That is parallel attention, one key/value head, rotary positions, no biases, no dropout in the base.
+    """
+    config = backbone.config
+    return config.model_type == "falcon" and bool(
+        config.parallel_attn
+        and config.multi_query
+        and not config.new_decoder_architecture
+        and not config.alibi
+        and not config.bias
+        and config.activation == "gelu"
+        and config.hidden_dropout == 0
+        and config.attention_dropout == 0
+    )
+
+
+class Backbone:
+    """The layers of a backbone that `is_alike`, computed as this room does.
 
     Args:
-        backbone: that `fits`, with its frozen weights.
-        input_ids: int64 (rows, length).
+        backbone: with its frozen weights and its adapter, if it is to have one.
         recompute: what the backward pass makes again beside what it always does. mlp: the MLP's first product; full:
             the attention too, so that of each layer only the input is kept.
-
-    Returns:
-        (rows, length, hidden size) in the compute type. What stands at padding means nothing.
     """
-    x = backbone.word_embeddings(input_ids)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    cos, sin = (t[:, :, None] for t in backbone.rotary_emb(x, position_ids=positions))
-    seeds = torch.randint(2**62, (len(backbone.h),)).tolist() if backbone.training else [0] * len(backbone.h)
-    for layer, seed in zip(backbone.h, seeds, strict=True):
-        parts = _Layer(layer, backbone.config.num_attention_heads, recompute)
-        x = _DecoderLayer.apply(x, cos, sin, parts, seed, *parts.adapters())
-    return backbone.ln_f(x)
+
+    def __init__(self, backbone: Any, recompute: Recompute):
+        self._backbone = backbone
+        self._inside = [module for layer in backbone.h for module in layer.modules()]
+        adapted = [module for module in self._inside if hasattr(module, "lora_A")]
+        self._is_plain = all(_is_plain_lora(module) for module in adapted)
+        self._adapted = adapted
+        heads = backbone.config.num_attention_heads
+        self._layers = [_Layer(layer, heads, recompute) for layer in backbone.h] if self._is_plain else []
+
+    def is_free(self) -> bool:
+        """Whether nothing is hooked into the layers (by what shards or traces them) and no adapter is merged."""
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
+        return self._is_plain and not hooked and not any(module.merged for module in self._adapted)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What the backbone returns as its last hidden state, for rows padded on the right.
+
+        Args:
+            input_ids: int64 (rows, length).
+
+        Returns:
+            (rows, length, hidden size) in the compute type. What stands at padding means nothing.
+        """
+        backbone = self._backbone
+        x = backbone.word_embeddings(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        cos, sin = (t[0].contiguous() for t in backbone.rotary_emb(x, position_ids=positions))
+        seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
+        for layer, seed in zip(self._layers, seeds, strict=True):
+            x = _DecoderLayer.apply(x, cos, sin, layer, seed, *layer.adapters())
+        normed: Tensor = backbone.ln_f(x)
+        return normed
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """One adapter of two matrices, without biases or a variant of LoRA that computes more."""
+    matrices = (*module.lora_A.values(), *module.lora_B.values())
+    plain = len(module.active_adapters) == 1 and not module.lora_variant
+    return plain and all(type(matrix) is nn.Linear and matrix.bias is None for matrix in matrices)

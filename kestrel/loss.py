@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,20 +41,24 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded int64 batch (rows, longest): input_ids, attention_mask, labels.
+    """Right-padded int64 batch (rows, longest): input_ids, attention_mask, labels. Besides, `predicting`.
 
     Which tokens are padding is said by the mask and by labels of -100, never by their id, which may be the end token's.
+    `predicting` (supervised tokens,) are the places in the flattened batch whose next token is supervised. They are
+    looked up here, in ordinary memory: a GPU that is asked where the labels are has to be waited for.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), longest), pad_id)
-    labels = torch.full((len(rows), longest), IGNORED)
-    mask = torch.zeros((len(rows), longest), dtype=torch.long)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[index, :length] = torch.as_tensor(row["input_ids"])
-        labels[index, :length] = torch.as_tensor(row["labels"])
-        mask[index, :length] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    lengths = np.asarray([len(row["input_ids"]) for row in rows])
+    ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
+    labels = np.full_like(ids, IGNORED)
+    filled = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[filled] = np.concatenate([np.asarray(row["input_ids"], dtype=np.int64) for row in rows])
+    labels[filled] = np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in rows])
+    predicting = np.zeros(labels.shape, dtype=bool)
+    predicting[:, :-1] = labels[:, 1:] != IGNORED
+    arrays = {"input_ids": ids, "attention_mask": filled.astype(np.int64), "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
+        "predicting": torch.from_numpy(np.flatnonzero(predicting))
+    }
 
 
 class _ProjectedNll(torch.autograd.Function):
@@ -102,15 +107,17 @@ def _nll_of(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tor
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _token_nll(causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor], recompute: falcon.Recompute) -> torch.Tensor:
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    if falcon.fits(backbone):
-        hidden = falcon.hidden_states(backbone, batch["input_ids"], recompute)
+def _token_nll(
+    causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor], fused: falcon.Backbone | None
+) -> torch.Tensor:
+    if fused is not None and fused.is_free():
+        hidden = fused.hidden_states(batch["input_ids"])
     else:
+        backbone = getattr(causal_lm, causal_lm.base_model_prefix)
         hidden = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    targets = batch["labels"][:, 1:]
-    kept = targets != IGNORED
-    return _nll_of(causal_lm.get_output_embeddings(), hidden[:, :-1][kept], targets[kept])
+    predicting = batch["predicting"]
+    targets = batch["labels"].flatten()[predicting + 1]
+    return _nll_of(causal_lm.get_output_embeddings(), hidden.flatten(0, 1).index_select(0, predicting), targets)
 
 
 def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
@@ -120,13 +127,15 @@ def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
     several processes.
 
     Args:
-        model: the causal LM, with or without an adapter.
-        recompute: what the backward pass makes again to save memory, as of `falcon.hidden_states`. Other architectures
-            know none and full: each layer is checkpointed for anything but none.
+        model: the causal LM, with its adapter if it is to have one.
+        recompute: what the backward pass makes again to save memory, as of `falcon.Backbone`. In other architectures
+            each layer is checkpointed for anything but none.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
-    if recompute != "none" and not falcon.fits(getattr(causal_lm, causal_lm.base_model_prefix)):
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    fused = falcon.Backbone(backbone, recompute) if falcon.is_alike(backbone) else None
+    if recompute != "none" and (fused is None or not fused.is_free()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
@@ -134,7 +143,7 @@ def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
     def forward(*args: Any, nll_only: bool = False, **kwargs: Any) -> Any:
         if not nll_only:
             return own_forward(*args, **kwargs)
-        return {"nll": _token_nll(causal_lm, kwargs, recompute)}
+        return {"nll": _token_nll(causal_lm, kwargs, fused)}
 
     causal_lm.forward = forward
 
@@ -149,7 +158,8 @@ def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Returns:
         float32 (supervised tokens,) in nats, row by row.
     """
-    nll: torch.Tensor = model(input_ids=batch["input_ids"], labels=batch["labels"], nll_only=True)["nll"]
+    wanted = {name: batch[name] for name in ("input_ids", "labels", "predicting")}
+    nll: torch.Tensor = model(**wanted, nll_only=True)["nll"]
     return nll
 
 

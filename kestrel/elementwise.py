@@ -1,0 +1,93 @@
+"""What stands between the matrix products of a Falcon layer: rotary positions, dropout, dense weights from 4-bit ones.
+
+Each has a plain form here, and on a GPU with Triton one kernel (`elementwise_gpu.py`), which reads and writes memory once
+where separate operations would do it up to ten times.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused(x: Tensor) -> Any:
+    """The module of kernels for this tensor's device, or None."""
+    if not (x.is_cuda and _has_triton()):
+        return None
+    from kestrel import elementwise_gpu
+
+    return elementwise_gpu
+
+
+def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
+    """Rotates queries and key by their positions and lays them beside the value.
+
+    Args:
+        parts: queries (batch, length, heads, size), key and value (batch, length, 1, size).
+        cos, sin: (length, size), of Falcon's rotary embedding, whose second half repeats its first.
+        out: contiguous (batch, length, heads + 2, size), filled with queries, key and value. The inputs may be views of it.
+        back: turn the other way, which is what the gradients need.
+    """
+    kernels = _fused(out)
+    half = out.shape[-1] // 2
+    if kernels is not None and half & (half - 1) == 0:
+        kernels.rotate(parts, cos, sin, out, back)
+        return
+    query, key, value = parts
+    cos, sin = cos[:, None, :half], sin[:, None, :half] * (-1 if back else 1)
+    for place, source in ((out[:, :, :-2], query), (out[:, :, -2:-1], key)):
+        low, high = source[..., :half], source[..., half:]
+        turned = high * cos + low * sin
+        torch.sub(low * cos, high * sin, out=place[..., :half])
+        place[..., half:] = turned
+    out[:, :, -1:] = value
+
+
+def _kept(x: Tensor, p: float, seed: int) -> Tensor:
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x / (1 - p) where it is kept, 0 elsewhere. The same seed keeps the same, so that no mask need be stored."""
+    kernels = _fused(x)
+    if kernels is not None:
+        return kernels.dropout(x, p, seed)
+    return x * _kept(x, p, seed) * (1 / (1 - p))
+
+
+def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
+    """Adds `dropout(part, p, seed)` to `total`, in place."""
+    kernels = _fused(total)
+    if kernels is not None:
+        return kernels.add_dropout_(total, part, p, seed)
+    return total.addcmul_(part, _kept(part, p, seed), value=1 / (1 - p))
+
+
+def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(out, in) weights of a linear layer; those in 4 bit are dequantized, as bitsandbytes does it.
+
+    Args:
+        weight: as the layer holds it, in 4 bit or not.
+        dtype: of the result.
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.to(dtype)
+    kernels = _fused(weight)
+    if kernels is not None and kernels.dequantizes(state):
+        return kernels.dequantize(weight, state, dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense: Tensor = dequantize_4bit(weight, state)
+    return dense.to(dtype)

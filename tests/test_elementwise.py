@@ -1,0 +1,74 @@
+"""The GPU's kernels against the plain forms. Without a GPU they run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+pytest.importorskip("triton")
+
+from kestrel import elementwise, elementwise_gpu
+
+
+def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("heads", "size"), [(4, 16), (7, 64), (1, 8)])
+def test_rotation(heads: int, size: int, back: bool) -> None:
+    angles = _random(9, size // 2).repeat(1, 2)
+    fused = _random(2, 9, heads + 2, size, seed=1)
+    query, key, value = fused.split((heads, 1, 1), dim=2)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)  # what attention's backward hands over
+    plain, kernel = torch.empty_like(fused), torch.full_like(fused, float("nan"))
+    elementwise.rotate((query, key, value), angles.cos(), angles.sin(), plain, back)
+    elementwise_gpu.rotate((query, key, value), angles.cos(), angles.sin(), kernel, back)
+    torch.testing.assert_close(kernel, plain)
+    elementwise_gpu.rotate(fused.split((heads, 1, 1), dim=2), angles.cos(), angles.sin(), fused, back)
+    torch.testing.assert_close(fused, plain)
+
+
+def test_dropout_keeps_its_share_scaled_and_repeats() -> None:
+    x = _random(37, 301).abs() + 1
+    dropped = elementwise_gpu.dropout(x, 0.3, seed=12345678901234)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / 0.7)
+    share = kept.float().mean().item()
+    assert share == pytest.approx(0.7, abs=4 * (0.3 * 0.7 / x.numel()) ** 0.5)
+    # No pattern along rows or columns.
+    assert (kept.float().mean(0) - 0.7).abs().max() < 0.45
+    assert torch.equal(dropped, elementwise_gpu.dropout(x, 0.3, seed=12345678901234))
+    other = elementwise_gpu.dropout(x, 0.3, seed=12345678901235) != 0
+    assert (kept & other).float().mean().item() == pytest.approx(0.49, abs=0.02)
+
+
+def test_dropout_is_added_with_the_same_mask() -> None:
+    part, total = _random(5, 1000), _random(5, 1000, seed=1)
+    expected = total + elementwise_gpu.dropout(part, 0.5, seed=3)
+    result = elementwise_gpu.add_dropout_(total, part, 0.5, seed=3)
+    assert result is total
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 320), (513, 64)])
+def test_dequantization(kind: str, shape: tuple[int, int]) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(_random(*shape), blocksize=64, compress_statistics=True, quant_type=kind)
+    assert elementwise_gpu.dequantizes(state)
+    dense = elementwise_gpu.dequantize(packed, state, torch.float32)
+    torch.testing.assert_close(dense, dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7)
+
+
+def test_other_layouts_are_left_to_bitsandbytes() -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    plain: Any = quantize_4bit(_random(64, 64), blocksize=64, compress_statistics=False, quant_type="nf4")[1]
+    wide: Any = quantize_4bit(_random(64, 64), blocksize=128, compress_statistics=True, quant_type="nf4")[1]
+    assert not elementwise_gpu.dequantizes(plain) and not elementwise_gpu.dequantizes(wide)
