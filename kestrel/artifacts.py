@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kestrel.errors import KestrelError
+from kestrel.lock import LOCK, locked
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -254,8 +252,7 @@ def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any],
 def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
 
-    The lock is the kernel's: it ends with its process however that dies, so that none is ever left behind. Of several
-    processes of one run (torchrun sets RANK), the first holds it for all.
+    Of several processes of one run (torchrun sets RANK), the first holds the lock for all.
 
     Raises:
         KestrelError: another process holds the folder, or there cannot be one.
@@ -274,20 +271,7 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     if os.environ.get("RANK", "0") != "0":
         yield folder
         return
-    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise KestrelError(
-                f"{folder} is in use by {owner}; wait for it, or give this run another run_dir"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"{folder} cannot be locked ({error.strerror}): start no second run into it", file=sys.stderr)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+    with locked(folder):
         clear_leftovers(folder)
         accepted = False
         try:
@@ -301,5 +285,5 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
             if accepted:
                 with write_atomically(folder / "config.yaml") as file:
                     file.write(settings)
-            elif is_new and [path.name for path in folder.iterdir()] == [".lock"]:
+            elif is_new and [path.name for path in folder.iterdir()] == [LOCK]:
                 shutil.rmtree(folder)

@@ -48,7 +48,7 @@ def on_signals(handler: Callable[[int, Any], None] = _stop) -> Iterator[None]:
 class _Abandoned(io.FileIO):
     """A pipe into which writing goes on, to nowhere, when its reader has gone (`train.py | head`)."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:

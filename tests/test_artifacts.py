@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -154,33 +153,7 @@ def test_leftovers_are_cleared_at_every_depth(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == [".hidden", "z"]
 
 
-# -- the lock ----------------------------------------------------------------------------------------------------------
-
-HOLD = f"with run_folder(sys.argv[1], ''): {WAIT}"
-
-
-def test_one_run_a_folder(tmp_path: Path) -> None:
-    first = child(HOLD, str(tmp_path))
-    config = tmp_path / "c.yaml"
-    config.write_text(f"run_dir: {tmp_path}\ndata: {{source: s}}\nmodel: {{name: m}}\n")
-    left = tmp_path / ".dataset.incomplete-1"
-    left.mkdir()
-    second = subprocess.run(
-        [sys.executable, "preprocess.py", "--config", str(config)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert second.returncode == 1 and "Traceback" not in second.stderr
-    assert f"is in use by process {first.pid} on " in second.stderr and "another run_dir" in second.stderr
-    assert left.exists(), "what the first is writing is not the second's to clear"
-    kill(first)
-    began = time.monotonic()
-    with run_folder(str(tmp_path), "a: 1\n") as folder:
-        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
-    assert time.monotonic() - began < 1 and not left.exists()
+# -- the run folder ---------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_were_refused_are_not_written(tmp_path: Path) -> None:
@@ -202,33 +175,11 @@ def test_a_mistyped_run_folder_leaves_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_processes_of_one_run_share_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with run_folder(str(tmp_path), "a: 1\n"):
-        monkeypatch.setenv("RANK", "1")
-        with run_folder(str(tmp_path), "a: 2\n"):
-            pass
-        monkeypatch.setenv("RANK", "0")
-        with pytest.raises(KestrelError, match="in use"), run_folder(str(tmp_path), "a: 3\n"):
-            pass
-    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
-
-
 def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(KestrelError, match="another run_dir"), run_folder(str(path), ""):
             pass
-
-
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(artifacts.fcntl, "flock", refuse)
-    with run_folder(str(tmp_path), "a: 1\n"):
-        assert "start no second run" in capsys.readouterr().err
 
 
 # -- manifests ---------------------------------------------------------------------------------------------------------

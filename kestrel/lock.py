@@ -1,0 +1,99 @@
+"""One run, one folder: who holds it, on which machine, and whether that process still lives."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kestrel.errors import KestrelError
+
+LOCK = ".lock"
+BEAT = 5.0  # seconds between two signs of life of the process that holds a folder
+PATIENCE = 20.0  # seconds without one after which that process is taken for dead
+_OWNER = re.compile(r"(?P<owner>process \d+ on .+ since .+)\n(?P<kernel>.*)\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder while the block runs.
+
+    Among processes of one kernel, in whatever containers, the lock is the kernel's and ends with its process however
+    that dies. Network file systems may keep such locks to each machine. So the file also says who holds it and is
+    touched every few seconds, and where another machine's process never released it, the file is watched for a while.
+
+    Raises:
+        KestrelError: another process holds the folder; naming it.
+    """
+    path = folder / LOCK
+    with open(path, "a+", encoding="utf-8", errors="replace") as lock:
+        kernels = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _refuse(folder, _owner(path)[0] or "another process")
+        except OSError:  # some network file systems have no locks
+            kernels = False
+        owner, kernel = _owner(path)
+        if owner and not (kernels and kernel == _kernel()):
+            print(f"{folder} was last held by {owner}; is it alive?", file=sys.stderr)
+            if _shows_life(path):
+                _refuse(folder, owner)
+            print("no sign of life: going on", file=sys.stderr)
+        lock.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n{_kernel()}\n")
+        lock.flush()
+        released = threading.Event()
+        threading.Thread(target=_beat, args=(path, released), daemon=True).start()
+        try:
+            yield
+        finally:
+            released.set()
+            lock.truncate(0)
+
+
+def _refuse(folder: Path, owner: str) -> None:
+    raise KestrelError(f"{folder} is in use by {owner}; wait for it, or give this run another run_dir")
+
+
+def _owner(path: Path) -> tuple[str, str]:
+    """Who holds a lock or died with it, in words, and on which kernel; both empty if it was released."""
+    found = _OWNER.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
+    return (found["owner"], found["kernel"]) if found else ("", "")
+
+
+def _kernel() -> str:
+    """What processes that share the kernel's locks have in common and no others; the host's name where unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _beat(path: Path, released: threading.Event) -> None:
+    while not released.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _shows_life(path: Path) -> bool:
+    """Whether the file is touched within PATIENCE. Only its own times are compared: clocks of machines differ."""
+    until = time.monotonic() + PATIENCE
+    first = None
+    while time.monotonic() < until:
+        with open(path, encoding="utf-8") as file:  # opening it makes a network file system look anew
+            touched = os.fstat(file.fileno()).st_mtime_ns
+        first = first or touched
+        if touched != first:
+            return True
+        time.sleep(BEAT / 10)
+    return False

@@ -1,0 +1,112 @@
+"""Two runs never share a folder, whichever machines they are on, and a dead one does not hold it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_artifacts import WAIT, child, kill
+
+from kestrel import lock
+from kestrel.artifacts import run_folder
+from kestrel.errors import KestrelError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = f"with run_folder(sys.argv[1], ''): {WAIT}"
+
+
+def test_one_run_a_folder(tmp_path: Path) -> None:
+    first = child(HOLD, str(tmp_path))
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run_dir: {tmp_path}\ndata: {{source: s}}\nmodel: {{name: m}}\n")
+    left = tmp_path / ".dataset.incomplete-1"
+    left.mkdir()
+    second = subprocess.run(
+        [sys.executable, "preprocess.py", "--config", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 1 and "Traceback" not in second.stderr
+    assert f"is in use by process {first.pid} on " in second.stderr and "another run_dir" in second.stderr
+    assert left.exists(), "what the first is writing is not the second's to clear"
+    kill(first)
+    began = time.monotonic()
+    with run_folder(str(tmp_path), "a: 1\n") as folder:
+        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+    assert time.monotonic() - began < 1 and not left.exists()
+
+
+def test_processes_of_one_run_share_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with run_folder(str(tmp_path), "a: 1\n"):
+        monkeypatch.setenv("RANK", "1")
+        with run_folder(str(tmp_path), "a: 2\n"):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(KestrelError, match="in use"), run_folder(str(tmp_path), "a: 3\n"):
+            pass
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+
+
+def held_elsewhere(folder: Path) -> Path:
+    """The lock as a process of another machine wrote it."""
+    path = folder / ".lock"
+    path.write_text("process 7 on a distant machine since 2026-01-01 00:00:00 +0000\nits kernel\n")
+    return path
+
+
+def test_a_lock_of_another_machine_is_kept_while_its_holder_shows_life(tmp_path: Path, impatient: None) -> None:
+    path, ended = held_elsewhere(tmp_path), threading.Event()
+    thread = threading.Thread(target=lock._beat, args=(path, ended))
+    thread.start()
+    try:
+        refused = pytest.raises(KestrelError, match="in use by process 7 on a distant machine since 2026")
+        with refused, run_folder(str(tmp_path), "a: 1\n"):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+    assert "process 7" in path.read_text() and not (tmp_path / "config.yaml").exists()
+
+
+def test_a_lock_of_another_machine_that_shows_no_life_is_stale(
+    tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = held_elsewhere(tmp_path)
+    with run_folder(str(tmp_path), "a: 1\n"):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+    said = capsys.readouterr().err
+    assert "last held by process 7 on a distant machine" in said and "no sign of life" in said
+    assert path.read_text() == "", "released"
+
+
+def test_the_holder_shows_life(tmp_path: Path, impatient: None) -> None:
+    with run_folder(str(tmp_path), "a: 1\n"):
+        assert lock._shows_life(tmp_path / ".lock")
+    assert not lock._shows_life(tmp_path / ".lock")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    with run_folder(str(tmp_path), "a: 1\n"):
+        refused = pytest.raises(KestrelError, match=f"in use by process {os.getpid()}")
+        with refused, run_folder(str(tmp_path), "a: 2\n"):
+            pass
+    with run_folder(str(tmp_path), "a: 3\n"):
+        pass
