@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
-from kestrel.artifacts import sha256_of
+from kestrel.artifacts import read_json, sha256_of
 from kestrel.attention import use_fused_kernels
 from kestrel.errors import KestrelError
+from kestrel.network import use_cache_without_network
 from kestrel.quantization import Audit, audit, forbid_repacking, quantizable_layers
 from kestrel.settings import Lora, Model, Settings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
@@ -35,6 +39,8 @@ def _clear_errors(what: str, name: str) -> Iterator[None]:
     """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
     from safetensors import SafetensorError
 
+    if not Path(name).exists():
+        use_cache_without_network()
     try:
         yield
     except (KestrelError, torch.OutOfMemoryError):
@@ -51,13 +57,19 @@ def _clear_errors(what: str, name: str) -> Iterator[None]:
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model.
+    """The tokenizer of the base model, which every script loads first: here it is told whose code will run.
 
     Raises:
         KestrelError: it cannot be found or loaded.
     """
     from transformers import AutoTokenizer
 
+    if settings.trust_remote_code:
+        print(
+            f"warning: model.trust_remote_code is true: Python code that comes with {settings.name} runs as you, and can "
+            "read, change and send whatever you can, your token of the Hub included",
+            file=sys.stderr,
+        )
     with _clear_errors("tokenizer", settings.name):
         return AutoTokenizer.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -108,6 +120,8 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
         if wanted.bits == 4
         else None
     )
+    # transformers (5.23) would have a repository without safetensors converted by a service on the Hub, unasked.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with _clear_errors("weights", chosen.name), quantizable_layers():
         model = AutoModelForCausalLM.from_pretrained(
             chosen.name,
@@ -125,24 +139,30 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
     return model, report
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
-    """Puts a fresh adapter on the base; its weights are float32, the base's stay as they are.
+def lora_config(lora: Lora) -> LoraConfig:
+    """The settings in peft's words."""
+    from peft import LoraConfig
 
-    Raises:
-        KestrelError: target_modules names layers the model does not have.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    """Puts a fresh adapter on the base; its weights are float32, the base's stay as they are.
+
+    Raises:
+        KestrelError: target_modules names layers the model does not have.
+    """
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, lora_config(lora))
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise KestrelError(
@@ -161,10 +181,53 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     if not (folder / "adapter_config.json").is_file():
         raise KestrelError(f"there is no adapter in {folder}; train one with: python train.py --config …")
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle adapter_model.bin instead
+        raise KestrelError(f"there is no adapter_model.safetensors in {folder}; other forms of weights are not read")
+    config = _lora_config(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=False)
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  sizes and names that do not fit raise many types
         raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
+
+
+def _lora_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration: plain LoRA, as ours is.
+
+    peft (0.21) has many further fields. One names a module to import, others let tensors be unpickled or replace layers
+    of the base; here they must stand at their defaults.
+
+    Raises:
+        KestrelError: damaged, another kind of adapter, or a further field that is set.
+    """
+    from peft import LoraConfig
+
+    path = folder / "adapter_config.json"
+    given = read_json(path, "train the adapter anew")
+    plain = LoraConfig(task_type="CAUSAL_LM")
+    defaults = json.loads(json.dumps(plain.to_dict(), default=sorted))
+    about = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
+    ours = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+    if not isinstance(given, dict):
+        raise KestrelError(f"{path} is damaged (no configuration); train the adapter anew")
+    for name in sorted(given.keys() - about - ours):
+        # Another version of peft may have fields that this one has not; unset, they mean nothing.
+        if given[name] != defaults.get(name) and (name in defaults or given[name]):
+            raise KestrelError(f"{path}: {name} is {given[name]!r}; only plain LoRA adapters are read")
+    try:
+        checked = Lora.model_validate(
+            {
+                "r": given.get("r"),
+                "alpha": given.get("lora_alpha"),
+                "dropout": given.get("lora_dropout"),
+                "target_modules": given.get("target_modules"),
+            }
+        )
+    except ValidationError as error:
+        where = error.errors()[0]
+        raise KestrelError(f"{path} is damaged ({where['loc'][0]}: {where['msg']}); train the adapter anew") from None
+    return lora_config(checked)
 
 
 def check_context(model: torch.nn.Module, longest: int, max_new_tokens: int = 0) -> None:

@@ -96,4 +96,8 @@ def _construct(loader: _Loader, node: Any, dotted: str, name: str, text_keys: fr
         return [_construct(loader, item, f"{dotted}.{i}", name, text_keys, loaded) for i, item in enumerate(node.value)]
     if dotted in text_keys and node.tag != "tag:yaml.org,2002:null":
         return node.value
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    # What PyYAML (6.0.3) raises where a tag and its text do not fit: `!!int ''`, `!!bool 3`, `!!timestamp x`.
+    except (IndexError, KeyError, AttributeError, TypeError, OverflowError):
+        raise UsageError([f"{name}:{node.start_mark.line + 1}: not valid YAML: this is no {node.tag}"]) from None

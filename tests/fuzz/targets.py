@@ -170,6 +170,16 @@ def _prompt() -> Any:
     return SimpleNamespace(identity=lambda: IDENTITY)
 
 
+def adapter_config(data: bytes) -> None:
+    """A foreign adapter_config.json: refused, or plain LoRA of the kind that Kestrel writes."""
+    from kestrel.model import _lora_config
+
+    _file("adapter_config.json", data)
+    read = _lora_config(folder())
+    assert read.peft_type == "LORA" and read.r >= 1 and 0 <= read.lora_dropout < 1
+    assert not (read.megatron_config or read.auto_mapping or read.layer_replication or read.modules_to_save)
+
+
 def generations(data: bytes) -> None:
     """A generation file, alone and beside a sound one."""
     from kestrel.evaluation.alignment import line_up
@@ -254,6 +264,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": config,
     "options": options,
     "artifacts": artifacts,
+    "adapter": adapter_config,
     "generations": generations,
     "evaluation": evaluation,
     "partial": partial_generations,
