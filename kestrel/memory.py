@@ -1,0 +1,285 @@
+"""What training takes in GPU memory, before a weight is loaded.
+
+The training step itself is run on the meta device, where tensors have shapes and no content, and what it allocates and
+frees is counted. So the count follows the code: layers of another architecture, our own for Falcon, LoRA's copies, and
+what the backward pass makes again are all counted as they are. What a GPU does otherwise than the meta device (its
+attention and dropout kernels) is put in its place meanwhile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from kestrel import elementwise
+from kestrel.errors import KestrelError
+from kestrel.loss import causal_lm_of, install, token_nll
+from kestrel.quantization import footprint_bytes
+from kestrel.settings import Settings
+from kestrel.stand_in import stand_in
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+# Bytes of optimizer state for a trained weight. The 8-bit optimizer's two bytes may be paged out, but start on the GPU.
+_STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2}
+WORKSPACE = 64 * 2**20  # what cuBLAS takes through torch's allocator on recent GPUs
+CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocator
+SLACK = 0.08  # of the peak: what the allocator holds in pieces that fit nothing
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The shape of one forward and backward pass.
+
+    Args:
+        rows: dialogues.
+        length: tokens of the longest one.
+        supervised: tokens with a label.
+    """
+
+    rows: int
+    length: int
+    supervised: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the GPU during training.
+
+    Attributes:
+        base: the frozen weights and their quantization constants.
+        adapter: LoRA's weights.
+        gradients: of LoRA's weights.
+        optimizer: its state.
+        kept: what the largest pass keeps for its backward pass.
+        momentary: what comes on top of that at the worst moment.
+        logits: of `momentary`, or less: scores over the vocabulary, and their gradients.
+        workspace: of the matrix products.
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    kept: int
+    momentary: int
+    logits: int
+    workspace: int = WORKSPACE
+
+    @property
+    def peak(self) -> int:
+        """Of all tensors: what `torch.cuda.max_memory_allocated()` returns after training."""
+        fixed = self.base + self.adapter + self.gradients + self.optimizer
+        return fixed + self.kept + self.momentary + self.workspace
+
+    @property
+    def needed(self) -> int:
+        """The memory that a device must have: the peak, the allocator's slack and CUDA's context."""
+        return int(self.peak * (1 + SLACK)) + CONTEXT
+
+
+class Estimator:
+    """Estimates for one base and adapter, whatever the passes.
+
+    Args:
+        settings: of the run.
+        config: the base's architecture.
+    """
+
+    def __init__(self, settings: Settings, config: PretrainedConfig):
+        self._settings = settings
+        self._config = config
+        self._models: dict[str, nn.Module] = {}
+        model = self._model("none")
+        base = (p for p in model.parameters() if not p.requires_grad)
+        self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self._base = footprint_bytes(model) - self._adapter
+
+    def _model(self, recompute: str) -> nn.Module:
+        if recompute not in self._models:
+            model = stand_in(self._settings, self._config, torch.device("meta"))
+            install(model, recompute)  # type: ignore[arg-type]
+            self._models[recompute] = model.train()
+        return self._models[recompute]
+
+    def estimate(self, shape: Pass, recompute: str) -> Estimate:
+        """Memory at the worst moment of a training step whose largest pass is the given one.
+
+        Args:
+            shape: of the pass.
+            recompute: none, mlp or full.
+
+        Raises:
+            KestrelError: the architecture cannot be run on shapes alone.
+        """
+        model = self._model(recompute)
+        try:
+            with _as_on_a_gpu():
+                kept, peak, logits = _run_on_shapes(model, shape)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise KestrelError(
+                f"the memory of a {self._config.model_type} cannot be estimated ({str(error).splitlines()[0]}); give "
+                "training.tokens_per_step and training.recompute"
+            ) from error
+        return Estimate(
+            base=self._base,
+            adapter=self._adapter,
+            gradients=self._adapter,
+            optimizer=self.trainable * _STATE_BYTES[self._settings.training.optimizer],
+            kept=kept,
+            momentary=peak - kept,
+            logits=logits,
+        )
+
+
+def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:
+    """Bytes kept between forward and backward pass, at the worst moment, and of logits at theirs."""
+    ids = torch.empty(shape.rows, shape.length, dtype=torch.long, device="meta")
+    batch = {"input_ids": ids, "labels": torch.empty_like(ids), "predicting": ids.new_empty(shape.supervised)}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    vocabulary = causal_lm_of(model).get_output_embeddings().weight.shape[0]
+    with _Allocations(_tensors_of(model, batch.values()), vocabulary) as allocations:
+        loss = token_nll(model, batch).sum()
+        kept = allocations.live
+        loss.backward()  # type: ignore[no-untyped-call]
+    return kept, allocations.peak, allocations.peak_of_wide
+
+
+def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Everything that is there before the step."""
+    yield from more
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+        state = getattr(parameter, "quant_state", None)
+        for level in (state, getattr(state, "state2", None)):
+            yield from (t for t in (vars(level) if level is not None else {}).values() if isinstance(t, torch.Tensor))
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is active, until they are freed.
+
+    Args:
+        there: tensors that are not counted.
+        width: tensors with a last dimension of this size are counted apart, too.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor], width: int):
+        super().__init__()
+        self._known: dict[int, Any] = {}
+        self._width = width
+        self.live = self.peak = self._live_of_wide = self.peak_of_wide = 0
+        for tensor in there:
+            self._meet(tensor, counts=False)
+
+    def _meet(self, tensor: torch.Tensor, counts: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:  # a view, or an operation in place
+            return
+        size = storage.nbytes() if counts else 0
+        wide = size if tensor.dim() > 1 and tensor.shape[-1] == self._width else 0
+
+        def free(_: Any) -> None:
+            del self._known[key]
+            self.live -= size
+            self._live_of_wide -= wide
+
+        self._known[key] = weakref.ref(storage, free)
+        self.live += size
+        self._live_of_wide += wide
+        self.peak = max(self.peak, self.live)
+        self.peak_of_wide = max(self.peak_of_wide, self._live_of_wide)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf)
+        return result
+
+
+# -- what a GPU does, on the meta device -------------------------------------------------------------------------------
+
+
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Keeps its inputs, its output and a number for each query; the meta device would keep all scores."""
+    heads = query.shape[1]
+    if key.shape[1] != heads:
+        repeats = (1, heads // key.shape[1])
+        key, value = (
+            t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(repeats[1], dim=1)
+            for t in (key, value)
+        )
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    result: torch.Tensor = flash(query, key, value, 0.0, True)[0]
+    return result
+
+
+def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Keeps a byte for each number; the meta device would keep a number."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+class _Kernels:
+    """Our kernels' allocations: nothing but their results."""
+
+    @staticmethod
+    def rotate(parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
+        return None
+
+    @staticmethod
+    def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def add_dropout_(total: torch.Tensor, part: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        return total
+
+    @staticmethod
+    def dequantizes(state: Any) -> bool:
+        return True
+
+    @staticmethod
+    def dequantize(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(state.shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    places: list[tuple[Any, str, Any]] = [
+        (F, "scaled_dot_product_attention", _flash_attention),
+        (F, "dropout", _fused_dropout),
+        (elementwise, "_fused", lambda x: _Kernels),
+    ]
+    former = [(place, name, getattr(place, name)) for place, name, _ in places]
+    for place, name, substitute in places:
+        setattr(place, name, substitute)
+    try:
+        yield
+    finally:
+        for place, name, own in former:
+            setattr(place, name, own)

@@ -1,0 +1,108 @@
+"""A model of the base's shape without its weights: to count what training will take, and to time it.
+
+Nothing is downloaded and nothing is quantized. On the meta device it takes no memory at all; on a GPU its weights are
+arbitrary numbers in the layout of 4-bit ones, which are computed with as fast as the real ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kestrel.attention import use_fused_kernels
+from kestrel.model import add_lora
+from kestrel.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
+from kestrel.settings import Quantization, Settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig
+
+_SPREAD = 0.02  # the standard deviation that models are commonly initialized with
+
+
+def stand_in(settings: Settings, config: PretrainedConfig, device: torch.device) -> PeftModel:
+    """The base with a fresh adapter, as `load_base` and `add_lora` make it, with arbitrary weights.
+
+    Args:
+        settings: of the run.
+        config: the base's architecture.
+        device: where it is to be; on meta it has shapes only.
+    """
+    from transformers import AutoModelForCausalLM
+
+    wanted = settings.quantization
+    dtype = getattr(torch, wanted.compute_dtype)
+    use_fused_kernels(config.model_type)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=settings.model.trust_remote_code
+        )
+    layers = linear_layers(model) if wanted.bits == 4 else {}
+    for name, (inputs, outputs) in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        has_bias = getattr(model.get_submodule(name), "bias", None) is not None
+        layer = _linear_in_4bit(inputs, outputs, has_bias, wanted, dtype, device)
+        setattr(model.get_submodule(parent), leaf, layer)
+    if device.type != "meta":
+        _fill(model, device)
+    forbid_repacking(model)
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = wanted.bits == 4  # peft chooses its layers by it
+    with device:
+        return add_lora(model, settings.lora, settings.seed)
+
+
+def _linear_in_4bit(
+    inputs: int, outputs: int, has_bias: bool, wanted: Quantization, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    from bitsandbytes.functional import QuantState, get_4bit_type
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    weights = inputs * outputs
+    blocks = -(-weights // BLOCK_SIZE)
+    # get_4bit_type knows real devices only.
+    code = torch.empty(16, device=device) if device.type == "meta" else get_4bit_type(wanted.type, device=device)
+    state: dict[str, Any] = {"absmax": torch.full((blocks,), 3 * _SPREAD, device=device)}
+    if wanted.double_quant:
+        constants = torch.full((-(-blocks // NESTED_BLOCK_SIZE),), _SPREAD, device=device)
+        levels = torch.linspace(-1, 1, 256, device=device)
+        second = QuantState(absmax=constants, code=levels, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+        places = torch.full((blocks,), 255, dtype=torch.uint8, device=device)
+        state = {"absmax": places, "offset": torch.full((), 2 * _SPREAD, device=device), "state2": second}
+    packed = torch.empty(((weights + 1) // 2, 1), dtype=torch.uint8, device=device)
+    if device.type != "meta":
+        packed.random_()
+    with torch.device("meta"):
+        layer = Linear4bit(inputs, outputs, bias=has_bias, compute_dtype=dtype, quant_type=wanted.type)
+    shape = torch.Size((outputs, inputs))
+    layer.weight = Params4bit(
+        packed,
+        quant_state=QuantState(
+            shape=shape, code=code, blocksize=BLOCK_SIZE, quant_type=wanted.type, dtype=dtype, **state
+        ),
+        compress_statistics=wanted.double_quant,
+        quant_type=wanted.type,
+        bnb_quantized=True,
+        module=layer,
+    )
+    if has_bias:
+        layer.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device="meta"))
+    return layer
+
+
+def _fill(model: nn.Module, device: torch.device) -> None:
+    """Moves what is still on the meta device to a real one: matrices random, vectors at one, buffers at zero."""
+    moved: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in moved:
+                    real = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+                    moved[id(parameter)] = nn.Parameter(real.normal_(0, _SPREAD) if real.dim() > 1 else real)
+                module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
