@@ -2,11 +2,13 @@
 
     python tests/faults/campaign.py --trials 100
     python tests/faults/campaign.py --trials 100 --signals                  SIGINT and SIGTERM instead of SIGKILL
+    python tests/faults/campaign.py --trials 100 --damage                   a damaged file instead
     python tests/faults/campaign.py --script train --trials 1 --seed 4711   one trial that failed, once more
 
 A trial kills one script one to three times, each time at a random moment of its measured duration or just before a
-random operation on the files of its run folder, and lets it finish in the end. Trial k draws from seed + k. The exit
-status is 1 if any trial failed.
+random operation on the files of its run folder, and lets it finish in the end. With --damage a trial flips a bit in a
+file, cuts it or zeroes a block of it, and starts the script that reads it. Trial k draws from seed + k. The exit status
+is 1 if any trial failed.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PA
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "MPLBACKEND": "agg"}
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+from faults.damage import make_begun
+from faults.damage import trial as damaged
 from faults.forks import SCRIPTS, Ended, Forks, Moment
 from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
@@ -102,6 +106,26 @@ def campaign(small: SmallRun, script: str, seeds: range, signals: bool) -> dict[
     return told
 
 
+def damages(small: SmallRun, seeds: range) -> dict[str, Any]:
+    """Runs the trials with damaged files. Returns what is told of them."""
+    make_begun(small)
+    reported, failures = 0, []
+    for seed in seeds:
+        try:
+            reported += damaged(small, seed)[1].status != 0
+        except Failure as failure:
+            failures.append({"seed": seed, "what": str(failure)})
+            print(f"seed {seed}: {failure}", flush=True)
+    survived = len(seeds) - len(failures)
+    return {
+        "trials": len(seeds),
+        "survived": survived,
+        "refused_with_a_message": reported,
+        "same_result": survived - reported,
+        "failures": failures,
+    }
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,14 +133,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over the scripts")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first trial of each script")
     parser.add_argument("--script", choices=(*SCRIPTS, "all"), default="all")
-    parser.add_argument("--signals", action="store_true", help="SIGINT and SIGTERM instead of SIGKILL")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--signals", action="store_true", help="SIGINT and SIGTERM instead of SIGKILL")
+    what.add_argument("--damage", action="store_true", help="damaged files instead")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where the result is written")
     return parser.parse_args()
 
 
 def main() -> int:
     chosen = options()
-    scripts = SCRIPTS if chosen.script == "all" else (chosen.script,)
+    scripts: tuple[str, ...] = SCRIPTS if chosen.script == "all" else (chosen.script,)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         work = Path(name)
@@ -126,14 +152,17 @@ def main() -> int:
         training = ["--training.max_steps", "12", "--training.logging_steps", "1" if chosen.signals else "2"]
         small = SmallRun(Forks(work), work, training)
         told = {}
+        if chosen.damage:
+            told["damage"] = damages(small, range(chosen.seed, chosen.seed + chosen.trials))
+            scripts = ()
         for index, script in enumerate(scripts):
             share = len(range(index, chosen.trials, len(scripts)))
             told[script] = campaign(small, script, range(chosen.seed, chosen.seed + share), chosen.signals)
-            counts = {key: value for key, value in told[script].items() if key != "failures"}
-            print(f"{script}.py: " + ", ".join(f"{key} {value}" for key, value in counts.items()), flush=True)
+    for what, counts in told.items():
+        print(f"{what}: " + ", ".join(f"{key} {value}" for key, value in counts.items() if key != "failures"))
     result = {
         "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
-        "scripts": told,
+        "results": told,
         "seconds": round(time.monotonic() - began),
         "machine": {"cores": os.cpu_count()},
         "versions": library_versions(),

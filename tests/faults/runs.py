@@ -70,7 +70,7 @@ class SmallRun:
     """
 
     def __init__(self, forks: Forks, work: Path, options: list[str]):
-        self._forks, self.run = forks, work / "run"
+        self._forks, self.work, self.run = forks, work, work / "run"
         config = write_config(work / "config.yaml", work / "base", work / "corpus", self.run, _EXTRA)
         self.stages: dict[str, Stage] = {}
         start = work / "start"
