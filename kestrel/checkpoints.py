@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
@@ -113,6 +114,25 @@ def newest_sound(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path
             continue
         return sound(checkpoint, meaning, anew), damaged
     return None, damaged
+
+
+@contextmanager
+def refusing_pickles(anew: str) -> Iterator[None]:
+    """Says what it means that torch refused to unpickle part of a checkpoint.
+
+    The Trainer reads optimizer, schedule and random state with weights_only, which makes tensors and plain values and
+    runs nothing. Anything else is not from a run of ours, whatever its manifest says.
+
+    Args:
+        anew: how to begin anew.
+    """
+    try:
+        yield
+    except UnpicklingError as error:
+        raise KestrelError(
+            f"the checkpoint holds more than tensors and plain values, and was not read ({str(error).splitlines()[0]}); "
+            f"begin anew with: {anew}"
+        ) from None
 
 
 def remove_newer(folder: Path, step: int) -> None:

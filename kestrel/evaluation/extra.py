@@ -59,6 +59,10 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
     """
     metrics: dict[str, Any] = {}
     for name in names:
+        print(
+            f"warning: evaluation.extra_metrics: {name} is Python code, of the Hub or of that folder, and runs as you",
+            file=sys.stderr,
+        )
         library = evaluate_library()
         try:
             metrics[Path(name).name] = library.load(name)
