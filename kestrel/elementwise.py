@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a Falcon layer: rotary positions, dropout, dense weights from 4-bit ones.
+"""What stands between the matrix products of a Falcon layer: rotary positions, dropout, GELU, dense weights from 4-bit ones.
 
 Each has a plain form here, and on a GPU with Triton one kernel (`elementwise_gpu.py`), which reads and writes memory once
 where separate operations would do it up to ten times.
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @functools.cache
@@ -74,20 +75,40 @@ def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
     return total.addcmul_(part, _kept(part, p, seed), value=1 / (1 - p))
 
 
-def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out, in) weights of a linear layer; those in 4 bit are dequantized, as bitsandbytes does it.
+def gelu(x: Tensor) -> Tensor:
+    """x Φ(x), with the normal distribution's Φ and no approximation."""
+    kernels = _fused(x)
+    return F.gelu(x) if kernels is None else kernels.gelu(x)
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of `gelu`'s input, in the place of its output's."""
+    kernels = _fused(x)
+    if kernels is not None:
+        return kernels.gelu_backward_(grad, x)
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+
+
+class DenseWeight:
+    """The frozen weight of a linear layer, made dense when it is asked for; those in 4 bit as bitsandbytes does it.
 
     Args:
-        weight: as the layer holds it, in 4 bit or not.
-        dtype: of the result.
+        layer: whose weight it is. It is not copied.
     """
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight.to(dtype)
-    kernels = _fused(weight)
-    if kernels is not None and kernels.dequantizes(state):
-        return kernels.dequantize(weight, state, dtype)
-    from bitsandbytes.functional import dequantize_4bit
 
-    dense: Tensor = dequantize_4bit(weight, state)
-    return dense.to(dtype)
+    def __init__(self, layer: nn.Module):
+        weight: Any = layer.weight
+        self._state = getattr(weight, "quant_state", None)
+        self._held = weight.detach().as_subclass(Tensor)  # without the cost of a subclass at each use
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) in `dtype`."""
+        if self._state is None:
+            return self._held.to(dtype)
+        kernels = _fused(self._held)
+        if kernels is not None and kernels.dequantizes(self._state):
+            return kernels.dequantize(self._held, self._state, dtype)
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: Tensor = dequantize_4bit(self._held, self._state)
+        return dense.to(dtype)

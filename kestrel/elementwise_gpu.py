@@ -28,7 +28,8 @@ def _rotate_rows(source, target, source_head, heads, cos, sin, SIZE: tl.constexp
     tl.store(write + SIZE, high * cos[None, :] + low * sin[None, :], mask=there)
 
 
-@triton.jit
+# A length is sometimes a multiple of 16; compiling a second kernel for that would cost more than it saves.
+@triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch"])
 def _rotate_kernel(  # type: ignore[no-untyped-def]
     query, key, value, cos, sin, out,
     length, heads, sign, q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length,
@@ -90,6 +91,35 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
     """As `elementwise.add_dropout_`, of contiguous tensors."""
     return _drop(part, total, total, p, seed, add=True)
+
+
+@triton.jit
+def _gelu_kernel(x_of, grad_of, out, count, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = place < count
+    x = tl.load(x_of + place, mask=there).to(tl.float32)
+    y = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    if BACKWARD:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        y = tl.load(grad_of + place, mask=there).to(tl.float32) * (y + x * density)
+    else:
+        y = x * y
+    tl.store(out + place, y, mask=there)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """As `elementwise.gelu`, of a contiguous tensor."""
+    out = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), _BLOCK),)
+    _gelu_kernel[grid](x, x, out, x.numel(), BACKWARD=False, BLOCK=_BLOCK, num_warps=_WARPS)
+    return out
+
+
+def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """As `elementwise.gelu_backward_`, of contiguous tensors."""
+    grid = (triton.cdiv(x.numel(), _BLOCK),)
+    _gelu_kernel[grid](x, grad, grad, x.numel(), BACKWARD=True, BLOCK=_BLOCK, num_warps=_WARPS)
+    return grad
 
 
 def dequantizes(state: Any) -> bool:

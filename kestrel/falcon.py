@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kestrel.elementwise import add_dropout_, dense_weight, dropout, rotate
+from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, rotate
 
 Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
@@ -34,7 +34,7 @@ class _Projection:
 
     def __init__(self, module: Any):
         self.module = module
-        self._base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        self._weight = DenseWeight(module.get_base_layer() if hasattr(module, "get_base_layer") else module)
         self._a: nn.Parameter | None = None
         self._b: nn.Parameter | None = None
         if hasattr(module, "lora_A"):
@@ -54,7 +54,7 @@ class _Projection:
 
     def forward(self, x: Tensor, seed: int, onto: Tensor | None = None) -> Tensor:
         """The output; added to `onto`, in place, where that is given."""
-        weight = dense_weight(self._base.weight, x.dtype).t()
+        weight = self._weight(x.dtype).t()
         y = x @ weight if onto is None else onto.addmm_(x, weight)
         a, b = self.adapter()
         if a is not None and b is not None:
@@ -68,7 +68,7 @@ class _Projection:
         """Gradients of the input (added to `onto`, in place, where given), of A and of B; LoRA alone needs `x`."""
         grad_x = onto
         if needs_input:
-            weight = dense_weight(self._base.weight, grad.dtype)
+            weight = self._weight(grad.dtype)
             grad_x = grad @ weight if onto is None else onto.addmm_(grad, weight)
         matrices = self.adapter()
         if matrices[0] is None or matrices[1] is None:
@@ -138,7 +138,7 @@ class _DecoderLayer(torch.autograd.Function):
         normed, _, _ = layer.norm(flat)
         attention = layer.attention(normed, x.shape, cos, sin, seed)
         before = layer.up.forward(normed, seed + 2)
-        y = layer.down.forward(F.gelu(before), seed + 3, onto=flat.clone())
+        y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone())
         y = layer.dense.forward(_merged(attention[0].detach()), seed + 1, onto=y)
         ctx.save_for_backward(x, cos, sin, before if layer.recompute == "none" else None)
         ctx.layer, ctx.seed = layer, seed
@@ -162,10 +162,10 @@ class _DecoderLayer(torch.autograd.Function):
         if needs_x or adapts_down or layer.up.adapter()[0] is not None:
             if before is None:
                 before = layer.up.forward(normed, seed + 2)
-            inner = F.gelu(before) if adapts_down else None
+            inner = gelu(before) if adapts_down else None
             grad_inner, *of_down = layer.down.backward(grad, inner, seed + 3)
             del inner
-            grad_before = torch.ops.aten.gelu_backward(grad_inner, before)
+            grad_before = gelu_backward_(grad_inner, before)
             del grad_inner, before
             grad_normed, *of_up = layer.up.backward(grad_before, normed, seed + 2, needs_input=needs_x)
             del grad_before

@@ -55,6 +55,13 @@ def test_dropout_is_added_with_the_same_mask() -> None:
     torch.testing.assert_close(result, expected)
 
 
+def test_gelu_and_its_gradient() -> None:
+    x, grad = _random(7, 333) * 3, _random(7, 333, seed=1)
+    torch.testing.assert_close(elementwise_gpu.gelu(x), elementwise.gelu(x))
+    expected = elementwise.gelu_backward_(grad.clone(), x)
+    torch.testing.assert_close(elementwise_gpu.gelu_backward_(grad, x), expected)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 320), (513, 64)])
 def test_dequantization(kind: str, shape: tuple[int, int]) -> None:
