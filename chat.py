@@ -48,8 +48,9 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
 
     from kestrel.chat.conversation import Conversation
     from kestrel.chat.terminal import Terminal
-    from kestrel.model import load_config, load_tokenizer
+    from kestrel.model import load_config
     from kestrel.prompt import Prompt
+    from kestrel.tokenizer import load_tokenizer
 
     # A long conversation loses its oldest turns in time, so that prompt and answer always fit the model's context.
     context = getattr(load_config(settings.model), "max_position_embeddings", None) or sys.maxsize

@@ -37,9 +37,10 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.artifacts import identity_of, sha256_of_json
     from kestrel.dataset import load_split, open_dataset
     from kestrel.loss import install
-    from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config, load_tokenizer
+    from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config
     from kestrel.persona_order import name_in_order
     from kestrel.prompt import Prompt
+    from kestrel.tokenizer import load_tokenizer
 
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)

@@ -29,8 +29,8 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.corpora.splits import Splitter
     from kestrel.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
     from kestrel.errors import KestrelError
-    from kestrel.model import load_tokenizer
     from kestrel.prompt import Prompt
+    from kestrel.tokenizer import load_tokenizer
 
     data = settings.data
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

@@ -33,10 +33,11 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.dataset import lengths_of, load_split, open_dataset
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
-    from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config, load_tokenizer
+    from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config
     from kestrel.plots import plot_loss
     from kestrel.prompt import Prompt
     from kestrel.samples import sampler
+    from kestrel.tokenizer import load_tokenizer
 
     training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

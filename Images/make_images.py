@@ -32,9 +32,9 @@ WIDTH = 100.0  # of the drawing, in units of a hundredth of its width
 def draw_objective() -> None:
     """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
     from kestrel.dataset import dialogue_of, load_split
-    from kestrel.model import load_tokenizer
     from kestrel.prompt import IGNORED, Prompt
     from kestrel.settings import Model
+    from kestrel.tokenizer import load_tokenizer
 
     rows = load_split(ROOT / "runs" / "quickstart" / "dataset", "test", "run make quickstart first")
     row = min(rows.select(range(min(50, len(rows)))), key=lambda row: len(row["input_ids"]))

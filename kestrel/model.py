@@ -1,12 +1,9 @@
-"""The tokenizer, the base in 4 or 16 bit, and the adapter on it."""
+"""The base in 4 or 16 bit, and the adapter on it."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +13,13 @@ from pydantic import ValidationError
 from kestrel.artifacts import read_json, sha256_of
 from kestrel.attention import use_fused_kernels
 from kestrel.errors import KestrelError
-from kestrel.network import use_cache_without_network
 from kestrel.quantization import Audit, audit, forbid_repacking, quantizable_layers
 from kestrel.settings import Lora, Model, Settings
+from kestrel.tokenizer import clear_errors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
 
@@ -34,53 +31,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-@contextmanager
-def _clear_errors(what: str, name: str) -> Iterator[None]:
-    """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
-    from safetensors import SafetensorError
-
-    if not Path(name).exists():
-        use_cache_without_network()
-    try:
-        yield
-    except (KestrelError, torch.OutOfMemoryError):
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).exists():
-            advice = "the folder exists but cannot be used"
-        elif os.environ.get("HF_HUB_OFFLINE") == "1":
-            advice = "it is no local folder and HF_HUB_OFFLINE=1 forbids the network"
-        else:
-            advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
-        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first})") from error
-
-
-def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model, which every script loads first: here it is told whose code will run.
-
-    Raises:
-        KestrelError: it cannot be found or loaded.
-    """
-    from transformers import AutoTokenizer
-
-    if settings.trust_remote_code:
-        print(
-            f"warning: model.trust_remote_code is true: Python code that comes with {settings.name} runs as you, and can "
-            "read, change and send whatever you can, your token of the Hub included",
-            file=sys.stderr,
-        )
-    with _clear_errors("tokenizer", settings.name):
-        return AutoTokenizer.from_pretrained(
-            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-
-
 def load_config(settings: Model) -> PretrainedConfig:
     """The architecture of the base model."""
     from transformers import AutoConfig
 
-    with _clear_errors("configuration", settings.name):
+    with clear_errors("configuration", settings.name):
         return AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -122,7 +77,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
     )
     # transformers (5.23) would have a repository without safetensors converted by a service on the Hub, unasked.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with _clear_errors("weights", chosen.name), quantizable_layers():
+    with clear_errors("weights", chosen.name), quantizable_layers():
         model = AutoModelForCausalLM.from_pretrained(
             chosen.name,
             revision=chosen.revision,

@@ -83,7 +83,8 @@ def test_generations_file_holds_the_references_and_candidates_likelihoods(traine
     import generate
     from kestrel.command_line import resolve
     from kestrel.dataset import dialogue_of
-    from kestrel.model import load_adapter, load_base, load_tokenizer
+    from kestrel.model import load_adapter, load_base
+    from kestrel.tokenizer import load_tokenizer
 
     arguments = trained.copy_to(tmp_path / "run")
     assert generate.main([*arguments, "--generation.candidates", "true", "--generation.systems", "adapter"]) == 0

@@ -18,8 +18,8 @@ import pytest
 import preprocess
 from kestrel.command_line import resolve
 from kestrel.dataset import load_split, open_dataset
-from kestrel.model import load_tokenizer
 from kestrel.prompt import Prompt
+from kestrel.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["i", "like", "dogs", "cats", "cars", "music", "the", "sea", "and", "two", "old", "books", "you", "how", "what"]

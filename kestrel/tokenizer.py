@@ -1,0 +1,85 @@
+"""The tokenizer of the base model, without torch where that can be: preprocess.py needs nothing else of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kestrel.errors import KestrelError
+from kestrel.network import use_cache_without_network
+from kestrel.settings import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def clear_errors(what: str, name: str) -> Iterator[None]:
+    """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
+    from safetensors import SafetensorError
+
+    if not Path(name).exists():
+        use_cache_without_network()
+    try:
+        yield
+    except KestrelError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).exists():
+            advice = "the folder exists but cannot be used"
+        elif os.environ.get("HF_HUB_OFFLINE") == "1":
+            advice = "it is no local folder and HF_HUB_OFFLINE=1 forbids the network"
+        else:
+            advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
+        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first})") from error
+
+
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model, which every script loads first: here it is told whose code will run.
+
+    Raises:
+        KestrelError: it cannot be found or loaded.
+    """
+    if settings.trust_remote_code:
+        print(
+            f"warning: model.trust_remote_code is true: Python code that comes with {settings.name} runs as you, and can "
+            "read, change and send whatever you can, your token of the Hub included",
+            file=sys.stderr,
+        )
+    with clear_errors("tokenizer", settings.name):
+        if _is_plain_falcon(Path(settings.name)):
+            from transformers import TokenizersBackend
+
+            return TokenizersBackend.from_pretrained(settings.name)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def _is_plain_falcon(folder: Path) -> bool:
+    """Whether this is a local Falcon, for which AutoTokenizer would choose the plain fast tokenizer.
+
+    AutoTokenizer imports the models' configurations, and they import torch: two seconds and 200 MB that preprocess.py
+    needs for nothing else (transformers 5.23; a test tells when that is no longer so).
+    """
+    try:
+        read = [json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "tokenizer_config.json")]
+        model, tokenizer = read
+        return (
+            (folder / "tokenizer.json").is_file()
+            and model["model_type"] == "falcon"
+            and tokenizer["tokenizer_class"] in ("TokenizersBackend", "PreTrainedTokenizerFast")
+            and "auto_map" not in {**model, **tokenizer}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # whatever is wrong with it, the library says
