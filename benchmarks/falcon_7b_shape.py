@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = [
 SHARD_BYTES = 2 * 2**30
 
 
-def write_tokenizer(folder: Path, lines: Iterator[str]) -> None:
+def write_tokenizer(folder: Path, lines: Iterable[str], vocabulary: int = 8192) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,17 +37,24 @@ def write_tokenizer(folder: Path, lines: Iterator[str]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(str(folder))
 
 
-def write_weights(folder: Path, layers: int, seed: int) -> int:
-    """Sharded safetensors of normal(0, 0.02) weights, norms at one. Returns the number of parameters."""
+def write_weights(folder: Path, layers: int, seed: int, **shape: int) -> int:
+    """Sharded safetensors of normal(0, 0.02) weights, norms at one. Returns the number of parameters.
+
+    Args:
+        folder: of the model.
+        layers: decoder layers.
+        seed: of the weights.
+        shape: what of FalconConfig is to differ from Falcon-7B, such as hidden_size.
+    """
     from transformers import FalconConfig, FalconForCausalLM
 
-    config = FalconConfig(num_hidden_layers=layers, bos_token_id=11, eos_token_id=11, dtype="bfloat16")
+    config = FalconConfig(num_hidden_layers=layers, bos_token_id=11, eos_token_id=11, dtype="bfloat16", **shape)
     with torch.device("meta"):
         skeleton = FalconForCausalLM(config)
     skeleton.tie_weights()

@@ -1,0 +1,143 @@
+"""How long evaluate.py takes for all replies of ConvAI2's validation set and several systems.
+
+    python benchmarks/evaluate.py --output benchmarks/results/evaluate.json [--text FILE]
+
+The references are the text's replies, repeated until there are enough. A system's answers are replies of other dialogues
+in other orders, with likelihoods drawn at random: the work is the same as for a model's, the scores mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from kestrel.dialogue import Dialogue
+
+_CANDIDATES = 19  # distractors of each reply, as in ConvAI2
+
+
+def contexts(dialogues: list[Dialogue], replies: int) -> Iterator[dict[str, Any]]:
+    """Rows of a generations file without what a model adds, in the order of the dialogues."""
+    number = written = 0
+    while True:
+        for dialogue in dialogues:
+            for index, reference in dialogue.replies():
+                if written == replies:
+                    return
+                written += 1
+                history = [{"speaker": before.speaker, "text": before.text} for before in dialogue.turns[:index]]
+                yield {
+                    "dialogue_id": f"{number}-{dialogue.dialogue_id}",
+                    "turn": index,
+                    "persona": list(dialogue.persona),
+                    "history": history,
+                    "reference": reference,
+                }
+        number += 1
+
+
+def write_generations(path: Path, rows: list[dict[str, Any]], seed: int) -> None:
+    """The rows with answers and likelihoods, one JSON object a line."""
+    draw = random.Random(seed)
+    answers = [row["reference"] for row in rows]
+    draw.shuffle(answers)
+    with open(path, "w", encoding="utf-8") as file:
+        for row, answer in zip(rows, answers, strict=True):
+            tokens = len(row["reference"].split()) + 1
+            likelihoods = [[draw.gauss(3.5, 0.5) * tokens, tokens] for _ in range(_CANDIDATES)]
+            made = {
+                "response": answer,
+                "stopped_by": "eos",
+                "response_tokens": len(answer.split()) + 1,
+                "reference_nll": draw.gauss(3.0, 0.5) * tokens,
+                "reference_tokens": tokens,
+                "candidate_nll": likelihoods,
+            }
+            file.write(json.dumps({**row, **made}) + "\n")
+
+
+def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> dict[str, Any]:
+    """Writes the files and times the script.
+
+    Raises:
+        KestrelError: it failed.
+    """
+    from kestrel.corpora import Tally, open_corpus
+    from kestrel.errors import KestrelError
+
+    dialogues = list(open_corpus(text).read("train", Tally()))
+    rows = list(contexts(dialogues, replies))
+    files = [work / f"system-{number}.jsonl" for number in range(systems)]
+    for number, path in enumerate(files):
+        write_generations(path, rows, seed=number)
+    given = ["--run_dir", str(work / "run"), "--evaluation.resamples", str(resamples), "--evaluation.generations"]
+    command = [sys.executable, "evaluate.py", "--config", "configs/falcon-7b.yaml", *given, *map(str, files)]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise KestrelError(f"evaluate.py failed:\n{done.stderr[-3000:]}")
+    scored = json.loads((work / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    return {
+        "replies": scored["n_replies"],
+        "dialogues": scored["n_dialogues"],
+        "systems": systems,
+        "resamples": resamples,
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "report_bytes": (work / "run" / "evaluation" / "report.html").stat().st_size,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument("--text", default=str(ROOT / "quickstart" / "dialogues"), help="dialogues (the quickstart's)")
+    parser.add_argument("--replies", type=int, default=7801, help="replies of each system (ConvAI2's 7,801)")
+    parser.add_argument("--systems", type=int, default=4, help="generation files (4)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (1,000)")
+    options = parser.parse_args(argv)
+    from kestrel.artifacts import git_commit, library_versions, write_json
+    from kestrel.errors import KestrelError
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run(Path(folder), options.text, options.replies, options.systems, options.resamples)
+    except KestrelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(
+        f"evaluate.py: {result['replies']:,} replies of {result['dialogues']:,} dialogues, {result['systems']} systems, "
+        f"{result['resamples']:,} resamples: {result['seconds']:.1f} s, {result['peak_bytes'] / 2**30:.2f} GiB at the peak"
+    )
+    if options.output:
+        from benchmarks.machine import device_name
+
+        record = {
+            "command": f"python benchmarks/evaluate.py --replies {options.replies} --systems {options.systems}",
+            "device": device_name(),
+            "versions": library_versions(),
+            "commit": git_commit(),
+            "date": datetime.now(tz=UTC).date().isoformat(),
+            **result,
+        }
+        write_json(options.output, record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The machine under a benchmark: what it is, how fast it multiplies, how much memory a training loop takes, and when."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from kestrel.errors import KestrelError
+
+
+def synchronize() -> None:
+    """Waits until the GPU, if there is one, has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """The GPU, or the processor and the threads that torch uses of it."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{_processor()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def _processor() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compute_dtype() -> str:
+    """bfloat16 where the device multiplies in it; a CPU without AVX512-BF16 is faster in float32."""
+    fast = torch.cuda.is_available() or any("avx512_bf16" in line for line in _lines("/proc/cpuinfo"))
+    return "bfloat16" if fast else "float32"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def matrix_rate(size: int, dtype: str) -> float:
+    """FLOP/s of a product of two (size, size) matrices of random numbers: the median of 20 after 5 for warm-up."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    seconds = []
+    for _ in range(25):
+        synchronize()
+        began = time.perf_counter()
+        left @ right
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / sorted(seconds[5:])[10]
+
+
+def reset_peak_memory() -> None:
+    """Lets the peak begin anew: torch's on a GPU, the kernel's count of resident pages without one."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:  # not Linux: the peak is then of the whole process
+            return
+
+
+def peak_memory() -> int:
+    """Bytes at the peak since the last reset."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch(TrainerCallback):
+    """Times optimizer steps of a Trainer, and counts the positions that its model computes, padding included.
+
+    Args:
+        model: whose embedding is watched.
+        warmup: steps before the clock starts.
+        steps: steps that are timed.
+
+    The positions are of the timed steps, the peak of memory is of all steps.
+    """
+
+    def __init__(self, model: torch.nn.Module, warmup: int, steps: int):
+        self._first, self._last = warmup, warmup + steps
+        self._count = 0
+        self._readings: dict[str, Any] = {}
+        model.get_input_embeddings().register_forward_pre_hook(self._see)  # type: ignore[operator]
+
+    def _see(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._count += inputs[0].numel()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        reset_peak_memory()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._first:
+            synchronize()
+            self._began, self._count = time.perf_counter(), 0
+        elif state.global_step == self._last:
+            synchronize()
+            seconds = time.perf_counter() - self._began
+            self._readings = {"seconds": seconds, "positions": self._count, "peak_bytes": peak_memory()}
+
+    def readings(self) -> dict[str, Any]:
+        """seconds, positions, peak_bytes.
+
+        Raises:
+            KestrelError: training ended before the last step that was to be timed.
+        """
+        if not self._readings:
+            raise KestrelError(f"training ended before step {self._last}")
+        return self._readings

@@ -1,0 +1,175 @@
+"""Trains Falcon on the same dialogues with Kestrel and with its peers, and says who is how fast in how much memory.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/train.py --profile cpu --output benchmarks/results/train-cpu.json [--text FILE]
+    python benchmarks/train.py --profile gpu --output benchmarks/results/train-gpu.json [--text FILE]
+
+cpu: a Falcon of 18 million parameters; gpu: Falcon-7B's exact shape. The weights are random and written for the run. All
+systems have the same NF4 layers, the same LoRA, the same optimizer and the same tokens. One whose losses are not those of
+transformers' own model is not timed. Each runs in a process of its own. The JSON is written after every row.
+
+    kestrel         train.py, its steps timed as they are
+    trl-turns       TRL's SFTTrainer, one example a turn
+    trl-dialogues   TRL's SFTTrainer, whole dialogues, loss on the replies; grouped: by length; packed: with packing
+    original        transformers' Trainer, each turn padded to 512 tokens, loss on everything, k-bit preparation
+
+Useful tokens are those of the dialogues, each counted once, whatever a system computes again. Utilisation is 4 FLOPs a
+linear parameter and useful token (2 forward, 2 backward) over the rate of a matrix product in the same run. Where fewer
+steps are timed than an epoch has, its seconds are extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+_PREPARE = "prepare"
+
+
+def one_process(options: argparse.Namespace) -> int:
+    """The work of a process that measures one row; its result, or what went wrong, is a JSON file beside it."""
+    import torch
+
+    from benchmarks import systems
+    from benchmarks.profiles import PROFILES
+    from kestrel.artifacts import write_json
+    from kestrel.errors import ProofError
+
+    profile = PROFILES[options.profile]
+    work, model = options.work, options.model
+    try:
+        if options.row == _PREPARE:
+            result = systems.prepare(work, model, profile, options.text, options.layers or profile.layers)
+        else:
+            system = replace(
+                next(system for system in profile.systems if system.name == options.row), **json.loads(options.instead)
+            )
+            result = systems.measure(system, work, model, profile.checked, options.dtype)
+    except ProofError as error:
+        result = {"disagrees": str(error)}
+    except torch.OutOfMemoryError:
+        result = {"out_of_memory": True}
+    write_json(work / f"{options.row}.json", result)
+    return 0
+
+
+def start(row: str, options: argparse.Namespace, work: Path, **more: Any) -> dict[str, Any]:
+    """Runs one process and reads its result, or the end of what it said where it left none."""
+    from kestrel.artifacts import read_json
+
+    given = {"row": row, "profile": options.profile, "text": options.text, "work": work, "layers": options.layers}
+    given |= {"model": options.model or work / "model", **more}
+    command = [item for key, value in given.items() if value is not None for item in (f"--{key}", str(value))]
+    (work / f"{row}.json").unlink(missing_ok=True)
+    log = work / f"{row}.log"
+    with open(log, "w", encoding="utf-8") as file:
+        status = subprocess.call(
+            [sys.executable, "-m", "benchmarks.train", *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+        )
+    if status:
+        return {"failed": f"status {status}: {log.read_text(encoding='utf-8', errors='replace')[-3000:]}"}
+    result: dict[str, Any] = read_json(work / f"{row}.json", "run the benchmark again")
+    return result
+
+
+def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
+    """Measures row after row.
+
+    Returns:
+        The rows that should have been timed and were not.
+
+    Raises:
+        KestrelError: what all of them need could not be made.
+    """
+    from benchmarks.profiles import PROFILES
+    from benchmarks.rows import row_of, table
+    from kestrel.artifacts import git_commit, library_versions, write_json
+    from kestrel.errors import KestrelError
+
+    facts = start(_PREPARE, options, work)
+    if "failed" in facts:
+        raise KestrelError(facts["failed"])
+    print(
+        f"{facts['device']}: {facts['matrix_flops'] / 1e12:.2f} TFLOP/s in {facts['compute_dtype']}; a Falcon of "
+        f"{facts['parameters'] / 1e6:,.1f}M parameters; {facts['dialogues']:,} dialogues, {facts['replies']:,} replies, "
+        f"{facts['tokens']:,} tokens, {facts['supervised_tokens'] / facts['tokens']:.1%} supervised",
+        flush=True,
+    )
+    record = {
+        "command": f"python benchmarks/train.py --profile {options.profile} --text {Path(options.text).name}",
+        **facts,
+        "versions": {**library_versions(), "trl": metadata.version("trl")},
+        "commit": git_commit(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "rows": [],
+    }
+    for system in PROFILES[options.profile].systems:
+        if options.only and system.name not in options.only:
+            continue
+        if options.steps:
+            system = replace(system, warmup=1, steps=options.steps)
+        while True:
+            instead = {name: getattr(system, name) for name in ("batch_size", "warmup", "steps")}
+            result = start(system.name, options, work, dtype=facts["compute_dtype"], instead=json.dumps(instead))
+            if not result.get("out_of_memory") or (system.batch_size or 1) == 1:
+                break
+            system = replace(system, batch_size=system.batch_size // 2)
+        record["rows"].append(row_of(system, result, facts))
+        print(f"{system.name}: {result}", flush=True)
+        if options.output:
+            write_json(options.output, record)
+    print(f"\n{table(record)}")
+    # That packing mixes dialogues is a finding; anything else that is missing is a failure.
+    return [
+        r["name"]
+        for r in record["rows"]
+        if "epoch_seconds" not in r and not (r["kind"] == "trl-packed" and "disagrees" in r)
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=("cpu", "gpu"), required=True)
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument(
+        "--text",
+        default=str(ROOT / "quickstart" / "dialogues"),
+        help="dialogues in any form that preprocess.py reads (the quickstart's)",
+    )
+    parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="rows to measure (all)")
+    parser.add_argument("--model", type=Path, help="folder of the model; written where there is none (a temporary one)")
+    parser.add_argument("--layers", type=int, help="decoder layers of a model that is written: fewer for a trial")
+    parser.add_argument("--steps", type=int, help="steps timed of each row, for a trial")
+    parser.add_argument("--work", type=Path, help="folder to work in, with each process's log (a temporary one)")
+    for hidden in ("--row", "--dtype", "--instead"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.row:
+        return one_process(options)
+    from kestrel.errors import KestrelError
+
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            work = (options.work or Path(temporary)).resolve()
+            work.mkdir(parents=True, exist_ok=True)
+            missing = benchmark(options, work)
+    except KestrelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if missing:
+        print(f"error: not timed: {', '.join(missing)}; the JSON and --work's logs say why", file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
