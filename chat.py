@@ -62,10 +62,11 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     if options.web:
         from kestrel.chat.web import serve
 
-        serve(speaker, persona, settings.generation, options.host or "127.0.0.1", options.port or 7860)
+        port = 7860 if options.port is None else options.port
+        serve(speaker, persona, settings.generation, options.host or "127.0.0.1", port)
     else:
-        system = "adapter" if "adapter" in settings.generation.systems else "base"
-        Terminal(speaker, Conversation(persona), system, settings.generation).run()
+        # Where there is an adapter, it is the first of them.
+        Terminal(speaker, Conversation(persona), speaker.systems[0], settings.generation).run()
 
 
 def check(options: argparse.Namespace) -> None:

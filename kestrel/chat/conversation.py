@@ -30,7 +30,7 @@ class Exchange:
     message: str
     system: System
     reply: str
-    beside: dict[str, str] = field(default_factory=dict)
+    beside: dict[System, str] = field(default_factory=dict)
 
 
 def _new_id() -> str:
@@ -100,7 +100,9 @@ def save(conversation: Conversation, path: Path) -> int:
         known = [json.loads(line) for line in lines]
         if not all(isinstance(other, dict) and "turns" in other for other in known):
             raise ValueError
-        kept = [line for line, other in zip(lines, known, strict=True) if other.get("dialogue_id") != row["dialogue_id"]]
+        kept = [
+            line for line, other in zip(lines, known, strict=True) if other.get("dialogue_id") != row["dialogue_id"]
+        ]
         with write_atomically(path) as file:
             file.writelines(f"{line}\n" for line in [*kept, json.dumps(row, ensure_ascii=False)])
     except ValueError:  # of JSON, of UTF-8, or the one above

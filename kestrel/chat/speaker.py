@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,12 @@ class Speaker:
         self.systems = tuple(systems)
         self._one_at_a_time = threading.Lock()
 
+    @property
+    def most_new_tokens(self) -> int:
+        """Longest answer that fits the model's context behind any prompt."""
+        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        return int(limit) - self.prompt.max_length
+
     def context(self, dialogue: Dialogue) -> tuple[list[int], int]:
         """Tokens of the prompt after the last turn, and how many of the oldest turns did not fit into it.
 
@@ -48,7 +55,7 @@ class Speaker:
         rendered = self.prompt.render(placeholder)
         return rendered.input_ids[: rendered.reply_spans[-1][0]], rendered.first_turn
 
-    def answer(self, context: Sequence[int], system: System, chosen: Generation) -> Iterator[str]:
+    def answer(self, context: Sequence[int], system: System, chosen: Generation) -> Generator[str, None, None]:
         """Yields the answer as far as it is known, each time with more text; the last one is the whole answer.
 
         The model works in a thread of its own, so that the one that reads can be interrupted at any moment. When the

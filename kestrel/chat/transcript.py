@@ -1,0 +1,50 @@
+"""A conversation as HTML, in which whatever is said is text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from kestrel.chat.conversation import Exchange
+
+# Of the templates that a page library may run over a value, none begins without one of these.
+_TEMPLATES = str.maketrans({char: f"&#{ord(char)};" for char in "${}`@%\\"})
+
+# The container is reversed, so that a browser keeps its end in sight while an answer grows.
+CSS = """
+#transcript {height: min(560px, 64vh); overflow-y: auto; display: flex; flex-direction: column-reverse; padding: 18px 22px;
+  background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
+  border-radius: var(--block-radius)}
+#transcript p {margin: 0; padding: 9px 14px; border-radius: 14px; white-space: pre-wrap; overflow-wrap: anywhere;
+  line-height: 1.45; width: fit-content; max-width: 100%; border: 1px solid transparent}
+#transcript .message {margin: 14px 0 12px auto; max-width: 78%; border-bottom-right-radius: 3px;
+  background: var(--button-primary-background-fill); color: var(--button-primary-text-color)}
+#transcript .answers {display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 16px; max-width: 100%}
+#transcript .who {font-size: 12px; color: var(--body-text-color-subdued); margin: 0 0 3px 3px}
+#transcript .answer p {border-bottom-left-radius: 3px; color: var(--body-text-color);
+  background: var(--background-fill-secondary); border-color: var(--border-color-primary)}
+#transcript .answer.talks p {background: var(--color-accent-soft); border-color: var(--border-color-accent-subdued)}
+#transcript .nothing {color: var(--body-text-color-subdued); margin: auto; padding: 0 12%; text-align: center}
+"""
+
+
+def as_text(text: str) -> str:
+    """HTML, and nothing to any template, that shows the text as it is."""
+    return html.escape(text).translate(_TEMPLATES)
+
+
+def transcript(exchanges: Sequence[Exchange]) -> str:
+    """Each message with its answer, and the other system's answer beside it where that was asked."""
+    if not exchanges:
+        return '<div class="nothing">Say something. The model answers as the person described on the left.</div>'
+    return f'<div role="log">{"".join(map(_exchange, exchanges))}</div>'
+
+
+def _exchange(said: Exchange) -> str:
+    answers = {said.system: said.reply, **said.beside}
+    shown = "".join(
+        f'<div class="answer {system}{" talks" if system == said.system else ""}">'
+        f'<div class="who">{system}</div><p>{as_text(text) or "…"}</p></div>'
+        for system, text in answers.items()
+    )
+    return f'<p class="message">{as_text(said.message)}</p><div class="answers">{shown}</div>'
