@@ -9,6 +9,7 @@ supervised is known by position: each reply's own tokens and the end token after
                 You:| great , and you ?<eos>|⏎        | supervised |
                 Partner: ...
     chat        the tokenizer's chat template, with the persona in the system message
+    original    that of Kestrel's forerunner; only a dialogue's last reply is supervised (kestrel.original_format)
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kestrel.artifacts import sha256_of_json
 from kestrel.chat_template import ChatTemplate
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
+from kestrel.original_format import introduction, prompt_text
+from kestrel.words import Words, cuts_at_blanks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +36,7 @@ VERSION = 1
 # Kind of a segment: frame may hold control tokens, text never does, reply is text that is supervised, end closes a
 # reply with a control token and is supervised with it.
 Kind = Literal["frame", "text", "reply", "end"]
+Format = Literal["plain", "chat", "original"]
 
 _PERSONA_INTRODUCTION = "You are the following person. Answer as this person would."
 _OPENING = "(You speak first.)"
@@ -56,8 +60,7 @@ class Unrenderable(KestrelError):
         super().__init__(message)
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     text: str
     kind: Kind
 
@@ -93,7 +96,7 @@ class Prompt:
 
     Args:
         tokenizer: slow or fast; what it makes of a text is not changed.
-        format: plain or chat.
+        format: plain, chat or original.
         max_length: longest sequence in tokens.
 
     Attributes:
@@ -103,13 +106,16 @@ class Prompt:
         KestrelError: no end-of-text token, or a chat template that is missing or cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Literal["plain", "chat"], max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format, max_length: int):
         self.tokenizer = tokenizer
         self.format = format
         self.max_length = max_length
         if tokenizer.eos_token_id is None:
             raise KestrelError("the tokenizer has no end-of-text token, so the end of a reply cannot be taught")
         self._control_ids = _control_ids(tokenizer)
+        # Looked up once: the library searches for them at each access.
+        self._unknown, self._unknown_id = tokenizer.unk_token, tokenizer.unk_token_id
+        self._words = Words(self._tokenized) if cuts_at_blanks(tokenizer) else None
         self._texts: dict[str, list[int]] = {}  # tokens of the texts of one batch
         self._frame_ids: dict[str, list[int]] = {}  # tokens of frames, of which there are few
         controls = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._control_ids))]
@@ -117,11 +123,12 @@ class Prompt:
         if self._template is None:
             # The beginning-of-text token where this tokenizer puts one; a chat template writes its own.
             self._beginning = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-            self._end_text, self._end_ids = str(tokenizer.eos_token), [int(tokenizer.eos_token_id)]
+            end_text, self._end_ids = str(tokenizer.eos_token), [int(tokenizer.eos_token_id)]
         else:
             self._beginning = []
-            self._end_text, self._end_ids = self._template.end, self._tokens_of_frame(self._template.end)
+            end_text, self._end_ids = self._template.end, self._tokens_of_frame(self._template.end)
         self.end_id = self._end_ids[-1]
+        self._end = Segment(end_text, "end")
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -130,14 +137,14 @@ class Prompt:
         turns = dialogue.turns[first_turn:]
         if self._template is not None:
             return self._chat_segments(self._template, dialogue.persona, turns)
+        if self.format == "original":
+            return self._original_segments(dialogue.persona, turns)
         segments = [Segment(self._persona_text(dialogue), "text")]
         for turn in turns:
             if turn.speaker == "partner":
                 segments.append(Segment(self._turn_text(turn), "text"))
             else:
-                segments.append(_YOU)
-                segments.append(Segment(self._turn_text(turn), "reply"))
-                segments.append(Segment(self._end_text, "end"))
+                segments += (_YOU, Segment(self._turn_text(turn), "reply"), self._end)
         return segments
 
     def _chat_segments(self, template: ChatTemplate, persona: Sequence[str], turns: tuple[Turn, ...]) -> list[Segment]:
@@ -149,12 +156,20 @@ class Prompt:
             segments.append(Segment(frame, "frame"))
             segments.append(Segment(self._turn_text(turn), "text" if turn.speaker == "partner" else "reply"))
             if turn.speaker == "self":
-                segments.append(Segment(self._end_text, "end"))
+                segments.append(self._end)
         return segments
+
+    def _original_segments(self, persona: Sequence[str], turns: tuple[Turn, ...]) -> list[Segment]:
+        last = max(index for index, turn in enumerate(turns) if turn.speaker == "self")
+        history = [replace(turn, text=_one_line(turn.text)) for turn in turns[:last]]
+        before = Segment(prompt_text(map(_one_line, persona), history), "text")
+        return [before, Segment(self._turn_text(turns[last]), "reply"), self._end]
 
     def _persona_text(self, dialogue: Dialogue) -> str:
         if self._template is not None:
             return _system_text(dialogue.persona)
+        if self.format == "original":
+            return introduction(map(_one_line, dialogue.persona))
         return "Persona: " + " ".join(_one_line(text) for text in dialogue.persona)
 
     def _turn_text(self, turn: Turn) -> str:
@@ -176,7 +191,11 @@ class Prompt:
     def render_all(self, dialogues: Sequence[Dialogue]) -> list[Rendered | Unrenderable]:
         """As `render`, with one call of the tokenizer for all; what cannot be rendered stands as its exception."""
         texts = {self._turn_text(turn) for dialogue in dialogues for turn in dialogue.turns}
-        self._tokenize([*texts, *{self._persona_text(dialogue) for dialogue in dialogues}])
+        texts.update(map(self._persona_text, dialogues))
+        if self._words is not None:
+            self._texts = self._words.tokens(texts)
+        elif texts:
+            self._texts.update(zip(texts, self._tokenized(list(texts)), strict=True))
         results: list[Rendered | Unrenderable] = []
         for dialogue in dialogues:
             try:
@@ -219,7 +238,8 @@ class Prompt:
         texts_from, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
         for index in reversed(range(len(dialogue.turns))):
             total += len(self._tokens_of_text(self._turn_text(dialogue.turns[index]), where))
-            texts_from[index] = total
+            # The original format joins texts before it tokenizes them, which may take fewer tokens.
+            texts_from[index] = 0 if self.format == "original" else total
         last_reply = max((index for index, _ in dialogue.replies()), default=0)
         for index, turn in enumerate(dialogue.turns[:last_reply]):
             # A start is a partner's turn, so that the first reply that is left has something to answer.
@@ -252,25 +272,18 @@ class Prompt:
                     )
         return Rendered(ids, spans, first_turn)
 
-    def _tokenize(self, texts: list[str]) -> None:
-        if texts:
-            tokens = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                verbose=False,
-            )["input_ids"]
-            self._texts.update(zip(texts, tokens, strict=True))
+    def _tokenized(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of texts, control tokens spelled in them read as text; one call, which uses all cores."""
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        return ids
 
     def _tokens_of_text(self, text: str, where: str) -> list[int]:
         tokens = self._texts.get(text)
         if tokens is None:
-            tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                "input_ids"
-            ]
-        unknown = self.tokenizer.unk_token
-        spelled = unknown is not None and unknown in text and self.tokenizer.unk_token_id in tokens
+            (tokens,) = self._tokenized([text])
+        spelled = self._unknown is not None and self._unknown in text and self._unknown_id in tokens
         if spelled or not self._control_ids.isdisjoint(tokens):
             raise Unrenderable(
                 "text spells a control token", f"{where}: the tokenizer reads a control token in {text[:80]!r}"
@@ -304,6 +317,9 @@ class Prompt:
 
 def _one_line(text: str) -> str:
     """In the plain format a line break begins a turn, so that a text must not hold one."""
+    # Of what is printable, only the blank is white space: most texts are one line already, and this is faster.
+    if text.isprintable() and "  " not in text and text == text.strip():
+        return text
     return " ".join(text.split())
 
 
