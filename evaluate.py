@@ -22,6 +22,7 @@ from kestrel.settings import Settings
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.artifacts import folder_atomically, write_json
+    from kestrel.disk import evaluation_bytes, room_for
     from kestrel.evaluation.alignment import line_up
     from kestrel.evaluation.extra import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
@@ -53,7 +54,8 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     evaluation.add_extra(extra_scores(extra_metrics, evaluation.texts()))
 
     folder = run_dir / "evaluation"
-    with folder_atomically(folder) as unfinished:
+    needed = evaluation_bytes([file.path for file in files])
+    with room_for("scores and report", needed, run_dir), folder_atomically(folder) as unfinished:
         write_json(unfinished / "metrics.json", evaluation.metrics)
         write_responses(unfinished / "responses", evaluation)
         write_report(unfinished, evaluation, run_dir / "logs" / "training.jsonl", options.samples, settings.seed)

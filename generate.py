@@ -36,6 +36,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.answers import left_out, write_answers
     from kestrel.artifacts import identity_of, sha256_of_json
     from kestrel.dataset import load_split, open_dataset
+    from kestrel.disk import answers_bytes, require_room, room_for
     from kestrel.loss import install
     from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config
     from kestrel.persona_order import name_in_order
@@ -82,6 +83,9 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     if not missing:
         return
 
+    texts = rows.select_columns(["persona", "turns"])
+    require_room("generations", answers_bytes(texts, chosen.max_new_tokens, len(missing)), folder)
+
     model: Any
     model, audit = load_base(settings)
     print(f"base: {audit.line()}")
@@ -99,8 +103,9 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         answering, order, made_from = files[path]
         label = name_in_order(answering, order)
         alone = model.disable_adapter() if answering == "base" and adapter_manifest else contextlib.nullcontext()
+        room = room_for("generations", answers_bytes(texts, chosen.max_new_tokens, 1), folder)
         began = time.monotonic()
-        with alone, tqdm(total=len(rows), desc=label, unit=" dialogues", disable=None) as bar:
+        with alone, room, tqdm(total=len(rows), desc=label, unit=" dialogues", disable=None) as bar:
             identity = sha256_of_json(made_from)
             shards = write_answers(model, prompt, rows, chosen, settings.seed, order, path, identity)
             if done := next(shards):

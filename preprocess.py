@@ -28,6 +28,7 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.corpora import Tally, open_corpus
     from kestrel.corpora.splits import Splitter
     from kestrel.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
+    from kestrel.disk import dataset_bytes, room_for
     from kestrel.errors import KestrelError
     from kestrel.prompt import Prompt
     from kestrel.tokenizer import load_tokenizer
@@ -49,7 +50,8 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
             "needs one, so set it to 0.05, say"
         )
     target = Path(settings.run_dir) / "dataset"
-    with folder_atomically(target) as folder:
+    needed = dataset_bytes(corpus.files, data.max_dialogues)
+    with room_for("the dataset's files", needed, target.parent), folder_atomically(target) as folder:
         statistics: dict[str, SplitStatistics] = {}
         tallies: dict[str, Tally] = {}
         for split in splitter.splits:

@@ -18,6 +18,7 @@ from kestrel.artifacts import (
     write_manifest,
 )
 from kestrel.checkpoints import saying_disk_full
+from kestrel.disk import adapter_bytes, room_for
 from kestrel.errors import KestrelError, ProofError
 from kestrel.likelihood import Scored, span_nll
 from kestrel.prompt import Prompt
@@ -68,7 +69,9 @@ def save_and_prove(
         nll = canary_nll(model, identity)
     if torch.equal(trained, base):
         raise ProofError("the trained adapter changes no logit: it is the base; look at training.learning_rate")
-    with folder_atomically(folder) as target, saying_disk_full(target):
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    room = room_for("the adapter's files", adapter_bytes(weights, len(prompt.tokenizer)), folder)
+    with room, folder_atomically(folder) as target, saying_disk_full(target):
         model.save_pretrained(str(target), save_embedding_layers=False)
         (target / "README.md").unlink(missing_ok=True)  # peft's empty card would be mistaken for ours
         prompt.tokenizer.save_pretrained(str(target))

@@ -16,11 +16,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
+from kestrel.disk import is_full
 from kestrel.errors import KestrelError
 
 _KIND = "checkpoint"
 _STATE = "trainer_state.json"
-_FULL = 2**20  # bytes; where less is free, that is why writing failed
 
 
 def seal(checkpoint: Path, meaning: dict[str, Any]) -> None:
@@ -152,7 +152,6 @@ def saying_disk_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
-        if isinstance(error, KestrelError) or not full:
+        if isinstance(error, KestrelError) or not is_full(error, folder):
             raise
         raise OSError(errno.ENOSPC, "no space left on device", str(folder)) from error

@@ -267,7 +267,8 @@ def run_script(
         steps: what it does, given the settings and the script's own options.
         argv: arguments without the program's name; None takes those of the process.
         options: the script's own flags, each with the keywords of `ArgumentParser.add_argument`.
-        writes: whether it makes something in the run folder, which is then locked and told the settings.
+        writes: whether it makes something in the run folder, which is then locked and told the settings, unless it has
+            a flag --dry-run and that is given.
     """
     debug = "--debug" in (sys.argv if argv is None else argv)
     run_dir = None
@@ -290,7 +291,10 @@ def run_script(
         run_dir = settings.run_dir
         arguments.again = _typed_again(arguments.config, overrides)
         _quieten_libraries()
-        folder = run_folder(settings.run_dir, describe(settings, {})) if writes else contextlib.nullcontext()
+        dry = getattr(arguments, "dry_run", False)
+        folder = (
+            run_folder(settings.run_dir, describe(settings, {})) if writes and not dry else contextlib.nullcontext()
+        )
         with on_signals(), folder:
             steps(settings, arguments)
         return 0
@@ -337,7 +341,7 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command again to go on"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or run_dir or "standard output"
         return 1, f"the disk is full ({where}); free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -345,6 +349,6 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
             "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
-            "training.gradient_checkpointing: true, keep quantization.bits: 4, lower prompt.max_length"
+            "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
         )
     return 1, f"unexpected {type(error).__name__}: {error}\n  run it again with --debug to see where"

@@ -119,6 +119,7 @@ def _judge(small: SmallRun, stage: Stage, target: Target, path: Path, done: str,
     if ended.status == 0:
         small.check_result(stage)
         return
-    places = [path.name, *(parent.name for parent in path.parents if small.run in parent.parents)]
+    parents = [parent.name for parent in path.parents if small.work in parent.parents and parent != small.run]
+    places = [path.name, *parents]
     if not any(place in ended.said for place in places):
         raise Failure(f"a message that does not say where:\n{ended.said}")

@@ -1,0 +1,129 @@
+"""Room on the disk: estimated before a long stage begins, and named where it runs out after all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kestrel.errors import KestrelError
+
+_FULL = 2**20  # bytes; where less is free, that is why writing failed
+# Arrow bytes for a byte of source: 1.0 to 8.0 over the forms of Persona-Chat, most where both sides are learned.
+_DATASET_FACTOR = 8
+_LARGEST_DIALOGUE = 2**16  # bytes in Arrow; a hundred turns
+_ADAPTER_BYTES = 4  # a trained weight, float32
+_CHECKPOINT_BYTES = 12  # the same with AdamW's two moments
+_TOKENIZER_BYTES = 64  # a word of the vocabulary, in tokenizer.json
+_SMALL_FILES = 2**15  # bytes of configurations, manifests and random states in a checkpoint
+_LINE_BYTES = 256  # a line of a log; what a row of generations holds beside its texts
+_TOKEN_BYTES = 6  # text of a generated token
+_REPORT_BYTES = 2**20  # the report's page and plots
+
+
+def is_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error means that no space, or no quota, is left. What safetensors and torch raise is no OSError."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
+
+
+@contextmanager
+def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
+    """Lets the block write `what`, if there is room for it.
+
+    Errors of the libraries must have become OSError: `checkpoints.saying_disk_full` makes them so.
+
+    Args:
+        what: is written, for messages.
+        needed: bytes that it will take, about.
+        folder: that is written to, or will be made below one that exists.
+
+    Raises:
+        KestrelError: there is no room for it, now or in the middle of it; saying what is needed and what is free.
+    """
+    require_room(what, needed, folder)
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error, _existing(folder)):
+            raise
+        raise KestrelError(f"the disk is full; what was finished is kept. {_told(what, needed, folder)}") from error
+
+
+def require_room(what: str, needed: int, folder: Path) -> None:
+    """Refuses to begin what there is no room for. As `room_for`, for what is written later."""
+    if shutil.disk_usage(_existing(folder)).free < needed:
+        raise KestrelError(f"the disk is too full. {_told(what, needed, folder)}")
+
+
+def _told(what: str, needed: int, folder: Path) -> str:
+    free = _readable(shutil.disk_usage(_existing(folder)).free)
+    need = f"In {folder}, {what} need about {_readable(needed)}, and {free} are free"
+    return f"{need}: free some space and run the same command again, or give this run another run_dir"
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _readable(size: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if size >= 2**power:
+            return f"{size / 2**power:.1f} {unit}"
+    return f"{size / 2**10:.0f} KiB"
+
+
+def dataset_bytes(sources: Sequence[Path], max_dialogues: int | None) -> int:
+    """About what the dataset of some source files takes."""
+    size = _DATASET_FACTOR * sum(path.stat().st_size for path in sources)
+    return size if max_dialogues is None else min(size, 3 * max_dialogues * _LARGEST_DIALOGUE)
+
+
+def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpoints: Path) -> int:
+    """About what a training writes, beside what it has written already: checkpoints, logs and the adapter.
+
+    Args:
+        weights: trained.
+        vocabulary: words of the tokenizer, which is saved with each checkpoint.
+        steps: of the whole run.
+        kept: checkpoints that stay on disk; one more is there for a moment.
+        checkpoints: their folder.
+    """
+    files = _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
+    checkpoint = _CHECKPOINT_BYTES * weights + files
+    written = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+    more = max(checkpoint, (kept + 1) * checkpoint - written)
+    return more + adapter_bytes(weights, vocabulary) + steps * _LINE_BYTES
+
+
+def adapter_bytes(weights: int, vocabulary: int) -> int:
+    """About what an adapter takes, with the tokenizer beside it."""
+    return _ADAPTER_BYTES * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
+
+
+def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:
+    """About what generations take.
+
+    Args:
+        rows: of the dataset; `persona` and `turns` are read.
+        max_new_tokens: of an answer.
+        files: that are written, one after the other; each stands there twice for a moment.
+    """
+    size = 0
+    for row in rows:
+        before = sum(len(sentence.encode()) for sentence in row["persona"]) + _LINE_BYTES
+        for turn in row["turns"]:
+            text = len(turn["text"].encode())
+            if turn["speaker"] == "self":
+                size += before + text + max_new_tokens * _TOKEN_BYTES
+            before += text + 40  # {"speaker": "partner", "text": ""}
+    return (files + 1) * size
+
+
+def evaluation_bytes(generations: Sequence[Path]) -> int:
+    """About what scores, report and responses take."""
+    return _REPORT_BYTES + 2 * sum(path.stat().st_size for path in generations if path.exists())
