@@ -35,6 +35,9 @@ KINDS = [(name, "plain") for name in BUILDERS if name != "no system role"] + [
     ("byte level", "chat"),
     ("sentencepiece bpe", "chat"),
     ("no system role", "chat"),
+    ("falcon", "original"),
+    ("sentencepiece bpe", "original"),
+    ("wordpiece", "original"),
 ]
 LOSSLESS = [kind for kind in KINDS if kind[0] not in ("unigram", "wordpiece")]
 
@@ -94,6 +97,12 @@ def rendered_or_skip(prompt: Prompt, dialogue: Dialogue) -> Rendered:
         raise
 
 
+def supervised_replies(format: str, dialogue: Dialogue) -> list[tuple[int, str]]:
+    """Those that a dialogue's sequence teaches: all of them, or the last where the format has room for one."""
+    replies = list(dialogue.replies())
+    return replies[-1:] if format == "original" else replies
+
+
 SLOW_START = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
 
@@ -103,7 +112,7 @@ SLOW_START = settings(deadline=None, max_examples=25, suppress_health_check=list
 def test_context_is_prefix_and_replies_are_supervised(kind: tuple[str, str], dialogue: Dialogue) -> None:
     prompt = prompt_of(*kind)
     rendered = rendered_or_skip(prompt, dialogue)
-    replies = list(dialogue.replies())
+    replies = supervised_replies(kind[1], dialogue)
     assert rendered.first_turn == 0 and len(rendered.reply_spans) == len(replies)
     labels = [IGNORED] * len(rendered.input_ids)
     for (turn, text), (start, end) in zip(replies, rendered.reply_spans, strict=True):
@@ -147,7 +156,7 @@ def test_decoding_gives_the_reply_back(kind: tuple[str, str], text: str) -> None
         ids = prompt.reply_ids(text)
     except Unrenderable:
         assume(False)
-    wanted = " ".join(text.split()) if kind[1] == "plain" else text.strip()
+    wanted = " ".join(text.split()) if kind[1] != "chat" else text.strip()
     assert prompt.reply_text(ids) == wanted
 
 
@@ -237,7 +246,7 @@ def test_truncation_keeps_as_many_turns_as_fit(kind: tuple[str, str], dialogue: 
     rendered = prompt.render(dialogue)
     assert (rendered.first_turn, rendered.input_ids) == expected
     assert (rendered.first_turn == 0) == (len(whole.input_ids) <= max_length)
-    left = [text for index, text in dialogue.replies() if index >= rendered.first_turn]
+    left = [text for index, text in supervised_replies(kind[1], dialogue) if index >= rendered.first_turn]
     assert [rendered.input_ids[start:end] for start, end in rendered.reply_spans] == list(map(prompt.reply_ids, left))
 
 
@@ -272,6 +281,52 @@ def test_long_turns_and_long_dialogues_take_no_time(kind: tuple[str, str]) -> No
     whole = prompt_of(*kind).render(Dialogue("d", ("a",), (Turn("partner", "hi"), Turn("self", novel))))
     assert sum(label != IGNORED for label in whole.labels) > 10_000
     assert time.monotonic() - began < 10
+
+
+# -- the original format -----------------------------------------------------------------------------------------------
+
+
+@SLOW_START
+@given(dialogue=dialogues())
+def test_original_format_is_the_string_of_the_original_project(dialogue: Dialogue) -> None:
+    """Built here as that project's script builds it, of texts as they stand in its data set: on one line each."""
+    prompt = prompt_of("falcon", "original")
+    clean = replace(
+        dialogue,
+        persona=tuple(" ".join(text.split()) for text in dialogue.persona),
+        turns=tuple(Turn(turn.speaker, " ".join(turn.text.split())) for turn in dialogue.turns),
+    )
+    *history, last = clean.turns
+    row = {
+        "persona_b": list(clean.persona),
+        "dialogue": [f"Persona {'A' if turn.speaker == 'partner' else 'B'}: {turn.text}" for turn in history],
+        "reference": last.text,
+    }
+    lines = ["", f"Persona B: {', '.join(row['persona_b'])}", "", "Conversation:", f"{row['dialogue']}"]
+    theirs = "\n    ".join([*lines, f"<AI>: {row['reference']}", ""]).replace("\n    \n", "\n\n").strip()
+    for given_dialogue in (clean, dialogue):
+        *before, end = prompt.segments(given_dialogue)
+        assert "".join(segment.text for segment in before) == theirs and end.kind == "end"
+
+
+def test_original_format_tokenizes_as_one_string_does() -> None:
+    """The boundary before a reply is one that the tokenizer makes too, so nothing is tokenized otherwise than there."""
+    prompt = prompt_of("falcon", "original")
+    for reply in ("i have two dogs .", "2 dogs", "'tis 1987 !", "( hi )", "Zoë ?"):
+        turns = (Turn("partner", "hi ! any \"pets\" ?"), Turn("self", "no"), Turn("partner", "i'm sad"))
+        dialogue = Dialogue("d", ("i have two dogs.", "i like cars."), (*turns, Turn("self", reply)))
+        whole = "".join(segment.text for segment in prompt.segments(dialogue)[:-1])
+        assert prompt.render(dialogue).input_ids == [*prompt.tokenizer(whole)["input_ids"], prompt.end_id]
+
+
+def test_original_format_gives_every_reply_a_prompt() -> None:
+    prompt = prompt_of("falcon", "original")
+    turns = tuple(Turn(speaker, f"{speaker} {n}") for n in range(3) for speaker in ("partner", "self"))
+    dialogue = Dialogue("d", ("i am a",), turns)
+    for turn, text in dialogue.replies():
+        alone = prompt.render(replace(dialogue, turns=turns[: turn + 1]))
+        assert prompt.context(dialogue, turn) + prompt.reply_ids(text) == alone.input_ids
+    assert prompt.identity()["sha256"] != prompt_of("falcon", "plain").identity()["sha256"]
 
 
 # -- chat templates ----------------------------------------------------------------------------------------------------
