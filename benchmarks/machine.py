@@ -47,6 +47,11 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+def matrix_size() -> int:
+    """Rows of matrices whose product keeps the device busy, and a CPU not too long."""
+    return 8192 if torch.cuda.is_available() else 2048
+
+
 def matrix_rate(size: int, dtype: str) -> float:
     """FLOP/s of a product of two (size, size) matrices of random numbers: the median of 20 after 5 for warm-up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -61,7 +61,6 @@ class Profile:
         vocabulary: of the tokenizer.
         repeat: how often the text's dialogues stand in the training set, so that an epoch is long enough to time.
         checked: dialogues whose losses must agree before anything is timed.
-        matrix: rows and columns of the matrices whose product gives the rate that utilisation is counted against.
     """
 
     shape: dict[str, int]
@@ -69,7 +68,6 @@ class Profile:
     vocabulary: int
     repeat: int
     checked: int
-    matrix: int
     systems: tuple[System, ...]
 
 
@@ -82,7 +80,6 @@ PROFILES = {
         vocabulary=4096,
         repeat=1,
         checked=4,
-        matrix=2048,
         systems=(
             System("kestrel", "kestrel", 8, 3, 50, {"training.batch_size": 8, "training.tokens_per_step": 4096}),
             System("trl-turns", "trl-turns", 8, 3, 40),
@@ -98,14 +95,13 @@ PROFILES = {
         vocabulary=8192,
         repeat=5,
         checked=4,
-        matrix=8192,
         systems=(
-            System("kestrel-max-throughput", "kestrel", None, 8, 24, config="configs/falcon-7b-max-throughput.yaml"),
-            System("kestrel", "kestrel", None, 8, 24),
+            System("kestrel-max-throughput", "kestrel", None, 4, 12, config="configs/falcon-7b-max-throughput.yaml"),
+            System("kestrel", "kestrel", None, 4, 20),
             System("trl-dialogues", "trl-dialogues", 32, 2, 8),
             System("original", "original", 8, 2, 8),
             System("trl-turns", "trl-turns", 32, 2, 6),
-            System("kestrel-8gb-card", "kestrel", None, 4, 12, config="configs/falcon-7b-8gb-card.yaml"),
+            System("kestrel-8gb-card", "kestrel", None, 2, 8, config="configs/falcon-7b-8gb-card.yaml"),
             System("trl-dialogues-checkpointing", "trl-dialogues", 32, 2, 6, _CHECKPOINTING),
             System("trl-turns-checkpointing", "trl-turns", 32, 2, 6, _CHECKPOINTING),
             System("trl-packed", "trl-packed", 32, 2, 6),

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from benchmarks import agreement, machine, peers
 from benchmarks.agreement import Row
 from benchmarks.profiles import Profile, System, arguments, read_dialogues, script, write_dialogues, write_model
@@ -33,7 +36,8 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
     from kestrel.settings import Model
 
     dtype = machine.compute_dtype()
-    rate = machine.matrix_rate(profile.matrix, dtype)
+    size = machine.matrix_size()
+    rate = machine.matrix_rate(size, dtype)
     dialogues = read_dialogues(text)
     if not (model / "config.json").exists():
         write_model(model, profile, dialogues, layers)
@@ -52,7 +56,7 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
         "device": machine.device_name(),
         "compute_dtype": dtype,
         "matrix_flops": rate,
-        "matrix_size": profile.matrix,
+        "matrix_size": size,
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "linear_parameters": sum(inputs * outputs for inputs, outputs in linear.values()),
         "layers": len({name.split(".h.")[1].split(".")[0] for name in linear}),
@@ -105,11 +109,15 @@ def _kestrel(
     own_train: Callable[..., Any] = training.DialogueTrainer.train
 
     def train(trainer: training.DialogueTrainer, *given: Any, **named: Any) -> Any:
+        def loss(rows: list[Row]) -> torch.Tensor:
+            arrays = [{name: np.asarray(row[name]) for name in ("input_ids", "labels")} for row in rows]
+            return trainer.training_step(trainer.model, trainer._step_of(arrays))
+
         def loss_of(number: int, span: tuple[int, int], row: Row) -> float:
-            return float(trainer.training_step(trainer.model, trainer._step_of([row])))
+            return float(loss([row]))
 
         def backward() -> None:
-            trainer.training_step(trainer.model, trainer._step_of(checked))
+            loss(checked)
 
         reference = work / REFERENCE
         found["loss_difference"] = agreement.check(system.name, trainer.model, checked, loss_of, reference, dtype)

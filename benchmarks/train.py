@@ -28,11 +28,16 @@ import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from benchmarks.profiles import System
+
 _PREPARE = "prepare"
 
 
@@ -82,6 +87,26 @@ def start(row: str, options: argparse.Namespace, work: Path, **more: Any) -> dic
     return result
 
 
+def chosen(systems: tuple[System, ...], only: list[str] | None) -> tuple[System, ...]:
+    """The rows that are asked for.
+
+    Raises:
+        UsageError: there is no such row.
+        KestrelError: one of them needs TRL, which is not installed.
+    """
+    from kestrel.errors import KestrelError, UsageError
+
+    known = [system.name for system in systems]
+    if unknown := sorted(set(only or ()) - set(known)):
+        raise UsageError([f"--only {' '.join(unknown)}: this profile's rows are {', '.join(known)}"])
+    found = tuple(system for system in systems if not only or system.name in only)
+    if not find_spec("trl") and any(system.kind.startswith("trl") for system in found):
+        raise KestrelError(
+            "TRL is not installed: pip install -r benchmarks/requirements.txt, or name other rows with --only"
+        )
+    return found
+
+
 def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
     """Measures row after row.
 
@@ -89,16 +114,18 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
         The rows that should have been timed and were not.
 
     Raises:
-        KestrelError: what all of them need could not be made.
+        UsageError: there is no row of a name that is asked for.
+        KestrelError: TRL is not installed, or what all of them need could not be made.
     """
     from benchmarks.profiles import PROFILES
     from benchmarks.rows import row_of, table
     from kestrel.artifacts import git_commit, library_versions, write_json
     from kestrel.errors import KestrelError
 
+    systems = chosen(PROFILES[options.profile].systems, options.only)
     facts = start(_PREPARE, options, work)
-    if "failed" in facts:
-        raise KestrelError(facts["failed"])
+    if "tokens" not in facts:
+        raise KestrelError(f"the model, the rows or the reference could not be made: {facts}")
     print(
         f"{facts['device']}: {facts['matrix_flops'] / 1e12:.2f} TFLOP/s in {facts['compute_dtype']}; a Falcon of "
         f"{facts['parameters'] / 1e6:,.1f}M parameters; {facts['dialogues']:,} dialogues, {facts['replies']:,} replies, "
@@ -108,20 +135,18 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
     record = {
         "command": f"python benchmarks/train.py --profile {options.profile} --text {Path(options.text).name}",
         **facts,
-        "versions": {**library_versions(), "trl": metadata.version("trl")},
+        "versions": {**library_versions(), **({"trl": metadata.version("trl")} if find_spec("trl") else {})},
         "commit": git_commit(),
         "date": datetime.now(tz=UTC).date().isoformat(),
         "rows": [],
     }
-    for system in PROFILES[options.profile].systems:
-        if options.only and system.name not in options.only:
-            continue
+    for system in systems:
         if options.steps:
             system = replace(system, warmup=1, steps=options.steps)
         while True:
             instead = {name: getattr(system, name) for name in ("batch_size", "warmup", "steps")}
             result = start(system.name, options, work, dtype=facts["compute_dtype"], instead=json.dumps(instead))
-            if not result.get("out_of_memory") or (system.batch_size or 1) == 1:
+            if not result.get("out_of_memory") or system.batch_size in (None, 1):
                 break
             system = replace(system, batch_size=system.batch_size // 2)
         record["rows"].append(row_of(system, result, facts))
