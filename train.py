@@ -31,6 +31,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.artifacts import identity_of
     from kestrel.batching import steps_of_run
     from kestrel.dataset import lengths_of, load_split, open_dataset
+    from kestrel.disk import room_for, training_bytes
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
     from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config
@@ -99,7 +100,11 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     )
     training.silence(trainer)
     began = time.monotonic()
-    with stop.listening():
+    needed = training_bytes(
+        trainable, len(prompt.tokenizer), len(steps), max(2, settings.training.keep_checkpoints), run / "checkpoints"
+    )
+    room = room_for("checkpoints, logs and adapter", needed, run)
+    with room, stop.listening():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None and trainer.state.global_step < len(steps):
         raise Interrupted(

@@ -66,7 +66,7 @@ class JsonLines(TrainerCallback):
     """One line of logs/training.jsonl for each logged step and each evaluation.
 
     Args:
-        path: the file; lines after the step that training goes on from are cut off.
+        path: the file; a training that goes on begins it with what its checkpoint knows.
         tokens_until: tokens of dialogue seen after each optimizer step.
     """
 
@@ -77,7 +77,10 @@ class JsonLines(TrainerCallback):
         self._tokens_until = tokens_until
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        cut_after(self._path, state.global_step)
+        # What was logged up to a checkpoint is in the checkpoint, under its hashes; the file may have been damaged since.
+        if state.is_world_process_zero:
+            with write_atomically(self._path) as file:
+                file.writelines(self._line(entry["step"], entry) for entry in state.log_history if self._values(entry))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if state.global_step == state.max_steps:  # the final weights too
@@ -86,12 +89,16 @@ class JsonLines(TrainerCallback):
         control.should_log |= control.should_evaluate or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
-        values = {key: logs[key] for key in self._KEYS if logs and key in logs}
-        if not values or not state.is_world_process_zero:
-            return
-        tokens = int(self._tokens_until()[state.global_step - 1]) if state.global_step else 0
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **values, "tokens": tokens}) + "\n")
+        if logs and self._values(logs) and state.is_world_process_zero:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(self._line(state.global_step, logs))
+
+    def _values(self, logs: dict[str, float]) -> dict[str, float]:
+        return {key: logs[key] for key in self._KEYS if key in logs}
+
+    def _line(self, step: int, logs: dict[str, float]) -> str:
+        tokens = int(self._tokens_until()[step - 1]) if step else 0
+        return json.dumps({"step": step, **self._values(logs), "tokens": tokens}) + "\n"
 
 
 def cut_after(path: Path, step: int) -> None:
