@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,33 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kestrel.artifacts import MANIFEST, read_manifest, require_equal, sha256_of, write_json
+from kestrel.artifacts import MANIFEST, read_manifest, require_equal, write_json
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.prompt import Prompt, Unrenderable
+from kestrel.prompt import Prompt, Rendered, Unrenderable
 from kestrel.settings import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_A_BATCH = 1000
-
-
-def _features() -> Any:
-    from datasets import Features, List, Value
-
-    return Features(
-        {
-            "dialogue_id": Value("string"),
-            "persona": List(Value("string")),
-            "partner_persona": List(Value("string")),
-            "turns": List({"speaker": Value("string"), "text": Value("string")}),
-            "candidates": List(List(Value("string"))),
-            "input_ids": List(Value("int32")),
-            "labels": List(Value("int32")),
-            "reply_spans": List(List(Value("int32"))),
-        }
-    )
 
 
 @dataclass
@@ -89,59 +71,30 @@ def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> 
         prompt: how they become tokens.
         folder: where the split is written, by `Dataset.save_to_disk`'s layout.
     """
-    from datasets import Dataset
-    from datasets.arrow_writer import ArrowWriter
+    from kestrel.arrow import SplitWriter
 
     statistics = SplitStatistics()
-    folder.mkdir(parents=True)
-    data = folder / "data-00000-of-00001.arrow"
-    with ArrowWriter(path=str(data), features=_features()) as writer:
-        stream = iter(dialogues)
+    stream = iter(dialogues)
+    with SplitWriter(folder) as writer:
         while batch := list(islice(stream, _ROWS_A_BATCH)):
-            rows = list(_rows(batch, prompt, statistics))
-            if rows:
-                writer.write_batch({name: [row[name] for row in rows] for name in rows[0]})
-        writer.finalize()
-    # The Arrow file is in place; what save_to_disk adds beside it is the description and the list of files.
-    written = Dataset.from_file(str(data))
-    written.info.write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": data.name}],
-        "_fingerprint": sha256_of(data)[:16],  # the library's own depends on the path
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            writer.write(list(_counted(batch, prompt, statistics)))
     return statistics
 
 
-def _rows(batch: list[Dialogue], prompt: Prompt, statistics: SplitStatistics) -> Iterator[dict[str, Any]]:
+def _counted(batch: list[Dialogue], prompt: Prompt, statistics: SplitStatistics) -> Iterator[tuple[Dialogue, Rendered]]:
     for dialogue, rendered in zip(batch, prompt.render_all(batch), strict=True):
         if isinstance(rendered, Unrenderable):
             statistics.dropped[rendered.reason] += 1
             continue
-        labels = rendered.labels
         statistics.dialogues += 1
         statistics.replies += len(rendered.reply_spans)
-        statistics.tokens += len(labels)
-        statistics.supervised_tokens += sum(end - start for start, end in rendered.reply_spans)
+        statistics.tokens += len(rendered.input_ids)
+        statistics.supervised_tokens += sum([end - start for start, end in rendered.reply_spans])
         statistics.truncated_dialogues += rendered.first_turn > 0
         statistics.turns_cut += rendered.first_turn
-        statistics.replies_cut += sum(turn.speaker == "self" for turn in dialogue.turns[: rendered.first_turn])
-        statistics.lengths.append(len(labels))
-        yield {
-            "dialogue_id": dialogue.dialogue_id,
-            "persona": list(dialogue.persona),
-            "partner_persona": list(dialogue.partner_persona),
-            "turns": [{"speaker": turn.speaker, "text": turn.text} for turn in dialogue.turns],
-            "candidates": [list(options) for options in dialogue.candidates],
-            "input_ids": rendered.input_ids,
-            "labels": labels,
-            "reply_spans": [list(span) for span in rendered.reply_spans],
-        }
+        statistics.replies_cut += sum([turn.speaker == "self" for turn in dialogue.turns[: rendered.first_turn]])
+        statistics.lengths.append(len(rendered.input_ids))
+        yield dialogue, rendered
 
 
 def dialogue_of(row: dict[str, Any]) -> Dialogue:
@@ -215,3 +168,15 @@ def lengths_of(dataset: Dataset) -> np.ndarray:
 
     column = dataset.with_format("arrow")[:]["input_ids"] if len(dataset) else []
     return np.asarray(pc.list_value_length(column)).astype(np.int64) if len(dataset) else np.zeros(0, np.int64)
+
+
+def supervised_of(dataset: Dataset) -> np.ndarray:
+    """Supervised tokens of each row, int64, without reading them."""
+    import pyarrow.compute as pc
+
+    if not len(dataset):
+        return np.zeros(0, np.int64)
+    spans_of_rows = dataset.with_format("arrow")[:]["reply_spans"].combine_chunks()
+    rows = np.asarray(pc.list_parent_indices(spans_of_rows))
+    spans = np.asarray(pc.list_flatten(pc.list_flatten(spans_of_rows))).reshape(-1, 2)
+    return np.bincount(rows, weights=spans[:, 1] - spans[:, 0], minlength=len(dataset)).astype(np.int64)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Speaker = Literal["partner", "self"]
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One utterance. `self` is the owner of the persona, whose replies are learned; `partner` is the other one."""
 
     speaker: Speaker

@@ -161,7 +161,7 @@ class Prompt:
 
     def _original_segments(self, persona: Sequence[str], turns: tuple[Turn, ...]) -> list[Segment]:
         last = max(index for index, turn in enumerate(turns) if turn.speaker == "self")
-        history = [replace(turn, text=_one_line(turn.text)) for turn in turns[:last]]
+        history = [Turn(turn.speaker, _one_line(turn.text)) for turn in turns[:last]]
         before = Segment(prompt_text(map(_one_line, persona), history), "text")
         return [before, Segment(self._turn_text(turns[last]), "reply"), self._end]
 

@@ -7,7 +7,6 @@ Reference: FbDeprecatedDialogTeacher of ParlAI (https://github.com/facebookresea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,6 @@ from kestrel.errors import KestrelError
 
 OWN = "your persona:"
 PARTNERS = "partner's persona:"
-
-_LINE = re.compile(r"(\d{1,9}) (.*)", re.DOTALL)
 
 
 def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
@@ -57,14 +54,14 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     block: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         line = line.rstrip("\r\n")
-        if not line.strip():
-            continue
-        match = _LINE.fullmatch(line)
-        if not match:
+        told, blank, text = line.partition(" ")
+        if not (blank and told.isdecimal() and len(told) < 10):
+            if not line.strip():
+                continue
             raise KestrelError(f"{path}:{number}: a ParlAI line is a number, a space and text; found {line[:60]!r}.")
         if "\r" in line:
             raise KestrelError(f"{path}:{number}: a carriage return inside the line; convert the line ends.")
-        count = int(match[1])
+        count = int(told)
         if count == 1 and block:
             yield block
             block = []
@@ -72,7 +69,7 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
             raise KestrelError(
                 f"{path}:{number}: line {count} of a dialogue where {len(block) + 1} should stand; are lines missing?"
             )
-        block.append((number, match[2]))
+        block.append((number, text))
     if block:
         yield block
 
@@ -82,7 +79,7 @@ def _draft(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> Draft:
     turns: list[Utterance] = []
     for number, text in block:
         fields = text.split("\t")
-        owner = next((tag for tag in personas if text.startswith(tag)), None)
+        owner = OWN if text.startswith(OWN) else PARTNERS if text.startswith(PARTNERS) else None
         if owner and len(fields) == 1 and not turns:
             personas[owner].append(text.removeprefix(owner))
             continue
@@ -95,7 +92,7 @@ def _draft(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> Draft:
         candidates = fields[3].split("|") if len(fields) == 4 and fields[3] else []
         if candidates and candidates[-1].strip() == reply.strip():
             candidates.pop()
-        turns += [Utterance("partner", fields[0]), Utterance("self", reply, tuple(candidates))]
+        turns += (Utterance("partner", fields[0]), Utterance("self", reply, tuple(candidates)))
     return Draft(
         where=f"{path}:{block[0][0]}",
         dialogue_id=dialogue_id,

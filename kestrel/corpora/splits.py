@@ -10,12 +10,16 @@ as an owner's nor as a partner's, and no conversation straddles splits.
 
 from __future__ import annotations
 
-import heapq
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 from kestrel.corpora import Corpus
 from kestrel.corpora.repair import persona_key, stable_hash
+from kestrel.corpora.spool import Spool
 from kestrel.corpora.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
@@ -25,12 +29,15 @@ PARTNER_HELD = "partner's persona is held out for validation or test"
 TOO_MANY = "more than max_dialogues"
 
 _NO_PERSONA = 0
+_SPLITS = ("train", "validation", "test")
+_REASONS = (None, MIXED, PARTNER_HELD, TOO_MANY)
 
 
 class Splitter:
     """Streams the dialogues of each split. Deterministic across processes and Python versions.
 
-    Making one reads the corpus once and keeps 32 bytes a dialogue.
+    Making one reads the corpus, once, into a file without a name; what is held in memory is some 45 bytes a dialogue
+    meanwhile, and 6 afterwards.
 
     Args:
         corpus: what to split.
@@ -39,6 +46,7 @@ class Splitter:
         test_fraction: the same for the test set.
         seed: of the choice of personas, and of dialogues where `max_dialogues` chooses.
         max_dialogues: keep so many dialogues of each split at most, chosen at random; None: all.
+        folder: on whose disk that file lies; None: the system's for temporary files.
 
     Attributes:
         splits: those that can be read, among train, validation, test, in this order.
@@ -57,6 +65,7 @@ class Splitter:
         test_fraction: float = 0.05,
         seed: int = 0,
         max_dialogues: int | None = None,
+        folder: Path | None = None,
     ):
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
             raise KestrelError("the fractions for validation and test must be 0 or more, and less than 1 together.")
@@ -70,23 +79,27 @@ class Splitter:
         fractions = {"test": test_fraction, "validation": validation_fraction}
         self._fractions = {split: share for split, share in fractions.items() if share > 0 and split not in native}
         self._native = native | {split: "train" for split in self._fractions}
-        self.splits = tuple(split for split in ("train", "validation", "test") if split in self._native)
+        self.splits = tuple(split for split in _SPLITS if split in self._native)
         self.origin = {
             split: "cut from train" if split in self._fractions else self._native[split] for split in self.splits
         }
 
-        # Personas and conversations held out of train, by hash; split they are held for.
-        self._personas: dict[int, str] = {}
-        self._conversations: dict[int, str] = {}
-        # A dialogue is among those that max_dialogues keeps when its rank is not above its split's.
-        self._last_rank: dict[str, int] = {}
-
-        index = {split: _Index(corpus, split, seed) for split in dict.fromkeys(self._native.values())}
-        self._refuse_shared_ids(index)
-        self._cut(index["train"])
-        self.persona_overlap = self._overlap(index)
+        read = {split: _Reading(corpus, split, seed, folder) for split in dict.fromkeys(self._native.values())}
+        self._refuse_shared_ids(read)
+        # Of each dialogue: the split that it goes to, and why it is left out of that, if so; indices of the tuples.
+        self._place: dict[str, np.ndarray] = {}
+        self._reason: dict[str, np.ndarray] = {}
+        for split, taken_over in self._native.items():
+            if taken_over != "train":
+                count = len(read[taken_over].ranks)
+                self._place[taken_over] = np.full(count, _SPLITS.index(split), np.uint8)
+                self._reason[taken_over] = np.zeros(count, np.uint8)
+        self._cut(read["train"])
+        self.persona_overlap = self._overlap(read)
         if max_dialogues is not None:
-            self._limit(index, max_dialogues)
+            self._limit(read, max_dialogues)
+        self._spools = {native: reading.spool for native, reading in read.items()}
+        self._rest = {native: reading.rest for native, reading in read.items()}
 
     def read(self, split: str, tally: Tally) -> Iterator[Dialogue]:
         """Streams the dialogues of a split, in the order of the source.
@@ -102,102 +115,104 @@ class Splitter:
                 f"there is no {split} split of {self.corpus.source}; there are {', '.join(self.splits)}."
             )
         native = self._native[split]
-        since = Tally()
         kept_any = False
-        for dialogue in self.corpus.read(native, since):
-            conversation, owner, partner = _keys(dialogue)
-            place, reason = self._assign(split, conversation, owner, partner)
-            if place == split:
-                if reason is None and _rank(dialogue, self.seed) > self._last_rank.get(split, 2**64):
-                    reason = TOO_MANY
-                if reason is not None:
-                    since.kept -= 1
-                    since.drop(reason, f"dialogue {dialogue.dialogue_id}")
-                tally.absorb(since)
-                if reason is None:
-                    kept_any = True
-                    yield dialogue
-            since.clear()
-        if self.origin[split] == native:
+        chosen = np.flatnonzero(self._place[native] == _SPLITS.index(split))
+        reasons = self._reason[native][chosen]
+        for number, (dialogue, since) in zip(reasons, self._spools[native].read(chosen), strict=True):
+            reason = _REASONS[number]
+            if reason is not None:
+                since.kept -= 1
+                since.drop(reason, f"dialogue {dialogue.dialogue_id}")
             tally.absorb(since)
+            if reason is None:
+                kept_any = True
+                yield dialogue
+        if self.origin[split] == native:
+            tally.absorb(self._rest[native])
         if not kept_any:
-            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
-            raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({reasons}).")
+            why = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
+            raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({why}).")
 
-    def _assign(self, split: str, conversation: int, owner: int, partner: int) -> tuple[str, str | None]:
-        """The split that a conversation goes to, and why this dialogue of it is left out, if so."""
-        if self._native[split] != "train":
-            return split, None
-        place = self._conversations.get(conversation, "train")
-        if place != "train":
-            return place, None if self._personas.get(owner) == place else MIXED
-        return "train", PARTNER_HELD if partner in self._personas else None
-
-    def _cut(self, train: _Index) -> None:
+    def _cut(self, train: _Reading) -> None:
+        personas, persona_of = np.unique(train.owners, return_inverse=True)
+        conversations, conversation_of = np.unique(train.conversations, return_inverse=True)
+        # The split that each persona and each conversation is held for; 0, as _SPLITS has it, is train.
+        held_persona, held_conversation = np.zeros(len(personas), np.uint8), np.zeros(len(conversations), np.uint8)
         for split, fraction in self._fractions.items():
-            free = {
-                owner
-                for owner, conversation in zip(train.owners, train.conversations, strict=True)
-                if owner not in self._personas and conversation not in self._conversations
-            }
-            ranked = sorted(free, key=lambda persona: stable_hash(str(self.seed), str(persona)))
-            chosen = ranked[: max(1, round(fraction * len(set(train.owners))))]
+            free = np.unique(persona_of[(held_persona[persona_of] == 0) & (held_conversation[conversation_of] == 0)])
+            keys = (stable_hash(str(self.seed), str(persona)) for persona in personas[free])
+            ranked = free[np.argsort(np.fromiter(keys, np.uint64, len(free)), kind="stable")]
+            chosen = ranked[: max(1, round(fraction * len(personas)))]
             if len(chosen) == len(ranked):
                 raise KestrelError(
-                    f"{self.corpus.source}: too few personas ({len(set(train.owners))}) to cut a {split} split that shares "
+                    f"{self.corpus.source}: too few personas ({len(personas)}) to cut a {split} split that shares "
                     "none with train. Bring more data, or set that split's fraction to 0."
                 )
-            self._personas |= dict.fromkeys(chosen, split)
-            for owner, conversation in zip(train.owners, train.conversations, strict=True):
-                if self._personas.get(owner) == split:
-                    self._conversations.setdefault(conversation, split)
+            held_persona[chosen] = _SPLITS.index(split)
+            taken = np.unique(conversation_of[held_persona[persona_of] == _SPLITS.index(split)])
+            held_conversation[taken[held_conversation[taken] == 0]] = _SPLITS.index(split)
+        place = held_conversation[conversation_of]
+        mixed = (place != 0) & (held_persona[persona_of] != place)
+        partner_held = (place == 0) & np.isin(train.partners, personas[held_persona != 0])
+        self._place["train"] = place
+        self._reason["train"] = np.select(
+            [mixed, partner_held],
+            [np.uint8(_REASONS.index(MIXED)), np.uint8(_REASONS.index(PARTNER_HELD))],
+            np.uint8(0),
+        )
 
-    def _overlap(self, index: dict[str, _Index]) -> dict[str, dict[str, int]]:
-        in_train = {*index["train"].owners, *index["train"].partners}
+    def _overlap(self, read: dict[str, _Reading]) -> dict[str, dict[str, int]]:
         overlap: dict[str, dict[str, int]] = {}
         for split in self.splits:
             if self._native[split] != "train":
-                personas = set(index[self._native[split]].owners)
-                overlap[split] = {"personas": len(personas), "in_train": len(personas & in_train)}
+                personas = np.unique(read[self._native[split]].owners)
+                in_train = np.isin(personas, read["train"].owners) | np.isin(personas, read["train"].partners)
+                overlap[split] = {"personas": len(personas), "in_train": int(in_train.sum())}
         return overlap
 
-    def _limit(self, index: dict[str, _Index], limit: int) -> None:
+    def _limit(self, read: dict[str, _Reading], limit: int) -> None:
         for split in self.splits:
-            entries = index[self._native[split]]
-            ranks = (
-                rank
-                for rank, *keys in zip(
-                    entries.ranks, entries.conversations, entries.owners, entries.partners, strict=True
-                )
-                if self._assign(split, *keys) == (split, None)
-            )
-            self._last_rank[split] = max(heapq.nsmallest(limit, ranks), default=0)
+            native = self._native[split]
+            ranks, reason = read[native].ranks, self._reason[native]
+            left = (self._place[native] == _SPLITS.index(split)) & (reason == 0)
+            if left.sum() > limit:
+                last = np.partition(ranks[left], limit - 1)[limit - 1]
+                reason[left & (ranks > last)] = _REASONS.index(TOO_MANY)
 
-    def _refuse_shared_ids(self, index: dict[str, _Index]) -> None:
-        natives = list(index)
+    def _refuse_shared_ids(self, read: dict[str, _Reading]) -> None:
+        natives = list(read)
         for at, first in enumerate(natives):
             for second in natives[at + 1 :]:
-                shared = set(index[first].ranks).intersection(index[second].ranks)
-                if shared:
-                    found = self.corpus.read(first, Tally())
-                    twice = next(each.dialogue_id for each in found if _rank(each, self.seed) in shared)
+                shared = np.flatnonzero(np.isin(read[first].ranks, read[second].ranks))
+                if len(shared):
+                    ((dialogue, _),) = read[first].spool.read(shared[:1])
+                    twice = dialogue.dialogue_id
                     raise KestrelError(
                         f"the dialogue_id {twice!r} stands at {self.corpus.place(first, twice)} and at "
                         f"{self.corpus.place(second, twice)}; make it unique."
                     )
 
 
-class _Index:
-    """One pass over a split: four 64-bit hashes a dialogue."""
+class _Reading:
+    """One pass over a split of the source: its dialogues, and four 64-bit hashes of each.
 
-    def __init__(self, corpus: Corpus, split: str, seed: int):
-        self.conversations, self.owners, self.partners, self.ranks = array("Q"), array("Q"), array("Q"), array("Q")
-        for dialogue in corpus.read(split, Tally()):
-            for column, key in zip(self._columns(), (*_keys(dialogue), _rank(dialogue, seed)), strict=True):
-                column.append(key)
+    Attributes:
+        conversations, owners, partners, ranks: uint64 of shape (dialogues,).
+        rest: what was counted after the last dialogue.
+    """
 
-    def _columns(self) -> Iterable[array[int]]:
-        return self.conversations, self.owners, self.partners, self.ranks
+    def __init__(self, corpus: Corpus, split: str, seed: int, folder: Path | None):
+        self.spool = Spool(folder)
+        keys = array("Q")
+        self.rest = Tally()
+        dialogues = corpus.read(split, self.rest)
+        for dialogue in tqdm(dialogues, desc=f"reading {split}", unit=" dialogues", disable=None, leave=False):
+            keys.extend(_keys(dialogue))
+            keys.append(_rank(dialogue, seed))
+            self.spool.add(dialogue, self.rest)
+            self.rest.clear()
+        columns = np.frombuffer(keys, dtype=np.uint64).reshape(-1, 4)
+        self.conversations, self.owners, self.partners, self.ranks = columns.T
 
 
 def _keys(dialogue: Dialogue) -> tuple[int, int, int]:
