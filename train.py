@@ -2,6 +2,7 @@
 
     python train.py --config configs/falcon-7b.yaml
     python train.py --config configs/falcon-7b.yaml --training.resume never      begin anew
+    python train.py --config configs/falcon-7b.yaml --dry-run                    say what it will take
 
 Loads the base in 4 bit and audits it, trains, keeps the adapter with the best validation loss in RUN/adapter, and
 proves that what was saved is what was trained. The same command goes on where an interrupted run stopped.
@@ -19,6 +20,10 @@ from typing import Any
 from kestrel.command_line import run_script
 from kestrel.settings import Settings
 
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("--dry-run", {"action": "store_true", "help": "say what training will take, load no weights, write nothing"})
+]
+
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.artifacts import require_made
@@ -26,11 +31,11 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, training
+    from kestrel import callbacks, checkpoints, dry_run, passes, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of
     from kestrel.batching import steps_of_run
-    from kestrel.dataset import lengths_of, load_split, open_dataset
+    from kestrel.dataset import lengths_of, load_split, open_dataset, supervised_of
     from kestrel.disk import room_for, training_bytes
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
@@ -40,7 +45,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
     from kestrel.tokenizer import load_tokenizer
 
-    training.check_machine(settings.training.report_to, settings.training.optimizer)
+    if not options.dry_run:
+        training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     train_rows = load_split(dataset_folder, "train", remedy)
@@ -54,7 +60,12 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         f"{settings.training.batch_size} dialogues"
     )
 
-    base_id = base_identity(settings.model, load_config(settings.model))
+    config = load_config(settings.model)
+    dialogues = passes.Dialogues(lengths, supervised_of(train_rows), steps)
+    if options.dry_run:
+        dry_run.report(settings, config, dialogues)
+        return
+    base_id = base_identity(settings.model, config)
     meaning = training.meaning_of(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
@@ -64,15 +75,18 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     if resume and patience and callbacks.evaluations_without_progress(checkpoints.history(resume)) >= patience:
         steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
 
+    passes.stay_within(settings)
+    chosen = passes.plan(settings, config, dialogues, resume)
+    print(chosen.line())
+    if not chosen.fits:
+        print(f"warning: {passes.too_much(settings, chosen)}", file=sys.stderr)
     base, audit = load_base(settings)
     check_context(base, int(max(lengths.max(), lengths_of(validation_rows).max())))
     print(f"base: {audit.line()}")
     model = add_lora(base, settings.lora, settings.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"adapter: {trainable:,} trainable parameters")
-    install(model)
-    if settings.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install(model, chosen.recompute)
     probe = collate([validation_rows[0]], pad_id=prompt.end_id)
     prove_loss(
         model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype
@@ -83,6 +97,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         settings,
         steps,
         meaning,
+        chosen,
         model=model,
         args=training.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
         train_dataset=train_rows,
@@ -91,20 +106,26 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         callbacks=[
             callbacks.Progress(),
             callbacks.BestCheckpoint(),
-            callbacks.Guard(lambda: trainer),
             callbacks.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
             callbacks.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),
             *([callbacks.EarlyStopping(patience)] if patience else []),
             stop,
+            callbacks.Guard(lambda: trainer),  # last: it looks before whatever the others ask for
         ],
     )
     training.silence(trainer)
+    if device().type == "cuda":
+        trainer.rehearse()
     began = time.monotonic()
     needed = training_bytes(
         trainable, len(prompt.tokenizer), len(steps), max(2, settings.training.keep_checkpoints), run / "checkpoints"
     )
     room = room_for("checkpoints, logs and adapter", needed, run)
-    with room, stop.listening():
+    with (
+        room,
+        stop.listening(),
+        checkpoints.refusing_pickles(f"python train.py {options.again} --training.resume never"),
+    ):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if stop.received is not None and trainer.state.global_step < len(steps):
         raise Interrupted(
@@ -165,7 +186,7 @@ def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], c
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("train.py", __doc__, train, argv)
+    return run_script("train.py", __doc__, train, argv, OPTIONS)
 
 
 if __name__ == "__main__":

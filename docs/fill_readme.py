@@ -25,7 +25,7 @@ SCRIPTS = ("preprocess.py", "train.py", "generate.py", "evaluate.py")
 SHOWN_KEYS = (
     "data.source", "data.format", "prompt.format", "prompt.max_length", "model.name", "quantization.bits",
     "quantization.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "training.epochs",
-    "training.batch_size", "training.tokens_per_step", "training.learning_rate", "training.gradient_checkpointing",
+    "training.batch_size", "training.tokens_per_step", "training.learning_rate", "training.recompute",
     "training.resume", "generation.split", "generation.max_new_tokens", "generation.do_sample",
     "generation.num_beams", "generation.candidates", "evaluation.normalization", "evaluation.extra_metrics",
 )  # fmt: skip

@@ -43,6 +43,20 @@ def steps_of_run(
     return steps[:total]
 
 
+def share_of(lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
+    """Which rows of an optimizer step one of several processes computes, the longest first; lengths are dealt evenly.
+
+    Args:
+        lengths: tokens of each row of the step.
+        process: from 0; this one has the longest row of all.
+        processes: that share the step.
+
+    Returns:
+        Positions into `lengths`; none where there are more processes than rows.
+    """
+    return np.argsort(-lengths, kind="stable")[process::processes]
+
+
 def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
     """Cuts rows into batches of similar length that hold at most `tokens` tokens, padding included.
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 class Guard(TrainerCallback):
     """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
 
+    A norm is looked at one step late, when the GPU has long computed it, so that nothing waits for it; before anything is
+    logged, evaluated or saved, all of them are, so it must be the last of the callbacks.
+
     Args:
         trainer_of: returns the trainer, which does not exist yet when its callbacks do.
     """
@@ -33,19 +36,33 @@ class Guard(TrainerCallback):
         self._trainer_of = trainer_of
         self._before: dict[str, torch.Tensor] | None = None
         self._moved = False
+        self._unseen: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
         if not self._moved:
-            with_gradient = [g for g in gradients if g is not None]
-            if not with_gradient or not any(bool(g.abs().max() > 0) for g in with_gradient):
+            gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+            if not gradients or not any(bool(g.abs().max() > 0) for g in gradients):
                 raise ProofError(
                     "the first step's gradient is zero for every weight of the adapter: nothing is learned"
                 )
             self._before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
-        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        self._look()
+        norm = self._trainer_of().last_gradient_norm
+        assert norm is not None
+        copied = torch.cuda.Event() if norm.is_cuda else None
+        self._unseen = (state.global_step + 1, norm.detach().to("cpu", non_blocking=True), copied)
+        if copied is not None:
+            copied.record()
+
+    def _look(self) -> None:
+        """Looks at the norm that has not been looked at."""
+        if self._unseen is None:
+            return
+        step, norm, copied = self._unseen
+        self._unseen = None
+        if copied is not None:
+            copied.synchronize()
         if not torch.isfinite(norm):
-            step = state.global_step + 1
             names = ", ".join(self._trainer_of().dialogues_of_step(step))
             raise ProofError(
                 f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
@@ -60,6 +77,10 @@ class Guard(TrainerCallback):
         if all(torch.equal(self._before[name], now[name]) for name in now):
             raise ProofError("the first optimizer step moved no lora_B: the adapter is not being trained")
         self._moved, self._before = True, None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._look()
 
 
 class JsonLines(TrainerCallback):

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from kestrel import elementwise
+from kestrel import elementwise, falcon
 from kestrel.errors import KestrelError
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.quantization import footprint_bytes
@@ -36,6 +36,10 @@ _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2}
 WORKSPACE = 64 * 2**20  # what cuBLAS takes through torch's allocator on recent GPUs
 CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocator
 SLACK = 0.08  # of the peak: what the allocator holds in pieces that fit nothing
+
+
+class CannotEstimate(KestrelError):
+    """An architecture that does not run on shapes alone."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +108,26 @@ class Estimator:
     def __init__(self, settings: Settings, config: PretrainedConfig):
         self._settings = settings
         self._config = config
-        self._models: dict[str, nn.Module] = {}
+        self._models: dict[falcon.Recompute, nn.Module] = {}
         model = self._model("none")
+        causal_lm = causal_lm_of(model)
+        knows_mlp = falcon.is_alike(getattr(causal_lm, causal_lm.base_model_prefix))
+        # The levels of training.recompute that differ, by rising recomputation.
+        self.levels: list[falcon.Recompute] = ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
         base = (p for p in model.parameters() if not p.requires_grad)
         self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
 
-    def _model(self, recompute: str) -> nn.Module:
+    def _model(self, recompute: falcon.Recompute) -> nn.Module:
         if recompute not in self._models:
             model = stand_in(self._settings, self._config, torch.device("meta"))
-            install(model, recompute)  # type: ignore[arg-type]
+            install(model, recompute)
             self._models[recompute] = model.train()
         return self._models[recompute]
 
-    def estimate(self, shape: Pass, recompute: str) -> Estimate:
+    def estimate(self, shape: Pass, recompute: falcon.Recompute) -> Estimate:
         """Memory at the worst moment of a training step whose largest pass is the given one.
 
         Args:
@@ -127,14 +135,14 @@ class Estimator:
             recompute: none, mlp or full.
 
         Raises:
-            KestrelError: the architecture cannot be run on shapes alone.
+            CannotEstimate: the architecture cannot be run on shapes alone.
         """
         model = self._model(recompute)
         try:
             with _as_on_a_gpu():
                 kept, peak, logits = _run_on_shapes(model, shape)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise KestrelError(
+            raise CannotEstimate(
                 f"the memory of a {self._config.model_type} cannot be estimated ({str(error).splitlines()[0]}); give "
                 "training.tokens_per_step and training.recompute"
             ) from error
@@ -160,7 +168,7 @@ def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:
     with _Allocations(_tensors_of(model, batch.values()), vocabulary) as allocations:
         loss = token_nll(model, batch).sum()
         kept = allocations.live
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     return kept, allocations.peak, allocations.peak_of_wide
 
 
@@ -245,27 +253,19 @@ def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpla
 
 
 class _Kernels:
-    """Our kernels' allocations: nothing but their results."""
+    """What our kernels (`elementwise_gpu.py`) allocate: their results, unless they end in an underscore."""
 
-    @staticmethod
-    def rotate(parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
-        return None
+    def rotate(self, parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
+        """In place, whatever its name says."""
 
-    @staticmethod
-    def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-        return torch.empty_like(x)
-
-    @staticmethod
-    def add_dropout_(total: torch.Tensor, part: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-        return total
-
-    @staticmethod
-    def dequantizes(state: Any) -> bool:
+    def dequantizes(self, state: Any) -> bool:
         return True
 
-    @staticmethod
-    def dequantize(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(state.shape, dtype=dtype, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return (lambda first, *more: first) if name.endswith("_") else (lambda first, *more: torch.empty_like(first))
 
 
 @contextmanager
@@ -273,7 +273,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     places: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
-        (elementwise, "_fused", lambda x: _Kernels),
+        (elementwise, "_fused", lambda x: _Kernels()),
     ]
     former = [(place, name, getattr(place, name)) for place, name, _ in places]
     for place, name, substitute in places:

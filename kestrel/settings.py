@@ -6,6 +6,7 @@ The JSON Schema that editors use is made from this file: `python -m kestrel.sett
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+MEMORY_FORM = "an amount of memory such as 24GiB"
 # The names that transformers' Trainer knows (5.23); a test compares them.
 Tracker = Literal[
     "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune",
@@ -51,9 +53,10 @@ class Data(Section):
 class Prompt(Section):
     """How a dialogue becomes tokens."""
 
-    format: Literal["plain", "chat"] = Field(
+    format: Literal["plain", "chat", "original"] = Field(
         "plain",
-        description="plain: Kestrel's own, for base models; chat: the tokenizer's chat template, for instruct models.",
+        description="plain: Kestrel's own, for base models; chat: the tokenizer's chat template, for instruct models; "
+        "original: that of Kestrel's forerunner, to score its adapter.",
     )
     max_length: Annotated[int, Field(ge=16)] = Field(
         1024, description="Longest training sequence in tokens; the oldest turns are dropped beyond it."
@@ -65,7 +68,11 @@ class Model(Section):
 
     name: Text = Field(description="Model id on the Hugging Face Hub, or a local folder.")
     revision: Text | None = Field(None, description="Commit, tag or branch of the model on the Hub.")
-    adapter: Text | None = Field(None, description="Folder of the adapter to generate with; null: the run's own.")
+    adapter: Text | None = Field(
+        None,
+        description="Adapter to use: a folder, or an id on the Hugging Face Hub (owner/name, or owner/name@revision); "
+        "null: the run's own.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for authors you trust with your account."
     )
@@ -99,9 +106,13 @@ class Training(Section):
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the training dialogues.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps; overrides epochs.")
     batch_size: PositiveInt = Field(32, description="Dialogues in one optimizer step.")
-    tokens_per_step: PositiveInt = Field(
-        4096,
-        description="Most tokens, padding included, in one forward pass on one device; changes speed and memory only.",
+    tokens_per_step: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Most tokens, padding included, in one forward pass on one device; changes speed and memory only. "
+        "auto: what fits the graphics card, 4096 without one.",
+    )
+    device_memory: Text | None = Field(
+        None, description="Memory of the graphics card to plan for and to stay within, such as 24GiB; null: its own."
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -113,8 +124,10 @@ class Training(Section):
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = Field(
         "adamw_torch", description="Optimizer; the paged one needs a GPU."
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, a third more time."
+    recompute: Literal["auto", "none", "mlp", "full"] = Field(
+        "auto",
+        description="What the backward pass makes again instead of keeping it: none; mlp: the MLP's first product; "
+        "full: each layer (gradient checkpointing). auto: the least that fits the graphics card.",
     )
     evaluations: PositiveInt = Field(
         4, description="Evaluations on validation over the run, evenly spaced; each writes a checkpoint and samples."
@@ -181,6 +194,23 @@ class Evaluation(Section):
     samples: NonNegativeInt = Field(100, description="Dialogues that can be browsed in the report.")
 
 
+class Hub(Section):
+    """What publish.py puts on the Hugging Face Hub. The token comes from HF_TOKEN or `hf auth login` alone."""
+
+    repo_id: Text | None = Field(None, description="Repository to publish to (owner/name); it is made if need be.")
+    private: bool = Field(True, description="Only you and your organization can see the repository.")
+    base_model: Text | None = Field(
+        None, description="Id of the base on the Hub, where model.name is a local copy of it; null: model.name."
+    )
+    license: Text | None = Field(
+        None, description="Licence of the adapter, by the Hub's identifier, such as apache-2.0 or cc-by-4.0."
+    )
+    language: list[str] = Field(["en"], description="Languages of the dialogues, as ISO 639 codes.")
+    datasets: list[str] = Field(
+        [], description="Ids of the training data on the Hub, for the card; []: data.source where it is one."
+    )
+
+
 class Settings(Section):
     """One experiment."""
 
@@ -196,13 +226,33 @@ class Settings(Section):
     training: Training = Training()
     generation: Generation = Generation()
     evaluation: Evaluation = Evaluation()
+    hub: Hub = Hub()
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """Bytes of an amount such as 24GiB, 24 GB or 512MiB; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text or "")
+    if match is None or float(match[1]) == 0:
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2]])
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form owner/name of the Hub. `./name` and `/name` are paths."""
+    part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+    return re.fullmatch(f"{part}/{part}", text) is not None and ".." not in text and "--" not in text
 
 
 def conflicts(settings: Settings) -> list[tuple[str, str]]:
     """Values that are fine alone and impossible together: (dotted key, what is wrong)."""
     found = []
+    for key in ("repo_id", "base_model"):
+        if (value := getattr(settings.hub, key)) is not None and not is_hub_id(value):
+            found.append((f"hub.{key}", f"expected an id on the Hub such as owner/name, found {value!r}"))
     if settings.data.validation_fraction + settings.data.test_fraction >= 1:
         found.append(("data.test_fraction", "leaves nothing for training beside data.validation_fraction"))
+    if memory_bytes(settings.training.device_memory) is None and settings.training.device_memory is not None:
+        found.append(("training.device_memory", f"expected {MEMORY_FORM}, found {settings.training.device_memory!r}"))
     patience = settings.training.early_stopping
     if patience is not None and patience >= settings.training.evaluations:
         found.append(("training.early_stopping", "never stops a run that has no more training.evaluations than that"))

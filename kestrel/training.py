@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kestrel.batching import batches_within
+from kestrel.batching import batches_within, share_of
 from kestrel.checkpoints import read_sealed, saying_disk_full, seal
 from kestrel.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, token_nll
+from kestrel.passes import Plan, remedies, write_passes
+from kestrel.prompt import IGNORED
 from kestrel.settings import Settings
 
 _COLUMNS = ["input_ids", "labels"]
@@ -38,33 +42,44 @@ class DialogueTrainer(Trainer):
         settings: of the run.
         steps: row numbers of each optimizer step.
         meaning: what a checkpoint must agree with to be resumed.
+        chosen: how passes are made; smaller ones are made where memory runs out.
         extra: further arguments of the Trainer: model, args, datasets, callbacks.
     """
 
-    def __init__(self, settings: Settings, steps: list[np.ndarray], meaning: dict[str, Any], **extra: Any):
+    def __init__(
+        self, settings: Settings, steps: list[np.ndarray], meaning: dict[str, Any], chosen: Plan, **extra: Any
+    ):
         super().__init__(**extra)
         self._settings = settings
         self._steps = steps
         self._meaning = meaning
-        self._rows = self.train_dataset.select_columns(_COLUMNS)
+        self._chosen = chosen
+        self._rows = self.train_dataset.select_columns(_COLUMNS).with_format("numpy")
         self._lengths = lengths_of(self.train_dataset)
         self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
-        self._proven = False
+        self.last_gradient_norm: torch.Tensor | None = None
 
     # -- data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self._rows, batch_sampler=self._steps, collate_fn=self._step_of)  # type: ignore[arg-type]
+        # Nothing in a step waits for the GPU, so the next step is put together while the GPU computes this one.
+        return DataLoader(
+            self._rows,
+            batch_sampler=self._steps,  # type: ignore[arg-type]
+            collate_fn=self._step_of,
+            pin_memory=self.args.device.type == "cuda",
+        )
 
-    def _step_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        supervised = sum(sum(label != -100 for label in row["labels"]) for row in rows)
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        mine = rows[self.args.process_index :: self.args.world_size]
-        lengths = np.asarray([len(row["input_ids"]) for row in mine])
-        cuts = batches_within(lengths, self._settings.training.tokens_per_step) if mine else ()
+    def _step_of(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        budget = self._chosen.tokens_per_step
+        lengths = np.asarray([len(row["input_ids"]) for row in rows])
+        mine = share_of(lengths, self.args.process_index, self.args.world_size)
         return {
-            "forward_passes": [collate([mine[i] for i in cut], self._pad_id) for cut in cuts],
-            "supervised_tokens": supervised,
+            "forward_passes": [
+                collate([rows[i] for i in mine[cut]], self._pad_id) for cut in batches_within(lengths[mine], budget)
+            ],
+            "supervised_tokens": sum(int(np.count_nonzero(row["labels"] != IGNORED)) for row in rows),
+            "tokens_per_step": budget,
         }
 
     @property
@@ -79,17 +94,101 @@ class DialogueTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Backward over one optimizer step. Returns this process's part of the loss times the number of processes."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
+        """Backward over one optimizer step. Returns this process's part of the loss times the number of processes.
+
+        Where memory runs out, the step is done again with smaller passes, from the same random state: the result is
+        the same up to rounding.
+
+        Raises:
+            KestrelError: one dialogue at a time is too much.
+        """
+        if not model.training:
+            model.train()
+        while True:
+            if inputs["tokens_per_step"] != self._chosen.tokens_per_step:
+                inputs = self._step_of(self._rows_of(self.state.global_step))
+            random = _random_state()
+            try:
+                return self._backward(model, inputs)
+            except torch.OutOfMemoryError:
+                too_large = self._largest_of(inputs)
+            # Not while the exception is there, whose frames hold what is to be freed.
+            self._step_down(too_large, others_wait=self.args.world_size > 1)
+            model.zero_grad()
+            _restore(random)
+
+    def _backward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         passes, total = inputs["forward_passes"], torch.zeros((), device=self.args.device)
         for index, batch in enumerate(passes):
             with self._gradients_synchronized(model, last=index == len(passes) - 1):
-                nll = token_nll(model, batch).sum()
+                nll = token_nll(model, self._on_device(batch)).sum()
                 loss = nll * (self.args.world_size / inputs["supervised_tokens"])
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _on_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch without its mask, which our loss does not need."""
+        wanted = ((name, tensor) for name, tensor in batch.items() if name != "attention_mask")
+        return {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in wanted}
+
+    def _rows_of(self, step: int) -> list[dict[str, np.ndarray]]:
+        return [self._rows[int(row)] for row in self._steps[step]]
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _largest_of(inputs: dict[str, Any]) -> torch.Size:
+        return max((batch["input_ids"].shape for batch in inputs["forward_passes"]), key=math.prod)
+
+    def rehearse(self) -> None:
+        """Runs the pass that needs most, before training does, with smaller ones where memory runs out.
+
+        Gradients and the random state are left as they were.
+
+        Raises:
+            KestrelError: one dialogue at a time is too much.
+        """
+        random, budget = _random_state(), None
+        while budget != self._chosen.tokens_per_step:
+            budget = self._chosen.tokens_per_step
+            inputs = self._step_of(self._rows_of(self._heaviest_step(budget)))
+            heaviest = max(inputs["forward_passes"], key=lambda batch: batch["input_ids"].numel())
+            self.model.train()
+            try:
+                token_nll(self.model, self._on_device(heaviest)).sum().backward()
+            except torch.OutOfMemoryError:
+                too_large = heaviest["input_ids"].shape
+            else:
+                too_large = None
+            if too_large is not None:
+                self._step_down(too_large)
+            self.model.zero_grad()
+        _restore(random)
+
+    def _heaviest_step(self, budget: int) -> int:
+        def tokens(rows: np.ndarray) -> int:
+            lengths = self._lengths[rows]
+            mine = lengths[share_of(lengths, self.args.process_index, self.args.world_size)]
+            return max((len(cut) * int(mine[cut].max()) for cut in batches_within(mine, budget)), default=0)
+
+        return max(range(len(self._steps)), key=lambda step: tokens(self._steps[step]))
+
+    def _step_down(self, too_large: torch.Size, others_wait: bool = False) -> None:
+        """Makes passes smaller than one that did not fit, where that is possible and no other process waits for it."""
+        rows, length = too_large
+        if rows == 1 or others_wait:
+            raise KestrelError(
+                f"out of memory in a pass of {rows} x {length:,} tokens; "
+                + remedies(self._settings, self._chosen.recompute, smaller_passes=rows > 1)
+            )
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._chosen = dataclasses.replace(self._chosen, tokens_per_step=rows * length * 3 // 4)
+        tqdm.write(
+            f"out of memory in a pass of {rows} x {length:,} tokens: from now on a pass holds at most "
+            f"{self._chosen.tokens_per_step:,} (training.tokens_per_step); the steps stay what they are"
+        )
 
     @contextmanager
     def _gradients_synchronized(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
@@ -107,20 +206,20 @@ class DialogueTrainer(Trainer):
 
         Sums and counts are kept apart until the end: a mean of batch means depends on the batch size.
         """
-        rows = self.eval_dataset.select_columns(_COLUMNS)
+        rows = self.eval_dataset.select_columns(_COLUMNS).with_format("numpy")
         self.model.eval()
-        nll, tokens = torch.zeros((), dtype=torch.float64), 0
+        nll, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(self.eval_dataset)[mine]
-        for cut in batches_within(lengths, self._settings.training.tokens_per_step):
-            batch = self._prepare_inputs(collate([rows[int(mine[i])] for i in cut], self._pad_id))
-            each = token_nll(self.model, batch)
-            nll += each.double().sum().cpu()
+        for cut in batches_within(lengths, self._chosen.tokens_per_step):
+            batch = collate([rows[int(mine[i])] for i in cut], self._pad_id)
+            each = token_nll(self.model, self._on_device(batch))
+            nll += each.double().sum()
             tokens += len(each)
         if self.args.world_size > 1:
-            both = torch.tensor([nll.item(), tokens], dtype=torch.float64, device=self.args.device)
+            both = torch.stack((nll, nll.new_tensor(tokens)))
             torch.distributed.all_reduce(both)
-            nll, tokens = both[0].cpu(), int(both[1])
+            nll, tokens = both[0], int(both[1])
         loss = nll.item() / tokens
         if not loss < _DIVERGED:
             raise ProofError(
@@ -131,6 +230,11 @@ class DialogueTrainer(Trainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """As the Trainer does; the norm before clipping is left where the guard finds it."""
+        self.last_gradient_norm = super()._clip_grad_norm(model)
+        return self.last_gradient_norm
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -149,6 +253,7 @@ class DialogueTrainer(Trainer):
                 if self.args.world_size > 1:
                     torch.distributed.barrier()
                 if self.is_world_process_zero():
+                    write_passes(checkpoint, self._settings, self._chosen)
                     seal(checkpoint, self._meaning)
         except Exception:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -167,6 +272,16 @@ class DialogueTrainer(Trainer):
     def dialogues_of_step(self, step: int) -> list[str]:
         """Ids of the dialogues of an optimizer step (1-based)."""
         return [str(name) for name in self.train_dataset.select(self._steps[step - 1])["dialogue_id"]]
+
+
+def _random_state() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def _restore(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)
 
 
 def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:

@@ -18,6 +18,7 @@ from kestrel import callbacks, training
 from kestrel.adapter import WEIGHTS
 from kestrel.loss import collate, install, token_nll
 from kestrel.model import add_lora, load_adapter, load_base
+from kestrel.passes import Plan
 from kestrel.settings import Lora
 
 
@@ -163,7 +164,7 @@ def test_16_bit_trains_and_generates(prepared, tmp_path):
 # -- the same trajectory, however it is cut ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [["--training.tokens_per_step", "1"], ["--training.gradient_checkpointing", "true"]])
+@pytest.mark.parametrize("change", [["--training.tokens_per_step", "1"], ["--training.recompute", "full"]])
 def test_trajectory_does_not_depend_on_how_a_step_is_computed(prepared, tmp_path, change):
     """Without dropout, whose draws depend on the shapes they fill."""
     weights, losses = [], []
@@ -175,22 +176,23 @@ def test_trajectory_does_not_depend_on_how_a_step_is_computed(prepared, tmp_path
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
-    if "checkpointing" in change[0]:
+    if "recompute" in change[0]:
         assert same(*weights)
 
 
-def test_gradient_checkpointing_gives_identical_gradients_with_dropout():
+@pytest.mark.parametrize("architecture", ["falcon", "llama"])
+def test_recomputation_gives_identical_gradients_with_dropout(architecture):
     gradients = []
-    for checkpointing in (False, True):
-        model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.2), seed=0)
-        install(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for recompute in ("none", "mlp", "full"):
+        targets = ["query_key_value"] if architecture == "falcon" else ["q_proj", "v_proj"]
+        base = make_model(architecture).requires_grad_(False)
+        model = add_lora(base, Lora(r=4, dropout=0.2, target_modules=targets), seed=0)
+        install(model, recompute)
         model.train()
         torch.manual_seed(3)
         token_nll(model, collate([{"input_ids": [*range(20, 60)], "labels": [*range(20, 60)]}], 11)).mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0] and same(*gradients)
+    assert gradients[0] and same(*gradients[:2]) and same(*gradients[1:])
 
 
 def test_each_token_of_a_step_weighs_the_same(prepared):
@@ -204,7 +206,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
     install(model)
     chosen = np.arange(7)
     trainer = training.DialogueTrainer(
-        settings, [chosen], {}, model=model, train_dataset=rows, eval_dataset=rows,
+        settings, [chosen], {}, Plan(120, "none"), model=model, train_dataset=rows, eval_dataset=rows,
         processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
         args=training.arguments_for(settings, 1, prepared.run.parent / "unused", on_gpu=False),
     )  # fmt: skip
@@ -222,9 +224,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
             assert torch.allclose(cut[name], parameter.grad, rtol=1e-3, atol=1e-6), name
     losses = []
     for budget in (1, 120, 10_000):
-        trainer._settings = settings.model_copy(
-            update={"training": settings.training.model_copy(update={"tokens_per_step": budget})}
-        )
+        trainer._chosen = Plan(budget, "none")
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 

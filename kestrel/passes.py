@@ -1,0 +1,254 @@
+"""How many tokens a forward pass may hold, and what the backward pass makes again: given, or what fits the device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kestrel.artifacts import read_json, write_json
+from kestrel.batching import batches_within, share_of
+from kestrel.falcon import Recompute
+from kestrel.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
+from kestrel.settings import Settings, memory_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
+_ENOUGH = 2048  # tokens in a pass that keep a GPU busy; below, making activations again costs less than small passes do
+_STEP = 64  # tokens; finer choices are worth nothing
+_TRIALS = 5
+_RECORD = "passes.json"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the passes of a run are made.
+
+    Attributes:
+        tokens_per_step: most tokens, padding included, in one pass.
+        recompute: none, mlp or full.
+        estimate: of memory; None where nothing asked for one.
+        memory: bytes that there are; None without a GPU.
+    """
+
+    tokens_per_step: int
+    recompute: Recompute
+    estimate: Estimate | None = None
+    memory: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """By estimate, if there is one."""
+        return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
+
+    def line(self) -> str:
+        """One line for the terminal."""
+        told = f"passes of up to {self.tokens_per_step:,} tokens, recompute {self.recompute}"
+        if self.estimate is None or self.memory is None:
+            return told
+        return f"{told}: {self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB by estimate"
+
+
+def capacity(settings: Settings) -> int | None:
+    """Bytes of GPU memory that training may use: what the settings name, else what is free now; None without a GPU."""
+    named = memory_bytes(settings.training.device_memory)
+    if not torch.cuda.is_available():
+        return named
+    free, total = torch.cuda.mem_get_info()
+    found = min(total, free + CONTEXT)  # this process's context is there already
+    return found if named is None else min(named, found)
+
+
+def stay_within(settings: Settings) -> None:
+    """Lets this process take no more of the GPU than training.device_memory."""
+    named = memory_bytes(settings.training.device_memory)
+    if named is not None and torch.cuda.is_available():
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, named - CONTEXT) / total))
+
+
+class Dialogues:
+    """Lengths of the training dialogues, and what they make of passes.
+
+    Args:
+        lengths: tokens of each row.
+        supervised: of these, tokens with a label.
+        steps: row numbers of each optimizer step, which the processes of the run share.
+    """
+
+    def __init__(self, lengths: np.ndarray, supervised: np.ndarray, steps: Sequence[np.ndarray]):
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self._supervised = supervised
+        self._shares = [step[share_of(lengths[step], 0, processes)] for step in steps]
+        self._lengths = lengths
+        used = np.unique(np.concatenate(self._shares))
+        self.steps = len(steps)
+        self.tokens = int(sum(lengths[share].sum() for share in self._shares))
+        self.longest = int(lengths[used].max())
+        self.most_tokens = max(len(share) * int(lengths[share].max()) for share in self._shares)
+        self._density = float((supervised[used] / lengths[used]).max())
+
+    def passes(self, tokens_per_step: int) -> list[Pass]:
+        """All passes of the run, in order."""
+        found = []
+        for share in self._shares:
+            lengths = self._lengths[share]
+            for cut in batches_within(lengths, tokens_per_step):
+                supervised = int(self._supervised[share[cut]].sum())
+                found.append(Pass(len(cut), int(lengths[cut].max()), supervised))
+        return found
+
+    def largest(self, tokens_per_step: int) -> Pass:
+        """A pass that takes as much memory as any of the run."""
+        passes = self.passes(tokens_per_step)
+        widest = max(passes, key=lambda one: one.tokens)
+        return Pass(widest.rows, widest.length, max(one.supervised for one in passes))
+
+    def filled(self, tokens: int) -> Pass:
+        """A pass of that many tokens, of dialogues as long and as densely supervised as there are."""
+        rows = -(-tokens // self.longest)
+        return Pass(rows, tokens // rows, int(tokens * self._density))
+
+
+def plan(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, checkpoint: Path | None = None) -> Plan:
+    """What the settings say; where they say auto, what the run was begun with, or what fits the device by estimate.
+
+    Args:
+        settings: of the run.
+        config: the base's architecture.
+        dialogues: of the run.
+        checkpoint: that training goes on from.
+    """
+    recorded = read_passes(checkpoint, settings) if checkpoint is not None else None
+    if recorded is not None:
+        return recorded
+    memory = capacity(settings)
+    if memory is None or (settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"):
+        return without_estimate(settings)
+    try:
+        return choose(settings, Estimator(settings, config), memory, dialogues)
+    except CannotEstimate as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return without_estimate(settings)
+
+
+def without_estimate(settings: Settings) -> Plan:
+    """The settings' own values, and fixed ones for auto."""
+    tokens, recompute = settings.training.tokens_per_step, settings.training.recompute
+    return Plan(WITHOUT_A_GPU if tokens == "auto" else tokens, "none" if recompute == "auto" else recompute)
+
+
+def choose(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
+    """The least recomputation with which passes of a reasonable size fit, and the largest size that does.
+
+    Args:
+        settings: of the run.
+        estimator: of its memory.
+        memory: bytes that it may use.
+        dialogues: of the run.
+
+    Returns:
+        Where nothing fits, what takes least.
+
+    Raises:
+        CannotEstimate: the architecture cannot be run on shapes alone.
+    """
+    asked = settings.training
+    levels: list[Recompute] = estimator.levels if asked.recompute == "auto" else [asked.recompute]
+    best: Plan | None = None
+    for level in levels:
+
+        def planned(tokens: int, shape: Pass | None = None, level: Recompute = level) -> Plan:
+            return Plan(tokens, level, estimator.estimate(shape or dialogues.filled(tokens), level), memory)
+
+        if asked.tokens_per_step != "auto":
+            best = planned(asked.tokens_per_step, dialogues.largest(asked.tokens_per_step))
+            if best.fits:
+                return best
+            continue
+        found = _largest_that_fits(planned, dialogues.longest, dialogues.most_tokens)
+        if best is None or found.tokens_per_step > best.tokens_per_step or not best.fits:
+            best = found
+        if best.fits and best.tokens_per_step >= min(_ENOUGH, dialogues.most_tokens):
+            return best
+    assert best is not None
+    return best
+
+
+def _largest_that_fits(planned: Callable[[int], Plan], low: int, high: int) -> Plan:
+    """The largest plan between two numbers of tokens that fits, else the lowest; memory grows almost linearly with them."""
+    best, most = planned(low), planned(high)
+    if most.fits or not best.fits:
+        return most if most.fits else best
+    for _ in range(_TRIALS):
+        assert best.estimate is not None and most.estimate is not None and best.memory is not None
+        slope = (most.estimate.needed - best.estimate.needed) / (most.tokens_per_step - best.tokens_per_step)
+        more = (best.memory - best.estimate.needed) / slope
+        tokens = int(best.tokens_per_step + more) // _STEP * _STEP
+        if not best.tokens_per_step < tokens < most.tokens_per_step:
+            break
+        trial = planned(tokens)
+        best, most = (trial, most) if trial.fits else (best, trial)
+    return best
+
+
+def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = False) -> str:
+    """What to change where memory does not suffice.
+
+    Args:
+        settings: of the run.
+        recompute: none, mlp or full, as the run makes its passes.
+        smaller_passes: whether they can be smaller.
+    """
+    changes = ["lower training.tokens_per_step"] if smaller_passes else []
+    if settings.quantization.bits != 4:
+        changes.append("set quantization.bits: 4")
+    if recompute != "full":
+        changes.append("set training.recompute: full")
+    changes.append("lower prompt.max_length and run preprocess.py again")
+    if settings.lora.target_modules == "all-linear" or len(settings.lora.target_modules) > 1:
+        changes.append("name fewer layers in lora.target_modules")
+    if settings.training.optimizer != "paged_adamw_8bit":
+        changes.append("set training.optimizer: paged_adamw_8bit")
+    return "in order of effect: " + ", ".join(changes)
+
+
+def too_much(settings: Settings, chosen: Plan) -> str:
+    """A sentence for a plan that does not fit."""
+    assert chosen.estimate is not None and chosen.memory is not None
+    smaller_passes = settings.training.tokens_per_step != "auto"
+    return (
+        f"training needs {chosen.estimate.needed / GIB:.1f} GiB by estimate, there are {chosen.memory / GIB:.1f}; "
+        + remedies(settings, chosen.recompute, smaller_passes)
+    )
+
+
+def write_passes(checkpoint: Path, settings: Settings, chosen: Plan) -> None:
+    """Records in a checkpoint how passes are made: dropout's draws depend on it, so a resumed run must do the same."""
+    write_json(
+        checkpoint / _RECORD,
+        {
+            "asked": _asked(settings),
+            "chosen": {"tokens_per_step": chosen.tokens_per_step, "recompute": chosen.recompute},
+        },
+    )
+
+
+def read_passes(checkpoint: Path, settings: Settings) -> Plan | None:
+    """What a checkpoint records; None where other settings were asked for, or nothing is recorded."""
+    if not (checkpoint / _RECORD).exists():
+        return None
+    record = read_json(checkpoint / _RECORD, "begin anew with --training.resume never")
+    return Plan(**record["chosen"]) if record["asked"] == _asked(settings) else None
+
+
+def _asked(settings: Settings) -> dict[str, int | str | None]:
+    return settings.training.model_dump(include={"tokens_per_step", "recompute", "device_memory"})
