@@ -33,7 +33,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
 
     from kestrel import callbacks, checkpoints, dry_run, passes, training
     from kestrel.adapter import save_and_prove
-    from kestrel.artifacts import identity_of
+    from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
     from kestrel.dataset import lengths_of, load_split, open_dataset, supervised_of
     from kestrel.disk import room_for, training_bytes
@@ -142,6 +142,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         "tokens": int(trainer.tokens_until[state.global_step - 1]),
         "best_step": state.best_global_step,
         "eval_loss": state.best_metric,
+        "training_log": sha256_of(run / "logs" / "training.jsonl"),
     }
     proof = save_and_prove(model, prompt, settings, run / "adapter", meaning, facts)
     print(

@@ -122,25 +122,11 @@ class JsonLines(TrainerCallback):
         return json.dumps({"step": step, **self._values(logs), "tokens": tokens}) + "\n"
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Keeps the lines of a JSONL file whose `step` is at most the given one; what a killed run half wrote goes too."""
-    kept = []
-    # Not splitlines(), which would also cut at the line separators that a text may hold.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            break
-    with write_atomically(path) as file:
-        file.writelines(kept)
-
-
 class Samples(TrainerCallback):
     """Writes what the model answers to a few fixed validation contexts at each evaluation.
 
     Args:
-        path: samples.jsonl.
+        path: samples.jsonl; a training that goes on begins it with the copy in its checkpoint.
         answer: returns one row for each context, given nothing.
     """
 
@@ -149,7 +135,10 @@ class Samples(TrainerCallback):
         self._answer = answer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        cut_after(self._path, state.global_step)
+        if state.is_world_process_zero:
+            copy = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._path.name
+            with write_atomically(self._path, "wb") as file:
+                file.write(copy.read_bytes() if copy.exists() else b"")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if state.is_world_process_zero:

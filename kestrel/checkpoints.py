@@ -23,13 +23,17 @@ _KIND = "checkpoint"
 _STATE = "trainer_state.json"
 
 
-def seal(checkpoint: Path, meaning: dict[str, Any]) -> None:
+def seal(checkpoint: Path, meaning: dict[str, Any], *beside: Path) -> None:
     """Declares a checkpoint complete.
 
     Args:
         checkpoint: its folder, fully written.
         meaning: what must be equal for a run to go on from here.
+        beside: files that grow while the run does, of which the checkpoint keeps a copy as they are now.
     """
+    for path in beside:
+        if path.exists():
+            shutil.copyfile(path, checkpoint / path.name)
     write_manifest(checkpoint, _KIND, meaning, made_from={})
 
 

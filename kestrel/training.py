@@ -254,7 +254,7 @@ class DialogueTrainer(Trainer):
                     torch.distributed.barrier()
                 if self.is_world_process_zero():
                     write_passes(checkpoint, self._settings, self._chosen)
-                    seal(checkpoint, self._meaning)
+                    seal(checkpoint, self._meaning, Path(self._settings.run_dir) / "samples.jsonl")
         except Exception:
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise

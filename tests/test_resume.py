@@ -310,11 +310,3 @@ def test_a_finished_run_that_was_moved_keeps_its_best_adapter(prepared, tmp_path
     (tmp_path / "one").rename(tmp_path / "two")
     assert train.main([*prepared.arguments("--run_dir", str(tmp_path / "two")), *LONG]) == 0
     assert results(tmp_path / "two") == best
-
-
-def test_cutting_a_log_keeps_texts_with_odd_line_separators(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    rows = [{"step": step, "response": "a\u2028b\x85c\x0cd"} for step in (1, 2, 3)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 2, "hal')
-    callbacks.cut_after(path, 2)
-    assert [json.loads(line) for line in path.read_text().split("\n") if line] == rows[:2]

@@ -51,7 +51,10 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
     now = {}
     for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
         if (artifact / MANIFEST).exists():
-            now[kind] = identity_of(read_manifest(artifact, kind, f"make it again with: {command}", check_files=False))
+            manifest = read_manifest(artifact, kind, f"make it again with: {command}", check_files=False)
+            now[kind] = identity_of(manifest)
+            if artifact == run_dir / "adapter":
+                _check_log(run_dir / "logs" / "training.jsonl", manifest)
     for file in files:
         system, order = order_in_name(names_of(file)[1])
         orders = f" --generation.persona_orders {order + 1}" if order else ""
@@ -71,3 +74,12 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
             raise KestrelError(
                 f"{file} was generated with other settings than {system} with the persona as given; {remedy}"
             )
+
+
+def _check_log(log: Path, adapter: dict[str, Any]) -> None:
+    """Refuses a log, which the report draws, that is not the one of the adapter's training."""
+    if log.exists() and adapter.get("training_log", sha256_of(log)) != sha256_of(log):
+        raise KestrelError(
+            f"{log} was changed since the adapter was trained, or is of another training: train.py writes it anew, or "
+            "delete it, and the report has no curve"
+        )

@@ -146,7 +146,6 @@ def artifacts(data: bytes) -> None:
         lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate"),
         lambda: _script("generate").up_to_date(run / "generations" / "test.adapter.jsonl", {}),
         lambda: read_log(log),
-        lambda: callbacks.cut_after(log, 3),
     ]
     for read in readers:
         with contextlib.suppress(KestrelError):
