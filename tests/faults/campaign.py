@@ -14,14 +14,17 @@ is 1 if any trial failed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import platform
 import random
 import shlex
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from faults.forks import SCRIPTS, Ended, Forks, Moment
 from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
-from kestrel.artifacts import git_commit, library_versions
+from kestrel.artifacts import git_commit, library_versions, write_json
 
 _STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
@@ -83,47 +86,37 @@ def trial(small: SmallRun, stage: Stage, seed: int, signals: bool) -> list[Ended
     return runs
 
 
-def campaign(small: SmallRun, script: str, seeds: range, signals: bool) -> dict[str, Any]:
-    """Runs the trials of one script. Returns what is told of them."""
-    stage, failures = small.stages[script], []
-    runs: list[Ended] = []
-    for seed in seeds:
-        try:
-            runs += trial(small, stage, seed, signals)
-        except Failure as failure:
-            failures.append({"seed": seed, "what": str(failure)})
-            print(f"{script}, seed {seed}: {failure}", flush=True)
-    told: dict[str, Any] = {
-        "trials": len(seeds),
-        "survived": len(seeds) - len(failures),
-        "interruptions_that_hit": sum(run.status != 0 for run in runs),
-        "seconds_uninterrupted": round(stage.seconds, 2),
-        "file_operations": stage.operations,
-        "failures": failures,
-    }
-    if signals:
-        told["seconds_to_stop_at_most"] = round(max(run.seconds_to_stop for run in runs if run.status), 2)
-    return told
+@dataclass
+class Tally:
+    """What a kind of trial came to.
 
+    Attributes:
+        measured: facts about the undisturbed script.
+        stopped_in: seconds from the first signal to the end of the process, at most.
+    """
 
-def damages(small: SmallRun, seeds: range) -> dict[str, Any]:
-    """Runs the trials with damaged files. Returns what is told of them."""
-    make_begun(small)
-    reported, failures = 0, []
-    for seed in seeds:
+    measured: dict[str, Any] = field(default_factory=dict)
+    trials: int = 0
+    hits: int = 0
+    stopped_in: float = 0.0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, seed: int, attempt: Callable[[], list[Ended]]) -> None:
+        """Makes one trial and counts it."""
+        self.trials += 1
         try:
-            reported += damaged(small, seed)[1].status != 0
+            runs = attempt()
         except Failure as failure:
-            failures.append({"seed": seed, "what": str(failure)})
-            print(f"seed {seed}: {failure}", flush=True)
-    survived = len(seeds) - len(failures)
-    return {
-        "trials": len(seeds),
-        "survived": survived,
-        "refused_with_a_message": reported,
-        "same_result": survived - reported,
-        "failures": failures,
-    }
+            self.failures.append({"seed": seed, "what": str(failure)})
+            print(f"{name}, seed {seed}: {failure}", flush=True)
+            return
+        self.hits += sum(run.status != 0 for run in runs)
+        self.stopped_in = max([self.stopped_in, *(run.seconds_to_stop for run in runs if run.status)])
+
+    def as_json(self, hits: str) -> dict[str, Any]:
+        told = {"trials": self.trials, "survived": self.trials - len(self.failures), hits: self.hits, **self.measured}
+        stopped = {"seconds_to_stop_at_most": round(self.stopped_in, 2)} if self.stopped_in else {}
+        return told | stopped | {"failures": self.failures}
 
 
 def options() -> argparse.Namespace:
@@ -142,8 +135,8 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen = options()
-    scripts: tuple[str, ...] = SCRIPTS if chosen.script == "all" else (chosen.script,)
     began = time.monotonic()
+    tallies: dict[str, Tally] = {}
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         work = Path(name)
         write_base(work / "base")
@@ -151,29 +144,49 @@ def main() -> int:
         # A stop by a signal is a line of the log of its own, so that lines between would be other means.
         training = ["--training.max_steps", "12", "--training.logging_steps", "1" if chosen.signals else "2"]
         small = SmallRun(Forks(work), work, training)
-        told = {}
         if chosen.damage:
-            told["damage"] = damages(small, range(chosen.seed, chosen.seed + chosen.trials))
-            scripts = ()
-        for index, script in enumerate(scripts):
-            share = len(range(index, chosen.trials, len(scripts)))
-            told[script] = campaign(small, script, range(chosen.seed, chosen.seed + share), chosen.signals)
-    for what, counts in told.items():
-        print(f"{what}: " + ", ".join(f"{key} {value}" for key, value in counts.items() if key != "failures"))
-    result = {
+            make_begun(small)
+            kinds = ["damage"]
+        else:
+            kinds = list(SCRIPTS) if chosen.script == "all" else [chosen.script]
+        for kind in kinds:
+            stage = small.stages.get(kind)
+            measured = (
+                {"seconds_undisturbed": round(stage.seconds, 2), "file_operations": stage.operations} if stage else {}
+            )
+            tallies[kind] = Tally(measured)
+        for number in range(chosen.trials):
+            kind, seed = kinds[number % len(kinds)], chosen.seed + number // len(kinds)
+            if chosen.damage:
+                tallies[kind].add(kind, seed, partial(damaged, small, seed))
+            else:
+                tallies[kind].add(kind, seed, partial(trial, small, small.stages[kind], seed, chosen.signals))
+            if chosen.output and (number % 10 == 9 or number == chosen.trials - 1):
+                write_report(chosen, tallies, time.monotonic() - began)
+    for kind, tally in tallies.items():
+        print(f"{kind}: {tally.trials - len(tally.failures)} of {tally.trials} trials survived, {tally.hits} hits")
+    return 1 if any(tally.failures for tally in tallies.values()) else 0
+
+
+def write_report(chosen: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> None:
+    """Writes what is known so far, whole, so that a long campaign may be stopped."""
+    hits = "refused_with_a_message" if chosen.damage else "interruptions_that_hit"
+    report = {
         "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
-        "results": told,
-        "seconds": round(time.monotonic() - began),
-        "machine": {"cores": os.cpu_count()},
+        "results": {kind: tally.as_json(hits) for kind, tally in tallies.items()},
+        "seconds": round(seconds),
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "versions": library_versions(),
         "git_commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if chosen.output:
-        chosen.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    failed = sum(len(counts["failures"]) for counts in told.values())
-    print(f"{failed} of {chosen.trials} trials failed" if failed else f"{chosen.trials} trials survived")
-    return 1 if failed else 0
+    write_json(chosen.output, report)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ def damage(path: Path, draw: random.Random) -> str:
     return f"{how} at {at} of {path}"
 
 
-def trial(small: SmallRun, seed: int) -> tuple[str, Ended]:
+def trial(small: SmallRun, seed: int) -> list[Ended]:
     """Damages a file that is drawn from a target that is drawn, and runs the script that reads it.
 
     Returns:
-        What was done, and how the script ended.
+        How the script ended.
 
     Raises:
         Failure: another result in silence, or a message that does not say where.
@@ -102,16 +102,16 @@ def trial(small: SmallRun, seed: int) -> tuple[str, Ended]:
     done = damage(path, draw)
     try:
         ended = small.execute(stage)
-        _judge(small, stage, target, path, done, ended)
+        _judge(small, stage, target, path, ended)
     except Failure as failure:
         raise Failure(f"{target.script}.py after {done}: {failure}") from None
     finally:
         if small.run not in path.parents:
             path.write_bytes(original)
-    return done, ended
+    return [ended]
 
 
-def _judge(small: SmallRun, stage: Stage, target: Target, path: Path, done: str, ended: Ended) -> None:
+def _judge(small: SmallRun, stage: Stage, target: Target, path: Path, ended: Ended) -> None:
     if ended.status not in (0, 1, 2) or "unexpected" in ended.said:
         raise Failure(f"status {ended.status}:\n{ended.said}")
     if target.is_input:
