@@ -1,0 +1,179 @@
+"""The benchmarks: that they run, that a wrong loss is not timed, and that their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make_models import make_model, write_corpus
+
+from benchmarks import agreement, peers
+from benchmarks.profiles import PROFILES, ROOT, System
+from benchmarks.rows import row_of, table
+from kestrel.errors import ProofError
+
+_ROWS: list[dict[str, Any]] = [
+    {"input_ids": [20 + 7 * n % 300 for n in range(first, first + 40)], "reply_spans": [(8, 14), (25, 40)]}
+    for first in (0, 50, 100)
+]
+
+
+def _with_lora(seed: int) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(make_model(), LoraConfig(**peers.LORA, task_type="CAUSAL_LM"))
+
+
+def _loss(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:
+    """The library's own loss over a row's labels."""
+    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+    return model(input_ids=ids, labels=labels).loss
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.pt"
+    agreement.write_reference(_with_lora(seed=1), _ROWS, path)
+    return path
+
+
+def test_an_equal_loss_agrees_whatever_the_adapter_was(reference: Path) -> None:
+    """Systems begin with adapters of their own; the check gives them all the same one, and takes it away again."""
+    model = _with_lora(seed=2)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def loss_of(number: int, span: tuple[int, int], row: dict[str, Any]) -> float:
+        return _loss(model, row).item()
+
+    assert agreement.check("same", model, _ROWS, loss_of, reference, "float32") < 1e-4
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(module.p == 0.05 for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p)
+
+
+@pytest.mark.parametrize("wrong", ["context", "adapter", "one token less"])
+def test_a_loss_that_is_not_the_models_is_refused(reference: Path, wrong: str) -> None:
+    model = _with_lora(seed=2)
+
+    def loss_of(number: int, span: tuple[int, int], row: dict[str, Any]) -> float:
+        if wrong == "context":  # as when dialogues in one sequence see each other
+            before = _ROWS[number - 1]["input_ids"]
+            row = {"input_ids": before + row["input_ids"], "labels": [-100] * len(before) + row["labels"]}
+        elif wrong == "one token less":
+            row = {**row, "labels": [-100 if n == span[1] - 1 else label for n, label in enumerate(row["labels"])]}
+        if wrong != "adapter":
+            return _loss(model, row).item()
+        with model.disable_adapter():  # type: ignore[operator]
+            return _loss(model, row).item()
+
+    with pytest.raises(ProofError, match="of their spread apart"):
+        agreement.check("wrong", model, _ROWS, loss_of, reference, "bfloat16")
+
+
+@pytest.mark.parametrize(("scale", "agrees"), [(1.0, True), (1.5, False), (0.0, False)])
+def test_a_gradient_that_is_not_the_models_is_refused(reference: Path, scale: float, agrees: bool) -> None:
+    """Scale 0 is what repacked 4-bit weights give: training that goes on and learns nothing."""
+    model = _with_lora(seed=2)
+    supervised = sum(end - start for row in _ROWS for start, end in row["reply_spans"])
+
+    def backward() -> None:
+        for _, (start, end), row in agreement.replies_of(_ROWS):
+            (_loss(model, row) * (scale * (end - start) / supervised)).backward()
+
+    if agrees:
+        assert agreement.check_gradient("same", model, backward, reference, "float32") < 1e-4
+    else:
+        with pytest.raises(ProofError, match="gradient"):
+            agreement.check_gradient("wrong", model, backward, reference, "bfloat16")
+
+
+@given(st.lists(st.integers(1, 500), min_size=40, max_size=300), st.integers(20, 60))
+def test_sampled_examples_are_as_long_as_all_are(lengths: list[int], count: int) -> None:
+    """An epoch is extrapolated from them, so their mean may differ by no more than the widest step of the quantiles."""
+    chosen = peers.spread([{"input_ids": [0] * length} for length in lengths], count)
+    assert len(chosen) == min(count, len(lengths))
+    mean = sum(len(example["input_ids"]) for example in chosen) / len(chosen)
+    assert abs(mean - sum(lengths) / len(lengths)) <= (max(lengths) - min(lengths)) / len(chosen) + 1e-9
+
+
+def test_one_example_a_turn_supervises_each_reply_once() -> None:
+    examples = peers.turns_of(_ROWS)
+    whole = [[token for start, end in row["reply_spans"] for token in row["input_ids"][start:end]] for row in _ROWS]
+    parts = [[label for label in example["labels"] if label != -100] for example in examples]
+    assert [*chain.from_iterable(parts)] == [*chain.from_iterable(whole)]
+    assert all(len(example["input_ids"]) == len(example["labels"]) for example in examples)
+    filled = peers.padded(examples[0], pad_id=11)
+    assert {len(values) for values in filled.values()} == {512}
+    assert filled["labels"] == filled["input_ids"] and sum(filled["attention_mask"]) == len(examples[0]["input_ids"])
+
+
+def test_a_row_counts_the_dialogues_tokens_once() -> None:
+    """Half an epoch of 1,000 tokens in 2 s is an epoch in 4 s, whatever was computed twice or padded."""
+    system = System("some", "trl-turns", 8, 1, 5)
+    facts = {"tokens": 1000, "linear_parameters": 10**6, "matrix_flops": 10**10}
+    measured = {"seconds": 2.0, "tokens": 500.0, "dialogues": 5.0, "real": 3000, "positions": 4000}
+    row = row_of(system, {**measured, "peak_bytes": 2**30, "loss_difference": 0.0}, facts)
+    assert row["epoch_seconds"] == 4.0
+    assert row["useful_tokens_per_second"] == 250.0
+    assert row["padding_share"] == 0.25
+    assert row["utilisation"] == 4 * 10**6 * 250 / 10**10
+    refused = row_of(system, {"disagrees": "its loss is another"}, facts)
+    assert "not timed: its loss is another" in table({"rows": [row, refused]})
+
+
+def test_names_in_a_profile_are_unique_and_configs_exist() -> None:
+    for profile in PROFILES.values():
+        names = [system.name for system in profile.systems]
+        assert len(set(names)) == len(names)
+        assert all((ROOT / system.config).is_file() for system in profile.systems)
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
+    """On a small model and few dialogues; with TRL where it is installed."""
+    corpus = write_corpus(tmp_path / "corpus", dialogues=24)
+    names = ["kestrel", "original", *(["trl-turns", "trl-dialogues", "trl-packed"] if find_spec("trl") else [])]
+    output = tmp_path / "result.json"
+    trial = ("--profile", "cpu", "--layers", "1", "--steps", "1", "--text", str(corpus), "--output", str(output))
+    done = _run("train.py", *trial, "--only", *names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(output.read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert set(rows) == set(names)
+    packed = rows.pop("trl-packed", None)
+    assert packed is None or "spread apart" in packed["disagrees"], "packed dialogues no longer see each other: time it"
+    for name, row in rows.items():
+        assert 0 < row["loss_difference"] < agreement.TOLERANCE[record["compute_dtype"]][0]
+        assert row["epoch_seconds"] > 0 and row["peak_bytes"] > 2**20
+        assert (row["padding_share"] > 0.5) == (name == "original")
+        assert name in done.stdout.rpartition("| system |")[2]
+    assert rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
+    assert record["versions"]["torch"] and record["date"] and record["device"]
+
+
+def test_an_unknown_row_is_a_usage_error() -> None:
+    done = _run("train.py", "--profile", "cpu", "--only", "kestrle")
+    assert done.returncode == 2
+    assert "trl-dialogues" in done.stderr
+
+
+def test_evaluate_is_timed(tmp_path: Path) -> None:
+    output = tmp_path / "evaluate.json"
+    done = _run("evaluate.py", "--replies", "30", "--systems", "2", "--resamples", "100", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert (record["replies"], record["systems"]) == (30, 2)
+    assert record["seconds"] > 0
