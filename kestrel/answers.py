@@ -6,20 +6,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kestrel.artifacts import write_atomically
-from kestrel.dataset import dialogue_of
+from kestrel.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
-from kestrel.generation import in_batches
+from kestrel.generation import Prompted, Response, answers_behind, by_the_library, decodes_itself
 from kestrel.likelihood import Scored, span_nll
 from kestrel.persona_order import reordered
+from kestrel.prefix import computed, continuation_nll
 from kestrel.prompt import Prompt, Rendered, Unrenderable
 from kestrel.settings import Generation
 
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MARK = re.compile(r'\{"dialogues_done": (\d{1,12}), ')
-SHARD = 32  # dialogues that are answered together and then written; what an interruption can cost
+# Dialogues are answered together and then written, which is what an interruption can cost: as many as fill some passes,
+# so that thousands of answers grow side by side, and a few dozen at least.
+_PASSES_A_SHARD = 4
+_DIALOGUES_A_SHARD = 32
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def answer(
     prompt: Prompt,
     by_dialogue: Sequence[Sequence[Question]],
     settings: Generation,
-    seed: Sequence[int],
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Answers every question of some dialogues.
 
@@ -127,59 +132,102 @@ def answer(
     """
     questions = [question for dialogue in by_dialogue for question in dialogue]
     answers = [question.as_row() for question in questions]
-    contexts = [question.context for question in questions]
-    for positions, responses in in_batches(model, prompt, contexts, settings, seed):
-        for position, response in zip(positions, responses, strict=True):
-            answers[position] |= {
-                "response": response.text,
-                "stopped_by": response.stopped_by,
-                "response_tokens": response.tokens,
+    sequences, sequence_of = _sequences(by_dialogue, settings.references)
+    asked = [
+        Prompted(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)
+        for question, sequence in zip(questions, sequence_of, strict=True)
+    ]
+    candidates = _tokenized_candidates(prompt, questions) if settings.candidates else {}
+    scores: dict[int, list[tuple[float, int]]] = {}
+    if decodes_itself(model, settings):
+        for held, in_held in computed(model, sequences, settings.tokens_per_step):
+            scores |= in_held
+            _add_responses(answers, answers_behind(model, prompt, held, asked, settings))
+            wanted = {
+                index: (asked[index].sequence, questions[index].context, replies)
+                for index, replies in candidates.items()
+                if held.holds(asked[index].sequence)
             }
+            for index, pairs in continuation_nll(model, held, wanted, settings.tokens_per_step).items():
+                answers[index]["candidate_nll"] = [list(pair) for pair in pairs]
+    else:
+        _add_responses(answers, by_the_library(model, prompt, asked, settings))
+        scores = dict(enumerate(span_nll(model, sequences, settings.tokens_per_step)))
+        _score_candidates(model, questions, candidates, answers, settings.tokens_per_step)
     if settings.references:
-        scores = _reference_scores(model, by_dialogue, settings.tokens_per_step)
-        for row, (nll, tokens) in zip(answers, scores, strict=True):
+        in_order = [pair for index in range(len(sequences)) for pair in scores[index]]
+        for row, (nll, tokens) in zip(answers, in_order, strict=True):
             row |= {"reference_nll": nll, "reference_tokens": tokens}
-    if settings.candidates:
-        _score_candidates(model, prompt, questions, answers, settings.tokens_per_step)
     return answers
 
 
-def _reference_scores(
-    model: torch.nn.Module, by_dialogue: Sequence[Sequence[Question]], tokens_per_step: int
-) -> list[tuple[float, int]]:
-    """(nats, tokens) of each reference, in order. Those that share their dialogue's sequence cost one pass together."""
-    sequences = []
+def _seed_of(question: Question, seed: int) -> int:
+    """The same wherever and with whatever the question is answered."""
+    name = json.dumps([seed, question.dialogue.dialogue_id, question.turn])
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def _sequences(by_dialogue: Sequence[Sequence[Question]], references: bool) -> tuple[list[Scored], list[int]]:
+    """What has to be computed: token sequences with the references in them, in order; and the sequence of each question.
+
+    Prompts that begin their dialogue's sequence share it; each of the others has one of its own.
+    """
+    sequences: list[Scored] = []
+    sequence_of: list[int] = []
     for questions in by_dialogue:
         for question in questions:
-            whole = [*question.context, *question.reference]
             if question.span is None:
+                whole = [*question.context, *question.reference]
+                sequence_of.append(len(sequences))
                 sequences.append(Scored(whole, [(len(question.context), len(whole))]))
         # What truncation cut stands first, so the last question's sequence holds all of the others.
-        if spans := [question.span for question in questions if question.span is not None]:
-            sequences.append(Scored(whole, spans))
-    return [score for scores in span_nll(model, sequences, tokens_per_step) for score in scores]
+        spans = [question.span for question in questions if question.span is not None]
+        if spans:
+            sequence_of += [len(sequences)] * len(spans)
+            sequences.append(Scored([*questions[-1].context, *questions[-1].reference], spans))
+    if not references:
+        sequences = [Scored(whole.input_ids[: whole.spans[-1][0]], []) for whole in sequences]
+    return sequences, sequence_of
+
+
+def _add_responses(answers: list[dict[str, Any]], responses: Iterable[tuple[int, Response]]) -> None:
+    for index, response in responses:
+        answers[index] |= {
+            "response": response.text,
+            "stopped_by": response.stopped_by,
+            "response_tokens": response.tokens,
+        }
+
+
+def _tokenized_candidates(prompt: Prompt, questions: Sequence[Question]) -> dict[int, list[list[int]]]:
+    """Token ids of the candidates of each question that has any, by the question's index.
+
+    A reply of whose candidates one cannot be tokenized as text has none: a rank among fewer would be another score.
+    """
+    found = {}
+    for index, question in enumerate(questions):
+        try:
+            replies = [prompt.reply_ids(text) for text in question.candidates]
+        except Unrenderable:
+            continue
+        if replies:
+            found[index] = replies
+    return found
 
 
 def _score_candidates(
     model: torch.nn.Module,
-    prompt: Prompt,
-    questions: list[Question],
+    questions: Sequence[Question],
+    candidates: dict[int, list[list[int]]],
     answers: list[dict[str, Any]],
     tokens_per_step: int,
 ) -> None:
-    """Adds candidate_nll, [nll, tokens] of each candidate, where the data offers candidates.
-
-    A reply of whose candidates one cannot be tokenized as text gets none: a rank among fewer would be another score.
-    """
+    """Adds candidate_nll, [nll, tokens] of each candidate, each scored behind a prompt of its own."""
     sequences, owners = [], []
-    for index, question in enumerate(questions):
-        try:
-            candidates = [prompt.reply_ids(text) for text in question.candidates]
-        except Unrenderable:
-            continue
-        for reply in candidates:
-            start = len(question.context)
-            sequences.append(Scored([*question.context, *reply], [(start, start + len(reply))]))
+    for index, replies in candidates.items():
+        start = len(questions[index].context)
+        for reply in replies:
+            sequences.append(Scored([*questions[index].context, *reply], [(start, start + len(reply))]))
             owners.append(index)
     for index, scores in zip(owners, span_nll(model, sequences, tokens_per_step), strict=True):
         answers[index].setdefault("candidate_nll", []).append(list(scores[0]))
@@ -211,12 +259,13 @@ def write_answers(
         Dialogues done, after each shard; those of an earlier call first.
     """
     partial = path.with_name(f".{path.name}.partial")
+    lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _keep_complete_shards(partial, identity, dataset)
     yield done
     while done < len(dataset):
-        rows = [dataset[i] for i in range(done, min(done + SHARD, len(dataset)))]
-        answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, [seed, done])
+        rows = [dataset[i] for i in range(done, done + _shard(lengths[done:], settings.tokens_per_step))]
+        answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answers]
         done += len(rows)
         with open(partial, "a", encoding="utf-8") as file:
@@ -229,6 +278,12 @@ def write_answers(
         next(file)
         whole.writelines(line for line in file if not _MARK.match(line))
     partial.unlink()
+
+
+def _shard(lengths: np.ndarray, tokens_per_step: int) -> int:
+    """How many of the next dialogues, of these lengths, make a shard."""
+    fitting = int(np.searchsorted(lengths.cumsum(), _PASSES_A_SHARD * tokens_per_step, side="right"))
+    return min(len(lengths), max(fitting, _DIALOGUES_A_SHARD))
 
 
 def _mark(done: int, shard: bytes) -> str:

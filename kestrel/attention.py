@@ -24,11 +24,18 @@ _stock = F.scaled_dot_product_attention
 def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """As torch's function; a single key/value head is seen by every query head.
 
+    Where each head has one query, as in generation, the heads are as many queries of one head: the keys are then read
+    once and not once a head.
+
     Args:
         query: (batch, heads, queries, head size).
         key, value: (batch, heads or 1, keys, head size).
     """
     if key.dim() == 4 and key.shape[1] == 1 and query.shape[1] > 1:
+        if query.shape[2] == 1 and not args and not kwargs.get("is_causal"):
+            mask = kwargs.pop("attn_mask", None)
+            mask = mask.transpose(1, 2) if mask is not None and mask.dim() == 4 else mask
+            return _stock(query.transpose(1, 2), key, value, attn_mask=mask, **kwargs).transpose(1, 2)
         key, value = (t.expand(-1, query.shape[1], -1, -1) for t in (key, value))
     return _stock(query, key, value, *args, **kwargs)
 

@@ -1,7 +1,8 @@
-"""Answers to prompts: batched, left-padded, cut by token count, each with the reason why it ended."""
+"""Answers to prompts, each with the reason why it ended."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 
 from kestrel.batching import batches_within
+from kestrel.decoding import decode
+from kestrel.likelihood import Scored
 from kestrel.loss import causal_lm_of
 from kestrel.model import check_context
+from kestrel.prefix import Prefixes, computed, is_shareable, memory_for_rows
 from kestrel.prompt import Prompt
 from kestrel.settings import Generation
 
@@ -61,32 +65,131 @@ def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
     return GenerationConfig(**chosen)
 
 
-def batches_of(contexts: Sequence[Sequence[int]], settings: Generation) -> list[np.ndarray]:
-    """Positions of the contexts of each batch: similar lengths, within the token budget, longest first."""
-    lengths = np.asarray([len(ids) + settings.max_new_tokens for ids in contexts], dtype=np.int64)
-    return list(batches_within(lengths, settings.tokens_per_step)) if len(contexts) else []
+@dataclass(frozen=True)
+class Prompted:
+    """A context that is to be answered.
+
+    Attributes:
+        ids: token ids.
+        sequence: which of the computed sequences begins with them.
+        seed: of sampling; the draws for this answer are made from it alone.
+    """
+
+    ids: Sequence[int]
+    sequence: int
+    seed: int = 0
 
 
-@torch.no_grad()
 def respond(
-    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Generation
+    model: torch.nn.Module,
+    prompt: Prompt,
+    contexts: Sequence[Sequence[int]],
+    settings: Generation,
+    seeds: Sequence[int] | None = None,
 ) -> list[Response]:
-    """Answers one batch of contexts.
+    """Answers contexts.
 
     Args:
         model: the causal LM, with or without its adapter switched on; it is left in evaluation mode.
         prompt: of the run.
         contexts: token ids of each prompt.
         settings: of generation.
+        seeds: of each answer, where it is sampled; none draws it from torch's generator.
 
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
+    if not contexts:
+        return []
+    check_context(model, max(map(len, contexts)), settings.max_new_tokens)
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(contexts),)).tolist() if settings.do_sample else [0] * len(contexts)
+    asked = [Prompted(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
+    responses: list[Response | None] = [None] * len(asked)
+    if not decodes_itself(model, settings):
+        for index, response in by_the_library(model, prompt, asked, settings):
+            responses[index] = response
+    else:
+        for held, _ in computed(model, [Scored(ids, []) for ids in contexts], settings.tokens_per_step):
+            for index, response in answers_behind(model, prompt, held, asked, settings):
+                responses[index] = response
+    return [response for response in responses if response is not None]
+
+
+def decodes_itself(model: torch.nn.Module, settings: Generation) -> bool:
+    """Whether Kestrel decodes: beams, and models that cannot share prefixes, are left to the library's `generate`."""
+    return settings.num_beams == 1 and is_shareable(model)
+
+
+@torch.no_grad()
+def answers_behind(
+    model: torch.nn.Module, prompt: Prompt, held: Prefixes, asked: Sequence[Prompted], settings: Generation
+) -> Iterator[tuple[int, Response]]:
+    """Answers those contexts whose sequence is held, in batches of similar length, the longest first.
+
+    A row takes its share of the cache and one row of logits; together they take no more than a pass over
+    tokens_per_step tokens.
+
+    Yields:
+        Positions in `asked`, and their responses.
+    """
+    chosen = [index for index, prompted in enumerate(asked) if held.holds(prompted.sequence)]
+    chosen.sort(key=lambda index: -len(asked[index].ids))
+    if not chosen:
+        return
+    width = len(asked[chosen[0]].ids) + settings.max_new_tokens
+    causal_lm: Any = causal_lm_of(model)
+    logits = causal_lm.config.get_text_config().vocab_size * causal_lm.dtype.itemsize
+    most = memory_for_rows(model, held, settings.tokens_per_step) // (width * held.bytes_a_token + logits)
+    count = math.ceil(len(chosen) / max(1, most))
+    tail = max((len(stop.encode()) for stop in settings.stop_strings), default=0)
+
+    def has_stop(ids: list[int]) -> bool:
+        text = _text_of(ids, prompt)
+        return any(stop in text for stop in settings.stop_strings)
+
+    for positions in np.array_split(np.asarray(chosen), count):
+        batch = [asked[position] for position in positions]
+        rows = held.behind([(p.sequence, len(p.ids) - 1) for p in batch], settings.max_new_tokens)
+        draws = np.stack([_draws(p.seed, settings.max_new_tokens) for p in batch]) if settings.do_sample else None
+        ids = [p.ids for p in batch]
+        is_over = has_stop if settings.stop_strings else None
+        said = decode(model, rows, ids, settings, prompt.end_id, draws, is_over, tail)
+        for position, row in zip(positions.tolist(), said, strict=True):
+            yield position, _cut(row, prompt, settings.stop_strings)
+
+
+def _draws(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(count)
+
+
+def by_the_library(
+    model: torch.nn.Module, prompt: Prompt, asked: Sequence[Prompted], settings: Generation
+) -> Iterator[tuple[int, Response]]:
+    """Answers contexts with the library's `generate`, in batches of similar length, each prompt computed on its own.
+
+    A batch is sampled from the seed of its first context.
+
+    Yields:
+        Positions in `asked`, and their responses.
+    """
+    lengths = np.asarray([len(prompted.ids) + settings.max_new_tokens for prompted in asked], dtype=np.int64)
+    for positions in batches_within(lengths, settings.tokens_per_step):
+        if settings.do_sample:
+            torch.manual_seed(asked[positions[0]].seed)
+        responses = _generate(model, prompt, [asked[position].ids for position in positions], settings)
+        yield from zip(positions.tolist(), responses, strict=True)
+
+
+@torch.no_grad()
+def _generate(
+    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Generation
+) -> list[Response]:
+    """One batch of `by_the_library`, padded on the left."""
     from transformers import StoppingCriteriaList
 
     model.eval()
     longest = max(len(ids) for ids in contexts)
-    check_context(model, longest, settings.max_new_tokens)
     device = next(model.parameters()).device
     ids = torch.full((len(contexts), longest), prompt.end_id)
     mask = torch.zeros((len(contexts), longest), dtype=torch.long)
@@ -147,20 +250,3 @@ def _first_stop(ids: list[int], prompt: Prompt, stop_strings: Sequence[str]) -> 
         if places:
             return text[: min(places)].strip(), count
     return None
-
-
-def in_batches(
-    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Generation, seed: Sequence[int]
-) -> Iterator[tuple[np.ndarray, list[Response]]]:
-    """Answers all contexts, batch after batch.
-
-    Args:
-        seed: of sampling; each batch draws from a stream of its own, so that an interrupted run repeats what it drew.
-
-    Yields:
-        Positions of the contexts and their responses.
-    """
-    for number, positions in enumerate(batches_of(contexts, settings)):
-        if settings.do_sample:
-            torch.manual_seed(int(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64)[0] >> 1))
-        yield positions, respond(model, prompt, [contexts[i] for i in positions], settings)

@@ -22,6 +22,43 @@ class Scored:
     spans: Sequence[tuple[int, int]]
 
 
+def with_labels(sequences: Sequence[Scored]) -> dict[str, torch.Tensor]:
+    """The sequences as a right-padded batch, as of `loss.collate`, whose supervised tokens are the spans."""
+    rows = []
+    for sequence in sequences:
+        labels = [IGNORED] * len(sequence.input_ids)
+        for start, end in sequence.spans:
+            labels[start:end] = sequence.input_ids[start:end]
+        rows.append({"input_ids": sequence.input_ids, "labels": labels})
+    return collate(rows, pad_id=0)
+
+
+def spans_of(sequences: Sequence[Scored], nll: torch.Tensor | None) -> list[list[tuple[float, int]]]:
+    """Sums up the likelihoods of a batch's supervised tokens.
+
+    Args:
+        sequences: of the batch.
+        nll: float32 (supervised tokens,), row by row; None where there are none.
+
+    Returns:
+        For each sequence, (sum in nats, tokens) of each span.
+
+    Raises:
+        ProofError: a likelihood is not finite.
+    """
+    values = np.zeros(0) if nll is None else nll.double().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise ProofError(NOT_FINITE)
+    results: list[list[tuple[float, int]]] = []
+    first = 0
+    for sequence in sequences:
+        results.append([])
+        for start, end in sequence.spans:
+            results[-1].append((float(values[first : first + end - start].sum()), end - start))
+            first += end - start
+    return results
+
+
 @torch.no_grad()
 def span_nll(
     model: torch.nn.Module, sequences: Sequence[Scored], tokens_per_step: int
@@ -46,20 +83,8 @@ def span_nll(
     results: list[list[tuple[float, int]]] = [[] for _ in sequences]
     lengths = np.asarray([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
     for positions in batches_within(lengths, tokens_per_step) if len(sequences) else ():
-        rows = []
-        for position in positions:
-            sequence = sequences[position]
-            labels = [IGNORED] * len(sequence.input_ids)
-            for start, end in sequence.spans:
-                labels[start:end] = sequence.input_ids[start:end]
-            rows.append({"input_ids": sequence.input_ids, "labels": labels})
-        batch = {name: tensor.to(device) for name, tensor in collate(rows, pad_id=0).items()}
-        values = token_nll(model, batch).double().cpu()
-        if not torch.isfinite(values).all():
-            raise ProofError(NOT_FINITE)
-        first = 0
-        for position in positions:
-            for start, end in sequences[position].spans:
-                results[position].append((values[first : first + end - start].sum().item(), end - start))
-                first += end - start
+        chosen = [sequences[position] for position in positions]
+        batch = {name: tensor.to(device) for name, tensor in with_labels(chosen).items()}
+        for position, scores in zip(positions, spans_of(chosen, token_nll(model, batch)), strict=True):
+            results[position] = scores
     return results

@@ -93,7 +93,17 @@ def _chunk_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> 
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _nll_of(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def nll_of_hidden(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target.
+
+    Args:
+        head: of the causal LM, from a hidden state to logits.
+        hidden: (targets, hidden size), the last hidden state before each target.
+        targets: int64 (targets,), token ids.
+
+    Returns:
+        float32 (targets,) in nats.
+    """
     hooked = head._forward_hooks or head._forward_pre_hooks
     if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not hooked:
         nll: torch.Tensor = _ProjectedNll.apply(hidden, head.weight, targets)
@@ -117,7 +127,7 @@ def _token_nll(
         hidden = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
     predicting = batch["predicting"]
     targets = batch["labels"].flatten()[predicting + 1]
-    return _nll_of(causal_lm.get_output_embeddings(), hidden.flatten(0, 1).index_select(0, predicting), targets)
+    return nll_of_hidden(causal_lm.get_output_embeddings(), hidden.flatten(0, 1).index_select(0, predicting), targets)
 
 
 def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:

@@ -78,22 +78,35 @@ def make_tokenizer(vocabulary: int = VOCABULARY) -> Any:
 
 
 def make_config(architecture: str, hidden: int = 64, layers: int = 2) -> Any:
-    """The configuration of a tiny model: falcon (with Falcon-7B's flags), llama, gpt_neox, qwen2 or gpt2."""
-    from transformers import FalconConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+    """The configuration of a tiny model: llama, gpt_neox, qwen2, gpt2, mistral, bloom, or a Falcon.
+
+    falcon has Falcon-7B's flags, falcon-alibi Falcon-RW's, falcon-new Falcon-40B's.
+    """
+    import transformers
+    from transformers import FalconConfig, GPT2Config, LlamaConfig
 
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 11, "eos_token_id": 11}
     shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4}
     if architecture == "falcon":
         flags = {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False}
         return FalconConfig(**common, **shape, **flags, alibi=False)
+    if architecture == "falcon-alibi":
+        flags = {"multi_query": False, "parallel_attn": False, "new_decoder_architecture": False, "bias": True}
+        return FalconConfig(**common, **shape, **flags, alibi=True)
+    if architecture == "falcon-new":
+        return FalconConfig(**common, **shape, num_kv_heads=2, new_decoder_architecture=True, bias=False, alibi=False)
+    if architecture == "bloom":
+        return transformers.BloomConfig(**common, **shape)
     if architecture == "gpt2":
         return GPT2Config(**common, n_embd=hidden, n_layer=layers, n_head=4, n_positions=512)
     wide = {**common, **shape, "intermediate_size": 2 * hidden}
     if architecture == "gpt_neox":
-        return GPTNeoXConfig(**wide)
+        return transformers.GPTNeoXConfig(**wide)
+    if architecture == "mistral":
+        return transformers.MistralConfig(**wide, num_key_value_heads=2, sliding_window=16)
     if architecture == "llama":
         return LlamaConfig(**wide, num_key_value_heads=2)
-    return Qwen2Config(**wide, num_key_value_heads=2, tie_word_embeddings=True)
+    return transformers.Qwen2Config(**wide, num_key_value_heads=2, tie_word_embeddings=True)
 
 
 def make_model(architecture: str = "falcon", hidden: int = 64, layers: int = 2, seed: int = 0) -> Any:

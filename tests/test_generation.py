@@ -19,7 +19,7 @@ from make_models import make_model, make_tokenizer, words, write_base, write_con
 from kestrel.answers import questions_of
 from kestrel.dataset import load_split
 from kestrel.errors import KestrelError
-from kestrel.generation import in_batches, respond
+from kestrel.generation import Prompted, by_the_library, respond
 from kestrel.loss import install
 from kestrel.model import add_lora
 from kestrel.prompt import Prompt
@@ -27,6 +27,7 @@ from kestrel.settings import Generation, Lora
 
 END = 11
 ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
 CONTEXTS = st.lists(st.lists(st.integers(12, 380), min_size=1, max_size=30), min_size=1, max_size=6)
 
 
@@ -48,7 +49,7 @@ def adapted(architecture: str) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, torch.nn.Module]:
-    return {name: adapted(name) for name in ("falcon", "gpt2", "llama")}
+    return {name: adapted(name) for name in ARCHITECTURES}
 
 
 def own_greedy(model: torch.nn.Module, context: list[int], count: int) -> list[int]:
@@ -67,16 +68,34 @@ def own_greedy(model: torch.nn.Module, context: list[int], count: int) -> list[i
 def test_batched_answers_are_argmax_of_single_forward_passes(models, prompt, architecture, contexts, budget):
     model = models[architecture]
     chosen = Generation(max_new_tokens=10, stop_strings=[], tokens_per_step=budget)
-    seen = []
-    for positions, responses in in_batches(model, prompt, contexts, chosen, seed=[0]):
-        for position, response in zip(positions, responses, strict=True):
-            seen.append(position)
-            ids = own_greedy(model, contexts[position], 10)
-            ended = ids[-1] == END
-            assert response.tokens == len(ids)
-            assert response.text == prompt.reply_text(ids)
-            assert response.stopped_by == ("eos" if ended else "length")
-    assert sorted(seen) == list(range(len(contexts)))
+    for context, response in zip(contexts, respond(model, prompt, contexts, chosen), strict=True):
+        ids = own_greedy(model, context, 10)
+        ended = ids[-1] == END
+        assert response.tokens == len(ids)
+        assert response.text == prompt.reply_text(ids)
+        assert response.stopped_by == ("eos" if ended else "length")
+
+
+RULES = st.fixed_dictionaries(
+    {
+        "repetition_penalty": st.sampled_from([1.0, 1.2, 2.0]),
+        "no_repeat_ngram_size": st.sampled_from([0, 1, 2, 3]),
+        "stop_strings": st.sampled_from([[], ["\n"], ["a", "tt"]]),
+        "max_new_tokens": st.integers(1, 20),
+    }
+)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(contexts=CONTEXTS, rules=RULES)
+@settings(max_examples=8, deadline=None)
+def test_answers_are_the_librarys_own(models, prompt, architecture, contexts, rules):
+    """Each context alone, as the library decodes it; ours share passes, rows leave them, and the cache is our own."""
+    chosen = Generation(**rules)
+    ours = respond(models[architecture], prompt, contexts, chosen)
+    for context, response in zip(contexts, ours, strict=True):
+        [(_, alone)] = by_the_library(models[architecture], prompt, [Prompted(context, 0)], chosen)
+        assert response == alone
 
 
 class Parrot(torch.nn.Module):
@@ -154,18 +173,38 @@ def test_beams_are_the_same_alone_and_together(models, prompt):
     assert together != respond(models["falcon"], prompt, contexts, Generation(max_new_tokens=8))
 
 
-def test_sampling_follows_the_seed(models, prompt):
-    contexts = [[20 + i, 30, 40] for i in range(6)]
-    chosen = Generation(max_new_tokens=8, do_sample=True, top_k=50, tokens_per_step=30)
+def test_a_sample_hangs_on_its_own_seed_alone(models, prompt):
+    contexts, seeds = [[20 + i, 30, 40] + [50] * i for i in range(6)], list(range(6))
+    chosen = Generation(max_new_tokens=8, do_sample=True, top_k=50, top_p=0.9, temperature=1.3)
 
-    def draw(*seed):
-        return [r.text for _, batch in in_batches(models["falcon"], prompt, contexts, chosen, seed) for r in batch]
+    def drawn(order, budget=8192):
+        settings = chosen.model_copy(update={"tokens_per_step": budget})
+        found = respond(models["falcon"], prompt, [contexts[i] for i in order], settings, [seeds[i] for i in order])
+        return dict(zip(order, found, strict=True))
 
-    assert draw(0, 0) == draw(0, 0) != draw(1, 0)
-    assert draw(0, 0) != draw(0, 32)
-    same = [[20, 30, 40]] * 4
-    answers = [r.text for _, b in in_batches(models["falcon"], prompt, same, chosen, [0]) for r in b]
-    assert len(set(answers)) > 1  # batches draw from streams of their own
+    together = drawn(range(6))
+    assert drawn([4, 0, 5, 2, 1, 3], budget=20) == together
+    assert {i: drawn([i])[i] for i in range(6)} == together
+    others = respond(models["falcon"], prompt, [contexts[0]] * 6, chosen, seeds)
+    assert len({response.text for response in others}) > 1
+
+
+def test_samples_follow_the_models_probabilities(models, prompt):
+    """3,000 first tokens after one context, against the softmax of its logits among the 20 likeliest."""
+    context, count = [20, 30, 40], 3000
+    chosen = Generation(max_new_tokens=1, do_sample=True, top_k=20, temperature=2.0, stop_strings=[])
+    drawn = respond(models["falcon"], prompt, [context] * count, chosen, range(count))
+    with torch.no_grad():
+        logits = models["falcon"](input_ids=torch.tensor([context])).logits[0, -1] / 2
+    likeliest = logits.topk(20)
+    expected: dict[str, float] = {}
+    for token, probability in zip(likeliest.indices.tolist(), likeliest.values.softmax(0).tolist(), strict=True):
+        text = prompt.reply_text([token]) if token != END else ""
+        expected[text] = expected.get(text, 0) + probability
+    found = {text: sum(response.text == text for response in drawn) / count for text in expected}
+    assert sum(found.values()) == pytest.approx(1)
+    for text, probability in expected.items():
+        assert abs(found[text] - probability) < 4.5 * (probability * (1 - probability) / count) ** 0.5
 
 
 def test_a_models_own_defaults_change_nothing(models, prompt):
@@ -311,6 +350,7 @@ def test_killed_in_the_middle_and_again_is_the_same_file(trained, tmp_path):
     write_corpus(tmp_path / "corpus", 8, test=40)
     config = write_config(tmp_path / "c.yaml", trained.base, tmp_path / "corpus", tmp_path / "run")
     sampling = ["--generation.do_sample", "true", "--generation.top_k", "20", "--generation.max_new_tokens", "60"]
+    sampling += ["--generation.tokens_per_step", "64"]
     arguments = ["--config", str(config), "--generation.systems", "base", *sampling]
     assert preprocess.main(arguments) == 0
     assert generate.main(arguments) == 0

@@ -126,7 +126,7 @@ def test_likelihoods_are_those_under_the_shuffled_persona(order):
     dialogue = Dialogue("d", PERSONA, TURNS, candidates=candidates)
     settings = Generation(max_new_tokens=2, candidates=True)
     asked = questions_of([row_of(dialogue, prompt)], prompt, 5, order)
-    rows = answer(model, prompt, asked, settings, [0])
+    rows = answer(model, prompt, asked, settings, 0)
     shuffled = reordered(dialogue, 5, order)
     for row, (turn, text), others in zip(rows, shuffled.replies(), candidates, strict=True):
         assert row["persona"] == list(shuffled.persona)
@@ -159,7 +159,7 @@ def test_replies_that_a_longer_persona_cuts_are_answered_or_left_out():
             model = make_model()
             install(model)
             for row, question in zip(
-                answer(model, prompt, [[], questions], Generation(max_new_tokens=1), [0]), questions, strict=True
+                answer(model, prompt, [[], questions], Generation(max_new_tokens=1), 0), questions, strict=True
             ):
                 expected = log_likelihood(model, question.context, question.reference)
                 assert row["reference_nll"] == pytest.approx(expected, rel=1e-4)
@@ -175,7 +175,7 @@ def test_candidates_that_spell_a_control_token_leave_their_reply_without_a_rank(
     candidates = (("i like cars", "the end </s>"), ("i like dogs", "great"), ())
     row = row_of(Dialogue("d", PERSONA, TURNS, candidates=candidates), prompt)
     settings = Generation(max_new_tokens=1, candidates=True)
-    rows = answer(model, prompt, questions_of([row], prompt), settings, [0])
+    rows = answer(model, prompt, questions_of([row], prompt), settings, 0)
     assert [len(row.get("candidate_nll", [])) for row in rows] == [0, 2, 0]
     assert "candidate_nll" not in rows[0]
 

@@ -1,0 +1,150 @@
+"""Token after token behind prefixes that are computed already: greedy or sampled, by the library's rules.
+
+Rows that have ended leave the batch. What is drawn for a row is its own, so that neither its batch nor an interruption
+changes a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from kestrel.loss import causal_lm_of
+from kestrel.prefix import Behind
+from kestrel.settings import Generation
+
+_LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said
+_WORTH_LEAVING_OUT = 0.8  # share of rows still speaking at which the others are worth a copy of the rest
+_ROWS_AT_ONCE = 256  # whose probabilities are sorted and summed in float32 together
+_NO_TOKEN = -1
+
+
+def decode(
+    model: torch.nn.Module,
+    rows: Behind,
+    contexts: Sequence[Sequence[int]],
+    settings: Generation,
+    end_id: int,
+    draws: np.ndarray | None = None,
+    is_over: Callable[[list[int]], bool] | None = None,
+    tail: int = 0,
+) -> list[list[int]]:
+    """Continues each context, greedily or by its draws.
+
+    Args:
+        model: in evaluation mode.
+        rows: each context but for its last token, with room for max_new_tokens.
+        contexts: token ids.
+        settings: of generation, without beams.
+        end_id: the token that ends a row.
+        draws: float64 (rows, max_new_tokens) in [0, 1), where settings.do_sample.
+        is_over: whether a row has ended otherwise, told by its last tokens.
+        tail: tokens that `is_over` has to see of those that it saw before.
+
+    Returns:
+        Token ids of each row. What follows its end means nothing.
+    """
+    causal_lm: Any = causal_lm_of(model)
+    device = rows.lengths.device
+    every = _LOOK_EVERY if device.type == "cuda" else 1
+    choose = _Choice(contexts, settings, draws, device)
+    said = torch.full((len(contexts), settings.max_new_tokens), end_id, device=device)
+    speaking = torch.arange(len(contexts), device=device)  # the context of each row that is left
+    ended = torch.zeros(len(contexts), dtype=torch.bool)
+    last = torch.tensor([context[-1] for context in contexts], device=device)
+    for done in range(1, settings.max_new_tokens + 1):
+        logits = causal_lm(input_ids=last[:, None], use_cache=True, **rows.inputs(done - 1, 1)).logits[:, -1]
+        last = choose(logits, done - 1)
+        said[speaking, done - 1] = last
+        if done % every or done == settings.max_new_tokens:
+            continue
+        looked = max(0, done - every - tail)
+        recent = said[speaking, looked:done].cpu()
+        ended |= (recent == end_id).any(dim=1)
+        if is_over is not None:
+            for row in (~ended).nonzero()[:, 0].tolist():
+                ended[row] = is_over(recent[row].tolist())
+        left = (~ended).nonzero()[:, 0]
+        if len(left) == 0:
+            break
+        if len(left) <= _WORTH_LEAVING_OUT * len(ended):
+            ended = ended[left]
+            left = left.to(device)
+            speaking, last = speaking[left], last[left]
+            rows.keep(left)
+            choose.keep(left)
+    return said.tolist()
+
+
+class _Choice:
+    """The next token of each row."""
+
+    def __init__(
+        self, contexts: Sequence[Sequence[int]], settings: Generation, draws: np.ndarray | None, device: torch.device
+    ):
+        from transformers import (
+            NoRepeatNGramLogitsProcessor,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self._penalty = self._no_repeat = None
+        if settings.repetition_penalty != 1.0:
+            self._penalty = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+        if settings.no_repeat_ngram_size:
+            self._no_repeat = NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size)
+        self._warpers: list[Any] = []
+        if settings.do_sample:
+            if settings.temperature not in (None, 1.0):
+                self._warpers.append(TemperatureLogitsWarper(settings.temperature))
+            if settings.top_k is not None:
+                self._warpers.append(TopKLogitsWarper(settings.top_k))
+            if settings.top_p is not None and settings.top_p < 1.0:
+                self._warpers.append(TopPLogitsWarper(settings.top_p))
+        # From (0, 1], so that a draw never falls on a token of probability zero.
+        self._draws = None if draws is None else torch.from_numpy(1.0 - draws).float().to(device)
+        self._seen: torch.Tensor | None = None
+        if self._penalty or self._no_repeat:
+            self._length = max(map(len, contexts))
+            self._seen = torch.full((len(contexts), self._length + settings.max_new_tokens), _NO_TOKEN)
+            for row, context in zip(self._seen, contexts, strict=True):
+                row[self._length - len(context) : self._length] = torch.as_tensor(context)
+            self._seen = self._seen.to(device)
+
+    def __call__(self, logits: torch.Tensor, done: int) -> torch.Tensor:
+        """int64 (rows,) from logits (rows, vocabulary), after `done` tokens."""
+        if self._seen is None and self._draws is None:
+            return logits.argmax(dim=-1)
+        parts = torch.arange(len(logits), device=logits.device).split(_ROWS_AT_ONCE)
+        chosen = torch.cat([self._chosen(logits[part].float(), part, done) for part in parts])
+        if self._seen is not None:
+            self._seen[:, self._length + done] = chosen
+        return chosen
+
+    def _chosen(self, scores: torch.Tensor, rows: torch.Tensor, done: int) -> torch.Tensor:
+        if self._seen is not None:
+            seen = self._seen[rows, : self._length + done]
+            # Padding for those that look at single tokens: one that the row has anyway.
+            tokens = seen.where(seen != _NO_TOKEN, seen[:, -1:])
+            if self._penalty:
+                scores = self._penalty(tokens, scores)
+            if self._no_repeat:
+                # In longer n-grams padding on the left can stand only where none is ever completed.
+                scores = self._no_repeat(tokens if self._no_repeat.ngram_size == 1 else seen, scores)
+        if self._draws is None:
+            return scores.argmax(dim=-1)
+        for warper in self._warpers:
+            scores = warper(None, scores)
+        reached = scores.softmax(dim=-1).cumsum(dim=-1)
+        return torch.searchsorted(reached, self._draws[rows, done, None] * reached[:, -1:])[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        if self._seen is not None:
+            self._seen = self._seen[rows]
+        if self._draws is not None:
+            self._draws = self._draws[rows]
