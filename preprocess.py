@@ -10,6 +10,7 @@ owner's replies are supervised, and writes RUN/dataset with a manifest and stati
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,14 @@ from typing import Any
 from kestrel.command_line import run_script
 from kestrel.settings import Settings
 
-OPTIONS = [("--show", {"type": int, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of dialogues, 0 or more, found {text!r}")
+    return int(text)
+
+
+OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
 
 
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
@@ -35,23 +43,26 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
 
     data = settings.data
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    # The libraries' half a million objects stay: searched for garbage again and again, they would double the time.
+    gc.freeze()
+    target = Path(settings.run_dir) / "dataset"
     corpus = open_corpus(data.source, data.format, revision=data.revision, both_sides=data.both_sides)
     print(f"{data.source} is {corpus.format}, with {', '.join(corpus.splits)}")
-    splitter = Splitter(
-        corpus,
-        validation_fraction=data.validation_fraction,
-        test_fraction=data.test_fraction,
-        seed=settings.seed,
-        max_dialogues=data.max_dialogues,
-    )
-    if "validation" not in splitter.splits:
-        raise KestrelError(
-            f"{data.source} has no validation split, and data.validation_fraction 0 cuts none off train; training "
-            "needs one, so set it to 0.05, say"
-        )
-    target = Path(settings.run_dir) / "dataset"
     needed = dataset_bytes(corpus.files, data.max_dialogues)
     with room_for("the dataset's files", needed, target.parent), folder_atomically(target) as folder:
+        splitter = Splitter(
+            corpus,
+            validation_fraction=data.validation_fraction,
+            test_fraction=data.test_fraction,
+            seed=settings.seed,
+            max_dialogues=data.max_dialogues,
+            folder=folder,
+        )
+        if "validation" not in splitter.splits:
+            raise KestrelError(
+                f"{data.source} has no validation split, and data.validation_fraction 0 cuts none off train; training "
+                "needs one, so set it to 0.05, say"
+            )
         statistics: dict[str, SplitStatistics] = {}
         tallies: dict[str, Tally] = {}
         for split in splitter.splits:
@@ -115,16 +126,13 @@ def print_statistics(described: dict[str, Any]) -> None:
 
 
 def show(folder: Path, prompt: Any, count: int) -> None:
-    """Prints dialogues as the collator hands them to the model, supervised tokens in green or in [brackets]."""
-    from kestrel.dataset import load_split
-    from kestrel.loss import collate
+    """Prints dialogues as they stand in the dataset, supervised tokens in green or in [brackets]."""
+    from kestrel.arrow import first_rows
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
-    rows = load_split(folder, "train", "run preprocess.py again")
-    for row in rows.select(range(min(count, len(rows)))):
-        batch = collate([row], pad_id=prompt.end_id)
-        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    for row in first_rows(folder / "train", count):
+        ids, labels = row["input_ids"], row["labels"]
         supervised = sum(label != -100 for label in labels)
         print(f"\n── {row['dialogue_id']}: {len(ids)} tokens, {supervised} supervised " + "─" * 20)
         start = 0

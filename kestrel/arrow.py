@@ -79,31 +79,25 @@ class SplitWriter:
         if not rows:
             return
         dialogues = [dialogue for dialogue, _ in rows]
-        turns = [dialogue.turns for dialogue in dialogues]
-        candidates = [dialogue.candidates for dialogue in dialogues]
-        said = pa.StructArray.from_arrays(
-            [
-                pa.array([turn.speaker for each in turns for turn in each], pa.string()),
-                pa.array([turn.text for each in turns for turn in each], pa.string()),
-            ],
-            fields=list(_TURN),
-        )
+        turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+        offers = [texts for dialogue in dialogues for texts in dialogue.candidates]
+        spans = [rendered.reply_spans for _, rendered in rows]
         lengths = [len(rendered.input_ids) for _, rendered in rows]
         ids = np.fromiter(chain.from_iterable(rendered.input_ids for _, rendered in rows), np.int32, sum(lengths))
-        spans = [rendered.reply_spans for _, rendered in rows]
-        columns = {
-            "dialogue_id": pa.array([dialogue.dialogue_id for dialogue in dialogues], pa.string()),
-            "persona": _texts([dialogue.persona for dialogue in dialogues]),
-            "partner_persona": _texts([dialogue.partner_persona for dialogue in dialogues]),
-            "turns": pa.ListArray.from_arrays(_offsets(map(len, turns)), said),
-            "candidates": pa.ListArray.from_arrays(
-                _offsets(map(len, candidates)), _texts([texts for each in candidates for texts in each])
-            ),
-            "input_ids": pa.ListArray.from_arrays(_offsets(lengths), ids),
-            "labels": pa.ListArray.from_arrays(_offsets(lengths), _labels(ids, lengths, spans)),
-            "reply_spans": pa.ListArray.from_arrays(_offsets(map(len, spans)), _pairs(spans)),
-        }
-        self._file.write_batch(pa.record_batch(list(columns.values()), schema=_SCHEMA))
+        said = pa.StructArray.from_arrays(
+            [_strings([turn.speaker for turn in turns]), _strings([turn.text for turn in turns])], fields=list(_TURN)
+        )
+        columns = [
+            _strings([dialogue.dialogue_id for dialogue in dialogues]),
+            _texts([dialogue.persona for dialogue in dialogues]),
+            _texts([dialogue.partner_persona for dialogue in dialogues]),
+            _lists([len(dialogue.turns) for dialogue in dialogues], said),
+            _lists([len(dialogue.candidates) for dialogue in dialogues], _texts(offers)),
+            _lists(lengths, _integers(ids)),
+            _lists(lengths, _integers(_labels(ids, lengths, spans))),
+            _lists([len(each) for each in spans], _pairs(spans)),
+        ]
+        self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
     def _describe(self) -> None:
         """What `save_to_disk` adds beside the data: the description and the list of files."""
@@ -121,18 +115,47 @@ class SplitWriter:
         (self._folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
+def first_rows(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows of a split that was just written, as dictionaries."""
+    rows: list[dict[str, Any]] = []
+    with pa.ipc.open_stream(str(folder / _DATA)) as stream:
+        for batch in stream:
+            rows += batch.slice(0, count - len(rows)).to_pylist()
+            if len(rows) == count:
+                break
+    return rows
+
+
+# Arrays are made of buffers: `pa.array` would import pandas, to look whether it was given something of pandas.
+
+
 def _offsets(lengths: Iterable[int]) -> np.ndarray:
     """Where lists of these lengths begin in their joined values, and where the last one ends: int32, (lists + 1,)."""
     return np.cumsum([0, *lengths], dtype=np.int32)
 
 
-def _texts(lists: Sequence[Sequence[str]]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(_offsets(map(len, lists)), pa.array(chain.from_iterable(lists), pa.string()))
+def _integers(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
 
 
-def _pairs(spans: Sequence[Sequence[tuple[int, int]]]) -> pa.ListArray:
+def _strings(texts: Sequence[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    buffers = [None, pa.py_buffer(_offsets(map(len, encoded))), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _lists(lengths: Sequence[int], values: pa.Array) -> pa.Array:
+    buffers = [None, pa.py_buffer(_offsets(lengths))]
+    return pa.Array.from_buffers(pa.list_(values.type), len(lengths), buffers, children=[values])
+
+
+def _texts(lists: Sequence[Sequence[str]]) -> pa.Array:
+    return _lists([len(each) for each in lists], _strings(list(chain.from_iterable(lists))))
+
+
+def _pairs(spans: Sequence[Sequence[tuple[int, int]]]) -> pa.Array:
     flat = np.fromiter(chain.from_iterable(chain.from_iterable(spans)), np.int32)
-    return pa.ListArray.from_arrays(np.arange(0, len(flat) + 1, 2, dtype=np.int32), flat)
+    return _lists([2] * (len(flat) // 2), _integers(flat))
 
 
 def _labels(ids: np.ndarray, lengths: Sequence[int], spans: Sequence[Sequence[tuple[int, int]]]) -> np.ndarray:

@@ -98,7 +98,12 @@ def folder_atomically(path: Path) -> Iterator[Path]:
 
     A process killed at any moment leaves the old folder or the new one: under `path`, or, between the two renames,
     beside it, from where `run_folder` puts it back.
+
+    Raises:
+        KestrelError: a file stands there, which nobody may have meant to lose.
     """
+    if path.exists() and not path.is_dir():
+        raise KestrelError(f"{path} is a file where a folder is to be made; move it away, or give another run_dir")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, former = _beside(path, "incomplete"), _beside(path, "former")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -152,11 +157,16 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def files_below(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder but its manifest, by relative path."""
+    """sha256 of every file in a folder but its manifest, by relative path.
+
+    Hidden files are none of ours: a file browser or an editor leaves them and takes them away.
+    """
     return {
         path.relative_to(folder).as_posix(): sha256_of(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
+        if path.is_file()
+        and path != folder / MANIFEST
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
 
 

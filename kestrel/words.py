@@ -19,6 +19,7 @@ Tokenize = Callable[[list[str]], list[list[int]]]
 
 _MOST_WORDS = 2**17  # some 40 MB; beyond it, memory begins anew
 _MOST_LEADS = 2**12
+_LONGEST = 64  # characters; what is longer hardly comes again
 
 
 def cuts_at_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -67,32 +68,38 @@ class Words:
 
     def tokens(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Tokens of each text; what cannot be cut is tokenized whole."""
-        cut = {text: text.split(" ") for text in texts}
-        self._learn(cut.values())
         found: dict[str, list[int]] = {}
-        whole = []
-        word = self._words.__getitem__
-        for text, (lead, *words) in cut.items():
-            try:
-                found[text] = [*self._leads[lead], *chain.from_iterable(map(word, words))]
-            except KeyError:
-                whole.append(text)
+        unknown = self._look_up(texts, found)
+        self._learn(unknown)
+        whole = self._look_up(unknown, found)
         found |= zip(whole, self._tokenize(whole), strict=True) if whole else ()
         return found
 
-    def _learn(self, cut: Iterable[list[str]]) -> None:
+    def _look_up(self, texts: Iterable[str], found: dict[str, list[int]]) -> list[str]:
+        """Adds the tokens of texts to `found`; returns the texts that hold something unknown."""
+        word, unknown = self._words.__getitem__, []
+        for text in texts:
+            lead, *words = text.split(" ")
+            try:
+                found[text] = [*self._leads[lead], *chain.from_iterable(map(word, words))]
+            except KeyError:
+                unknown.append(text)
+        return unknown
+
+    def _learn(self, texts: list[str]) -> None:
+        if len(self._words) > _MOST_WORDS:
+            self._words.clear()
+        if len(self._leads) > _MOST_LEADS:
+            self._leads.clear()
         leads: set[str] = set()
         words: set[str] = set()
-        for lead, *rest in cut:
+        for text in texts:
+            lead, *rest = text.split(" ")
             leads.add(lead)
             words.update(rest)
-        if len(self._words) + len(words) > _MOST_WORDS:
-            self._words.clear()
-        if len(self._leads) + len(leads) > _MOST_LEADS:
-            self._leads.clear()
         # A piece may end where blanks end, so that a cut next to other blanks would not be exact.
-        leads = {lead for lead in leads - self._leads.keys() if not lead[-1:].isspace()}
-        words = {word for word in words - self._words.keys() if word.split() == [word]}
+        leads = {lead for lead in leads - self._leads.keys() if len(lead) <= _LONGEST and not lead[-1:].isspace()}
+        words = {word for word in words - self._words.keys() if len(word) <= _LONGEST and word.split() == [word]}
         if leads:
             self._leads |= zip(leads, self._tokenize(list(leads)), strict=True)
         if words:
