@@ -113,8 +113,9 @@ def persona_of_dialogue(settings: Settings, options: argparse.Namespace, prompt:
 
 def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Speaker:
     """The base and, if it is to talk, the adapter, proven to be the ones that were trained with this prompt."""
-    from kestrel.adapter import prove_loaded, read_adapter
+    from kestrel.adapter import prove_loaded
     from kestrel.chat.speaker import Speaker
+    from kestrel.chosen_adapter import open_adapter
     from kestrel.loss import install
     from kestrel.model import base_identity, load_adapter, load_base, load_config
 
@@ -122,18 +123,14 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
         model, audit = load_base(settings)
         print(f"base: {audit.line()}")
         return Speaker(model, prompt, ["base"])
-    folder = Path(settings.model.adapter or Path(settings.run_dir) / "adapter")
     base = base_identity(settings.model, load_config(settings.model))
-    manifest = read_adapter(
-        folder, prompt.identity(), settings.quantization.model_dump(), base, f"python train.py {options.again}"
-    )
+    folder, manifest = open_adapter(settings, prompt.identity(), base, f"python train.py {options.again}")
     model, audit = load_base(settings)
     print(f"base: {audit.line()}")
     adapted = load_adapter(model, folder)
-    print(f"adapter: {folder}")
+    print(f"adapter: {settings.model.adapter or folder}")
     install(adapted)
-    prove_loaded(adapted, manifest, prompt.identity(), settings.quantization.compute_dtype)
-    print("proven: it computes what the trained adapter did, over the same prompt\n")
+    print(prove_loaded(adapted, manifest, prompt.identity(), settings.quantization.compute_dtype) + "\n")
     return Speaker(adapted, prompt, ["adapter", "base"])
 
 

@@ -32,9 +32,10 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from kestrel.adapter import prove_loaded, read_adapter
+    from kestrel.adapter import prove_loaded
     from kestrel.answers import left_out, write_answers
     from kestrel.artifacts import identity_of, sha256_of_json
+    from kestrel.chosen_adapter import open_adapter
     from kestrel.dataset import load_split, open_dataset
     from kestrel.disk import answers_bytes, require_room, room_for
     from kestrel.loss import install
@@ -59,13 +60,10 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         "generation": chosen.model_dump(exclude=ignored),
         "seed": settings.seed,
     }
-    adapter_folder = Path(settings.model.adapter or run / "adapter")
     adapter_manifest = None
     if "adapter" in chosen.systems:
         command = f"python train.py {options.again}"
-        adapter_manifest = read_adapter(
-            adapter_folder, prompt.identity(), common["quantization"], common["base"], command
-        )
+        adapter_folder, adapter_manifest = open_adapter(settings, prompt.identity(), common["base"], command)
     folder = run / "generations"
     files: dict[Path, tuple[str, int, dict[str, Any]]] = {}  # system, order of the persona, what decides the answers
     for order in range(chosen.persona_orders):
@@ -92,11 +90,10 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     check_context(model, max((spans[-1][0] for spans in rows["reply_spans"]), default=0), chosen.max_new_tokens)
     if adapter_manifest is not None:
         model = load_adapter(model, adapter_folder)
-        print(f"adapter: {adapter_folder}")
+        print(f"adapter: {settings.model.adapter or adapter_folder}")
     install(model)
     if adapter_manifest is not None:
-        prove_loaded(model, adapter_manifest, prompt.identity(), settings.quantization.compute_dtype)
-        print("proven: it computes what the trained adapter did, over the same prompt")
+        print(prove_loaded(model, adapter_manifest, prompt.identity(), settings.quantization.compute_dtype))
 
     replies = sum(turn["speaker"] == "self" for turns in rows["turns"] for turn in turns)
     for path in missing:

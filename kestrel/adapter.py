@@ -95,7 +95,7 @@ def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: to
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    saved, kept = load_file(str(folder / WEIGHTS)), get_peft_model_state_dict(model)
+    saved, kept = load_file(str(folder / WEIGHTS)), get_peft_model_state_dict(model, save_embedding_layers=False)
     if saved.keys() != kept.keys():
         odd = sorted(saved.keys() ^ kept.keys())
         raise ProofError(f"the saved adapter has other keys than the trained one, such as {odd[0]}")
@@ -119,9 +119,17 @@ def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: to
 
 
 def read_adapter(
-    folder: Path, identity: dict[str, Any], quantization: dict[str, Any], base: dict[str, Any], command: str
+    folder: Path,
+    identity: dict[str, Any],
+    quantization: dict[str, Any],
+    base: dict[str, Any],
+    command: str,
+    remedy: str | None = None,
 ) -> dict[str, Any]:
     """Checks, before anything large is loaded, that an adapter is whole and was trained on this base with this prompt.
+
+    A base that is known by its files and one that is known by its name on the Hub cannot be compared here; then
+    `prove_loaded` has to tell.
 
     Args:
         folder: the adapter's.
@@ -129,6 +137,7 @@ def read_adapter(
         quantization: settings of this run.
         base: this run's `model.base_identity`.
         command: the command that trains an adapter, for messages.
+        remedy: what to do about an adapter that does not fit; None: train it anew.
 
     Returns:
         The adapter's manifest.
@@ -138,7 +147,7 @@ def read_adapter(
     """
     if not folder.is_dir():
         raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
-    remedy = f"train it anew with: {command}"
+    remedy = remedy or f"train it anew with: {command}"
     manifest = read_manifest(folder, "adapter", remedy)
     nll = manifest.get("canary_nll")
     if not isinstance(nll, int | float) or not math.isfinite(nll):
@@ -149,19 +158,30 @@ def read_adapter(
         "base": manifest["made_from"].get("base"),
     }
     now = {"prompt": identity, "quantization": quantization, "base": base}
+    if isinstance(recorded["base"], dict) and recorded["base"].keys().isdisjoint(base):
+        del recorded["base"], now["base"]
     require_equal(f"the adapter in {folder}", recorded, now, remedy)
     return manifest
 
 
-def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str, Any], compute_dtype: str) -> None:
+def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str, Any], compute_dtype: str) -> str:
     """Compares a fixed dialogue's likelihood with the one recorded when the adapter was saved.
+
+    Returns:
+        What was proven, for the terminal.
 
     Raises:
         ProofError: they differ by more than machines do.
     """
+    if manifest["kind"] != "adapter":
+        return (
+            "not proven: this adapter was made elsewhere and records neither its prompt nor what it computes; only its "
+            "base's name and the names and shapes of its weights are known to fit"
+        )
     recorded, now = float(manifest["canary_nll"]), canary_nll(model, identity)
     if not abs(now - recorded) <= _TOLERANCE[compute_dtype] * abs(recorded):
         raise ProofError(
             f"the loaded adapter does not compute what the trained one did: a fixed dialogue has a negative "
             f"log-likelihood of {now:.4f} nats, where it was {recorded:.4f}"
         )
+    return "proven: it computes what the trained adapter did, over the same prompt"

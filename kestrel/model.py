@@ -132,22 +132,29 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         KestrelError: no adapter in the folder, or one for another architecture.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     if not (folder / "adapter_config.json").is_file():
         raise KestrelError(f"there is no adapter in {folder}; train one with: python train.py --config …")
     if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle adapter_model.bin instead
         raise KestrelError(f"there is no adapter_model.safetensors in {folder}; other forms of weights are not read")
-    config = _lora_config(folder)
+    config = adapter_config(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
+            odd = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  sizes and names that do not fit raise many types
         raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
+    if odd:
+        raise KestrelError(f"the adapter in {folder} is for other layers than this base has, such as {min(odd)}")
+    return adapted
 
 
-def _lora_config(folder: Path) -> LoraConfig:
+def adapter_config(folder: Path) -> LoraConfig:
     """The adapter's configuration: plain LoRA, as ours is.
 
     peft (0.21) has many further fields. One names a module to import, others let tensors be unpickled or replace layers

@@ -1,0 +1,192 @@
+"""Traffic with the Hugging Face Hub: adapters come from there, and what is published goes there.
+
+Tokens are the client's business (huggingface_hub reads HF_TOKEN or the login); none passes through this project.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from kestrel.errors import KestrelError
+from kestrel.network import use_cache_without_network
+
+# All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "prompt.json",
+    "manifest.json",
+    *TOKENIZER_FILES,
+)
+CARD = "README.md"
+PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a publication did.
+
+    Attributes:
+        url: of the repository.
+        oid: of the repository's newest commit.
+        is_new: False where the Hub had the same content already.
+    """
+
+    url: str
+    oid: str
+    is_new: bool
+
+
+@contextmanager
+def _clear_errors(what: str) -> Iterator[None]:
+    """Turns the client's errors into one sentence that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError) as error:
+        raise KestrelError(
+            f"{what}: the Hub cannot be reached ({_first_line(error)}) and the cache has it not"
+        ) from None
+    except errors.GatedRepoError:
+        raise KestrelError(f"{what}: access is restricted; ask for it on the Hub and log in: hf auth login") from None
+    except errors.RepositoryNotFoundError:
+        raise KestrelError(
+            f"{what}: the Hub knows no such repository, or it is private and you are not logged in (HF_TOKEN, or: "
+            "hf auth login)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise KestrelError(f"{what}: the repository has no such revision") from None
+    except errors.LocalTokenNotFoundError:
+        raise KestrelError(f"{what}: no token; set HF_TOKEN or log in: hf auth login") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        advice = {
+            401: "the token is missing or wrong; set HF_TOKEN or log in: hf auth login",
+            403: "the token may not write there; make one with write access to this repository",
+            429: "the Hub asks to slow down; wait and run the same command again",
+        }.get(status or 0, "run the same command again")
+        raise KestrelError(f"{what}: the Hub refused ({_first_line(error)}); {advice}") from None
+    except _broken_connections() as error:
+        cause = error.__cause__ or error
+        raise KestrelError(
+            f"{what}: the connection failed ({_first_line(cause)}); run the same command again, what arrived is kept"
+        ) from None
+
+
+def _broken_connections() -> tuple[type[Exception], ...]:
+    """What a lost connection raises: errors of httpx up to huggingface_hub 1, of httpx2 since 2, or wrapped ones."""
+    libraries = [importlib.import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]
+    return (ConnectionError, RuntimeError, *(library.HTTPError for library in libraries))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def download_adapter(name: str) -> Path:
+    """An adapter's files from the Hub, or from its client's cache where the Hub does not answer.
+
+    Args:
+        name: owner/name, or owner/name@revision.
+
+    Returns:
+        The folder; it holds those of `ADAPTER_FILES` that the repository has.
+
+    Raises:
+        KestrelError: not found, not allowed, not reached, or no adapter in safetensors there.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    use_cache_without_network()
+    with _clear_errors(f"model.adapter {name}"):
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(ADAPTER_FILES)))
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise KestrelError(
+                f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
+                "read, no pickles and no subfolders"
+            )
+    return folder
+
+
+def check_access(repo_id: str, private: bool) -> str:
+    """Whether the token can publish there, asked before anything is sent.
+
+    Returns:
+        Who the token belongs to.
+
+    Raises:
+        KestrelError: no token, no answer, or a public repository where a private one is asked for.
+    """
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    with _clear_errors(f"hub.repo_id {repo_id}"):
+        user = str(api.whoami()["name"])
+        try:
+            is_private = bool(api.model_info(repo_id).private)
+        except errors.RepositoryNotFoundError:
+            return user
+    if private and not is_private:
+        raise KestrelError(
+            f"hub.repo_id {repo_id}: the repository is public and hub.private is true; set hub.private: false to publish "
+            "there, or name another repository"
+        )
+    return user
+
+
+def validate_card(content: str, repo_id: str) -> None:
+    """Has the Hub itself look at a card's metadata.
+
+    Raises:
+        KestrelError: what it finds wrong.
+    """
+    from huggingface_hub import ModelCard
+
+    with _clear_errors(f"hub.repo_id {repo_id}"):
+        try:
+            ModelCard(content, ignore_metadata_errors=False).validate()
+        except ValueError as error:
+            raise KestrelError(f"the Hub refuses the card's metadata: {error}") from None
+
+
+def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], message: str) -> Commit:
+    """Makes one commit of all files; large ones that a former call brought there are not sent again.
+
+    Files of `PUBLISHED_FILES` that are no longer among the given ones are removed; others are left alone.
+
+    Args:
+        repo_id: owner/name; made if need be, and left as it is otherwise.
+        private: of a new repository.
+        files: content or place, by name in the repository.
+        message: of the commit.
+
+    Raises:
+        KestrelError: refused or interrupted; the same call goes on.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in sorted(files.items())
+    ]
+    with _clear_errors(f"hub.repo_id {repo_id}"):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        before = api.model_info(repo_id)
+        there = {entry.rfilename for entry in before.siblings or []}
+        gone = sorted(there.intersection(PUBLISHED_FILES).difference(files))
+        operations += [CommitOperationDelete(name) for name in gone]
+        api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
+        after = api.model_info(repo_id).sha
+    return Commit(str(url), str(after), after != before.sha)

@@ -1,0 +1,351 @@
+"""A Hugging Face Hub on loopback, strict: what its client (huggingface_hub 2.4) may not ask is an error that tests see.
+
+Models only, one user, everything in memory. Large files go by LFS (batch, PUT, verify) and come by a redirect with
+ranges, as on the Hub; xet must be switched off in the client (HF_HUB_DISABLE_XET=1).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_LoopbackLoopbackLoopback0000000000"
+USER = "tester"
+_LFS = (".safetensors", ".bin", ".pt")
+_MODEL = r"/api/models/(?P<id>[\w.-]+/[\w.-]+)"
+
+
+@dataclass
+class Repository:
+    """Files of each commit, by commit, oldest first."""
+
+    private: bool
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        return next(reversed(self.commits))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[self.head]
+
+    def commit(self, files: dict[str, bytes], message: str) -> str:
+        content = json.dumps([len(self.commits), sorted((n, hashlib.sha256(b).hexdigest()) for n, b in files.items())])
+        oid = hashlib.sha1(content.encode()).hexdigest()
+        self.commits[oid] = files
+        self.messages.append(message)
+        return oid
+
+
+@dataclass
+class Hub:
+    """What stands on the Hub, and what was asked of it.
+
+    Attributes:
+        wrong: requests that the real Hub would not understand.
+        dropped_uploads: how many of the next uploads are cut off in the middle.
+        uploaded: sha256 of each large file that arrived, in order.
+    """
+
+    endpoint: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    dropped_uploads: int = 0
+    uploaded: list[str] = field(default_factory=list)
+
+    def add(self, name: str, folder: Path, private: bool = False) -> None:
+        """A repository with the files of a folder."""
+        repository = self.repositories[name] = Repository(private)
+        repository.commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, "initial")
+
+    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+        """What a client process needs to come here and nowhere else."""
+        given = {"HF_TOKEN": token} if token else {}
+        return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **given}
+
+
+class Refused(Exception):
+    def __init__(self, status: int, code: str = "", message: str = ""):
+        self.status, self.code, self.message = status, code, message
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    ROUTES = (
+        ("HEAD", r"/", "home"),
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", rf"{_MODEL}", "info"),
+        ("GET", rf"{_MODEL}/revision/(?P<revision>[^/]+)", "info"),
+        ("GET", rf"{_MODEL}/tree/(?P<revision>[^/]+)(?P<under>/.+)?", "tree"),
+        ("POST", rf"{_MODEL}/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", rf"{_MODEL}/commit/(?P<revision>[^/]+)", "commit"),
+        ("POST", r"/(?P<id>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", "batch"),
+        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "upload"),
+        ("POST", r"/lfs/verify", "verify"),
+        ("GET", r"/cdn/(?P<oid>[0-9a-f]{64})", "download"),
+        ("HEAD", r"/cdn/(?P<oid>[0-9a-f]{64})", "download"),
+        ("GET", r"/(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("HEAD", r"/(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    )
+
+    def handle_any(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        for method, pattern, name in self.ROUTES:
+            if method == self.command and (match := re.fullmatch(pattern, path)):
+                try:
+                    getattr(self, name)(**match.groupdict())
+                except Refused as refusal:
+                    if refusal.status == 400:
+                        self.hub.wrong.append(f"{self.command} {path}: {refusal.message}")
+                    headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
+                    self.answer({"error": refusal.message}, refusal.status, headers)
+                return
+        self.hub.wrong.append(f"{self.command} {path}")
+        self.answer({"error": "no such endpoint"}, 404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    # -- plumbing ------------------------------------------------------------------------------------------------------
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") == "chunked":
+            pieces = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                pieces.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(pieces)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def json_body(self) -> Any:
+        return json.loads(self.body())
+
+    def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            if value:
+                self.send_header(name, value)
+        if not isinstance(content, bytes):
+            self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    @property
+    def known(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def require(self, condition: bool, message: str, status: int = 400) -> None:
+        if not condition:
+            raise Refused(status, "", message)
+
+    def repository(self, name: str, write: bool = False) -> Repository:
+        found = self.hub.repositories.get(name)
+        if write:
+            self.require(self.known, "Invalid username or password.", 401)
+        if found is None or (found.private and not self.known):
+            raise Refused(404 if self.known else 401, "RepoNotFound", "Repository not found")
+        return found
+
+    def at(self, repository: Repository, revision: str) -> tuple[str, dict[str, bytes]]:
+        oid = repository.head if revision == "main" else revision
+        if oid not in repository.commits:
+            raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return oid, repository.commits[oid]
+
+    # -- endpoints -----------------------------------------------------------------------------------------------------
+
+    def home(self) -> None:
+        self.answer(b"")
+
+    def whoami(self) -> None:
+        self.require(self.known, "Invalid username or password.", 401)
+        self.answer({"type": "user", "name": USER, "auth": {"type": "access_token"}, "orgs": []})
+
+    def create(self) -> None:
+        asked = self.json_body()
+        self.require(self.known, "Invalid username or password.", 401)
+        self.require(asked.get("type", "model") == "model" and bool(asked["name"]), f"unexpected {asked}")
+        self.require(asked["organization"] in (None, USER), "You don't have the rights to create it", 403)
+        name = f"{USER}/{asked['name']}"
+        private = asked.get("private", asked.get("visibility") == "private")
+        exists = name in self.hub.repositories
+        if not exists:
+            self.hub.repositories[name] = Repository(private)
+            self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        self.answer({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
+
+    def validate(self) -> None:
+        asked = self.json_body()
+        match = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
+        self.require(asked["repoType"] == "model" and match is not None, "no metadata")
+        data = yaml.safe_load(match[1]) if match else {}
+        errors = [
+            f"{key} must be text" for key in ("license", "library_name") if not isinstance(data.get(key, ""), str)
+        ]
+        for entry in data.get("model-index", []):
+            for result in entry["results"]:
+                self.require({"type"} <= result["task"].keys(), "a result needs task.type")
+                self.require({"type", "name"} <= result["dataset"].keys(), "a result needs dataset.type and name")
+                errors += [f"metric {m}" for m in result["metrics"] if not {"type", "value"} <= m.keys()]
+        self.require(not errors, "; ".join(errors))
+        self.answer({"errors": [], "warnings": []})
+
+    def info(self, id: str, revision: str = "main") -> None:
+        repository = self.repository(id)
+        oid, files = self.at(repository, revision)
+        siblings = [{"rfilename": name} for name in sorted(files)]
+        self.answer(
+            {"id": id, "modelId": id, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
+        )
+
+    def tree(self, id: str, revision: str, under: str | None) -> None:
+        _, files = self.at(self.repository(id), revision)
+        if under:
+            raise Refused(404, "EntryNotFound", f"{under} does not exist")
+        self.answer([self.entry(name, content) for name, content in sorted(files.items())])
+
+    def entry(self, name: str, content: bytes) -> dict[str, Any]:
+        facts = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
+        if name.endswith(_LFS):
+            facts["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        return facts
+
+    def preupload(self, id: str, revision: str) -> None:
+        asked = self.json_body()
+        _, files = self.at(self.repository(id, write=True), revision)
+        answers = []
+        for file in asked["files"]:
+            self.require(file.keys() == {"path", "sample", "size"}, f"unexpected {file.keys()}")
+            is_lfs, there = file["path"].endswith(_LFS), files.get(file["path"])
+            oid = None if there is None else hashlib.sha256(there).hexdigest() if is_lfs else git_oid(there)
+            mode = "lfs" if is_lfs else "regular"
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.answer({"files": answers})
+
+    def batch(self, id: str) -> None:
+        asked = self.json_body()
+        self.repository(id, write=True)
+        self.require(asked["operation"] == "upload" and asked["hash_algo"] == "sha256", f"unexpected {asked}")
+        self.require("basic" in asked["transfers"], "no basic transfer")
+        answers = []
+        for wanted in asked["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.objects:
+                upload = {"href": f"{self.hub.endpoint}/lfs/{wanted['oid']}"}
+                answer["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.endpoint}/lfs/verify"}}
+            answers.append(answer)
+        self.answer({"transfer": "basic", "objects": answers})
+
+    def upload(self, oid: str) -> None:
+        if self.hub.dropped_uploads:
+            self.hub.dropped_uploads -= 1
+            self.rfile.read(64)
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.require("Authorization" not in self.headers, "the token went to the storage")
+        content = self.body()
+        self.require(hashlib.sha256(content).hexdigest() == oid, "the content is not what was announced")
+        self.hub.objects[oid] = content
+        self.hub.uploaded.append(oid)
+        self.answer(b"")
+
+    def verify(self) -> None:
+        asked = self.json_body()
+        self.require(len(self.hub.objects.get(asked["oid"], b"")) == asked["size"], "not there")
+        self.answer({})
+
+    def commit(self, id: str, revision: str) -> None:
+        repository = self.repository(id, write=True)
+        self.require(self.headers["Content-Type"] == "application/x-ndjson", "commits are ndjson")
+        header, *operations = [json.loads(line) for line in self.body().splitlines()]
+        self.require(header["key"] == "header" and bool(header["value"]["summary"]), "a commit begins with its header")
+        self.require(header["value"].get("parentCommit", repository.head) == repository.head, "not on top", 412)
+        self.require(revision == "main" and bool(operations), "an empty commit")
+        files = dict(repository.files)
+        for operation in operations:
+            value, path = operation["value"], operation["value"]["path"]
+            if operation["key"] == "file":
+                self.require(not path.endswith(_LFS), f"{path} belongs into LFS")
+                files[path] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                self.require(value["oid"] in self.hub.objects, f"{path} was not uploaded")
+                files[path] = self.hub.objects[value["oid"]]
+            else:
+                self.require(operation["key"] == "deletedFile" and path in files, f"unexpected {operation['key']}")
+                del files[path]
+        oid = repository.commit(files, header["value"]["summary"])
+        url = f"{self.hub.endpoint}/{id}/commit/{oid}"
+        self.answer({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+    def resolve(self, id: str, revision: str, path: str) -> None:
+        oid, files = self.at(self.repository(id), revision)
+        if path not in files:
+            raise Refused(404, "EntryNotFound", "Entry not found")
+        content, common = files[path], {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
+        if not path.endswith(_LFS):
+            self.answer(content, headers={**common, "ETag": f'"{git_oid(content)}"'})
+            return
+        digest = hashlib.sha256(content).hexdigest()
+        self.hub.objects[digest] = content
+        linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        self.answer(b"", 302, {**common, **linked, "Location": f"{self.hub.endpoint}/cdn/{digest}"})
+
+    def download(self, oid: str) -> None:
+        content, asked = self.hub.objects[oid], re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers = {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+        if asked is None:
+            self.answer(content, headers=headers)
+            return
+        start, end = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.answer(content[start : end + 1], 206, headers)
+
+
+def git_oid(content: bytes) -> str:
+    """Name of a blob in git."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub that listens while the block runs."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
