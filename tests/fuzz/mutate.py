@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -61,9 +62,9 @@ def _mutate_json(data: bytes, limit: int, seed: int, mutate_bytes: Callable[[byt
         return mutate_bytes(data, limit)
     if draw.random() < 0.15:
         return mutate_bytes(data, limit)
-    for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        value = _changed(value, draw, mutate_bytes)
     try:
+        for _ in range(draw.choice((1, 1, 1, 2, 4))):
+            value = _changed(value, draw, mutate_bytes)
         lines[at] = json.dumps(value, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):  # a whole number of too many digits
         return mutate_bytes(data, limit)
@@ -84,18 +85,18 @@ def _changed(value: Any, draw: random.Random, mutate_bytes: Callable[[bytes, int
 
     collect(value, 0)
     if not places:
-        return draw.choice(_ODD)
+        return copy.deepcopy(draw.choice(_ODD))
     container, key = draw.choice(places)
     kind = draw.randrange(6)
     if kind == 0:
-        container[key] = draw.choice(_ODD)
+        container[key] = copy.deepcopy(draw.choice(_ODD))
     elif kind == 1:
         del container[key]
     elif kind == 2 and isinstance(container, list):
-        container.insert(key, container[key])
+        container.insert(key, copy.deepcopy(container[key]))
     elif kind == 3:
         other, name = draw.choice(places)
-        container[key] = json.loads(json.dumps(other[name]))
+        container[key] = copy.deepcopy(other[name])
     elif kind == 4 and isinstance(container, dict):
         container[draw.choice([*container, "extra"])] = container.pop(key)
     else:
@@ -106,5 +107,5 @@ def _changed(value: Any, draw: random.Random, mutate_bytes: Callable[[bytes, int
         elif isinstance(old, int | float) and not isinstance(old, bool):
             container[key] = draw.choice((-old, old + 1, old - 1, old * 2, float(old), str(old)))
         else:
-            container[key] = draw.choice(_ODD)
+            container[key] = copy.deepcopy(draw.choice(_ODD))
     return value
