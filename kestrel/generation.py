@@ -133,29 +133,30 @@ def answers_behind(
     Yields:
         Positions in `asked`, and their responses.
     """
-    chosen = [index for index, prompted in enumerate(asked) if held.holds(prompted.sequence)]
-    chosen.sort(key=lambda index: -len(asked[index].ids))
-    if not chosen:
-        return
-    width = len(asked[chosen[0]].ids) + settings.max_new_tokens
+    left = [index for index, prompted in enumerate(asked) if held.holds(prompted.sequence)]
+    left.sort(key=lambda index: -len(asked[index].ids))
     causal_lm: Any = causal_lm_of(model)
     logits = causal_lm.config.get_text_config().vocab_size * causal_lm.dtype.itemsize
-    most = memory_for_rows(model, held, settings.tokens_per_step) // (width * held.bytes_a_token + logits)
-    count = math.ceil(len(chosen) / max(1, most))
+    memory = memory_for_rows(model, held, settings.tokens_per_step)
     tail = max((len(stop.encode()) for stop in settings.stop_strings), default=0)
 
     def has_stop(ids: list[int]) -> bool:
         text = _text_of(ids, prompt)
         return any(stop in text for stop in settings.stop_strings)
 
-    for positions in np.array_split(np.asarray(chosen), count):
+    while left:
+        width = len(asked[left[0]].ids) + settings.max_new_tokens
+        fitting = max(1, memory // (width * held.bytes_a_token + logits))
+        # Spread evenly over the batches that it takes, as a small last one would be as slow as a large one.
+        size = math.ceil(len(left) / math.ceil(len(left) / fitting))
+        positions, left = left[:size], left[size:]
         batch = [asked[position] for position in positions]
         rows = held.behind([(p.sequence, len(p.ids) - 1) for p in batch], settings.max_new_tokens)
         draws = np.stack([_draws(p.seed, settings.max_new_tokens) for p in batch]) if settings.do_sample else None
         ids = [p.ids for p in batch]
         is_over = has_stop if settings.stop_strings else None
         said = decode(model, rows, ids, settings, prompt.end_id, draws, is_over, tail)
-        for position, row in zip(positions.tolist(), said, strict=True):
+        for position, row in zip(positions, said, strict=True):
             yield position, _cut(row, prompt, settings.stop_strings)
 
 
