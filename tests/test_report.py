@@ -1,13 +1,12 @@
 """The report in a real browser: what stands in a reply stays text, and it can be read and used anywhere."""
 
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browsers import chromium, requested
 
 from kestrel.dialogue import Turn
 from kestrel.evaluation.browse import sample_dialogues
@@ -75,27 +74,8 @@ def folder(evaluation, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium. Where CI is set, its absence is a failure and not a reason to skip."""
-    selenium = (
-        pytest.importorskip("selenium.webdriver")
-        if not os.environ.get("CI")
-        else __import__("selenium.webdriver", fromlist=["Chrome"])
-    )
-    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        assert not os.environ.get("CI"), "CI needs a browser: apt-get install chromium chromium-driver"
-        pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = selenium.ChromeOptions()
-    options.binary_location = program
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-                 "disable-background-networking", "disable-component-update"):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = selenium.Chrome(options=options, service=Service(driver))
-    yield chrome
-    chrome.quit()
+    with chromium() as chrome:
+        yield chrome
 
 
 @pytest.fixture
@@ -141,11 +121,7 @@ def test_a_script_that_got_in_would_not_run(page):
 
 
 def test_it_asks_for_nothing_but_itself(page, folder):
-    asked = [
-        json.loads(entry["message"])["message"]["params"]["request"]["url"]
-        for entry in page.get_log("performance")
-        if '"Network.requestWillBeSent"' in entry["message"]
-    ]
+    asked = requested(page)
     assert asked and set(asked) == {(folder / "report.html").as_uri()}
 
 

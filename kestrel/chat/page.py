@@ -105,7 +105,7 @@ class Page:
                         exchange = replace(exchange, reply=text)
                     else:
                         exchange = replace(exchange, beside={system: text})
-                    yield "", session, transcript.transcript([*conversation.exchanges, exchange]), gr.skip()
+                    yield "", session, transcript.transcript([*conversation.exchanges, exchange], busy=True), gr.skip()
                     if session.stopped:
                         break
         if exchange.reply:

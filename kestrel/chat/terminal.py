@@ -16,12 +16,13 @@ from kestrel.errors import Interrupted, KestrelError
 from kestrel.settings import Generation
 
 HELP = """\
-/persona [FILE | A. | B.]   be another person: from a file with one sentence a line, from sentences parted by |,
-                            or, with nothing behind it, shown and typed in; the conversation begins anew
+/persona                    show the person, and type in another one
+/persona FILE               be the person of a text file with one sentence a line; the conversation begins anew
+/persona ONE. | TWO.        be the person of these sentences, parted by |
 /reset                      begin anew as the same person
 /undo                       take back your last message and its answer
-/compare [MESSAGE]          adapter and base side by side on the next message; the conversation goes on from
-                            the one that is talking
+/compare [MESSAGE]          adapter and base side by side on your next message, or on this one; the conversation
+                            goes on from the one that talks
 /system adapter|base        who talks
 /save FILE                  add the conversation to a file of JSON lines, which preprocess.py reads
 /help                       this list
@@ -118,8 +119,8 @@ class Terminal:
             else:
                 print(f"{self.system}> ", end="", flush=True)
                 for text in self.speaker.answer(context, self.system, self.chosen):
-                    print(readable(text[len(exchange.reply) :]), end="", flush=True)
-                    exchange = replace(exchange, reply=text)
+                    more, exchange = text[len(exchange.reply) :], replace(exchange, reply=text)
+                    print(readable(more), end="", flush=True)  # last: what can be seen is known, whenever Ctrl-C comes
                 print(flush=True)
         except KeyboardInterrupt:
             if exchange.reply:

@@ -33,11 +33,16 @@ def as_text(text: str) -> str:
     return html.escape(text).translate(_TEMPLATES)
 
 
-def transcript(exchanges: Sequence[Exchange]) -> str:
-    """Each message with its answer, and the other system's answer beside it where that was asked."""
+def transcript(exchanges: Sequence[Exchange], busy: bool = False) -> str:
+    """Each message with its answer, and the other system's answer beside it where that was asked.
+
+    Args:
+        exchanges: in order.
+        busy: whether the last answer is still being made, which a screen reader then waits for.
+    """
     if not exchanges:
         return '<div class="nothing">Say something. The model answers as the person described on the left.</div>'
-    return f'<div role="log">{"".join(map(_exchange, exchanges))}</div>'
+    return f'<div role="log" aria-busy="{str(busy).lower()}">{"".join(map(_exchange, exchanges))}</div>'
 
 
 def _exchange(said: Exchange) -> str:
