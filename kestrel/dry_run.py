@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _WARM_UP, _TIMED = 3, 12  # passes
+_NOTICEABLE = 0.02  # of the peak; a change that saves less is not worth making
 
 
 def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues) -> None:
@@ -192,7 +193,11 @@ def _changes(
         found.append(("training.optimizer: paged_adamw_8bit", other("training", optimizer="paged_adamw_8bit")))
     needed = chosen.estimate.needed
     return [
-        f"{name}  ({(needed - less) / GIB:.1f} GiB less: {less / GIB:.1f})"
+        f"{name}  ({_amount(needed - less)} less: {_amount(less)})"
         for name, less in sorted(found, key=lambda item: item[1])
-        if needed - less >= 0.05 * GIB
+        if needed - less > _NOTICEABLE * chosen.estimate.peak
     ]
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

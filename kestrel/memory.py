@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from transformers import masking_utils
 
 from kestrel import elementwise, falcon
 from kestrel.errors import KestrelError
@@ -235,13 +236,6 @@ def _flash_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """Keeps its inputs, its output and a number for each query; the meta device would keep all scores."""
-    heads = query.shape[1]
-    if key.shape[1] != heads:
-        repeats = (1, heads // key.shape[1])
-        key, value = (
-            t.expand(-1, heads, -1, -1) if t.shape[1] == 1 else t.repeat_interleave(repeats[1], dim=1)
-            for t in (key, value)
-        )
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     result: torch.Tensor = flash(query, key, value, 0.0, True)[0]
     return result
@@ -274,6 +268,8 @@ def _as_on_a_gpu() -> Iterator[None]:
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
         (elementwise, "_fused", lambda x: _Kernels()),
+        # It looks at the positions whether rows are packed, and ours are not (transformers 5.23).
+        (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
     ]
     former = [(place, name, getattr(place, name)) for place, name, _ in places]
     for place, name, substitute in places:
