@@ -26,10 +26,13 @@ schema: .venv/ready   ## configs/schema.json, from the settings
 readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
 	$(VENV)/python docs/fill_readme.py
 
-images: .venv/ready   ## the README's pictures, of the quickstart run
+performance: .venv/ready   ## the tables of docs/performance.md, from benchmarks/results
+	$(VENV)/python docs/fill_performance.py
+
+images: .venv/ready-dev browser   ## the README's pictures, of the quickstart run
 	$(VENV)/python Images/make_images.py
 
-# The report is tested in a real browser; without it and without root the test says that it is skipped.
+# Report and chat are tested in a real browser; without it and without root the tests say that they are skipped.
 .PHONY: browser
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qqy --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || echo "chromium is not installed and cannot be installed without root: the browser tests will be skipped"
@@ -40,7 +43,7 @@ browser:
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock.txt
 	@touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-web.txt
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements.lock.txt
 	@touch $@
 

@@ -1,0 +1,100 @@
+"""Writes the tables of docs/performance.md from benchmarks/results, so that no number in it is typed by hand.
+
+    make performance
+
+A block begins with `<!-- NAME: made by make performance -->` and ends with `<!-- end -->`. A block whose benchmark was not
+run yet says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
+Record = dict[str, Any]
+
+
+def where(record: Record) -> str:
+    """Command, machine, versions, commit and date, under a table."""
+    versions = record["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
+    commit = (record.get("commit") or "")[:10]
+    return f"\n`{record['command']}` on {record['device']}; {named}; commit {commit}, {record['date']}."
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def training(record: Record) -> str:
+    """Kestrel and its peers."""
+    timed = [row for row in record["rows"] if "epoch_seconds" in row]
+    first = timed[0]["epoch_seconds"]
+    rows = [
+        [
+            row["name"], f"{row['useful_tokens_per_second']:,.0f}", f"{row['dialogues_per_second']:.1f}",
+            f"{row['epoch_seconds']:,.0f}", f"{row['epoch_seconds'] / first:.1f}", f"{row['padding_share']:.1%}",
+            f"{row['peak_bytes'] / 2**30:.1f}", f"{row['utilisation']:.0%}",
+        ]
+        for row in timed
+    ]  # fmt: skip
+    head = ["system", "useful tokens/s", "dialogues/s", "s an epoch", "× the first", "padding", "peak GiB", "utilisation"]
+    return _table(head, rows) + "\n" + where(record)
+
+
+def waterfall(record: Record) -> str:
+    """One measure at a time."""
+    rows = [
+        [
+            row["what"].strip(), f"{row['tokens_per_second']:,.0f}", f"{row['utilisation']:.0%}",
+            f"{row['peak_bytes'] / 2**30:.1f}", f"{row['padding_share']:.1%}",
+        ]
+        for row in record["rows"]
+        if "tokens_per_second" in row
+    ]  # fmt: skip
+    rate = (
+        f"\nA product of two 8192 × 8192 matrices ran at {record['matrix_flops'] / 1e12:,.0f} TFLOP/s before these rows, "
+        f"which utilisation is counted against, and at {record['matrix_flops_afterwards'] / 1e12:,.0f} after them."
+    )
+    return _table(["measure", "useful tokens/s", "utilisation", "peak GiB", "padding"], rows) + "\n" + where(record) + rate
+
+
+BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "training on a GPU": ("train-gpu.json", training),
+    "training on a CPU": ("train-cpu.json", training),
+    "waterfall": ("waterfall.json", waterfall),
+}
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replaces the block of that name.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    pattern = re.compile(rf"(<!-- {re.escape(name)}: made by make performance -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"docs/performance.md has no block {name}")
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+def main() -> int:
+    page = ROOT / "docs" / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    for name, (file, table) in BLOCKS.items():
+        path = RESULTS / file
+        content = table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet."
+        text = fill(text, name, content)
+    page.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
