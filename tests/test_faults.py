@@ -8,10 +8,11 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
         lambda d: d.flip("adapter/prompt.json"), "generate", 1, ["prompt.json is damaged or was edited"],
     ),
     "no such adapter": (
-        lambda d: d.options.extend(["--model.adapter", "nowhere"]), "generate", 1, ["there is no adapter in nowhere"],
+        lambda d: d.options.extend(["--model.adapter", "nowhere"]), "generate", 1, ["model.adapter nowhere: there is no such folder"],
     ),
     "base changed since training": (changed_base, "generate", 1, ["base.files.model.safetensors", "python train.py"]),
     "base of another shape since training": (
@@ -232,13 +233,23 @@ def test_locked_run_folder(trained, tmp_path, capsys):
     desk = Desk(trained, tmp_path)
     before = snapshot(desk.run)
     with open(desk.run / ".lock", "a+") as lock:
-        lock.write("process 1 on another\n")
+        lock.write("process 1 on another since this morning\n\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name in ("preprocess", "train", "generate"):
             assert script(name).main(desk.options) == 1
-            assert "is in use by" in capsys.readouterr().err
+            assert "is in use by process 1 on another since this morning" in capsys.readouterr().err
     assert snapshot(desk.run) == before
+
+
+@pytest.mark.parametrize(("name", "missing"), [("train", "dataset"), ("generate", "dataset"), ("generate", "adapter")])
+def test_a_missing_artifact_comes_before_anything_heavy(trained, tmp_path, name, missing):
+    desk = Desk(trained, tmp_path)
+    desk.remove(missing)
+    code = f"import sys, {name}; status = {name}.main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
+    command = [sys.executable, "-c", code, *desk.options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"there is no {missing} in " in done.stderr
 
 
 @pytest.mark.parametrize("name", ["train", "generate"])
@@ -247,64 +258,6 @@ def test_problems_come_before_anything_heavy(name):
     code = f"import sys, {name}; status = {name}.main(['--config', 'no.yaml']); sys.exit(9 if 'torch' in sys.modules else status)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no such file" in done.stderr
-
-
-# -- a full disk -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
-    if os.geteuid() != 0 or done is None or done.returncode != 0:
-        pytest.skip("a small disk cannot be mounted here: that needs root and the right to mount")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-def fill(folder: Path, leave: int) -> None:
-    """Fills a disk but for so many bytes."""
-    with open(folder / "filler", "wb") as file:
-        while (free := shutil.disk_usage(folder).free) > leave:
-            file.write(b"\0" * min(free - leave, 2**20) if free - leave > 0 else b"")
-            file.flush()
-
-
-@pytest.mark.parametrize(
-    ("name", "leave"), [("preprocess", 0), ("train", 40_000), ("train", 100_000), ("generate", 8_000)]
-)
-def test_full_disk(name, leave, trained, prepared, tmp_path, capsys):
-    with small_disk(tmp_path / "disk", 4096) as disk:
-        experiment = trained if name == "generate" else prepared
-        options = experiment.copy_to(disk / "run")
-        before = snapshot(disk / "run")
-        fill(disk, leave)
-        assert script(name).main(options) == 1
-        said = capsys.readouterr().err
-        assert f"{name}.py: the disk is full" in said, said
-        after = snapshot(disk / "run")
-        assert {path: after.get(path) for path in before} == before
-        new = after.keys() - before.keys()
-        assert not [path for path in new if "incomplete" in path or path.startswith(("checkpoints/", "adapter/"))]
-        (disk / "filler").unlink()
-        assert script(name).main(options) == 0  # and goes on once there is room
-
-
-def test_full_disk_is_told_without_a_disk_to_fill(prepared, tmp_path, capsys, monkeypatch):
-    """What safetensors raises is no OSError."""
-    from transformers import Trainer
-
-    def full(self, model, trial):
-        (Path(self.args.output_dir) / "checkpoint-2").mkdir(parents=True)
-        raise RuntimeError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    assert script("train").main(prepared.copy_to(tmp_path / "run")) == 1
-    assert "the disk is full" in capsys.readouterr().err
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_no_permission(trained, tmp_path, capsys, monkeypatch):
@@ -332,3 +285,51 @@ def test_generations_manifest_that_is_damaged(trained, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "manifest.json is damaged" in said and "delete" in said
     assert json.loads((desk.run / "generations" / "test.base.jsonl").read_text()) == {}
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_does_not_end_the_run(prepared, tmp_path):
+    """`preprocess.py | head`: what it makes is made, and it says nothing of the pipe."""
+    command = [sys.executable, "preprocess.py", *prepared.arguments("--run_dir", str(tmp_path / "run"))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 0, said
+    assert "ipe" not in said and "Traceback" not in said
+    assert (tmp_path / "run" / "dataset" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("milliseconds", [60, 120, 240, 480, 960])
+def test_interrupted_while_it_imports(prepared, tmp_path, milliseconds):
+    """Ctrl-C at any moment after Python itself has started: no traceback, and the shell's status 130."""
+    started = "import runpy, sys; sys.argv = sys.argv[1:]; import kestrel; print('now', flush=True); "
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = prepared.arguments("--run_dir", str(tmp_path / "run"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", started + run, str(ROOT / "train.py"), *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(milliseconds / 1000)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "Traceback" not in said, said
+
+
+def test_without_a_network_the_hub_is_given_up_in_seconds(tmp_path):
+    """A model that is neither here nor in the cache, and a Hub that refuses the connection."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run_dir: {tmp_path / 'run'}\ndata: {{source: {__file__}}}\nmodel: {{name: nobody/nothing}}\n")
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    environment.pop("HF_HUB_OFFLINE")
+    command = [sys.executable, "preprocess.py", "--config", str(config)]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "cannot load the tokenizer of model.name 'nobody/nothing'" in done.stderr
+    assert done.stderr.count("\n") <= 2 and "Retrying" not in done.stderr, done.stderr
+    assert time.monotonic() - began < 23, "the client's own retries for one file"

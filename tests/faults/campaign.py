@@ -1,12 +1,12 @@
 """Kills the four scripts at random moments, runs the same command again, and compares with a run left in peace.
 
     python tests/faults/campaign.py --trials 100
-    python tests/faults/campaign.py --trials 100 --signals                  SIGINT and SIGTERM instead of SIGKILL
-    python tests/faults/campaign.py --trials 100 --damage                   a damaged file instead
+    python tests/faults/campaign.py --trials 100 --faults signal            SIGINT and SIGTERM instead of SIGKILL
+    python tests/faults/campaign.py --trials 100 --faults damage            a damaged file instead
     python tests/faults/campaign.py --script train --trials 1 --seed 4711   one trial that failed, once more
 
 A trial kills one script one to three times, each time at a random moment of its measured duration or just before a
-random operation on the files of its run folder, and lets it finish in the end. With --damage a trial flips a bit in a
+random operation on the files of its run folder, and lets it finish in the end. With `damage` a trial flips a bit in a
 file, cuts it or zeroes a block of it, and starts the script that reads it. Trial k draws from seed + k. The exit status
 is 1 if any trial failed.
 """
@@ -42,6 +42,8 @@ from make_models import write_base, write_corpus
 
 from kestrel.artifacts import git_commit, library_versions, write_json
 
+_HITS = {"damage": "refused_with_a_message"}  # or else the result was the same
+FAULTS = ("kill", "signal", "damage")
 _STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
 
@@ -59,7 +61,7 @@ def draw_signal(draw: random.Random, stage: Stage) -> Moment:
     return Moment(number, seconds=draw.uniform(0, 1.05 * stage.seconds), again=again)
 
 
-def trial(small: SmallRun, stage: Stage, seed: int, signals: bool) -> list[Ended]:
+def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended]:
     """Interrupts a script up to three times and lets it finish.
 
     Returns:
@@ -113,9 +115,9 @@ class Tally:
         self.hits += sum(run.status != 0 for run in runs)
         self.stopped_in = max([self.stopped_in, *(run.seconds_to_stop for run in runs if run.status)])
 
-    def as_json(self, hits: str) -> dict[str, Any]:
+    def as_json(self, hits: str, signals: bool) -> dict[str, Any]:
         told = {"trials": self.trials, "survived": self.trials - len(self.failures), hits: self.hits, **self.measured}
-        stopped = {"seconds_to_stop_at_most": round(self.stopped_in, 2)} if self.stopped_in else {}
+        stopped = {"seconds_to_stop_at_most": round(self.stopped_in, 2)} if signals else {}
         return told | stopped | {"failures": self.failures}
 
 
@@ -123,14 +125,24 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over the scripts")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first trial of each script")
+    parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over faults and scripts")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first trial of each kind")
     parser.add_argument("--script", choices=(*SCRIPTS, "all"), default="all")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--signals", action="store_true", help="SIGINT and SIGTERM instead of SIGKILL")
-    what.add_argument("--damage", action="store_true", help="damaged files instead")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=["kill"], help="kill unless told")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where the result is written")
     return parser.parse_args()
+
+
+def attempts_of(chosen: argparse.Namespace, small: SmallRun) -> dict[str, Callable[[int], list[Ended]]]:
+    """A trial for each kind of fault and each script, by name; to be given a seed."""
+    attempts: dict[str, Callable[[int], list[Ended]]] = {}
+    for fault in chosen.faults:
+        if fault == "damage":
+            attempts["damage"] = partial(damaged, small)
+            continue
+        for script in SCRIPTS if chosen.script == "all" else (chosen.script,):
+            attempts[f"{fault} {script}"] = partial(trial, small, small.stages[script], fault == "signal")
+    return attempts
 
 
 def main() -> int:
@@ -142,38 +154,38 @@ def main() -> int:
         write_base(work / "base")
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)
         # A stop by a signal is a line of the log of its own, so that lines between would be other means.
-        training = ["--training.max_steps", "12", "--training.logging_steps", "1" if chosen.signals else "2"]
+        every = "1" if "signal" in chosen.faults else "2"
+        training = ["--training.max_steps", "12", "--training.logging_steps", every]
         small = SmallRun(Forks(work), work, training)
-        if chosen.damage:
+        if "damage" in chosen.faults:
             make_begun(small)
-            kinds = ["damage"]
-        else:
-            kinds = list(SCRIPTS) if chosen.script == "all" else [chosen.script]
-        for kind in kinds:
-            stage = small.stages.get(kind)
-            measured = (
+        attempts = attempts_of(chosen, small)
+        for kind in attempts:
+            stage = small.stages.get(kind.partition(" ")[2])
+            tallies[kind] = Tally(
                 {"seconds_undisturbed": round(stage.seconds, 2), "file_operations": stage.operations} if stage else {}
             )
-            tallies[kind] = Tally(measured)
         for number in range(chosen.trials):
-            kind, seed = kinds[number % len(kinds)], chosen.seed + number // len(kinds)
-            if chosen.damage:
-                tallies[kind].add(kind, seed, partial(damaged, small, seed))
-            else:
-                tallies[kind].add(kind, seed, partial(trial, small, small.stages[kind], seed, chosen.signals))
+            kind, seed = list(attempts)[number % len(attempts)], chosen.seed + number // len(attempts)
+            tallies[kind].add(kind, seed, partial(attempts[kind], seed))
             if chosen.output and (number % 10 == 9 or number == chosen.trials - 1):
                 write_report(chosen, tallies, time.monotonic() - began)
     for kind, tally in tallies.items():
-        print(f"{kind}: {tally.trials - len(tally.failures)} of {tally.trials} trials survived, {tally.hits} hits")
+        print(
+            f"{kind}: {tally.trials - len(tally.failures)} of {tally.trials} trials survived, {tally.hits} hits",
+            flush=True,
+        )
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 
 
 def write_report(chosen: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> None:
     """Writes what is known so far, whole, so that a long campaign may be stopped."""
-    hits = "refused_with_a_message" if chosen.damage else "interruptions_that_hit"
     report = {
         "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
-        "results": {kind: tally.as_json(hits) for kind, tally in tallies.items()},
+        "results": {
+            kind: tally.as_json(_HITS.get(kind, "interruptions_that_hit"), kind.startswith("signal"))
+            for kind, tally in tallies.items()
+        },
         "seconds": round(seconds),
         "machine": {"processor": _processor(), "cores": os.cpu_count()},
         "versions": library_versions(),
