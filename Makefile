@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c 'import sys, venv, ensurep
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
-.PHONY: quickstart test check schema images readme fuzz lock licences test-floor clean
+.PHONY: quickstart test check schema images readme performance fuzz lock licences test-floor clean
 
 quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
 	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
