@@ -1,6 +1,6 @@
-"""Draws the README's pictures: the objective, the pipeline, the quickstart's loss curve and its report.
+"""Draws the README's pictures: the objective, the pipeline, the quickstart's loss curve and its report, and a chat.
 
-    make images        after make quickstart, whose run the last two are of; the report needs Chromium
+    make images        after make quickstart, whose run the last three are of; the last two need Chromium
 
 The objective is drawn from a dialogue of the quickstart as the prompt room renders it, so that the picture cannot say
 anything else than the code does.
@@ -133,6 +133,47 @@ def photograph_report() -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
+def photograph_chat() -> None:
+    """A conversation with the quickstart's adapter in the browser, the base's answers beside.
+
+    Raises:
+        RuntimeError: chat.py --web does not come up, or an answer does not come.
+    """
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    persona = ["i live in dublin.", "i am crazy about curry.", "i drink a lot of cider.", "i have six sisters."]
+    said = ["hi, i am emma. how are you?", "who is important to you?", "what did you have for dinner?"]
+    command = [sys.executable, "chat.py", "--config", "configs/quickstart.yaml", "--persona", *persona]
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "hide-scrollbars",
+                 "disable-background-networking", "disable-component-update", "window-size=1280,860",
+                 "force-device-scale-factor=1.5"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    with subprocess.Popen([*command, "--web", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = next((line.split()[0] for line in server.stdout if "in a browser" in line), None)
+            if address is None:
+                raise RuntimeError("chat.py --web did not come up; it says above why")
+            browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+            try:
+                browser.get(address)
+                waiting = WebDriverWait(browser, 60)
+                waiting.until(lambda page: page.find_elements("css selector", "#beside input")).pop().click()
+                for count, message in enumerate(said, start=1):
+                    browser.find_element("css selector", "#message textarea").send_keys(f"{message}\n")
+                    answered = f"return document.querySelectorAll('[aria-busy=false] .answers').length === {count}"
+                    waiting.until(lambda page, script=answered: page.execute_script(script))
+                browser.save_screenshot(str(IMAGES / "chat.png"))
+            finally:
+                browser.quit()
+        finally:
+            server.terminate()
+
+
 def main() -> int:
     run = ROOT / "runs" / "quickstart"
     if not (run / "evaluation" / "metrics.json").exists():
@@ -142,8 +183,10 @@ def main() -> int:
     draw_pipeline()
     shutil.copyfile(run / "logs" / "loss.png", IMAGES / "loss.png")
     photograph_report()
+    photograph_chat()
     versions = json.loads((run / "adapter" / "manifest.json").read_text(encoding="utf-8"))["versions"]
-    print(f"wrote objective.png, pipeline.png, loss.png and report.png in {IMAGES.name}/ (torch {versions['torch']})")
+    made = "objective.png, pipeline.png, loss.png, report.png and chat.png"
+    print(f"wrote {made} in {IMAGES.name}/ (torch {versions['torch']})")
     return 0
 
 

@@ -166,7 +166,7 @@ class Page:
                             label="Who talks",
                             elem_id="talks",
                         )
-                        beside = gr.Checkbox(False, label="show the other one's answer beside", elem_id="beside")
+                        beside = gr.Checkbox(False, label="ask both, side by side", elem_id="beside")
                     controls = self._controls()
                 with gr.Column(scale=3):
                     said = gr.HTML(transcript.transcript([]), elem_id="transcript", apply_default_css=False)
