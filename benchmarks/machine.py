@@ -113,14 +113,19 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._first:
             synchronize()
-            self._began, self._count = time.perf_counter(), 0
+            self._began, self._processor_began, self._count = time.perf_counter(), time.process_time(), 0
         elif state.global_step == self._last:
             synchronize()
             seconds = time.perf_counter() - self._began
-            self._readings = {"seconds": seconds, "positions": self._count, "peak_bytes": peak_memory()}
+            self._readings = {
+                "seconds": seconds,
+                "processor_seconds": time.process_time() - self._processor_began,
+                "positions": self._count,
+                "peak_bytes": peak_memory(),
+            }
 
     def readings(self) -> dict[str, Any]:
-        """seconds, positions, peak_bytes.
+        """seconds, processor_seconds (of all threads), positions, peak_bytes.
 
         Raises:
             KestrelError: training ended before the last step that was to be timed.

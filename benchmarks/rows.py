@@ -31,6 +31,7 @@ def row_of(system: System, result: dict[str, Any], facts: dict[str, Any]) -> dic
         "loss_difference": result["loss_difference"],
         "gradient_difference": result.get("gradient_difference"),
         "seconds_timed": result["seconds"],
+        "processor_seconds_timed": result["processor_seconds"],
     }
 
 

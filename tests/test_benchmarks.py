@@ -120,7 +120,14 @@ def test_a_row_counts_the_dialogues_tokens_once() -> None:
     """Half an epoch of 1,000 tokens in 2 s is an epoch in 4 s, whatever was computed twice or padded."""
     system = System("some", "trl-turns", 8, 1, 5)
     facts = {"tokens": 1000, "linear_parameters": 10**6, "matrix_flops": 10**10}
-    measured = {"seconds": 2.0, "tokens": 500.0, "dialogues": 5.0, "real": 3000, "positions": 4000}
+    measured = {
+        "seconds": 2.0,
+        "processor_seconds": 1.9,
+        "tokens": 500.0,
+        "dialogues": 5.0,
+        "real": 3000,
+        "positions": 4000,
+    }
     row = row_of(system, {**measured, "peak_bytes": 2**30, "loss_difference": 0.0}, facts)
     assert row["epoch_seconds"] == 4.0
     assert row["useful_tokens_per_second"] == 250.0
