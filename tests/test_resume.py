@@ -310,3 +310,30 @@ def test_a_finished_run_that_was_moved_keeps_its_best_adapter(prepared, tmp_path
     (tmp_path / "one").rename(tmp_path / "two")
     assert train.main([*prepared.arguments("--run_dir", str(tmp_path / "two")), *LONG]) == 0
     assert results(tmp_path / "two") == best
+
+
+def test_same_seed_same_bits(trained, tmp_path):
+    """The four scripts from nothing, twice: dataset, adapter, log, generations and scores agree to the bit."""
+    from test_faults import script
+
+    run, made = tmp_path / "run", []
+    arguments = [*trained.arguments("--run_dir", str(run)), "--generation.do_sample", "--evaluation.resamples", "100"]
+    for _ in range(2):
+        for step in ("preprocess", "train", "generate", "evaluate"):
+            assert script(step).main(arguments) == 0
+        files = [path for path in run.rglob("*") if path.suffix in (".arrow", ".safetensors", ".jsonl", ".md", ".txt")]
+        files += [run / "evaluation" / "metrics.json", run / "dataset" / "statistics.json"]
+        made.append({path.relative_to(run): path.read_bytes() for path in files})
+        shutil.rmtree(run)
+    assert len(made[0]) > 15 and made[0] == made[1]
+
+
+@pytest.mark.parametrize("evaluations", ["2", "8"])
+def test_evaluations_do_not_disturb_the_training(prepared, tmp_path, evaluations):
+    """Nothing random is drawn in them; so a run may be gone on with more of them or fewer."""
+    last = []
+    for number in ("4", evaluations):
+        run = tmp_path / number
+        assert train.main([*prepared.copy_to(run), "--training.evaluations", number]) == 0
+        last.append((run / "checkpoints" / "checkpoint-8" / WEIGHTS).read_bytes())
+    assert last[0] == last[1]
