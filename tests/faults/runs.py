@@ -11,7 +11,8 @@ from faults.forks import SCRIPTS, Ended, Forks, Moment
 from make_models import write_config
 
 # Answers are drawn at random and in several shards.
-_EXTRA = """  do_sample: true
+_EXTRA = """  tokens_per_step: 400
+  do_sample: true
   temperature: 0.8
   candidates: true
 evaluation:
