@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 import make_tokenizers as make
 import numpy as np
 import pytest
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
+from kestrel.arrow import first_rows
 from kestrel.artifacts import MANIFEST, files_below, write_manifest
 from kestrel.dataset import (
     dialogue_of,
@@ -151,6 +155,38 @@ def test_dropped_by_reason(tmp_path: Path) -> None:
     assert statistics.as_json()["dropped_at_rendering"] == dict(statistics.dropped)
 
 
+def test_the_files_are_those_that_datasets_writes(tmp_path: Path) -> None:
+    """The library's own writer is slower and gives the same bytes; if it no longer does, what reads them may change."""
+    rows = [*corpus(30, candidates=True), *corpus(30, seed=1)]
+    write_split([replace(each, dialogue_id=f"{at}") for at, each in enumerate(rows)], prompt(), tmp_path / "ours")
+    features = Features(
+        {
+            "dialogue_id": Value("string"),
+            "persona": List(Value("string")),
+            "partner_persona": List(Value("string")),
+            "turns": List({"speaker": Value("string"), "text": Value("string")}),
+            "candidates": List(List(Value("string"))),
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "reply_spans": List(List(Value("int32"))),
+        }
+    )
+    (tmp_path / "theirs").mkdir()
+    name = "data-00000-of-00001.arrow"
+    with ArrowWriter(path=str(tmp_path / "theirs" / name), features=features) as writer:
+        writer.write_batch(load_split(tmp_path, "ours", COMMAND)[:])
+        writer.finalize()
+    assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    Dataset.from_file(str(tmp_path / "theirs" / name)).info.write_to_directory(str(tmp_path / "theirs"))
+    assert (tmp_path / "ours" / "dataset_info.json").read_text() == (tmp_path / "theirs/dataset_info.json").read_text()
+
+
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001])
+def test_first_rows(tmp_path: Path, count: int) -> None:
+    write_split([replace(each, dialogue_id=f"{at}") for at, each in enumerate(corpus(1001))], prompt(), tmp_path / "x")
+    assert first_rows(tmp_path / "x", count) == load_split(tmp_path, "x", COMMAND).select(range(count)).to_list()
+
+
 def test_nothing_to_write(tmp_path: Path) -> None:
     statistics = write_split([], prompt(), tmp_path / "train")
     assert statistics.as_json()["dialogues"] == 0 and statistics.why_dropped() == "there was none"
@@ -209,6 +245,16 @@ def test_a_sound_dataset(run: Path) -> None:
     folder, manifest = open_dataset(settings(run, training={"epochs": 7.0}), prompt(), COMMAND)
     assert folder == run / "dataset" and manifest["prompt"] == prompt().identity()
     assert set(manifest["files"]) == set(files_below(folder))
+
+
+def test_what_a_file_browser_leaves_is_no_part_of_it(run: Path) -> None:
+    dataset = run / "dataset"
+    (dataset / "train" / ".DS_Store").write_text("left before the manifest")
+    write_manifest(dataset, "dataset", settings_that_shape(settings(run)), {}, prompt=prompt().identity())
+    assert not any("DS_Store" in name for name in files_below(dataset))
+    (dataset / "train" / ".DS_Store").unlink()
+    (dataset / ".directory").write_text("left after it")
+    open_dataset(settings(run), prompt(), COMMAND)
 
 
 def test_the_same_input_gives_the_same_bytes(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import make_tokenizers as make
 import pytest
+from make_models import make_config
+from transformers import AutoTokenizer
 
 import preprocess
 from kestrel.command_line import resolve
 from kestrel.dataset import load_split, open_dataset
-from kestrel.prompt import Prompt
+from kestrel.prompt import Prompt, tokenizer_fingerprint
+from kestrel.settings import Model
 from kestrel.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,7 +214,13 @@ def broken(folder: Path) -> Path:
         (one_dialogue, ["--data.test_fraction", "1"], 2, "--data.test_fraction: input should be less than 1"),
         (one_dialogue, ["--prompt.format", "chat"], 1, "no chat template; use prompt.format: plain"),
         (one_dialogue, ["--model.name", "/nowhere/base"], 1, "model.name '/nowhere/base'"),
-        (one_dialogue, ["--show", "some"], 2, "--show"),
+        (
+            one_dialogue,
+            ["--show", "some"],
+            2,
+            "argument --show: expected a number of dialogues, 0 or more, found 'some'",
+        ),
+        (one_dialogue, ["--show", "-3"], 2, "argument --show: expected a number of dialogues, 0 or more, found '-3'"),
     ],
 )
 def test_what_cannot_be(
@@ -229,6 +238,44 @@ def test_what_cannot_be(
     assert "Traceback" not in shown.err and "unexpected" not in shown.err
     assert digest(tmp_path / "run" / "dataset") == whole, "the old dataset stays"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "dataset"]
+
+
+def test_a_file_in_the_place_of_the_dataset_stays(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = config(tmp_path, base, source(tmp_path, "parlai"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dataset").write_text("my notes")
+    assert preprocess.main(argv) == 1
+    assert f"{tmp_path / 'run' / 'dataset'} is a file where a folder is to be made" in capsys.readouterr().err
+    assert (tmp_path / "run" / "dataset").read_text() == "my notes"
+
+
+def test_little_is_imported() -> None:
+    """The toy's dataset is made without torch, pandas or datasets, which take longer to import than it takes to make."""
+    code = (
+        "import sys, preprocess, tempfile\n"
+        "run = tempfile.mkdtemp()\n"
+        "assert preprocess.main(['--config', 'configs/quickstart.yaml', '--run_dir', run, '--show', '1']) == 0\n"
+        "print('imported:', sorted({'torch', 'pandas', 'datasets', 'peft', 'accelerate'} & set(sys.modules)))\n"
+        "from transformers import AutoTokenizer\n"
+        "AutoTokenizer.from_pretrained('quickstart/base')\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported, by_library = done.stdout.splitlines()[-2:]
+    assert imported == "imported: []"
+    assert by_library == "True", "transformers no longer imports torch: kestrel.tokenizer can leave the choice to it"
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "gpt2"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(architecture: str, tmp_path: Path) -> None:
+    make_config(architecture).save_pretrained(tmp_path)
+    make.falcon_like().save_pretrained(str(tmp_path))
+    ours, theirs = load_tokenizer(Model(name=str(tmp_path))), AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(ours) is type(theirs) and ours.init_kwargs == theirs.init_kwargs
+    assert tokenizer_fingerprint(ours) == tokenizer_fingerprint(theirs)
+    assert Prompt(ours, "plain", 100).identity() == Prompt(theirs, "plain", 100).identity()
 
 
 def test_without_test_split(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +321,7 @@ def test_stopped_midway(how: signal.Signals, tmp_path: Path, base: Path) -> None
     assert preprocess.main(argv) == 0
     run = tmp_path / "run"
     whole = digest(run / "dataset")
-    process = start(config(tmp_path, base, source(tmp_path, "kestrel", count=1500)))
+    process = start(config(tmp_path, base, source(tmp_path, "kestrel", count=5000)))
     deadline = time.monotonic() + 60
     while not list(run.glob(".dataset.incomplete-*/train/*.arrow")) and time.monotonic() < deadline:
         time.sleep(0.01)

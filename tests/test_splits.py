@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kestrel.corpora import Tally, open_corpus
+from kestrel.corpora import Tally, open_corpus, spool
 from kestrel.corpora.repair import persona_key
 from kestrel.corpora.splits import MIXED, PARTNER_HELD, TOO_MANY, Splitter
 from kestrel.dialogue import Dialogue
@@ -129,6 +129,43 @@ def test_drops_of_the_reader_are_counted_once(tmp_path: Path) -> None:
     for _, _, tally in read(splitter):
         total.absorb(tally)
     assert (total.read, total.kept, total.dropped.total()) == (30, 20, 10)
+
+
+def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is cut from it, and also where it is too large for memory; its dialogues come back as they were read."""
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    records = [
+        line(number, number % 40, None, number % 7) | {"turns": (TURNS * 3)[number % 2 :]} for number in range(200)
+    ]
+    for record in records:
+        record["candidates"] = [["no ."], [], ["é", "字"]]
+    source = save(tmp_path / "data.jsonl", records)
+    expected = {each.dialogue_id: each for each in open_corpus(source).read("train", Tally())}
+    splitter = Splitter(open_corpus(source), 0.1, 0.1, folder=folder)
+    os.unlink(source)
+    assert os.listdir(folder) == []
+    found = [each for _, dialogues, _ in read(splitter) for each in dialogues]
+    assert all(each == expected[each.dialogue_id] for each in found) and len(found) > 100
+    assert found == [each for _, dialogues, _ in read(splitter) for each in dialogues]
+
+
+def test_what_a_reader_repaired_is_told_of_the_split_of_the_dialogue(tmp_path: Path) -> None:
+    records = [line(number, number) for number in range(40)]
+    for number in (3, 17):
+        records[number]["persona"] = [f"I am {number}.", ""]
+    source = save(tmp_path / "data.jsonl", records)
+    whole, total = Tally(), Tally()
+    list(open_corpus(source).read("train", whole))
+    for _, dialogues, tally in read(Splitter(open_corpus(source), 0.2, 0.2)):
+        repaired = sum(each.dialogue_id in ("d3", "d17") for each in dialogues)
+        assert tally.repaired.total() == repaired
+        total.absorb(tally)
+    assert (total.read, total.kept, total.repaired) == (whole.read, whole.kept, whole.repaired)
+    assert sorted(total.examples["persona sentences removed: empty"]) == sorted(
+        whole.examples["persona sentences removed: empty"]
+    )
 
 
 def test_max_dialogues(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""The same dialogue in every published layout, and what each reading of it must hold."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from kestrel.corpora import Tally, open_corpus
+from kestrel.dialogue import Dialogue, Turn
+
+PERSONA = ["i like tea .", "i have two dogs ."]
+PARTNER = ["i am a pilot ."]
+SAID = ["hi !", "hello , how are you ?", "fine . you ?", "walking my dogs .", "i fly planes .", "wow , high tea !"]
+DISTRACTORS = [["no .", "yes ."], ["cats .", "who ?"], ["never .", "bye ."]]
+OFFERS = [[*distractors, gold] for distractors, gold in zip(DISTRACTORS, SAID[1::2], strict=True)]
+TURNS = tuple(Turn("self" if at % 2 else "partner", text) for at, text in enumerate(SAID))
+
+
+def parlai(kind: str, *, candidates: bool = False, said: list[str] = SAID) -> str:
+    lines = [f"your persona: {text}" for text in PERSONA] if kind in ("self", "both") else []
+    lines += [f"partner's persona: {text}" for text in PARTNER] if kind in ("other", "both") else []
+    for at in range(0, len(said), 2):
+        offer = "\t\t" + "|".join([*DISTRACTORS[at // 2], said[at + 1]]) if candidates else ""
+        lines.append(f"{said[at]}\t{said[at + 1]}{offer}")
+    return "".join(f"{number} {line}\n" for number, line in enumerate(lines, 1))
+
+
+def table(*records: dict[str, Any]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, records[0])
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def steps() -> list[dict[str, Any]]:
+    return [{"candidates": offer, "history": SAID[: 2 * at + 1]} for at, offer in enumerate(OFFERS)]
+
+
+def spc(conversation: str) -> dict[str, str]:
+    return {
+        "user 1 personas": "\n".join(PARTNER),
+        "user 2 personas": "\n".join(PERSONA),
+        "Best Generated Conversation": conversation,
+    }
+
+
+def tagged() -> str:
+    return "\n".join(f"User {at % 2 + 1}: {text}" for at, text in enumerate(SAID))
+
+
+CYNAPTICS = {
+    "conv_id": "7",
+    "persona_b": PERSONA,
+    "dialogue": [f"Persona {'AB'[at % 2]}: {text}" for at, text in enumerate(SAID[:5])],
+    "reference": SAID[5],
+}
+OWN = {"persona": PERSONA, "turns": [{"speaker": turn.speaker, "text": turn.text} for turn in TURNS]}
+LAYOUTS = {
+    "parlai": parlai("self", candidates=True),
+    "huggingface": json.dumps({"train": [{"personality": PERSONA, "utterances": steps()}]}),
+    "truecased": "".join(json.dumps({"personality": PERSONA, "conv_id": 3, **step}) + "\n" for step in steps()),
+    "cynaptics": json.dumps(CYNAPTICS),
+    "synthetic": table(spc(tagged())),
+    "kaggle": table({"": 0, "Persona": ". ".join(PERSONA), "chat": "\n".join(SAID) + "\n"}),
+    "kestrel": json.dumps(OWN | {"candidates": DISTRACTORS}),
+}
+
+
+def write(folder: Path, content: str | bytes, name: str = "data.x") -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def read(
+    source: str, format: str = "auto", split: str = "train", both_sides: bool = True
+) -> tuple[list[Dialogue], Tally]:
+    tally = Tally()
+    dialogues = list(open_corpus(source, format, both_sides=both_sides).read(split, tally))
+    check(dialogues, tally)
+    return dialogues, tally
+
+
+def check(dialogues: list[Dialogue], tally: Tally) -> None:
+    assert tally.kept == len(dialogues)
+    assert tally.read == tally.kept + tally.dropped.total()
+    assert len({dialogue.dialogue_id for dialogue in dialogues}) == len(dialogues)
+    for dialogue in dialogues:
+        assert dialogue.conversation_id
+        replies = [text for _, text in dialogue.replies()]
+        assert dialogue.turns[-1].speaker == "self"
+        assert all(one.speaker != other.speaker for one, other in zip(dialogue.turns, dialogue.turns[1:], strict=False))
+        assert dialogue.candidates == () or len(dialogue.candidates) == len(replies)
+        for distractors, reply in zip(dialogue.candidates, replies, strict=False):
+            assert reply not in distractors
+        texts = [turn.text for turn in dialogue.turns] + [*dialogue.persona, *dialogue.partner_persona]
+        for text in texts + [text for distractors in dialogue.candidates for text in distractors]:
+            assert text
+            assert text == text.strip()
+            assert not set(text) & {"\n", "\t", "\r", "\0", "\u2028"}
+            text.encode("utf-8")
