@@ -76,3 +76,25 @@ def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
         size = max(1, tokens // int(lengths[order[start]]))
         yield order[start : start + size]
         start += size
+
+
+def even_batches_within(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """As few batches as `batches_within` makes, of sizes as even as can be: a small last one would leave a GPU idle.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: the budget: rows of a batch times its longest row.
+
+    Returns:
+        Positions into `lengths`.
+    """
+    batches = list(batches_within(lengths, tokens))
+    too_low, enough = 0, tokens
+    while len(batches) > 1 and enough - too_low > max(1, tokens // 64):
+        budget = (too_low + enough) // 2
+        tighter = list(batches_within(lengths, budget))
+        if len(tighter) == len(batches):
+            batches, enough = tighter, budget
+        else:
+            too_low = budget
+    return batches

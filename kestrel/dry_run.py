@@ -169,6 +169,7 @@ def _changes(
     assert chosen.estimate is not None
     shape = dialogues.largest(chosen.tokens_per_step)
     one = dialogues.filled(dialogues.longest)
+    smallest = f"training.tokens_per_step: {dialogues.longest}"
 
     def other(section: str, **values: Any) -> int:
         changed = getattr(settings, section).model_copy(update=values)
@@ -182,8 +183,7 @@ def _changes(
     for level in estimator.levels[estimator.levels.index(chosen.recompute) + 1 :]:
         found.append((f"training.recompute: {level}", estimator.estimate(shape, level).needed))
     if shape.rows > 1:
-        smallest = f"training.tokens_per_step: {dialogues.longest}"
-        found.append((f"{smallest} (one dialogue at a time)", estimator.estimate(one, chosen.recompute).needed))
+        found.append((f"{smallest}, a dialogue at a time", estimator.estimate(one, chosen.recompute).needed))
     else:
         half = Pass(1, -(-shape.length // 2), -(-shape.supervised // 2))
         shorter = f"prompt.max_length: {half.length}, and preprocess.py again"
@@ -191,6 +191,8 @@ def _changes(
     found.append((f"lora.r: {max(1, settings.lora.r // 2)}", other("lora", r=max(1, settings.lora.r // 2))))
     if settings.training.optimizer != "paged_adamw_8bit":
         found.append(("training.optimizer: paged_adamw_8bit", other("training", optimizer="paged_adamw_8bit")))
+    if shape.rows > 1 and chosen.recompute != "full":
+        found.append((f"both training.recompute: full and {smallest}", estimator.estimate(one, "full").needed))
     needed = chosen.estimate.needed
     return [
         f"{name}  ({_amount(needed - less)} less: {_amount(less)})"

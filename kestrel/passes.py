@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from kestrel.artifacts import read_json, write_json
-from kestrel.batching import batches_within, share_of
+from kestrel.batching import even_batches_within, share_of
 from kestrel.falcon import Recompute
 from kestrel.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
+from kestrel.model import device
 from kestrel.settings import Settings, memory_bytes
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def capacity(settings: Settings) -> int | None:
     named = memory_bytes(settings.training.device_memory)
     if not torch.cuda.is_available():
         return named
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process's context is there already
     return found if named is None else min(named, found)
 
@@ -71,8 +72,8 @@ def stay_within(settings: Settings) -> None:
     """Lets this process take no more of the GPU than training.device_memory."""
     named = memory_bytes(settings.training.device_memory)
     if named is not None and torch.cuda.is_available():
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, named - CONTEXT) / total))
+        total = torch.cuda.mem_get_info(device())[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, named - CONTEXT) / total), device())
 
 
 class Dialogues:
@@ -101,7 +102,7 @@ class Dialogues:
         found = []
         for share in self._shares:
             lengths = self._lengths[share]
-            for cut in batches_within(lengths, tokens_per_step):
+            for cut in even_batches_within(lengths, tokens_per_step):
                 supervised = int(self._supervised[share[cut]].sum())
                 found.append(Pass(len(cut), int(lengths[cut].max()), supervised))
         return found

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kestrel.batching import batches_within, share_of
+from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.checkpoints import read_sealed, saying_disk_full, seal
 from kestrel.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
@@ -76,7 +76,8 @@ class DialogueTrainer(Trainer):
         mine = share_of(lengths, self.args.process_index, self.args.world_size)
         return {
             "forward_passes": [
-                collate([rows[i] for i in mine[cut]], self._pad_id) for cut in batches_within(lengths[mine], budget)
+                collate([rows[i] for i in mine[cut]], self._pad_id)
+                for cut in even_batches_within(lengths[mine], budget)
             ],
             "supervised_tokens": sum(int(np.count_nonzero(row["labels"] != IGNORED)) for row in rows),
             "tokens_per_step": budget,
@@ -170,7 +171,7 @@ class DialogueTrainer(Trainer):
         def tokens(rows: np.ndarray) -> int:
             lengths = self._lengths[rows]
             mine = lengths[share_of(lengths, self.args.process_index, self.args.world_size)]
-            return max((len(cut) * int(mine[cut].max()) for cut in batches_within(mine, budget)), default=0)
+            return max((len(cut) * int(mine[cut].max()) for cut in even_batches_within(mine, budget)), default=0)
 
         return max(range(len(self._steps)), key=lambda step: tokens(self._steps[step]))
 

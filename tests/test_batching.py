@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from kestrel.batching import batches_within, steps_of_run
+from kestrel.batching import batches_within, even_batches_within, share_of, steps_of_run
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80).map(lambda values: np.asarray(values, dtype=np.int64))
 
@@ -62,3 +62,26 @@ def test_batches_hold_every_row_once_within_the_budget(lengths, tokens):
         assert len(batch) == 1 or lengths[batch].max() * len(batch) <= tokens
     tops = [lengths[batch].max() for batch in batches]
     assert tops == sorted(tops, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 2000))
+def test_even_batches_are_as_few_and_no_larger(lengths, tokens):
+    greedy, even = list(batches_within(lengths, tokens)), even_batches_within(lengths, tokens)
+    assert sorted(np.concatenate(even)) == list(range(len(lengths)))
+    assert len(even) == len(greedy)
+    sizes = [[int(lengths[batch].max()) * len(batch) for batch in cut] for cut in (greedy, even)]
+    assert max(sizes[1]) <= max(sizes[0])
+    assert all(len(batch) == 1 or size <= tokens for batch, size in zip(even, sizes[1], strict=True))
+
+
+def test_no_small_batch_is_left_over():
+    """33 rows where 32 fit: not 32 and 1."""
+    assert sorted(len(batch) for batch in even_batches_within(np.full(33, 100), 3200)) == [16, 17]
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_processes_share_a_step_without_rest(lengths, processes):
+    shares = [share_of(lengths, process, processes) for process in range(processes)]
+    assert sorted(np.concatenate(shares)) == list(range(len(lengths)))
+    assert lengths[shares[0]].max() == lengths.max()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -100,9 +100,9 @@ def test_without_a_gpu_numbers_are_fixed(prepared):
 def test_of_a_card_what_is_named_or_free_is_taken(monkeypatch):
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gib, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
     limits = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
     assert passes.capacity(settings_for()) == 20 * gib + CONTEXT
     assert passes.capacity(settings_for(device_memory="12GiB")) == 12 * gib
     assert passes.capacity(settings_for(device_memory="80 GB")) == 20 * gib + CONTEXT
