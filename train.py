@@ -66,7 +66,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         dry_run.report(settings, config, dialogues)
         return
     base_id = base_identity(settings.model, config)
-    meaning = training.meaning_of(
+    meaning = checkpoints.meaning_of(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
     resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")

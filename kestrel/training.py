@@ -320,32 +320,6 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
     )
 
 
-def meaning_of(
-    settings: Settings, dataset: str, base: dict[str, Any], prompt_sha256: str, steps: int
-) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed: everything that decides the next step, and nothing else.
-
-    Args:
-        settings: of the run.
-        dataset: its identity.
-        base: the base model's identity.
-        prompt_sha256: the prompt's identity.
-        steps: optimizer steps of the whole run, which shape the learning rate.
-    """
-    deciding = {
-        "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
-    }  # fmt: skip
-    return {
-        "dataset": dataset,
-        "base": base,
-        "prompt_sha256": prompt_sha256,
-        "quantization": settings.quantization.model_dump(),
-        "lora": settings.lora.model_dump(),
-        "training": {**settings.training.model_dump(include=deciding), "steps": steps},
-        "seed": settings.seed,
-    }
-
-
 def silence(trainer: Trainer) -> None:
     """Leaves the Trainer's own bar and its printing of dicts away; `callbacks.Progress` takes their place."""
     trainer.remove_callback(PrinterCallback)
