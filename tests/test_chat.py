@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -335,9 +336,12 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):
         until(rb"again leaves")
         process.stdin.write(f"/save {tmp_path / 'x.jsonl'}\n/undo\n".encode())
         process.stdin.flush()
-        until(rb"taken back: hi")
+        until(rb"taken back: hi.*you> ")
+        # A signal between the prompt and the read that follows it would wait for the next line.
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
-        until(rb"again leaves.*again leaves")
+        until(rb"again leaves.*again leaves.*you> ")
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert b"what was not saved is gone" in process.stderr.read()
