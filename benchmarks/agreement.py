@@ -20,8 +20,9 @@ from kestrel.errors import ProofError
 Row = dict[str, Any]
 _WIDTH = 0.02  # standard deviation of the weights that the check gives to LoRA's second matrix
 # Of the losses, relative to how far they spread over the replies, and of LoRA's gradient, relative to its norm. Against
-# the spread, rounding (1% in bf16) is told from a reply that saw other dialogues (20%); a mean loss would hide both.
-TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.1)}
+# the spread, rounding (1% in bf16) is told from a reply that saw other dialogues (20%); a mean loss would hide both. A
+# gradient has come through all layers, which round differently; one that is wrong is zero or far off.
+TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (0.1, 0.2)}
 
 
 def replies_of(rows: list[Row]) -> Iterator[tuple[int, tuple[int, int], Row]]:
