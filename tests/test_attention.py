@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.profiler import profile
 from transformers import FalconConfig, FalconForCausalLM
 
@@ -69,3 +70,20 @@ def test_generation_is_the_same(falcon: FalconForCausalLM) -> None:
     with stock_attention():
         stock = falcon.generate(input_ids=ids[2:], attention_mask=mask[2:], **arguments)
     assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("heads_of_mask", [1, 8])
+@pytest.mark.parametrize("kind", ["bool", "float", "none"])
+def test_one_query_of_each_head_is_as_many_queries_of_one(kind: str, heads_of_mask: int) -> None:
+    """As while generating: padding (bool) or alibi (float, another bias for each head), or neither."""
+    use_fused_kernels("falcon")
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 8, 1, 16, generator=draw)
+    key, value = (torch.randn(3, 1, 21, 16, generator=draw) for _ in range(2))
+    mask = torch.randn(3, heads_of_mask, 1, 21, generator=draw)
+    given = None if kind == "none" else mask > 0 if kind == "bool" else mask
+    ours = F.scaled_dot_product_attention(query, key, value, attn_mask=given)
+    with stock_attention():
+        expanded = (t.expand(-1, 8, -1, -1) for t in (key, value))
+        expected = F.scaled_dot_product_attention(query, *expanded, attn_mask=given)
+    assert ours.shape == expected.shape and torch.allclose(ours, expected, atol=1e-6)

@@ -1,0 +1,230 @@
+"""Prompts that share a dialogue are computed once, and nothing that is made behind them shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from make_models import make_model, make_tokenizer, words
+
+from kestrel.answers import _shard, answer, questions_of
+from kestrel.dialogue import Dialogue, Turn
+from kestrel.generation import decodes_itself, respond
+from kestrel.likelihood import Scored, span_nll
+from kestrel.loss import install
+from kestrel.model import add_lora
+from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable
+from kestrel.prompt import Prompt
+from kestrel.settings import Generation, Lora
+
+SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
+NOT_SHARING = ["bloom", "mistral"]
+IDS = st.integers(12, 380)
+
+
+def adapted(architecture: str) -> torch.nn.Module:
+    """With an adapter that does something."""
+    target: Any = ["c_attn"] if architecture == "gpt2" else "all-linear"
+    model = add_lora(make_model(architecture), Lora(r=4, target_modules=target), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    install(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    return {name: adapted(name) for name in (*SHARING, *NOT_SHARING)}
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(make_tokenizer(), "plain", 100)
+
+
+def dialogues_in(prompt: Prompt) -> list[list[Any]]:
+    """Questions with candidates, of dialogues of several lengths; the longest has lost its oldest turns."""
+    rows = []
+    for number, (animal, repeat) in enumerate([("cat", 1), ("dog", 2), ("parrot", 1), ("horse", 0)]):
+        persona = [f"i have a {animal} .", "my favorite food is rice .", "i live in lima ."]
+        turns = words(persona) * repeat or words(persona)[:2]
+        replies = len(turns) // 2
+        dialogue = Dialogue(
+            f"d{number}",
+            tuple(persona),
+            tuple(Turn(**turn) for turn in turns),
+            candidates=tuple(("no .", f"i hate {animal} soup .", "fish") for _ in range(replies)),
+        )
+        rendered = prompt.render(dialogue)
+        rows.append(
+            {
+                "dialogue_id": dialogue.dialogue_id,
+                "persona": persona,
+                "partner_persona": [],
+                "turns": turns,
+                "candidates": [list(options) for options in dialogue.candidates],
+                "input_ids": rendered.input_ids,
+            }
+        )
+    return questions_of(rows, prompt)
+
+
+# -- rows of a generations file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+@pytest.mark.parametrize("architecture", SHARING)
+def test_rows_are_those_of_the_plain_way(models, prompt, architecture, as_base, monkeypatch):
+    """Answers by the library, each likelihood behind a whole prompt of its own; under a small budget and a large one."""
+    model, asked = models[architecture], dialogues_in(prompt)
+    assert any(question.span is None for questions in asked for question in questions)
+    chosen = Generation(max_new_tokens=12, candidates=True)
+    disabled = model.disable_adapter() if as_base else torch.no_grad()
+    with disabled:
+        large = answer(model, prompt, asked, chosen, 0)
+        small = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 130}), 0)
+        monkeypatch.setattr("kestrel.answers.decodes_itself", lambda *_: False)
+        plain = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 1}), 0)
+    for expected, *found in zip(plain, large, small, strict=True):
+        for row in found:
+            assert row.keys() == expected.keys()
+            for key, value in expected.items():
+                if key == "candidate_nll":
+                    assert [tokens for _, tokens in row[key]] == [tokens for _, tokens in value]
+                    assert [nll for nll, _ in row[key]] == pytest.approx([nll for nll, _ in value], rel=1e-4)
+                else:
+                    assert row[key] == (pytest.approx(value, rel=1e-4) if key == "reference_nll" else value)
+
+
+@pytest.mark.parametrize("architecture", NOT_SHARING)
+def test_what_cannot_share_takes_the_plain_way(models, prompt, architecture):
+    model, asked = models[architecture], dialogues_in(prompt)
+    assert not is_shareable(model)
+    rows = answer(model, prompt, asked, Generation(max_new_tokens=4, candidates=True), 0)
+    contexts = [question.context for questions in asked for question in questions]
+    alone = [respond(model, prompt, [context], Generation(max_new_tokens=4))[0].text for context in contexts]
+    assert [row["response"] for row in rows] == alone
+    assert all(len(row["candidate_nll"]) == 3 and row["reference_nll"] > 0 for row in rows)
+
+
+def test_the_library_has_beams(models):
+    assert is_shareable(models["falcon"])
+    assert decodes_itself(models["falcon"], Generation())
+    assert not decodes_itself(models["falcon"], Generation(num_beams=2))
+
+
+def test_no_prompt_is_computed_twice(models, prompt):
+    """Positions that enter the model: each sequence once, and of what follows its own tokens."""
+    model, asked = models["llama"], dialogues_in(prompt)
+    seen = 0
+
+    def see(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal seen
+        seen += inputs[0].numel()
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(see)
+    chosen = Generation(max_new_tokens=6, stop_strings=[], tokens_per_step=100)  # so that each pass has one sequence
+    try:
+        rows = answer(model, prompt, asked, chosen, 0)
+        answered, seen = seen, 0
+        scored = answer(model, prompt, asked, chosen.model_copy(update={"candidates": True}), 0)
+    finally:
+        hook.remove()
+    sequences = 0
+    for questions in asked:
+        own = [question for question in questions if question.span is None]
+        sequences += sum(len(question.context) + len(question.reference) for question in own)
+        sequences += len(questions[-1].context) + len(questions[-1].reference)
+    assert sum(row["response_tokens"] for row in rows) <= answered - sequences <= 6 * len(rows)
+    tokens = [tokens for row in scored for _, tokens in row["candidate_nll"]]
+    assert sum(tokens) < seen - answered <= len(tokens) * (max(tokens) + 1)
+
+
+# -- prefixes ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def sharers(draw: st.DrawFn) -> tuple[list[list[int]], dict[int, tuple[int, list[int], list[list[int]]]]]:
+    """Sequences, and by name: which of them, a prefix of it, and what may follow."""
+    sequences = draw(st.lists(st.lists(IDS, min_size=2, max_size=40), min_size=1, max_size=4))
+    wanted = {}
+    for name in range(draw(st.integers(1, 5))):
+        which = draw(st.integers(0, len(sequences) - 1))
+        length = draw(st.integers(1, len(sequences[which])))
+        more = draw(st.lists(st.lists(IDS, min_size=1, max_size=9), max_size=4))
+        wanted[name] = (which, sequences[which][:length], more)
+    return sequences, wanted
+
+
+@pytest.mark.parametrize("architecture", SHARING)
+@given(shared=sharers(), budget=st.integers(1, 200))
+@settings(max_examples=8, deadline=None)
+def test_continuations_cost_what_they_cost_alone(models, architecture, shared, budget):
+    model, (sequences, wanted) = models[architecture], shared
+    spans = [[(1, len(ids))] for ids in sequences]
+    found, of_sequences = {}, {}
+    asked = [Scored(ids, of) for ids, of in zip(sequences, spans, strict=True)]
+    for held, scores in computed(model, asked, budget):
+        mine = {name: of for name, of in wanted.items() if held.holds(of[0])}
+        assert not found.keys() & mine.keys()
+        found |= continuation_nll(model, held, mine, budget)
+        of_sequences |= scores
+    assert found.keys() == wanted.keys()
+    for name, (_, context, more) in wanted.items():
+        alone = [Scored([*context, *ids], [(len(context), len(context) + len(ids))]) for ids in more]
+        expected = [scores[0] for scores in span_nll(model, alone, 1)]
+        assert [tokens for _, tokens in found[name]] == [tokens for _, tokens in expected]
+        assert [nll for nll, _ in found[name]] == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-4)
+    for index, ids in enumerate(sequences):
+        [[(expected, tokens)]] = span_nll(model, [Scored(ids, spans[index])], 1)
+        assert of_sequences[index] == [(pytest.approx(expected, rel=1e-4, abs=1e-4), tokens)]
+
+
+def test_what_is_held_stays_within_the_budget(models):
+    """Groups are handed over before they outgrow half of what the answers may take."""
+    model = models["llama"]
+    sequences = [Scored([20 + n] * 30, []) for n in range(300)]
+    groups = list(computed(model, sequences, 60))
+    assert len(groups) > 1
+    assert sorted(index for held, _ in groups for index in range(300) if held.holds(index)) == list(range(300))
+    sizes = [held.nbytes for held, _ in groups]
+    a_pass = 60 * groups[0][0].bytes_a_token
+    activations = 60 * 24 * 64 * 4  # hidden states of 64 float32 numbers, as in kestrel.prefix
+    assert max(sizes) <= max(activations, a_pass) / 2 + a_pass
+
+
+def test_rows_that_leave_change_nothing_for_those_that_stay(models):
+    model, ids = models["falcon"], [30, 40, 50, 60, 70]
+    held = Prefixes()
+    for group, _ in computed(model, [Scored(ids, []), Scored(ids[::-1], [])], 100):
+        held = group
+    causal_lm: Any = model.get_base_model()
+
+    def logits(keep: list[int] | None) -> torch.Tensor:
+        rows = held.behind([(0, 3), (1, 2), (0, 5), (1, 4)], 2)
+        last = torch.tensor([[21], [22], [23], [24]])
+        with torch.no_grad():
+            causal_lm(input_ids=last, use_cache=True, **rows.inputs(0, 1))
+            if keep is not None:
+                rows.keep(torch.tensor(keep))
+                last = last[keep]
+            return causal_lm(input_ids=last + 1, use_cache=True, **rows.inputs(1, 1)).logits[:, -1]
+
+    assert torch.allclose(logits([3, 1]), logits(None)[[3, 1]], atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(1, 1000))
+def test_shards_take_all_dialogues_and_no_more_than_fill_them(lengths, budget):
+    import numpy as np
+
+    left, sizes = np.asarray(lengths), []
+    while len(left):
+        size = _shard(left, budget)
+        assert size >= min(32, len(left)) and (size <= 32 or left[:size].sum() <= 4 * budget)
+        sizes.append(size)
+        left = left[size:]
+    assert sum(sizes) == len(lengths)
