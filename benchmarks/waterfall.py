@@ -40,7 +40,8 @@ from kestrel.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]
-_WARMUP, _STEPS = 3, 6
+_WARMUP = 3
+_TIMED = 384  # dialogues, and at least six steps
 _REPEAT = 5  # of the dialogues, so that batches of many hold similar lengths as in a corpus of thousands
 _SAME = 2e-2  # bfloat16's rounding through 32 layers, as `loss.prove_loss` allows it
 
@@ -117,7 +118,7 @@ def batches_of(rows: list[Rendered], measure: Measure, device: torch.device) -> 
     order = np.random.default_rng(0).permutation(len(rows))
     if measure.by_length:
         order = order[np.argsort([len(rows[i].input_ids) for i in order], kind="stable")]
-    count = _WARMUP + _STEPS
+    count = _WARMUP + max(6, _TIMED // measure.dialogues)
     places = np.linspace(0, max(0, len(rows) - measure.dialogues), count).astype(int)
     batches = []
     for first in np.random.default_rng(1).permutation(places):

@@ -5,6 +5,10 @@ they are. No fused kernel takes unequal numbers of heads without being told, so 
 products that hold every attention score in memory: on one H200 a training step is 1.4 times slower and needs twice the
 memory. Repeating the one head as a view, without copying it, gives every kernel what it takes. The result is the same.
 
+Of the fused kernels cuDNN's is the fastest on recent GPUs, but for every new shape it first makes a plan, which took 50 ms
+for the forward and 50 ms for the backward pass on an H200, and dialogues bring a new shape with every pass. So it is used
+only where the passes before keep the GPU busy for so long that nobody waits for the plan.
+
 For torch 2.11 to 2.13 and transformers 5.17 to 5.23; `test_stock_falcon_misses_the_fused_kernel` fails when it is no
 longer needed.
 """
@@ -12,11 +16,17 @@ longer needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_LARGE = 8192  # tokens in a pass: 0.4 s on an H200
+_ALL_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 
 _stock = F.scaled_dot_product_attention
 
@@ -41,9 +51,15 @@ def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
 
 def use_fused_kernels(model_type: str) -> None:
-    """Lets Falcon's attention reach the fused kernels, for the rest of the process; other models do so by themselves."""
+    """Lets attention take the fused kernels that suit dialogues, for the rest of the process."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if model_type == "falcon":
         F.scaled_dot_product_attention = _with_repeated_heads
+
+
+def kernels_for(tokens: int) -> AbstractContextManager[None]:
+    """Allows cuDNN's kernel meanwhile, if a pass has so many tokens that its plan is made while the GPU is busy."""
+    return sdpa_kernel(_ALL_KERNELS) if tokens >= _LARGE and torch.cuda.is_available() else nullcontext()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kestrel.attention import kernels_for
 from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, rotate
 
 Recompute = Literal["none", "mlp", "full"]
@@ -119,13 +120,10 @@ class _Layer:
         fused = self.qkv.forward(normed, seed).view(*shape[:2], self._heads + 2, -1)
         parts = fused.split((self._heads, 1, 1), dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
-        with torch.enable_grad():
+        with torch.enable_grad(), kernels_for(len(normed)):
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            if query.is_cuda:
-                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            else:
-                every = (-1, self._heads, -1, -1)
-                out = F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
+            every = (-1, self._heads, -1, -1)
+            out = F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
         return [out, query, key, value]
 
 
