@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -37,8 +38,10 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Commit of this checkout, with `+changes` where the working tree differs; None outside of git."""
+    """Commit of this checkout when it was first asked for, with `+changes` where the working tree differs; None outside
+    of git."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -67,6 +70,19 @@ def sha256_of_json(value: Any) -> str:
 def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _flush_below(folder: Path) -> None:
+    """Puts a folder's content on the disk, so that a power cut after its rename does not leave empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # which not every file system can
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _beside(path: Path, what: str) -> Path:
@@ -110,6 +126,7 @@ def folder_atomically(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _flush_below(temporary)
         if path.exists():
             os.replace(path, former)
         os.replace(temporary, path)

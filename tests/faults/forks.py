@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kestrel.artifacts import git_commit
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("preprocess", "train", "generate", "evaluate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -83,6 +85,7 @@ class Forks:
     def __init__(self, work: Path):
         self._work = work
         self._scripts = load_scripts()
+        git_commit()  # which forks then know
 
     def run(self, script: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
         """Runs a script to its end, which `moment` may bring about.
