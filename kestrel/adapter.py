@@ -20,6 +20,7 @@ from kestrel.artifacts import (
 from kestrel.checkpoints import saying_disk_full
 from kestrel.disk import adapter_bytes, room_for
 from kestrel.errors import KestrelError, ProofError
+from kestrel.hub import PROMPT, WEIGHTS
 from kestrel.likelihood import Scored, span_nll
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings
@@ -27,8 +28,6 @@ from kestrel.settings import Settings
 if TYPE_CHECKING:
     from peft import PeftModel
 
-WEIGHTS = "adapter_model.safetensors"
-PROMPT = "prompt.json"
 # Relative difference of the canary's likelihood between two machines; float32 on one machine agrees to the bit.
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 

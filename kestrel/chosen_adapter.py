@@ -10,14 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter import PROMPT, WEIGHTS, read_adapter
+from kestrel.adapter import read_adapter
 from kestrel.artifacts import MANIFEST, differences, read_json, require_equal, sha256_of
 from kestrel.errors import KestrelError
-from kestrel.hub import download_adapter
+from kestrel.hub import CONFIG, PROMPT, WEIGHTS, download_adapter
 from kestrel.model import adapter_config
 from kestrel.settings import Settings, is_hub_id
 
-CONFIG = "adapter_config.json"
 _FIT = (
     "set the run's settings to the adapter's (of the base: model.name, and model.revision to its commit; of the prompt: "
     "prompt.format, then run preprocess.py again)"

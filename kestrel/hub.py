@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from kestrel.artifacts import read_json
 from kestrel.errors import KestrelError
 from kestrel.network import use_cache_without_network
 
@@ -20,10 +22,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
+CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
 ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "prompt.json",
+    CONFIG,
+    WEIGHTS,
+    PROMPT,
     "manifest.json",
     *TOKENIZER_FILES,
 )
@@ -111,13 +114,30 @@ def download_adapter(name: str) -> Path:
     use_cache_without_network()
     with _clear_errors(f"model.adapter {name}"):
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(ADAPTER_FILES)))
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+    for needed in (CONFIG, WEIGHTS):
         if not (folder / needed).is_file():
             raise KestrelError(
                 f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
                 "read, no pickles and no subfolders"
             )
     return folder
+
+
+def base_config(name: str, revision: str | None) -> dict[str, Any]:
+    """A base model's config.json, from its folder or the Hub, read without what importing its architecture costs.
+
+    Raises:
+        KestrelError: not to be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    path = Path(name) / "config.json"
+    if not path.parent.is_dir():
+        use_cache_without_network()
+        with _clear_errors(f"model.name {name}"):
+            path = Path(hf_hub_download(name, "config.json", revision=revision))
+    config: dict[str, Any] = read_json(path, "check model.name")
+    return config
 
 
 def check_access(repo_id: str, private: bool) -> str:

@@ -11,23 +11,19 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kestrel.adapter import PROMPT
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal
 from kestrel.command_line import describe
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.hub import ADAPTER_FILES, CARD
+from kestrel.hub import ADAPTER_FILES, CARD, CONFIG, PROMPT, base_config
 from kestrel.model_card import Facts, model_card
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings, is_hub_id
+from kestrel.tokenizer import load_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_CONFIG = "adapter_config.json"
-_EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
+EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
 # Of the settings, what decided the training and must be as it was then; the rest may have changed since.
 _RECORDED = ("batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer")
 
@@ -70,14 +66,15 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
         {**{name: settings.model_dump()[name] for name in ("quantization", "lora", "seed")}, "training": now},
         f"publish it with the settings it was trained with, or {remedy}",
     )
-    if read_json(folder / PROMPT, remedy)["format"] != settings.prompt.format:
-        raise KestrelError(f"the adapter in {folder} was trained with another prompt.format; {remedy}")
+    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompts = {"prompt": read_json(folder / PROMPT, remedy)}, {"prompt": prompt.identity()}
+    require_equal(f"the adapter in {folder}", *prompts, remedy)
 
     files: dict[str, bytes | Path] = {}
     for name in ADAPTER_FILES:
         if (folder / name).is_file():
             files[name] = folder / name
-    files[_CONFIG] = _json({**read_json(folder / _CONFIG, remedy), **_named_base(base, manifest)})
+    files[CONFIG] = _json({**read_json(folder / CONFIG, remedy), **_named_base(base, manifest)})
     metrics = evaluation_of(run, manifest, f"python evaluate.py {again}")
     if metrics is not None:
         files["metrics.json"] = _json(metrics)
@@ -94,7 +91,7 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
     }
     files[MANIFEST] = _json(described)
     _refuse_paths(MANIFEST, files[MANIFEST])
-    files[CARD] = model_card(card_facts(settings, public, repo_id, base, manifest, metrics)).encode()
+    files[CARD] = model_card(card_facts(settings, public, prompt, repo_id, base, manifest, metrics)).encode()
     return files
 
 
@@ -168,6 +165,7 @@ def evaluation_of(run: Path, manifest: Mapping[str, Any], command: str) -> dict[
 def card_facts(
     settings: Settings,
     public: Settings,
+    prompt: Prompt,
     repo_id: str,
     base: str,
     manifest: Mapping[str, Any],
@@ -175,11 +173,10 @@ def card_facts(
 ) -> Facts:
     """Gathers what the card says."""
     run, source = Path(settings.run_dir), settings.data.source
-    prompt = _prompt(settings)
     hub = settings.hub
     datasets = list(hub.datasets) or ([] if _is_local(source) else [source])
     pieces, beginning = example_prompt(prompt)
-    is_falcon = (read_config(settings).get("model_type")) == "falcon"
+    is_falcon = base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon"
     return Facts(
         repo_id=repo_id,
         base_model=base,
@@ -194,23 +191,6 @@ def card_facts(
         prompt_format=prompt.format,
         prompt_text="".join(pieces),
     )
-
-
-def _prompt(settings: Settings) -> Prompt:
-    """The prompt over the tokenizer that lies beside the adapter, which is the one that is published."""
-    from transformers import AutoTokenizer
-
-    folder = Path(settings.run_dir) / "adapter"
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
-    return Prompt(tokenizer, settings.prompt.format, settings.prompt.max_length)
-
-
-def read_config(settings: Settings) -> dict[str, Any]:
-    """The base's configuration."""
-    from kestrel.model import load_config
-
-    config: dict[str, Any] = load_config(settings.model).to_dict()
-    return config
 
 
 def _statistics(run: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -231,10 +211,10 @@ def example_prompt(prompt: Prompt) -> tuple[list[str], list[int]]:
     Raises:
         KestrelError: the tokenizer does not make of the pieces what the prompt's room makes of them.
     """
-    turns = (*_EXAMPLE.turns, Turn("self", "ok"))
-    segments = prompt.segments(Dialogue(_EXAMPLE.dialogue_id, _EXAMPLE.persona, turns))
+    turns = (*EXAMPLE.turns, Turn("self", "ok"))
+    segments = prompt.segments(Dialogue(EXAMPLE.dialogue_id, EXAMPLE.persona, turns))
     pieces = [segment.text for segment in segments[:-2]]
-    ids = prompt.open_context(_EXAMPLE)
+    ids = prompt.open_context(EXAMPLE)
     made = [
         token
         for piece in pieces
@@ -286,6 +266,7 @@ def usage(
             ")",
         ]
     given = ", quantization_config=quantization" if four_bit else ""
+    first = f"{beginning} + " if beginning else ""
     lines += [
         "base = AutoModelForCausalLM.from_pretrained(",
         f'    "{base}"{revision}, dtype={dtype}, device_map="auto"{given}',
@@ -294,7 +275,7 @@ def usage(
         "",
         "# Each piece is tokenized on its own, as in training.",
         f"pieces = {json.dumps(pieces, ensure_ascii=False)}",
-        f"ids = {beginning} + [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]",
+        f"ids = {first}[i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]",
         "answer = model.generate(",
         "    input_ids=torch.tensor([ids], device=model.device),",
         "    attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),",

@@ -91,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
 
     ROUTES = (
         ("HEAD", r"/", "home"),
+        ("GET", r"/api/agent-harnesses", "nothing"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
@@ -183,6 +184,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def home(self) -> None:
         self.answer(b"")
+
+    def nothing(self) -> None:
+        """The client asks here what to call the program that it runs in; it does without an answer."""
+        self.answer({"error": "no such endpoint"}, 404)
 
     def whoami(self) -> None:
         self.require(self.known, "Invalid username or password.", 401)
@@ -315,8 +320,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         digest = hashlib.sha256(content).hexdigest()
         self.hub.objects[digest] = content
+        storage = self.hub.endpoint.replace("127.0.0.1", "localhost")  # another host, as the Hub's storage is
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        self.answer(b"", 302, {**common, **linked, "Location": f"{self.hub.endpoint}/cdn/{digest}"})
+        self.answer(b"", 302, {**common, **linked, "Location": f"{storage}/cdn/{digest}"})
 
     def download(self, oid: str) -> None:
         content, asked = self.hub.objects[oid], re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

@@ -146,7 +146,9 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     from kestrel.generation import respond
     from kestrel.loss import install
     from kestrel.model import load_adapter, load_base
-    from kestrel.publication import _EXAMPLE, _prompt
+    from kestrel.prompt import Prompt
+    from kestrel.publication import EXAMPLE
+    from kestrel.tokenizer import load_tokenizer
 
     assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
     card = hub.repositories[REPO].files["README.md"].decode()
@@ -158,9 +160,9 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     settings, _ = resolve(str(evaluated.config), {})
     model = load_adapter(load_base(settings)[0], evaluated.run / "adapter")
     install(model)
-    prompt = _prompt(settings)
+    prompt = Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length)
     chosen = settings.generation.model_copy(update={"max_new_tokens": 64, "stop_strings": []})
-    (expected,) = respond(model, prompt, [prompt.open_context(_EXAMPLE)], chosen)
+    (expected,) = respond(model, prompt, [prompt.open_context(EXAMPLE)], chosen)
     assert " ".join(expected.text.split()) in " ".join(done.said.split())
 
 

@@ -1,0 +1,212 @@
+"""A model without adapter, for engines that take none: the adapter merged into the base it was trained on.
+
+That base is the 4-bit one. Its weights are made 16-bit again and the adapter is added to those: merging into 4-bit
+weights rounds the update away, and the original 16-bit weights are another base.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kestrel.adapter import prove_loaded
+from kestrel.artifacts import folder_atomically, identity_of, read_manifest, write_manifest
+from kestrel.chosen_adapter import open_adapter
+from kestrel.dataset import dialogue_of, load_split, open_dataset
+from kestrel.dialogue import Dialogue, Turn
+from kestrel.errors import KestrelError, ProofError
+from kestrel.generation import Response, generation_config, respond
+from kestrel.loss import causal_lm_of, install
+from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config
+from kestrel.prompt import Prompt
+from kestrel.settings import Settings
+from kestrel.tokenizer import clear_errors, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 16  # contexts that adapter and merged model answer
+_POSITIONS = 32  # logits compared at the end of each context
+_SHARD = "4GB"
+_KIND = "merged model"
+# Largest relative difference of logits. Rounding the sum to the compute type gives about 0.008 in bfloat16; a merge into
+# 4-bit weights gives 0.08.
+_LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
+_QUESTIONS = ("hi ! how are you ?", "what do you do for a living ?", "any pets ?", "where do you live ?")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model does on the samples.
+
+    Attributes:
+        logits: float32 (positions, vocabulary), on the CPU.
+        responses: greedy answers.
+    """
+
+    logits: torch.Tensor
+    responses: list[Response]
+
+
+def merge(settings: Settings, folder: Path, again: str) -> None:
+    """Merges, saves, loads what was saved, and proves that it answers like the adapter.
+
+    Args:
+        settings: of the run; model.adapter names another adapter than the run's own.
+        folder: where the model is written; made whole or not at all.
+        again: the options of this call, for messages.
+
+    Raises:
+        KestrelError: no adapter, one that does not fit, or a folder that holds something else.
+        ProofError: the merged model computes something else.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_merged(folder)):
+        raise KestrelError(f"--merge {folder}: it holds something else; name a folder that is new or empty")
+    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    identity, base_id = prompt.identity(), base_identity(settings.model, load_config(settings.model))
+    adapter_folder, manifest = open_adapter(settings, identity, base_id, f"python train.py {again}")
+    contexts = sample_contexts(settings, prompt, again)
+
+    base, audit = load_base(settings)
+    print(f"base: {audit.line()}")
+    adapted = load_adapter(base, adapter_folder)
+    install(adapted)
+    print(prove_loaded(adapted, manifest, identity, settings.quantization.compute_dtype))
+    before = behaviour(adapted, prompt, contexts, settings)
+    merged = _merged(adapted, adapter_folder, settings)
+    with folder_atomically(folder) as target:
+        merged.generation_config = generation_config(settings.generation, prompt)
+        merged.save_pretrained(str(target), max_shard_size=_SHARD)
+        prompt.tokenizer.save_pretrained(str(target))
+        del base, adapted, merged
+        gc.collect()
+        after = behaviour(_loaded(target, settings), prompt, contexts, settings)
+        apart, same = compare(before, after, settings.quantization.compute_dtype)
+        said = (
+            f"logits of adapter and merged model differ by {apart:.2%}, and {same} of {len(contexts)} greedy answers are "
+            "the same"
+        )
+        (target / "README.md").write_text(readme(prompt, settings, said), encoding="utf-8")
+        write_manifest(
+            target,
+            _KIND,
+            settings={"quantization": settings.quantization.model_dump()},
+            made_from={"base": base_id, "adapter": identity_of(manifest), "prompt_sha256": identity["sha256"]},
+            logits_apart=apart,
+            same_answers=same,
+            answers=len(contexts),
+        )
+    print(f"proven on what was saved: {said}")
+    print(f"wrote {folder}; its README.md says how to serve it")
+
+
+def _is_merged(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder, _KIND, "", check_files=False))
+    except KestrelError:
+        return False
+
+
+def sample_contexts(settings: Settings, prompt: Prompt, again: str) -> list[list[int]]:
+    """Prompts of the run's validation or test dialogues; of a few invented ones where there is no data set."""
+    try:
+        folder, _ = open_dataset(settings, prompt, f"python preprocess.py {again}")
+    except KestrelError:
+        invented = [Dialogue("sample", ("i have two dogs.",), (Turn("partner", text),)) for text in _QUESTIONS]
+        return [prompt.open_context(dialogue) for dialogue in invented]
+    name = next((split for split in ("validation", "test") if (folder / split).is_dir()), "train")
+    rows = load_split(folder, name, "make it with preprocess.py")
+    dialogues = [dialogue_of(row) for row in rows.select(range(min(SAMPLES, len(rows))))]
+    return [prompt.context(dialogue, next(dialogue.replies())[0]) for dialogue in dialogues]
+
+
+def behaviour(
+    model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Settings
+) -> Behaviour:
+    """Logits at the end of each context, and greedy answers."""
+    chosen = settings.generation.model_copy(
+        update={"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    )
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        logits = [
+            causal_lm_of(model)(input_ids=torch.tensor([ids], device=device)).logits[0, -_POSITIONS:].float().cpu()
+            for ids in contexts
+        ]
+    return Behaviour(torch.cat(logits), [respond(model, prompt, [ids], chosen)[0] for ids in contexts])
+
+
+def compare(before: Behaviour, after: Behaviour, compute_dtype: str) -> tuple[float, int]:
+    """Relative difference of the logits, and how many answers are the same.
+
+    Raises:
+        ProofError: they differ by more than rounding does.
+    """
+    apart = ((after.logits - before.logits).norm() / before.logits.norm()).item()
+    if not apart <= _LIMIT[compute_dtype]:
+        raise ProofError(
+            f"the merged model is not the adapter on its base: their logits differ by {apart:.2%}, more than the "
+            f"{_LIMIT[compute_dtype]:.1%} that rounding explains; nothing was written"
+        )
+    return apart, sum(a.text == b.text for a, b in zip(before.responses, after.responses, strict=True))
+
+
+def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTrainedModel:
+    """The adapter added to the 16-bit values of its base."""
+    from peft import PeftModel
+
+    base = adapted.unload()
+    if settings.quantization.bits == 4:
+        base = base.dequantize()
+        base.to(getattr(torch, settings.quantization.compute_dtype))
+    again = PeftModel.from_pretrained(base, str(adapter_folder), config=adapter_config(adapter_folder))
+    merged: PreTrainedModel = again.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
+    """What anybody loads from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    from kestrel.model import device
+
+    dtype = getattr(torch, settings.quantization.compute_dtype)
+    with clear_errors("merged weights", str(folder)):
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, device_map={"": str(device())}
+        )
+    return loaded
+
+
+def readme(prompt: Prompt, settings: Settings, said: str) -> str:
+    """How to serve the model, and what of that was tried."""
+    from kestrel.publication import example_prompt
+
+    dtype = settings.quantization.compute_dtype
+    text = "".join(example_prompt(prompt)[0])
+    return f"""# A merged model
+
+The adapter of a Kestrel run, added to the weights of its base as the run held them. Tried when it was made: saved,
+loaded with transformers' `AutoModelForCausalLM`, and compared on sample dialogues: {said}.
+
+The prompt is Kestrel's `{prompt.format}` format, and a reply ends with token {prompt.end_id}. An example:
+
+```text
+{text}
+```
+
+Other engines take a model of this architecture without an adapter. These commands, for this folder, follow their
+documentation and were not tried; compare a few answers with `generate.py` before you rely on one.
+
+```bash
+vllm serve . --dtype {dtype}
+text-generation-launcher --model-id . --dtype {dtype}
+python convert_hf_to_gguf.py . --outfile model.gguf && llama-server -m model.gguf
+```
+"""
