@@ -50,7 +50,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     if chosen.max_dialogues is not None:
         rows = rows.select(range(min(chosen.max_dialogues, len(rows))))
 
-    # Sampling draws for a whole batch at once; otherwise how many prompts share a batch changes nothing but speed.
+    # How many prompts share a batch changes nothing but speed, unless the library samples, which draws for a whole batch.
     ignored = {"systems", "persona_orders", *(() if chosen.do_sample else ("tokens_per_step",))}
     common = {
         "dataset": identity_of(dataset_manifest),

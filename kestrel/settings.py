@@ -170,7 +170,9 @@ class Generation(Section):
         description="A response ends at these too, so that a base that never learned EOS is not scored on rambling.",
     )
     tokens_per_step: PositiveInt = Field(
-        8192, description="Most tokens, padding included, in one batch of prompts; changes speed and memory only."
+        8192,
+        description="Most tokens, padding included, in one pass over dialogues; the answers that are made side by side "
+        "take as much memory. Changes speed and memory only.",
     )
     references: bool = Field(True, description="Score the likelihood of the references (perplexity).")
     candidates: bool = Field(False, description="Score the likelihood of each candidate reply (hits@1).")

@@ -127,7 +127,7 @@ def test_no_prompt_is_computed_twice(models, prompt):
         seen += inputs[0].numel()
 
     hook = model.get_input_embeddings().register_forward_pre_hook(see)
-    chosen = Generation(max_new_tokens=6, stop_strings=[], tokens_per_step=100)  # so that each pass has one sequence
+    chosen = Generation(max_new_tokens=6, stop_strings=[], tokens_per_step=1)  # so that nothing is padded
     try:
         rows = answer(model, prompt, asked, chosen, 0)
         answered, seen = seen, 0
