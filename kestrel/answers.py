@@ -301,7 +301,7 @@ def _keep_complete_shards(partial: Path, identity: str, dataset: Dataset) -> int
         for line in content[end:].splitlines(keepends=True):
             if mark := _MARK.match(line.decode("utf-8", "replace")):
                 claimed = int(mark[1])
-                if line.decode() != _mark(claimed, content[end:position]) or not done < claimed <= len(dataset):
+                if line != _mark(claimed, content[end:position]).encode() or not done < claimed <= len(dataset):
                     break
                 done, end = claimed, position + len(line)
             position += len(line)

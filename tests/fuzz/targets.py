@@ -171,10 +171,10 @@ def _prompt() -> Any:
 
 def adapter_config(data: bytes) -> None:
     """A foreign adapter_config.json: refused, or plain LoRA of the kind that Kestrel writes."""
-    from kestrel.model import _lora_config
+    from kestrel.model import adapter_config as read_config
 
     _file("adapter_config.json", data)
-    read = _lora_config(folder())
+    read = read_config(folder())
     assert read.peft_type == "LORA" and read.r >= 1 and 0 <= read.lora_dropout < 1
     assert not (read.megatron_config or read.auto_mapping or read.layer_replication or read.modules_to_save)
 
