@@ -77,7 +77,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
 
     passes.stay_within(settings)
     chosen = passes.plan(settings, config, dialogues, resume)
-    print(chosen.line())
+    if chosen.estimate is not None:
+        print(chosen.line())
     if not chosen.fits:
         print(f"warning: {passes.too_much(settings, chosen)}", file=sys.stderr)
     base, audit = load_base(settings)

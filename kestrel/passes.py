@@ -51,11 +51,12 @@ class Plan:
         return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
 
     def line(self) -> str:
-        """One line for the terminal."""
-        told = f"passes of up to {self.tokens_per_step:,} tokens, recompute {self.recompute}"
-        if self.estimate is None or self.memory is None:
-            return told
-        return f"{told}: {self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB by estimate"
+        """One line for the terminal, of a plan with an estimate."""
+        assert self.estimate is not None and self.memory is not None
+        return (
+            f"passes of up to {self.tokens_per_step:,} tokens, recompute {self.recompute}: "
+            f"{self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB by estimate"
+        )
 
 
 def capacity(settings: Settings) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from kestrel.adapter import WEIGHTS
 from kestrel.command_line import resolve
 from kestrel.dataset import lengths_of, load_split, supervised_of
 from kestrel.loss import install, token_nll
-from kestrel.memory import CONTEXT, Estimate, Pass
+from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.model import add_lora
 from kestrel.passes import Dialogues, Plan, choose
 from kestrel.settings import Data, Lora, Model, Settings, Training
@@ -196,8 +197,8 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
     assert "going on from" in said and "out of memory" not in said
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     # Whoever asks for something else gets it.
-    assert train.main([*arguments, "--training.tokens_per_step", "999"]) == 0
-    assert "passes of up to 999 tokens" in capsys.readouterr().out
+    settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "999"}, [])
+    assert passes.plan(settings, None, None, tmp_path / "run/checkpoints/checkpoint-8").tokens_per_step == 999  # type: ignore[arg-type]
 
 
 def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path, monkeypatch, capsys):
@@ -275,3 +276,26 @@ def test_no_step_waits_for_the_gpu(prepared):
     with _Waits() as waits:  # so that the test can fail
         bool(torch.isfinite(trainer.last_gradient_norm))
     assert waits.found == ["_local_scalar_dense"]
+
+
+def test_auto_takes_what_fits_a_named_card(prepared, tmp_path, capsys):
+    """The whole way through train.py, on a CPU that stands for the card."""
+    arguments = [*prepared.copy_to(tmp_path / "run"), "--training.device_memory", "720MiB", "--training.max_steps", "2"]
+    assert train.main(arguments) == 0
+    found = re.search(r"passes of up to ([\d,]+) tokens, recompute none: 0.7 of 0.7 GiB", capsys.readouterr().out)
+    assert found is not None
+    record = json.loads((tmp_path / "run/checkpoints/checkpoint-2/passes.json").read_text())
+    assert f"{record['chosen']['tokens_per_step']:,}" == found[1]
+    assert train.main([*arguments, "--training.device_memory", "600MiB"]) == 0
+    assert re.search(r"warning: training needs 0.\d GiB by estimate, there are 0.6;", capsys.readouterr().err)
+
+
+def test_where_nothing_can_be_estimated_numbers_are_fixed(prepared, monkeypatch, capsys):
+    def refuse(*_: Any) -> None:
+        raise CannotEstimate("the memory of a mamba cannot be estimated")
+
+    monkeypatch.setattr(passes, "Estimator", refuse)
+    settings, _ = resolve(str(prepared.config), {"training.device_memory": "24GiB"}, [])
+    chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]
+    assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
+    assert "warning: the memory of a mamba cannot be estimated" in capsys.readouterr().err
