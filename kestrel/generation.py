@@ -151,11 +151,17 @@ def answers_behind(
         size = math.ceil(len(left) / math.ceil(len(left) / fitting))
         positions, left = left[:size], left[size:]
         batch = [asked[position] for position in positions]
-        rows = held.behind([(p.sequence, len(p.ids) - 1) for p in batch], settings.max_new_tokens)
         draws = np.stack([_draws(p.seed, settings.max_new_tokens) for p in batch]) if settings.do_sample else None
-        ids = [p.ids for p in batch]
-        is_over = has_stop if settings.stop_strings else None
-        said = decode(model, rows, ids, settings, prompt.end_id, draws, is_over, tail)
+        said = decode(
+            model,
+            held.behind([(p.sequence, len(p.ids) - 1) for p in batch], settings.max_new_tokens),
+            [p.ids for p in batch],
+            settings,
+            prompt.end_id,
+            draws,
+            has_stop if settings.stop_strings else None,
+            tail,
+        )
         for position, row in zip(positions, said, strict=True):
             yield position, _cut(row, prompt, settings.stop_strings)
 

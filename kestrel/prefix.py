@@ -44,14 +44,6 @@ def is_shareable(model: torch.nn.Module) -> bool:
     return {"position_ids", "past_key_values"} <= taken.keys() and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
-    """Last hidden states (rows, length, hidden size) of a pass that adds to the cache `past_key_values`."""
-    causal_lm = causal_lm_of(model)
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    hidden: torch.Tensor = backbone(use_cache=True, **inputs).last_hidden_state
-    return hidden
-
-
 def activation_bytes(model: torch.nn.Module) -> int:
     """Upper bound of what a position of a pass without gradient takes while its layer is computed."""
     causal_lm = causal_lm_of(model)
@@ -141,6 +133,10 @@ class Prefixes:
     def holds(self, sequence: int) -> bool:
         return sequence in self._places
 
+    def release(self) -> None:
+        """Gives the memory back, whoever still knows of this group."""
+        self._batches.clear()
+
     def behind(self, prefixes: Sequence[tuple[int, int]], room: int) -> Behind:
         """Copies prefixes side by side.
 
@@ -182,28 +178,26 @@ def computed(
         tokens_per_step: most tokens of one pass, padding included.
 
     Yields:
-        The keys and values of a group, and for each sequence in it, by its index, (sum in nats, tokens) of each span.
+        The keys and values of a group, which are there until the next one is asked for, and for each sequence in it, by
+        its index, (sum in nats, tokens) of each span.
 
     Raises:
         ProofError: a likelihood is not finite.
     """
     model.eval()
-    causal_lm = causal_lm_of(model)
-    device = next(model.parameters()).device
     held = Prefixes()
     scores: dict[int, list[tuple[float, int]]] = {}
     lengths = np.asarray([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
     for positions in batches_within(lengths, tokens_per_step):
         if held.nbytes and 2 * held.nbytes > memory_for_rows(model, held, tokens_per_step):
             yield held, scores
+            held.release()
             held, scores = Prefixes(), {}
         chosen = [sequences[position] for position in positions]
-        batch = {name: tensor.to(device) for name, tensor in with_labels(chosen).items()}
-        cache = DynamicCache(config=causal_lm.config)
-        hidden = hidden_states(model, input_ids=batch["input_ids"], past_key_values=cache)
-        held.add(positions.tolist(), cache)
-        nll = _nll_at_spans(causal_lm, hidden, batch)
+        cache = DynamicCache(config=causal_lm_of(model).config)
+        nll = _pass(model, chosen, past_key_values=cache)
         scores |= dict(zip(positions.tolist(), spans_of(chosen, nll), strict=True))
+        held.add(positions.tolist(), cache)
     if held.nbytes:
         yield held, scores
 
@@ -234,7 +228,6 @@ def continuation_nll(
     Raises:
         ProofError: a likelihood is not finite.
     """
-    causal_lm = causal_lm_of(model)
     rows = [(name, number) for name, (_, _, continuations) in wanted.items() for number in range(len(continuations))]
     rows.sort(key=lambda row: -len(wanted[row[0]][1]))
     longest = max((len(c) for _, _, continuations in wanted.values() for c in continuations), default=0) + 1
@@ -250,19 +243,27 @@ def continuation_nll(
             # The context's last token comes again, as it predicts the continuation's first.
             ids = [context[-1], *continuations[number]]
             scored.append(Scored(ids, [(1, len(ids))]))
-        batch = {key: tensor.to(next(model.parameters()).device) for key, tensor in with_labels(scored).items()}
-        length = batch["input_ids"].shape[1]
+        length = max(len(sequence.input_ids) for sequence in scored)
         behind = held.behind([(wanted[name][0], len(wanted[name][1]) - 1) for name, _ in chosen], length)
-        hidden = hidden_states(model, input_ids=batch["input_ids"], **behind.inputs(0, length))
-        scores = spans_of(scored, _nll_at_spans(causal_lm, hidden, batch))
+        scores = spans_of(scored, _pass(model, scored, **behind.inputs(0, length)))
+        del behind  # before the next ones are copied
         for (name, number), (pair,) in zip(chosen, scores, strict=True):
             results[name][number] = pair
         first += len(chosen)
     return results
 
 
-def _nll_at_spans(causal_lm: Any, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """float32 (supervised tokens,) of a batch of `likelihood.with_labels`; None where it has none."""
+def _pass(model: torch.nn.Module, sequences: Sequence[Scored], **inputs: Any) -> torch.Tensor | None:
+    """One pass that adds to the cache among the inputs.
+
+    Returns:
+        float32 (tokens in spans,), the negative log-likelihood of each, row by row; None where there are no spans.
+    """
+    causal_lm = causal_lm_of(model)
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in with_labels(sequences).items()}
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    hidden = backbone(input_ids=batch["input_ids"], use_cache=True, **inputs).last_hidden_state
     predicting = batch["predicting"]
     if not len(predicting):
         return None
