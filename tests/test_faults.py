@@ -307,7 +307,7 @@ def test_interrupted_while_it_imports(prepared, tmp_path, milliseconds):
     """Ctrl-C at any moment after Python itself has started: no traceback, and the shell's status 130."""
     started = "import runpy, sys; sys.argv = sys.argv[1:]; import kestrel; print('now', flush=True); "
     run = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = prepared.arguments("--run_dir", str(tmp_path / "run"))
+    arguments = prepared.copy_to(tmp_path / "run")
     process = subprocess.Popen(
         [sys.executable, "-c", started + run, str(ROOT / "train.py"), *arguments],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -321,15 +321,13 @@ def test_interrupted_while_it_imports(prepared, tmp_path, milliseconds):
     assert "Traceback" not in said, said
 
 
-def test_without_a_network_the_hub_is_given_up_in_seconds(tmp_path):
+def test_without_a_network_the_hub_is_asked_once(tmp_path):
     """A model that is neither here nor in the cache, and a Hub that refuses the connection."""
     config = tmp_path / "config.yaml"
     config.write_text(f"run_dir: {tmp_path / 'run'}\ndata: {{source: {__file__}}}\nmodel: {{name: nobody/nothing}}\n")
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     environment.pop("HF_HUB_OFFLINE")
     command = [sys.executable, "preprocess.py", "--config", str(config)]
-    began = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "cannot load the tokenizer of model.name 'nobody/nothing'" in done.stderr
     assert done.stderr.count("\n") <= 2 and "Retrying" not in done.stderr, done.stderr
-    assert time.monotonic() - began < 23, "the client's own retries for one file"
