@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from make_models import make_config
@@ -15,6 +16,7 @@ from kestrel import dry_run
 from kestrel.artifacts import run_folder
 from kestrel.loss import install
 from kestrel.memory import Pass
+from kestrel.passes import Dialogues, Plan
 from kestrel.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.stand_in import stand_in
 
@@ -109,6 +111,19 @@ def test_passes_are_timed_on_a_stand_in():
     assert {shapes[3], shapes[-1]} == {passes[0], passes[-1]}
     assert 0 < seconds < 60
     assert len(dry_run._sample(passes[:1], passes[0])) == 15
+
+
+def test_the_time_of_a_run_is_that_of_its_passes():
+    chosen = Settings(
+        run_dir="unused", data=Data(source="unused"), model=Model(name="unused"), lora=Lora(r=4),
+        quantization=Quantization(compute_dtype="float32"),
+    )  # fmt: skip
+    lengths = np.full(40, 60)
+    dialogues = Dialogues(lengths, lengths // 2, np.array_split(np.arange(40), 10))
+    said = dry_run._measured(chosen, make_config("falcon"), Plan(120, "mlp"), dialogues)
+    found = re.match(r"about (\d+) s of training, from 12 passes with arbitrary weights \(([\d,]+) tokens/s", said)
+    assert found is not None
+    assert int(found[1]) == pytest.approx(2400 / int(found[2].replace(",", "")), abs=0.6)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(42.4, "42 s"), (600, "10 min"), (9000, "2.5 h")])
