@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from make_models import make_config, make_model
+from torch.nn import functional
 
-from kestrel import falcon, memory
+from kestrel import elementwise, falcon, memory
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
 from kestrel.model import add_lora
@@ -119,14 +120,15 @@ def test_logits_are_those_of_a_chunk():
     assert 512 * 384 * 4 <= many <= 512 * 384 * 16
 
 
-def test_what_runs_on_a_gpu_is_put_back():
-    before = (torch.nn.functional.dropout, torch.nn.functional.scaled_dot_product_attention)
+def test_what_stands_for_a_gpu_is_put_back(monkeypatch):
     estimator = Estimator(settings_for(), make_config("falcon"))
+    own = (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused)
     estimator.estimate(Pass(1, 20, 5), "none")
-    attention = torch.nn.functional.scaled_dot_product_attention
-    assert torch.nn.functional.dropout is before[0]
-    assert attention in (before[1], memory.torch.nn.functional.scaled_dot_product_attention)
-    assert attention is not memory._flash_attention
+    assert (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused) == own
+    monkeypatch.setattr(memory, "_run_on_shapes", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        estimator.estimate(Pass(1, 20, 5), "none")
+    assert (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused) == own
 
 
 def test_an_architecture_that_asks_for_numbers_is_refused_in_words(monkeypatch):
