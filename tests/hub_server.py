@@ -58,6 +58,7 @@ class Hub:
     Attributes:
         wrong: requests that the real Hub would not understand.
         dropped_uploads: how many of the next uploads are cut off in the middle.
+        failing_commits: how many of the next commits fail on the Hub's side.
         uploaded: sha256 of each large file that arrived, in order.
     """
 
@@ -67,6 +68,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     dropped_uploads: int = 0
+    failing_commits: int = 0
     uploaded: list[str] = field(default_factory=list)
 
     def add(self, name: str, folder: Path, private: bool = False) -> None:
@@ -290,6 +292,10 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, id: str, revision: str) -> None:
         repository = self.repository(id, write=True)
         self.require(self.headers["Content-Type"] == "application/x-ndjson", "commits are ndjson")
+        if self.hub.failing_commits:
+            self.hub.failing_commits -= 1
+            self.body()
+            raise Refused(503, "", "Service Unavailable")
         header, *operations = [json.loads(line) for line in self.body().splitlines()]
         self.require(header["key"] == "header" and bool(header["value"]["summary"]), "a commit begins with its header")
         self.require(header["value"].get("parentCommit", repository.head) == repository.head, "not on top", 412)

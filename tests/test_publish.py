@@ -188,10 +188,13 @@ def test_interrupted_upload_is_finished_by_the_same_command(evaluated: Experimen
     hub.dropped_uploads = 20  # more often than the client tries again by itself
     done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
     assert done.status == 1 and "run the same command again" in done.said and "Traceback" not in done.said
-    assert len(hub.repositories[REPO].commits) == 1  # as it was made
-    hub.dropped_uploads = 0
+    assert len(hub.repositories[REPO].commits) == 1 and not hub.uploaded  # as it was made
+    hub.dropped_uploads, hub.failing_commits = 0, 1
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert done.status == 1 and "the same command again" in done.said and len(hub.uploaded) == 1
     assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
     assert "adapter_model.safetensors" in hub.repositories[REPO].files
+    assert len(hub.uploaded) == 1, "what had arrived was not sent again"
 
 
 def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
@@ -260,8 +263,8 @@ def test_the_token_is_written_nowhere(evaluated: Experiment, hub: Hub, tmp_path:
     copy = tmp_path / "run"
     shutil.copytree(evaluated.run, copy)
     said = []
-    for dropped, more in ((20, ["--debug"]), (0, []), (0, ["--hub.repo_id", "somebody/else", "--debug"])):
-        hub.dropped_uploads = dropped
+    for failing, more in ((1, ["--debug"]), (0, []), (0, ["--hub.repo_id", "somebody/else", "--debug"])):
+        hub.failing_commits = failing
         arguments = publishing(evaluated, "--run_dir", str(copy), *more)
         said.append(run("publish.py", *arguments, hub=hub, home=tmp_path / "home").said)
     assert "Traceback" in said[0] and "Traceback" in said[2] and TOKEN not in "".join(said)
