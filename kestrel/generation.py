@@ -138,12 +138,7 @@ def answers_behind(
     causal_lm: Any = causal_lm_of(model)
     logits = causal_lm.config.get_text_config().vocab_size * causal_lm.dtype.itemsize
     memory = memory_for_rows(model, held, settings.tokens_per_step)
-    tail = max((len(stop.encode()) for stop in settings.stop_strings), default=0)
-
-    def has_stop(ids: list[int]) -> bool:
-        text = _text_of(ids, prompt)
-        return any(stop in text for stop in settings.stop_strings)
-
+    stops = _StopStrings(prompt, settings.stop_strings) if settings.stop_strings else None
     while left:
         width = len(asked[left[0]].ids) + settings.max_new_tokens
         fitting = max(1, memory // (width * held.bytes_a_token + logits))
@@ -159,8 +154,8 @@ def answers_behind(
             settings,
             prompt.end_id,
             draws,
-            has_stop if settings.stop_strings else None,
-            tail,
+            stops,
+            stops.tail if stops else 0,
         )
         for position, row in zip(positions, said, strict=True):
             yield position, _cut(row, prompt, settings.stop_strings)
@@ -228,6 +223,36 @@ def _generate(
     finally:
         causal_lm.generation_config = own
     return [_cut(row[longest:].tolist(), prompt, settings.stop_strings) for row in generated]
+
+
+class _StopStrings:
+    """Whether the last tokens of a row spell a stop string.
+
+    Decoding thousands of rows again and again takes longer than a GPU takes for a token. A stop string can end only in a
+    token that, alone, has its last character, or pieces of a character, or no text; most rows have none.
+
+    Attributes:
+        tail: tokens that the bytes of the longest stop string can spread over.
+    """
+
+    def __init__(self, prompt: Prompt, stop_strings: Sequence[str]):
+        self._prompt, self._stop_strings = prompt, stop_strings
+        self.tail = max(len(stop.encode()) for stop in stop_strings)
+        self._may_end: dict[int, bool] = {}
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        for token in set(ids).difference(self._may_end):
+            text = _text_of([token], self._prompt)
+            # Some decoders take blanks from a token that stands alone.
+            self._may_end[token] = (
+                not text
+                or "\N{REPLACEMENT CHARACTER}" in text
+                or any(stop[-1] in text or stop[-1] == " " for stop in self._stop_strings)
+            )
+        if not any(self._may_end[token] for token in ids):
+            return False
+        text = _text_of(ids, self._prompt)
+        return any(stop in text for stop in self._stop_strings)
 
 
 def _text_of(ids: Sequence[int], prompt: Prompt) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,11 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words, write_base, write_config, write_corpus
+from make_tokenizers import sentencepiece_like, unigram, wordpiece
 
 from kestrel.answers import questions_of
 from kestrel.dataset import load_split
 from kestrel.errors import KestrelError
-from kestrel.generation import Prompted, by_the_library, respond
+from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
 from kestrel.loss import install
 from kestrel.model import add_lora
 from kestrel.prompt import Prompt
@@ -233,6 +237,35 @@ def test_an_answer_that_does_not_fit_is_refused(prompt):
     with pytest.raises(KestrelError, match="a prompt of 510 tokens and generation.max_new_tokens 3 exceed .* 512"):
         respond(model, prompt, [[20] * 510], Generation(max_new_tokens=3))
     assert respond(model, prompt, [[20] * 509], Generation(max_new_tokens=3, stop_strings=[]))[0].tokens <= 3
+
+
+@given(
+    ids=st.lists(st.integers(0, 383), max_size=12),
+    stops=st.lists(st.text("ab .:\nYé", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_stop_string_is_overlooked(prompt, ids, stops):
+    """Byte by byte tokens among them, so that a character may be spread over several."""
+    text = prompt.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert _StopStrings(prompt, stops)(ids) == any(stop in text for stop in stops)
+
+
+@pytest.mark.parametrize("make", [sentencepiece_like, unigram, wordpiece])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_stop_string_is_overlooked_by_other_decoders(make, data):
+    """They take the blank from a token that stands alone, or put one between two tokens."""
+    spelled = _prompt_of(make)
+    ids = data.draw(st.lists(st.integers(0, len(spelled.tokenizer) - 1), max_size=8))
+    text = spelled.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    places = st.integers(0, max(0, len(text) - 1))
+    stops = [text[start : start + 2] or "a" for start in data.draw(st.lists(places, min_size=1, max_size=2))]
+    assert _StopStrings(spelled, stops)(ids) == any(stop in text for stop in stops)
+
+
+@functools.cache
+def _prompt_of(make: Callable[[], Any]) -> Prompt:
+    return Prompt(make(), "plain", 64)
 
 
 # -- generate.py -------------------------------------------------------------------------------------------------------
