@@ -62,6 +62,29 @@ def kernels_for(tokens: int) -> AbstractContextManager[None]:
     return sdpa_kernel(_ALL_KERNELS) if tokens >= _LARGE and torch.cuda.is_available() else nullcontext()
 
 
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention of many query heads to one key/value head, as `scaled_dot_product_attention` computes it.
+
+    On CPUs its kernel for bfloat16 is slower than three products, in which all heads are rows of one matrix.
+
+    Args:
+        query: (batch, heads, length, head size).
+        key, value: (batch, 1, length, head size).
+
+    Returns:
+        (batch, heads, length, head size).
+    """
+    batch, heads, length, size = query.shape
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        mask = torch.zeros(length, length, dtype=query.dtype).masked_fill_(later, float("-inf")).repeat(heads, 1)
+        rows = query.reshape(batch, heads * length, size)
+        scores = torch.baddbmm(mask, rows, key[:, 0].transpose(1, 2), alpha=size**-0.5)
+        return (scores.softmax(dim=-1) @ value[:, 0]).view(batch, heads, length, size)
+    every = (-1, heads, -1, -1)
+    return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
+
+
 @contextmanager
 def stock_attention() -> Iterator[None]:
     """torch's own function while the block runs, to compare with."""

@@ -17,11 +17,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kestrel.attention import kernels_for
-from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, rotate
+from kestrel.attention import causal_attention, kernels_for
+from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, norm, norm_backward, rotate
 
 Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
@@ -97,8 +96,7 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, heads: int, recompute: Recompute):
         self.qkv, self.dense, self.up, self.down = (_Projection(layer.get_submodule(name)) for name in _PROJECTIONS)
-        norm: Any = layer.input_layernorm
-        self._norm = (list(norm.normalized_shape), norm.weight, norm.bias, norm.eps)
+        self._norm: Any = layer.input_layernorm
         self._heads = heads
         self.recompute = recompute
 
@@ -107,13 +105,11 @@ class _Layer:
 
     def norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed x, and the mean and reciprocal deviation of each row."""
-        shape, weight, bias, eps = self._norm
-        return torch.native_layer_norm(x, shape, weight, bias, eps)
+        return norm(x, self._norm.weight, self._norm.bias, self._norm.eps)
 
-    def norm_backward(self, grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        shape, weight, bias, _ = self._norm
-        wanted = [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, deviation, weight, bias, wanted)[0]
+    def norm_backward(self, grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, more: Tensor) -> Tensor:
+        """The gradient of x, and what comes to x on other ways."""
+        return norm_backward(grad, x, mean, deviation, self._norm.weight, self._norm.bias, more)
 
     def attention(self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int) -> list[Tensor]:
         """Output (batch, heads, length, size), and the queries, key and value that it has a graph to."""
@@ -122,34 +118,39 @@ class _Layer:
         rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad(), kernels_for(len(normed)):
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            every = (-1, self._heads, -1, -1)
-            out = F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
-        return [out, query, key, value]
+            return [causal_attention(query, key, value), query, key, value]
 
 
 class _DecoderLayer(torch.autograd.Function):
-    """One layer as one step of autograd. Inputs after `seed` are the LoRA matrices, so that autograd sees them."""
+    """One layer as one step of autograd. Inputs after `seed` are the LoRA matrices, so that autograd sees them.
+
+    Where `wanted` rows of the output are named (flat places, int64), the other rows are computed as far as attention needs
+    them, and the result is (wanted, hidden).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, layer: _Layer, seed: int, *adapters: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None, layer: _Layer, seed: int, *adapters: Any
+    ) -> Tensor:
         flat = x.flatten(0, 1)
         normed, _, _ = layer.norm(flat)
         attention = layer.attention(normed, x.shape, cos, sin, seed)
-        before = layer.up.forward(normed, seed + 2)
-        y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone())
-        y = layer.dense.forward(_merged(attention[0].detach()), seed + 1, onto=y)
-        ctx.save_for_backward(x, cos, sin, before if layer.recompute == "none" else None)
+        before = layer.up.forward(_rows(normed, wanted), seed + 2)
+        y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone() if wanted is None else _rows(flat, wanted))
+        y = layer.dense.forward(_rows(_merged(attention[0].detach()), wanted), seed + 1, onto=y)
+        ctx.save_for_backward(x, cos, sin, wanted, before if layer.recompute == "none" else None)
         ctx.layer, ctx.seed = layer, seed
         ctx.attention = None if layer.recompute == "full" else attention
-        return y.view_as(x)
+        return y.view_as(x) if wanted is None else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, cos, sin, before = ctx.saved_tensors
+        x, cos, sin, wanted, before = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
         ctx.attention = None
         needs_x = ctx.needs_input_grad[0]  # not below the first layer: the embedding is frozen
-        flat, grad = x.flatten(0, 1), grad_y.flatten(0, 1)
+        flat = x.flatten(0, 1)
+        grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
         normed, mean, deviation = layer.norm(flat)
         if attention is None:
             attention = layer.attention(normed, x.shape, cos, sin, seed)
@@ -158,21 +159,23 @@ class _DecoderLayer(torch.autograd.Function):
         grad_normed = None
         adapts_down = layer.down.adapter()[0] is not None
         if needs_x or adapts_down or layer.up.adapter()[0] is not None:
+            some = _rows(normed, wanted)
             if before is None:
-                before = layer.up.forward(normed, seed + 2)
+                before = layer.up.forward(some, seed + 2)
             inner = gelu(before) if adapts_down else None
             grad_inner, *of_down = layer.down.backward(grad, inner, seed + 3)
             del inner
             grad_before = gelu_backward_(grad_inner, before)
             del grad_inner, before
-            grad_normed, *of_up = layer.up.backward(grad_before, normed, seed + 2, needs_input=needs_x)
-            del grad_before
+            grad_normed, *of_up = layer.up.backward(grad_before, some, seed + 2, needs_input=needs_x)
+            grad_normed = _all_rows(grad_normed, wanted, len(flat)) if needs_x else None
+            del grad_before, some
             of_mlp = (*of_up, *of_down)
 
         out, *leaves = attention
-        merged = _merged(out.detach())
+        merged = _rows(_merged(out.detach()), wanted)
         grad_out, *of_dense = layer.dense.backward(grad, merged, seed + 1)
-        grad_out = grad_out.view(*x.shape[:2], out.shape[1], -1).transpose(1, 2)
+        grad_out = _all_rows(grad_out, wanted, len(flat)).view(*x.shape[:2], out.shape[1], -1).transpose(1, 2)
         grads = [g.transpose(1, 2) for g in torch.autograd.grad(out, leaves, grad_out)]
         del attention, out, leaves, merged, grad_out
         grad_fused = normed.new_empty(*x.shape[:2], len(grads[0][0, 0]) + 2, cos.shape[-1])
@@ -182,8 +185,18 @@ class _DecoderLayer(torch.autograd.Function):
         grad_normed, *of_qkv = layer.qkv.backward(grad_fused, normed, seed, onto=grad_normed, needs_input=needs_x)
         grad_x = None
         if needs_x:
-            grad_x = layer.norm_backward(grad_normed, flat, mean, deviation).add_(grad).view_as(x)
-        return (grad_x, None, None, None, None, *of_qkv, *of_dense, *of_mlp)
+            residual = _all_rows(grad, wanted, len(flat))
+            grad_x = layer.norm_backward(grad_normed, flat, mean, deviation, residual).view_as(x)
+        return (grad_x, None, None, None, None, None, *of_qkv, *of_dense, *of_mlp)
+
+
+def _rows(x: Tensor, wanted: Tensor | None) -> Tensor:
+    return x if wanted is None else x.index_select(0, wanted)
+
+
+def _all_rows(x: Tensor, wanted: Tensor | None, count: int) -> Tensor:
+    """What stands in wanted rows, among zeros."""
+    return x if wanted is None else x.new_zeros(count, x.shape[1]).index_copy_(0, wanted, x)
 
 
 def _merged(out: Tensor) -> Tensor:
@@ -235,22 +248,28 @@ class Backbone:
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
         return self._is_plain and not hooked and not any(module.merged for module in self._adapted)
 
-    def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """What the backbone returns as its last hidden state, for rows padded on the right.
+    def hidden_states(self, input_ids: Tensor, wanted: Tensor) -> Tensor:
+        """The backbone's last hidden state at some places, for rows padded on the right.
+
+        Above the attention of the last layer nothing is computed at other places.
 
         Args:
             input_ids: int64 (rows, length).
+            wanted: int64, places in the flattened batch; none of them padding.
 
         Returns:
-            (rows, length, hidden size) in the compute type. What stands at padding means nothing.
+            (wanted, hidden size) in the compute type.
         """
         backbone = self._backbone
         x = backbone.word_embeddings(input_ids)
+        if not len(wanted):
+            return x.new_zeros(0, x.shape[-1])
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = (t[0].contiguous() for t in backbone.rotary_emb(x, position_ids=positions))
         seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
         for layer, seed in zip(self._layers, seeds, strict=True):
-            x = _DecoderLayer.apply(x, cos, sin, layer, seed, *layer.adapters())
+            rows = wanted if layer is self._layers[-1] else None
+            x = _DecoderLayer.apply(x, cos, sin, rows, layer, seed, *layer.adapters())
         normed: Tensor = backbone.ln_f(x)
         return normed
 

@@ -120,14 +120,15 @@ def nll_of_hidden(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) 
 def _token_nll(
     causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor], fused: falcon.Backbone | None
 ) -> torch.Tensor:
+    predicting = batch["predicting"]
     if fused is not None and fused.is_free():
-        hidden = fused.hidden_states(batch["input_ids"])
+        hidden = fused.hidden_states(batch["input_ids"], predicting)
     else:
         backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-        hidden = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    predicting = batch["predicting"]
+        states = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        hidden = states.flatten(0, 1).index_select(0, predicting)
     targets = batch["labels"].flatten()[predicting + 1]
-    return nll_of_hidden(causal_lm.get_output_embeddings(), hidden.flatten(0, 1).index_select(0, predicting), targets)
+    return nll_of_hidden(causal_lm.get_output_embeddings(), hidden, targets)
 
 
 def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:

@@ -252,6 +252,9 @@ class _Kernels:
     def rotate(self, parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
         """In place, whatever its name says."""
 
+    def norm(self, x: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.empty_like(x), torch.empty(len(x), device="meta"), torch.empty(len(x), device="meta")
+
     def dequantizes(self, state: Any) -> bool:
         return True
 

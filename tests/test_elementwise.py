@@ -62,6 +62,28 @@ def test_gelu_and_its_gradient() -> None:
     torch.testing.assert_close(elementwise_gpu.gelu_backward_(grad, x), expected)
 
 
+@pytest.mark.parametrize("size", [64, 100, 4544])
+def test_norm_and_its_gradient(size: int) -> None:
+    x, weight, bias = _random(5, size) * 2 + 1, _random(size, seed=1), _random(size, seed=2)
+    plain, kernel = elementwise.norm(x, weight, bias, 1e-5), elementwise_gpu.norm(x, weight, bias, 1e-5)
+    torch.testing.assert_close(kernel[0], plain[0])
+    torch.testing.assert_close(kernel[1], plain[1].flatten())
+    torch.testing.assert_close(kernel[2], plain[2].flatten())
+    grad, more = _random(5, size, seed=3), _random(5, size, seed=4)
+    expected = elementwise.norm_backward(grad, x, plain[1], plain[2], weight, bias, more)
+    torch.testing.assert_close(elementwise_gpu.norm_backward(grad, x, kernel[1], kernel[2], weight, more), expected)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_plain_dropout_keeps_its_share(p: float) -> None:
+    x = torch.ones(301, 403)
+    dropped = elementwise.dropout(x, p, seed=7)
+    share = (dropped != 0).float().mean().item()
+    assert share == pytest.approx(1 - p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)
+    assert torch.equal(dropped, elementwise.dropout(x, p, seed=7))
+    assert not torch.equal(dropped, elementwise.dropout(x, p, seed=8))
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 320), (513, 64)])
 def test_dequantization(kind: str, shape: tuple[int, int]) -> None:
