@@ -41,7 +41,7 @@ from kestrel.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]
 _WARMUP = 3
-_TIMED = 384  # dialogues, and at least six steps
+_TIMED = 256  # dialogues, and at least six steps
 _REPEAT = 5  # of the dialogues, so that batches of many hold similar lengths as in a corpus of thousands
 _SAME = 2e-2  # bfloat16's rounding through 32 layers, as `loss.prove_loss` allows it
 
