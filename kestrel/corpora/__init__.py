@@ -85,10 +85,11 @@ class Corpus:
     def _refuse_repeated_ids(self, split: str, met: array[int]) -> None:
         """Looks for two equal hashes among those of the dialogues' ids: sorted, not as a set, which takes ten times
         the memory."""
-        order = np.argsort(np.frombuffer(met, dtype=np.uint64), kind="stable")
-        ordered = np.frombuffer(met, dtype=np.uint64)[order]
-        again = order[1:][ordered[1:] == ordered[:-1]]
-        if len(again):
+        ids = np.frombuffer(met, dtype=np.uint64)
+        ordered = np.sort(ids)
+        if (ordered[1:] == ordered[:-1]).any():
+            order = np.argsort(ids, kind="stable")
+            again = order[1:][ids[order[1:]] == ids[order[:-1]]]
             kept = (draft for draft in self._drafts(split, Tally()) if finish(draft, Tally()) is not None)
             draft = next(islice(kept, int(again.min()), None))
             raise KestrelError(
