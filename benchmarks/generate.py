@@ -221,7 +221,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> None:
 
     tokens = sum(len(row["input_ids"]) for row in rows) + len(asked) * options.new_tokens
     record: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/generate.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/generate.py", *(Path(given).name for given in sys.argv[1:])]),
         "device": machine.device_name(),
         "compute_dtype": dtype,
         "matrix_flops": rate,

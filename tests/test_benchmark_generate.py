@@ -1,0 +1,77 @@
+"""benchmarks/generate.py runs, counts what it answers, and times nothing that says something else than the model would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from make_models import make_model, make_tokenizer, words
+
+from benchmarks.generate import check, rows_of
+from benchmarks.profiles import ROOT
+from kestrel.answers import questions_of
+from kestrel.dialogue import Dialogue, Turn
+from kestrel.errors import ProofError
+from kestrel.loss import install
+from kestrel.prefix import Behind
+from kestrel.prompt import Prompt
+from kestrel.settings import Generation
+
+PERSONA = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
+DIALOGUE = Dialogue("d", tuple(PERSONA), tuple(Turn(**turn) for turn in words(PERSONA)))
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(make_tokenizer(), "plain", 256)
+
+
+@pytest.mark.parametrize("replies", [1, 3, 4, 8])
+def test_as_many_replies_as_asked_for(prompt: Prompt, replies: int) -> None:
+    rows = rows_of([DIALOGUE], prompt, replies)
+    assert sum(len(questions) for questions in questions_of(rows, prompt)) == replies
+    assert len({row["dialogue_id"] for row in rows}) == len(rows) == -(-replies // 3)
+
+
+def test_a_token_of_another_context_is_found(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    install(model)
+    asked = [question for questions in questions_of(rows_of([DIALOGUE], prompt, 3), prompt) for question in questions]
+    settings = Generation(max_new_tokens=6, stop_strings=[])
+    assert check(model, prompt, asked, settings, "float32")["deviations_below_the_likeliest"] <= 1e-3
+    own = Behind.inputs
+
+    def without_context(rows: Behind, done: int, count: int) -> dict[str, torch.Tensor]:
+        inputs = own(rows, done, count)
+        inputs["attention_mask"][:, : rows.width] = 0
+        return inputs
+
+    monkeypatch.setattr(Behind, "inputs", without_context)
+    with pytest.raises(ProofError, match="standard deviations below the likeliest"):
+        check(model, prompt, asked, settings, "float32")
+
+
+def test_the_command_writes_its_record(tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    command = ["--profile", "cpu", "--layers", "1", "--replies", "20", "--new-tokens", "4", "--output", str(output)]
+    command += ["--tokens_per_step", "512", "4096", "--stock-batch", "5", "--stock-batches", "2"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/generate.py", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert (record["replies"], record["new_tokens"]) == (20, 4) and record["commit"] and record["versions"]["torch"]
+    assert [row["name"] for row in record["rows"]] == [
+        "kestrel, tokens_per_step 512",
+        "kestrel, tokens_per_step 4096",
+        "stock",
+    ]
+    for row in record["rows"]:
+        assert row["replies_per_second"] == pytest.approx(20 / row["seconds"]) and row["peak_bytes"] > 0
+    ours, _, stock = record["rows"]
+    assert ours["replies"] == 20 and ours["prefill_seconds"] + ours["decode_seconds"] < ours["seconds"]
+    assert stock["timed_replies"] == 10 and stock["seconds"] == pytest.approx(stock["timed"] * 2)
