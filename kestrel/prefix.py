@@ -34,14 +34,21 @@ _HIDDEN_STATES_A_POSITION = 24
 def is_shareable(model: torch.nn.Module) -> bool:
     """Whether this architecture can go on from a prefix computed elsewhere.
 
-    That needs attention over all that went before (no sliding window, no recurrent state) and positions that are told
-    and not counted in columns. Falcon with rotary positions or alibi, Llama, Qwen, GPT-NeoX and GPT-2 are of this kind;
-    Bloom, MPT, Mistral with its window and hybrids with linear attention are not.
+    That needs attention over all that went before (no sliding window, no recurrent state), positions that are told and
+    not counted in columns, and the same rotation of a position in long sequences and short ones. Falcon with rotary
+    positions or alibi, Llama, Qwen, GPT-NeoX and GPT-2 are of this kind; Bloom, MPT, Mistral with its window, hybrids
+    with linear attention, and dynamic or long RoPE are not. Of code that comes with a model nothing is known.
     """
     causal_lm = causal_lm_of(model)
     taken = inspect.signature(causal_lm.forward).parameters
+    rotary = getattr(causal_lm.config, "rope_parameters", None) or {}
     layers = DynamicCache(config=causal_lm.config).layers
-    return {"position_ids", "past_key_values"} <= taken.keys() and all(type(layer) is DynamicLayer for layer in layers)
+    return (
+        type(causal_lm).__module__.startswith("transformers.")
+        and {"position_ids", "past_key_values"} <= taken.keys()
+        and rotary.get("rope_type") not in ("dynamic", "longrope")
+        and all(type(layer) is DynamicLayer for layer in layers)
+    )
 
 
 def activation_bytes(model: torch.nn.Module) -> int:

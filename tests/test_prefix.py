@@ -111,6 +111,13 @@ def test_what_cannot_share_takes_the_plain_way(models, prompt, architecture):
     assert all(len(row["candidate_nll"]) == 3 and row["reference_nll"] > 0 for row in rows)
 
 
+def test_rotations_that_hang_on_the_length_are_not_shared():
+    model = make_model("llama")
+    assert is_shareable(model)
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not is_shareable(model)
+
+
 def test_the_library_has_beams(models):
     assert is_shareable(models["falcon"])
     assert decodes_itself(models["falcon"], Generation())
