@@ -21,6 +21,7 @@ from kestrel.lock import LOCK, locked
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
     "evaluate", "sacrebleu", "rouge_score",
@@ -199,7 +200,13 @@ def write_manifest(folder: Path, kind: str, settings: dict[str, Any], made_from:
         "git_commit": git_commit(),
         "files": files_below(folder),
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, sealed(manifest))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of all else that it says."""
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return {**rest, _SEAL: sha256_of_json(rest)}
 
 
 def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True) -> dict[str, Any]:
@@ -221,6 +228,8 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
         raise KestrelError(
             f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}; {remedy}"
         )
+    if manifest != sealed(manifest) and _SEAL in manifest:
+        raise KestrelError(f"{folder / MANIFEST} is damaged or was edited: its own sha256 does not fit; {remedy}")
     for part in ("settings", "made_from", "files"):
         if not isinstance(manifest.get(part), dict):
             raise KestrelError(f"{folder / MANIFEST} is damaged (no {part}); {remedy}")

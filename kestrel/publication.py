@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal
+from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, sealed
 from kestrel.command_line import describe
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
@@ -89,7 +89,7 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
         for name, digest in manifest["files"].items()
         if name in files
     }
-    files[MANIFEST] = _json(described)
+    files[MANIFEST] = _json(sealed(described))
     _refuse_paths(MANIFEST, files[MANIFEST])
     files[CARD] = model_card(card_facts(settings, public, prompt, repo_id, base, manifest, metrics)).encode()
     return files

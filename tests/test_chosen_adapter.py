@@ -14,7 +14,7 @@ from test_publish import ROOT, run
 
 import generate
 import preprocess
-from kestrel.artifacts import files_below, read_json, write_json
+from kestrel.artifacts import files_below, read_json, sealed, write_json
 
 BASE = "tiny/falcon"
 
@@ -35,7 +35,7 @@ def change(folder: Path, **values: Any) -> None:
     write_json(path, {**read_json(path, ""), **values})
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json", "")
-        write_json(folder / "manifest.json", {**manifest, "files": files_below(folder)})
+        write_json(folder / "manifest.json", sealed({**manifest, "files": files_below(folder)}))
 
 
 def arguments(trained: Experiment, run_dir: Path, adapter: Path | str, *more: str) -> list[str]:

@@ -20,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from kestrel.arrow import first_rows
-from kestrel.artifacts import MANIFEST, files_below, write_manifest
+from kestrel.artifacts import MANIFEST, files_below, sealed, write_manifest
 from kestrel.dataset import (
     dialogue_of,
     lengths_of,
@@ -301,7 +301,7 @@ def edit_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(manifest))
+        path.write_text(json.dumps(sealed(manifest)))
 
     return edit
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from kestrel.artifacts import sha256_of
+from kestrel.artifacts import sha256_of, write_manifest
 from kestrel.persona_order import order_in_name
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
@@ -244,10 +244,12 @@ def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, ca
     for split, ids in (("train", ["t0", "t1"]), ("test", [f"d{i}" for i in range(12)])):
         rows = [{"dialogue_id": name, "turns": reply} for name in ids]
         Dataset.from_list(rows).save_to_disk(str(tmp_path / "run" / "dataset" / split))
+    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
     options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
     assert main(options) == 0
     assert "'i like my dogs'" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
     Dataset.from_list([{"dialogue_id": "z", "turns": reply}]).save_to_disk(str(tmp_path / "run" / "dataset" / "test"))
+    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
     capsys.readouterr()
     assert main(options) == 0  # a dataset of other dialogues is no place to look
     assert "is of other dialogues" in " ".join(capsys.readouterr().out.split())

@@ -18,6 +18,7 @@ from conftest import Experiment
 from hub_server import TOKEN, Hub, serving
 from make_models import write_config
 
+from kestrel.artifacts import sealed
 from kestrel.hub import PUBLISHED_FILES
 from kestrel.model_card import check_metadata, plain
 
@@ -235,7 +236,7 @@ def test_evaluation_of_another_adapter_is_refused(evaluated: Experiment, tmp_pat
     manifest = copy / "adapter" / "manifest.json"
     described = json.loads(manifest.read_text())
     described["made_from"]["dataset"] = "0" * 64
-    manifest.write_text(json.dumps(described))
+    manifest.write_text(json.dumps(sealed(described)))
     assert publish.main(publishing(evaluated, "--run_dir", str(copy), "--dry-run")) == 1
     assert "another adapter" in capsys.readouterr().err
 

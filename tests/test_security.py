@@ -22,7 +22,7 @@ from conftest import Experiment
 import generate
 import preprocess
 import train
-from kestrel.artifacts import MANIFEST, files_below, read_json, write_json
+from kestrel.artifacts import MANIFEST, files_below, read_json, sealed, write_json
 from kestrel.evaluation.extra import load_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def plant(path: Path, sprung: Path, as_torch: bool = True) -> None:
 def describe_anew(folder: Path) -> None:
     """Makes a manifest fit what somebody put into a folder: whoever can change files can hash them too."""
     manifest = read_json(folder / MANIFEST, "")
-    write_json(folder / MANIFEST, {**manifest, "files": files_below(folder)})
+    write_json(folder / MANIFEST, sealed({**manifest, "files": files_below(folder)}))
 
 
 @pytest.mark.parametrize("as_torch", [True, False])
@@ -263,7 +263,7 @@ def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path
     for name in ("../../outside", "/etc/hostname", "a" * 5000):
         path = tmp_path / "run" / "dataset" / MANIFEST
         kept = path.read_text()
-        write_json(path, {**json.loads(kept), "files": {name: "0" * 64}})
+        write_json(path, sealed({**json.loads(kept), "files": {name: "0" * 64}}))
         assert train.main(arguments) == 1
         assert ("is missing" if name.startswith("a") else "outside of") in capsys.readouterr().err
         path.write_text(kept)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kestrel.artifacts import read_manifest
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import normalize_answer
@@ -183,6 +184,7 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
         return None, f"{folder} holds no {source} split"
     from datasets import load_from_disk
 
+    read_manifest(folder, "dataset", "make it again with preprocess.py")
     try:
         scored = set(load_from_disk(str(folder / split))["dialogue_id"])
         rows = load_from_disk(str(folder / source))["turns"]

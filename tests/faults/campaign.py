@@ -149,7 +149,7 @@ def main() -> int:
     chosen = options()
     began = time.monotonic()
     tallies: dict[str, Tally] = {}
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         work = Path(name)
         write_base(work / "base")
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)

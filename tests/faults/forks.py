@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tqdm import tqdm
+
 from kestrel.artifacts import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("preprocess", "train", "generate", "evaluate")
+_LIMIT = 300.0  # seconds; what takes longer hangs
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
@@ -76,7 +80,7 @@ class Ended:
 
 
 class Forks:
-    """Starts scripts by forking this process, which must stay single-threaded.
+    """Starts scripts by forking this process, which must run nothing that begins threads of its own.
 
     Args:
         work: a folder for the output of runs.
@@ -86,6 +90,8 @@ class Forks:
         self._work = work
         self._scripts = load_scripts()
         git_commit()  # which forks then know
+        # tqdm's own lock is a semaphore that all forks share: one that is killed with it would stop the others.
+        tqdm.set_lock(threading.RLock())
 
     def run(self, script: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
         """Runs a script to its end, which `moment` may bring about.
@@ -104,6 +110,9 @@ class Forks:
         if not pid:
             self._child(script, arguments, watched, moment, log, report)
         sent = self._send(pid, moment, began)
+        hung = _alive_until(pid, time.monotonic() + _LIMIT)
+        if hung:
+            os.killpg(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         ended = time.monotonic()
         with contextlib.suppress(ProcessLookupError):  # whatever it had started itself
@@ -112,6 +121,8 @@ class Forks:
         for module in lines[1:]:
             with contextlib.suppress(Exception):  # some are made by others and cannot be imported alone
                 importlib.import_module(module)
+        if hung:
+            raise TimeoutError(f"{script}.py does not end")
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         return Ended(
             os.waitstatus_to_exitcode(status),

@@ -99,7 +99,10 @@ class SmallRun:
 
     def execute(self, stage: Stage, moment: Moment | None = None, more: list[str] | None = None) -> Ended:
         """Runs the script in the run folder."""
-        ended = self._forks.run(stage.name, [*stage.arguments, *(more or [])], self.run, moment)
+        try:
+            ended = self._forks.run(stage.name, [*stage.arguments, *(more or [])], self.run, moment)
+        except TimeoutError as error:
+            raise Failure(str(error)) from None
         if "Traceback" in ended.said:
             raise Failure(f"a traceback:\n{ended.said}")
         return ended
