@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +113,7 @@ class SmallRun:
             top = self.run / result
             for path in [top, *sorted(top.rglob("*"))]:
                 if path.is_file() and not path.name.startswith("."):
-                    found[path.relative_to(self.run).as_posix()] = _without_commit(path)
+                    found[path.relative_to(self.run).as_posix()] = path.read_bytes()
         return found
 
     def check_whole(self, stage: Stage) -> None:
@@ -148,12 +147,3 @@ class SmallRun:
         hidden = [path for path in self.run.rglob(".*") if path.name != ".lock"]
         if hidden:
             raise Failure(f"left lying about: {hidden[0].relative_to(self.run)}")
-
-
-def _without_commit(path: Path) -> bytes:
-    """A file's content; of a manifest, without the state of the repository, which others may be editing."""
-    if path.name != "manifest.json":
-        return path.read_bytes()
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest.pop("git_commit", None)
-    return json.dumps(manifest, sort_keys=True).encode()
