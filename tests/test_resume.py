@@ -235,6 +235,8 @@ def test_early_stopping_counts_across_an_interruption(prepared, tmp_path, monkey
     ("change", "field"),
     [
         (["--lora.alpha", "9"], "lora.alpha"),
+        (["--lora.r", "8"], "lora.r"),
+        (["--training.weight_decay", "0.1"], "training.weight_decay"),
         (["--lora.dropout", "0.2"], "lora.dropout"),
         (["--training.learning_rate", "2e-2"], "training.learning_rate"),
         (["--training.batch_size", "5"], "training.batch_size"),
