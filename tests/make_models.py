@@ -109,20 +109,26 @@ def make_config(architecture: str, hidden: int = 64, layers: int = 2) -> Any:
     return transformers.Qwen2Config(**wide, num_key_value_heads=2, tie_word_embeddings=True)
 
 
-def make_model(architecture: str = "falcon", hidden: int = 64, layers: int = 2, seed: int = 0) -> Any:
-    """A random causal LM in float32; its weights are wide enough that its choices are no ties."""
+def make_model(
+    architecture: str = "falcon", hidden: int = 64, layers: int = 2, seed: int = 0, tokenizer: Any = None
+) -> Any:
+    """A random causal LM in float32, for make_tokenizer's tokens or those of another one; its weights are wide enough that
+    its choices are no ties."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     config = make_config(architecture, hidden, layers)
+    if tokenizer is not None:
+        config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.bos_token_id
     config.initializer_range = 0.15
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def write_base(folder: Path, architecture: str = "falcon", **shape: int) -> Path:
+def write_base(folder: Path, architecture: str = "falcon", tokenizer: Any = None, **shape: int) -> Path:
     """A base model's folder as one downloads it: weights, configuration, tokenizer."""
-    make_model(architecture, **shape).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_model(architecture, tokenizer=tokenizer, **shape).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
     return folder
 
 
