@@ -45,7 +45,16 @@ def training(record: Record) -> str:
         ]
         for row in timed
     ]  # fmt: skip
-    head = ["system", "useful tokens/s", "dialogues/s", "s an epoch", "× the first", "padding", "peak GiB", "utilisation"]
+    head = [
+        "system",
+        "useful tokens/s",
+        "dialogues/s",
+        "s an epoch",
+        "× the first",
+        "padding",
+        "peak GiB",
+        "utilisation",
+    ]
     return _table(head, rows) + "\n" + where(record)
 
 
@@ -61,15 +70,60 @@ def waterfall(record: Record) -> str:
     ]  # fmt: skip
     rate = (
         f"\nA product of two 8192 × 8192 matrices ran at {record['matrix_flops'] / 1e12:,.0f} TFLOP/s before these rows, "
-        f"which utilisation is counted against, and at {record['matrix_flops_afterwards'] / 1e12:,.0f} after them."
+        "which utilisation is counted against."
     )
-    return _table(["measure", "useful tokens/s", "utilisation", "peak GiB", "padding"], rows) + "\n" + where(record) + rate
+    return (
+        _table(["measure", "useful tokens/s", "utilisation", "peak GiB", "padding"], rows) + "\n" + where(record) + rate
+    )
 
 
-BLOCKS: dict[str, tuple[str, Callable[[Record], str]]] = {
+def generation(record: Record) -> str:
+    """Answers, with the likelihoods of all references."""
+    rows = [
+        [row["name"], f"{row['seconds']:.1f}", f"{row['replies_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+        for row in record["rows"]
+    ]
+    head = [f"{record['replies']:,} replies of {record['new_tokens']} tokens", "s", "replies/s", "peak GiB"]
+    return _table(head, rows) + "\n" + where(record)
+
+
+def estimates(record: Record) -> str:
+    """The dry run's peak beside the measured one."""
+    rows = [
+        [
+            f"`{row['config']}`", f"{row['estimate_gib']:.2f}", f"{row['measured_gib']:.2f}",
+            f"{row['estimate_gib'] / row['measured_gib'] - 1:+.1%}",
+        ]
+        for row in record["rows"]
+    ]  # fmt: skip
+    return _table(["config", "estimate, GiB", "measured, GiB", "difference"], rows) + "\n" + where(record)
+
+
+def preprocessing(records: list[Record]) -> str:
+    """Sizes of generated corpora."""
+    rows = [
+        [
+            f"{row['dialogues']:,}", f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}",
+            f"{row['dialogues'] / row['cpu_seconds']:,.0f}", f"{row['peak_resident_bytes'] / 2**20:,.0f}", f"{row['machine']['load_before']:.1f}",
+        ]
+        for row in sorted(records, key=lambda row: int(row["dialogues"]))
+    ]  # fmt: skip
+    head = ["dialogues", "s", "processor s", "dialogues a processor s", "peak MiB, all processes", "load before"]
+    machine = records[-1]["machine"]
+    device = f"{machine['processor']}, {machine['cores']} cores"
+    return _table(head, rows) + "\n" + where({**records[-1], "device": device, "command": COMMAND_OF_PREPROCESS})
+
+
+COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 100000 1000000"
+BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
+    "training on a GPU, half the pass": ("train-gpu-passes-of-16384.json", training),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
+    "estimates": ("estimates.json", estimates),
+    "generation": ("generate-gpu.json", generation),
+    "generation beside stock": ("generate-gpu-with-stock.json", generation),
+    "preprocessing": ("preprocess-*.json", preprocessing),
 }
 
 
@@ -88,10 +142,10 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> int:
     page = ROOT / "docs" / "performance.md"
     text = page.read_text(encoding="utf-8")
-    for name, (file, table) in BLOCKS.items():
-        path = RESULTS / file
-        content = table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "Not measured yet."
-        text = fill(text, name, content)
+    for name, (pattern, table) in BLOCKS.items():
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+        whole = records if "*" in pattern else records[0] if records else None
+        text = fill(text, name, table(whole) if records else "Not measured yet.")
     page.write_text(text, encoding="utf-8")
     return 0
 

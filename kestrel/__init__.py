@@ -1,5 +1,6 @@
 """Kestrel: LoRA fine-tuning of causal language models on persona dialogue, with proofs."""
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -13,3 +14,7 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# bitsandbytes (0.50) warns at its import, on CPUs with AVX512-BF16, that a package is missing for the repacking of weights
+# that `quantization.forbid_repacking` forbids. Whoever imports it first, this file was read before.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

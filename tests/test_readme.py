@@ -34,14 +34,14 @@ def test_the_two_commands_are_there() -> None:
 @pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if c.startswith("make ")}))
 def test_make_targets_exist(command: str) -> None:
     done = subprocess.run(
-        ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        ["make", "-n", *shlex.split(command, comments=True)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if re.match(r"python \w+\.py --config", c)}))
 def test_commands_of_scripts_are_valid(command: str) -> None:
-    arguments = [part for part in shlex.split(command)[1:]]
+    arguments = [part for part in shlex.split(command, comments=True)[1:]]
     done = subprocess.run(
         [sys.executable, *arguments, "--print-config"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -50,7 +50,7 @@ def test_commands_of_scripts_are_valid(command: str) -> None:
 
 
 def test_every_command_is_checked_by_some_test() -> None:
-    known = re.compile(r"make |python \w+\.py --config|python (quickstart|benchmarks|docs)/\w+\.py")
+    known = re.compile(r"make |pip install -r requirements|python \w+\.py --config|python (quickstart|benchmarks|docs)/\w+\.py")
     assert not [command for _, command in COMMANDS if not known.match(command)]
 
 
@@ -58,7 +58,7 @@ def test_every_command_is_checked_by_some_test() -> None:
     "command", sorted({c for _, c in COMMANDS if re.match(r"python (quickstart|benchmarks|docs)/", c)})
 )
 def test_tools_exist(command: str) -> None:
-    tool = shlex.split(command)[1]
+    tool = shlex.split(command, comments=True)[1]
     done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
