@@ -89,31 +89,52 @@ class _ProjectedNll(torch.autograd.Function):
         return ctx.grad * weights[:, None].to(ctx.grad.dtype), None, None
 
 
-def _chunk_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _after_head(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
+    """What an architecture does with its logits: a factor f and a bound c of c tanh(f x / c), or None for no bound.
+
+    Cohere, Granite and Falcon-H1 have a factor, Gemma a bound (transformers 5.23). What else there may be, `prove_loss`
+    finds.
+    """
+    config = causal_lm.config
+    factor = float(getattr(causal_lm, "logit_scale", 1.0))
+    factor *= getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+    return factor, getattr(config, "final_logit_softcapping", None)
 
 
-def nll_of_hidden(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _chunk_nll(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, factor: float, bound: float | None
+) -> torch.Tensor:
+    logits = head(hidden).float() * factor
+    if bound is not None:
+        logits = bound * torch.tanh(logits / bound)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def nll_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each target.
 
     Args:
-        head: of the causal LM, from a hidden state to logits.
+        causal_lm: whose output head makes logits of hidden states.
         hidden: (targets, hidden size), the last hidden state before each target.
         targets: int64 (targets,), token ids.
 
     Returns:
         float32 (targets,) in nats.
     """
+    head = causal_lm.get_output_embeddings()
+    factor, bound = _after_head(causal_lm)
     hooked = head._forward_hooks or head._forward_pre_hooks
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not hooked:
-        nll: torch.Tensor = _ProjectedNll.apply(hidden, head.weight, targets)
+    plain = type(head) is nn.Linear and head.bias is None and bound is None
+    if plain and not head.weight.requires_grad and not hooked:
+        scaled = hidden if factor == 1 else hidden * factor
+        nll: torch.Tensor = _ProjectedNll.apply(scaled, head.weight, targets)
         return nll
-    pieces = []  # a head with an adapter, a bias or somebody's hook, through autograd
+    pieces = []  # a head with an adapter, a bias, a bound or somebody's hook, through autograd
     for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(_chunk_nll, head, states, wanted, use_reentrant=False))
+            pieces.append(checkpoint(_chunk_nll, head, states, wanted, factor, bound, use_reentrant=False))
         else:
-            pieces.append(_chunk_nll(head, states, wanted))
+            pieces.append(_chunk_nll(head, states, wanted, factor, bound))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -128,7 +149,7 @@ def _token_nll(
         states = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1).index_select(0, predicting)
     targets = batch["labels"].flatten()[predicting + 1]
-    return nll_of_hidden(causal_lm.get_output_embeddings(), hidden, targets)
+    return nll_of_hidden(causal_lm, hidden, targets)
 
 
 def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
@@ -195,5 +216,5 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
     if not difference <= (1e-4 if compute_dtype == "float32" else 2e-2):
         raise ProofError(
             f"the loss is not this architecture's own: {difference:.2%} apart; its logits are changed after the output "
-            "head, which Kestrel's projection at supervised positions does not know"
+            "head in a way that Kestrel does not know. Take another base, or report it with the model's name"
         )

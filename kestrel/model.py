@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kestrel.artifacts import read_json, sha256_of
 from kestrel.attention import use_fused_kernels
 from kestrel.errors import KestrelError
-from kestrel.quantization import Audit, audit, forbid_repacking, quantizable_layers
+from kestrel.quantization import Audit, audit, forbid_repacking, linear_layers, quantizable_layers
 from kestrel.settings import Lora, Model, Settings
 from kestrel.tokenizer import clear_errors
 
@@ -116,10 +116,10 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     from peft import get_peft_model
 
     torch.manual_seed(seed)
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})  # before peft wraps some of them
     try:
         return get_peft_model(model, lora_config(lora))
     except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise KestrelError(
             f"lora.target_modules {lora.target_modules} does not fit this model ({error}); "
             f"its linear layers are {', '.join(names)}"

@@ -276,4 +276,4 @@ def _pass(model: torch.nn.Module, sequences: Sequence[Scored], **inputs: Any) ->
         return None
     targets = batch["labels"].flatten()[predicting + 1]
     states = hidden.flatten(0, 1).index_select(0, predicting)
-    return nll_of_hidden(causal_lm.get_output_embeddings(), states, targets)
+    return nll_of_hidden(causal_lm, states, targets)

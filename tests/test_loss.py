@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -100,17 +102,43 @@ def test_proof_passes_for_plain_heads(architecture):
     assert model.training
 
 
-def test_proof_fails_where_logits_change_after_the_head():
-    from transformers import AutoModelForCausalLM, CohereConfig
+def changing_logits(architecture: str) -> Any:
+    """A tiny model that scales or bounds its logits, by much."""
+    import transformers
 
-    config = CohereConfig(
-        vocab_size=384, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, logit_scale=0.25, pad_token_id=0,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    shape = {
+        "vocab_size": 384, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "pad_token_id": 0, "initializer_range": 0.15,
+    }  # fmt: skip
+    config: Any = {
+        "cohere": lambda: transformers.CohereConfig(**shape, logit_scale=0.25),
+        "granite": lambda: transformers.GraniteConfig(**shape, logits_scaling=8.0),
+        "gemma2": lambda: transformers.Gemma2Config(**shape, head_dim=16, final_logit_softcapping=1.0),
+    }[architecture]()
+    return transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+@pytest.mark.parametrize("architecture", ["cohere", "granite", "gemma2"])
+def test_logits_that_change_after_the_head(architecture, monkeypatch):
+    """Known ones are followed, to the adapter's gradient; what is not known is refused."""
+    model = add_lora(changing_logits(architecture), Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
+    own_forward = model.get_base_model().forward
     install(model)
+    batch = collate(rows_of([20], seed=0), END)
+    prove_loss(model, batch, "float32")
+    gradients = []
+    for loss in (
+        token_nll(model, batch).mean(),
+        own_forward(input_ids=batch["input_ids"], labels=batch["labels"]).loss,
+    ):
+        model.zero_grad()
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-4 * torch.linalg.norm(gradients[1]) > 0
+
+    monkeypatch.setattr(kestrel.loss, "_after_head", lambda causal_lm: (1.0, None))
     with pytest.raises(ProofError, match="not this architecture's own"):
-        prove_loss(model, collate(rows_of([20], seed=0), END), "float32")
+        prove_loss(model, batch, "float32")
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["frozen head", "head for autograd"])
