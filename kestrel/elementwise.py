@@ -68,7 +68,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     kernels = _fused(x)
     if kernels is not None:
         return kernels.dropout(x, p, seed)
-    return x * _kept(x, p, seed) * (1 / (1 - p))
+    return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
 
 
 def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.profiler import profile
 from transformers import FalconConfig, FalconForCausalLM
 
-from kestrel.attention import stock_attention, use_fused_kernels
+from kestrel.attention import _by_blocks, causal_attention, stock_attention, use_fused_kernels
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,17 @@ def test_one_query_of_each_head_is_as_many_queries_of_one(kind: str, heads_of_ma
         expanded = (t.expand(-1, 8, -1, -1) for t in (key, value))
         expected = F.scaled_dot_product_attention(query, *expanded, attn_mask=given)
     assert ours.shape == expected.shape and torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 95, 96, 97, 300])
+def test_products_by_blocks_are_attention(length: int) -> None:
+    random = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(2, heads, length, 16, generator=random) for heads in (5, 1, 1))
+    every = (-1, 5, -1, -1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.expand(every), value.expand(every), is_causal=True
+    )
+    by_blocks = _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
+    torch.testing.assert_close(by_blocks, expected)
+    in_bf16 = causal_attention(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert (in_bf16 - expected).norm() / expected.norm() < 1e-2
