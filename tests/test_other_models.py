@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from make_models import make_tokenizer, words, write_base, write_config, write_corpus
-from make_tokenizers import byte_level, sentencepiece_like
+from make_tokenizers import CHATML, INST, byte_level, sentencepiece_like
 from safetensors.torch import load_file
 from test_evaluate import main as evaluate
+
+from kestrel.command_line import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [turn["text"] for turn in words(["i have a dog .", "my favorite food is soup .", "i live in rome ."])] * 3
@@ -80,3 +82,45 @@ def test_the_four_scripts(architecture, source, tmp_path, capfd):
     count = LAYERS * len(layers)
     assert said.count(f"{count} of {count} linear layers in nf4, double quantization") == 2
     assert_taught(tmp_path / "run", layers)
+
+
+@pytest.mark.parametrize("template", [CHATML, INST], ids=["with a system message", "system within the first message"])
+def test_an_instruct_model_with_its_chat_template(template, source, tmp_path, capfd):
+    """The shipped configuration, on a tiny model: only what names the big one and its machine is replaced."""
+    tokenizer = byte_level(TEXTS, template) if template == CHATML else sentencepiece_like(TEXTS, chat_template=template)
+    base = write_base(tmp_path / "base", "qwen2", tokenizer)
+    run = tmp_path / "run"
+    replaced = {
+        "run_dir": run, "data.source": source, "model.name": base, "quantization.compute_dtype": "float32",
+        "training.learning_rate": 1e-2, "training.max_steps": 16, "training.batch_size": 4, "evaluation.resamples": 100,
+        "generation.max_new_tokens": 8,
+    }  # fmt: skip
+    arguments = ["--config", str(ROOT / "configs" / "qwen2.5-7b-instruct.yaml")]
+    for key, value in replaced.items():
+        arguments += [f"--{key}", str(value)]
+    run_all(arguments, capfd)
+    assert_taught(run, _GATED)
+    prompt = json.loads((run / "adapter" / "prompt.json").read_text())
+    assert prompt["format"] == "chat" and prompt["chat_template"] == template
+    assert prompt["end_token"] == tokenizer.eos_token
+
+
+def test_default_targets_are_falcons_and_others_are_named(source, tmp_path, capsys):
+    import preprocess
+    import train
+
+    base = write_base(tmp_path / "base", "llama", sentencepiece_like(TEXTS))
+    arguments = ["--config", str(write_config(tmp_path / "config.yaml", base, source, tmp_path / "run"))]
+    assert preprocess.main([*arguments, "--prompt.max_length", "400"]) == 0
+    assert train.main([*arguments, "--prompt.max_length", "400"]) == 1
+    said = capsys.readouterr().err
+    assert "lora.target_modules ['query_key_value'] does not fit this model" in said
+    assert f"its linear layers are {', '.join(sorted(_GATED))}" in said
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_name_layers_that_their_model_has(path):
+    settings, _ = resolve(str(path), {})
+    targets = settings.lora.target_modules
+    is_falcon = "falcon" in settings.model.name or settings.model.name == "quickstart/base"
+    assert targets == "all-linear" or is_falcon and set(targets) <= _FUSED
