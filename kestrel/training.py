@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from kestrel.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes
 from kestrel.prompt import IGNORED
 from kestrel.settings import Settings
+from kestrel.trackers import TrackedArguments, check_trackers, naming, told_of
 
 _COLUMNS = ["input_ids", "labels"]
 _DIVERGED = 500.0  # nats a token; guessing among 65,024 words costs 11
@@ -289,8 +289,7 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
     """The Trainer's arguments for a run of `steps` optimizer steps."""
     training = settings.training
     every = math.ceil(steps / training.evaluations)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(settings.run_dir) / "logs")
-    return TrainingArguments(
+    arguments = TrackedArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -317,7 +316,10 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         report_to=training.report_to or "none",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        **naming(settings),
     )
+    arguments.told = told_of(settings)
+    return arguments
 
 
 def silence(trainer: Trainer) -> None:
@@ -334,10 +336,4 @@ def check_machine(names: Sequence[str], optimizer: str) -> None:
     """
     if optimizer.startswith("paged") and not torch.cuda.is_available():
         raise KestrelError(f"training.optimizer: {optimizer} needs a GPU; use adamw_torch")
-    from transformers.integrations import get_available_reporting_integrations
-
-    missing = [name for name in names if name not in get_available_reporting_integrations()]
-    if missing:
-        raise KestrelError(
-            f"training.report_to: {', '.join(missing)} is not installed; pip install it, or leave it out"
-        )
+    check_trackers(names)

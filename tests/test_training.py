@@ -353,7 +353,9 @@ def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(prepared, tmp_pat
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(prepared, capsys, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
     assert "wandb is not installed" in stopped(capsys, prepared.arguments("--training.report_to", "wandb"))
 
 
