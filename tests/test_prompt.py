@@ -313,7 +313,7 @@ def test_original_format_tokenizes_as_one_string_does() -> None:
     """The boundary before a reply is one that the tokenizer makes too, so nothing is tokenized otherwise than there."""
     prompt = prompt_of("falcon", "original")
     for reply in ("i have two dogs .", "2 dogs", "'tis 1987 !", "( hi )", "Zoë ?"):
-        turns = (Turn("partner", "hi ! any \"pets\" ?"), Turn("self", "no"), Turn("partner", "i'm sad"))
+        turns = (Turn("partner", 'hi ! any "pets" ?'), Turn("self", "no"), Turn("partner", "i'm sad"))
         dialogue = Dialogue("d", ("i have two dogs.", "i like cars."), (*turns, Turn("self", reply)))
         whole = "".join(segment.text for segment in prompt.segments(dialogue)[:-1])
         assert prompt.render(dialogue).input_ids == [*prompt.tokenizer(whole)["input_ids"], prompt.end_id]

@@ -50,7 +50,9 @@ def test_commands_of_scripts_are_valid(command: str) -> None:
 
 
 def test_every_command_is_checked_by_some_test() -> None:
-    known = re.compile(r"make |pip install -r requirements|python \w+\.py --config|python (quickstart|benchmarks|docs)/\w+\.py")
+    known = re.compile(
+        r"make |pip install -r requirements|python \w+\.py --config|python (quickstart|benchmarks|docs)/\w+\.py"
+    )
     assert not [command for _, command in COMMANDS if not known.match(command)]
 
 
