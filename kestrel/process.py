@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kestrel.errors import Interrupted
+from kestrel.processes import is_first
 
 _AGAIN = "interrupted; run the same command again to go on"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -22,24 +23,35 @@ def _stop(number: int, frame: types.FrameType | None) -> None:
     """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"{_AGAIN}\n".encode())
+            if is_first():
+                os.write(2, f"{_AGAIN}\n".encode())
             os._exit(128 + number)
         frame = frame.f_back
     raise Interrupted(number, _AGAIN)
 
 
 @contextmanager
-def on_signals(handler: Callable[[int, Any], None] = _stop) -> Iterator[None]:
-    """Handles SIGINT and SIGTERM while the block runs; by default they end it with `Interrupted`.
+def on_signals(handler: Callable[[int, Any], None] | None = None) -> Iterator[None]:
+    """Handles SIGINT and SIGTERM while the block runs; without a handler they end it with `Interrupted`.
 
     A signal that the process was started to ignore, as shells do with SIGINT for jobs in the background, stays ignored.
     """
+    received: list[int] = []
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        received.append(number)
+        _stop(number, frame)
+
     former = {number: signal.getsignal(number) for number in _SIGNALS}
     mine = [number for number in _SIGNALS if former[number] is not signal.SIG_IGN]
     for number in mine:
-        signal.signal(number, handler)
+        signal.signal(number, handler or stop)
     try:
         yield
+    except Exception as error:
+        if received:  # C in between (matplotlib 3.11) made an error of its own of it
+            raise Interrupted(received[0], _AGAIN) from error
+        raise
     finally:
         for number in mine:
             signal.signal(number, former[number])

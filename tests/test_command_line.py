@@ -316,6 +316,19 @@ def test_terminated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_terminated_where_a_library_makes_an_error_of_its_own_of_it(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def library(settings: object, options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid affine transformation matrix") from None
+
+    assert run(library, "--config", config) == 143
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
 def test_a_reader_that_closes_early(config: str) -> None:
     done = subprocess.run(
         f"{sys.executable} preprocess.py --config {config} --print-config | true; exit ${{PIPESTATUS[0]}}",
