@@ -32,6 +32,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from kestrel import processes
     from kestrel.adapter import prove_loaded
     from kestrel.answers import left_out, write_answers
     from kestrel.artifacts import identity_of, sha256_of_json
@@ -44,6 +45,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.prompt import Prompt
     from kestrel.tokenizer import load_tokenizer
 
+    processes.join()
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)
@@ -74,7 +76,9 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             if order:
                 made_from["persona_order"] = order
             files[folder / f"{chosen.split}.{name_in_order(system, order)}.jsonl"] = (system, order, made_from)
-    missing = [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
+    missing = processes.decided_by_first(
+        lambda: [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
+    )
     for path in files:
         if path not in missing:
             print(f"{path} is up to date")
@@ -110,6 +114,8 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             bar.update(done)
             for done in shards:
                 bar.update(done - bar.n)
+        if not processes.is_first():
+            continue
         record(path, made_from, settings)
         print(f"wrote {path} in {time.monotonic() - began:.0f} s")
         unanswered, unscored = left_out(rows, path)
@@ -163,7 +169,7 @@ def record(made: Path, made_from: dict[str, Any], settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("generate.py", __doc__, generate, argv)
+    return run_script("generate.py", __doc__, generate, argv, together=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, dry_run, passes, training
+    from kestrel import callbacks, checkpoints, dry_run, passes, processes, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
@@ -45,6 +45,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
     from kestrel.tokenizer import load_tokenizer
 
+    processes.join()
     if not options.dry_run:
         training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -69,7 +70,9 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     meaning = checkpoints.meaning_of(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
-    resume = find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")
+    resume = processes.decided_by_first(
+        lambda: find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")
+    )
 
     patience = settings.training.early_stopping
     if resume and patience and callbacks.evaluations_without_progress(checkpoints.history(resume)) >= patience:
@@ -132,6 +135,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         raise Interrupted(
             stop.received, f"stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
+    if not processes.is_first():
+        return
     seconds = time.monotonic() - began
 
     plot_loss(run / "logs" / "training.jsonl", run / "logs" / "loss.png")
@@ -188,7 +193,7 @@ def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], c
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("train.py", __doc__, train, argv, OPTIONS)
+    return run_script("train.py", __doc__, train, argv, OPTIONS, together=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from kestrel import processes
 from kestrel.artifacts import write_atomically
 from kestrel.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
@@ -246,7 +247,8 @@ def write_answers(
     """Answers a split into a JSONL file, which appears when it is complete.
 
     Until then the rows stand in a partial file beside it, shard after shard; the same call goes on after the last
-    complete shard, if `identity` is the same.
+    complete shard, if `identity` is the same. Several processes answer a shard each, of the dialogues that one process
+    would answer together, and the first writes them in order: what is written does not depend on their number.
 
     Args:
         dataset: rows of the split, in the order of the file.
@@ -256,24 +258,31 @@ def write_answers(
         identity: hash of all that decides the answers.
 
     Yields:
-        Dialogues done, after each shard; those of an earlier call first.
+        Dialogues done, after each shard, or one of each process; those of an earlier call first.
     """
     partial = path.with_name(f".{path.name}.partial")
     lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = _keep_complete_shards(partial, identity, dataset)
+    done = processes.decided_by_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
     while done < len(dataset):
-        rows = [dataset[i] for i in range(done, done + _shard(lengths[done:], settings.tokens_per_step))]
-        answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in answers]
-        done += len(rows)
-        with open(partial, "a", encoding="utf-8") as file:
-            shard = "".join(f"{line}\n" for line in lines)
-            file.write(shard + _mark(done, shard.encode()))
-            file.flush()
-            os.fsync(file.fileno())
+        ends = [done]
+        while len(ends) <= processes.count() and ends[-1] < len(dataset):
+            ends.append(ends[-1] + _shard(lengths[ends[-1] :], settings.tokens_per_step))
+        shard, mine = "", processes.number()
+        if mine < len(ends) - 1:
+            rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
+            answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
+            shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
+        for end, lines in zip(ends[1:], processes.told_to_first(shard), strict=False):
+            with open(partial, "a", encoding="utf-8") as file:
+                file.write(lines + _mark(end, lines.encode()))
+                file.flush()
+                os.fsync(file.fileno())
+        done = ends[-1]
         yield done
+    if not processes.is_first():
+        return
     with open(partial, encoding="utf-8") as file, write_atomically(path) as whole:
         next(file)
         whole.writelines(line for line in file if not _MARK.match(line))

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from kestrel import processes
 from kestrel.artifacts import write_atomically
 from kestrel.errors import Interrupted, ProofError
 from kestrel.process import on_signals
@@ -200,6 +201,8 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if processes.has_failed():
+            raise Interrupted(number)  # the launcher ends the others of a run that has failed
         if self.received is not None:
             raise Interrupted(
                 number,
@@ -215,6 +218,8 @@ class StopOnSignal(TrainerCallback):
             yield
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        # The signal reaches several processes in different steps; they stop after the same one.
+        self.received = processes.greatest(self.received or 0) or None
         if self.received is not None:
             control.should_log = control.should_save = control.should_training_stop = True
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kestrel import processes
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.keys import Key, all_keys, alternatives, as_yaml
 from kestrel.process import on_signals, prepare_output
@@ -258,6 +259,7 @@ def run_script(
     argv: Sequence[str] | None = None,
     options: Sequence[tuple[str, dict[str, Any]]] = (),
     writes: bool = True,
+    together: bool = False,
 ) -> int:
     """Runs one script: settings, lock, steps. Returns the exit status of DESIGN's contract.
 
@@ -269,10 +271,15 @@ def run_script(
         options: the script's own flags, each with the keywords of `ArgumentParser.add_argument`.
         writes: whether it makes something in the run folder, which is then locked and told the settings, unless it has
             a flag --dry-run and that is given.
+        together: whether several processes share the work. Of other scripts' processes the first does it, and the rest
+            leave at once.
     """
+    if not (together or processes.is_first()):
+        return 0
     debug = "--debug" in (sys.argv if argv is None else argv)
     run_dir = None
     prepare_output()
+    errors = sys.stderr
     try:
         parser = _parser(name, doc, options)
         try:
@@ -295,14 +302,18 @@ def run_script(
         folder = (
             run_folder(settings.run_dir, describe(settings, {})) if writes and not dry else contextlib.nullcontext()
         )
-        with on_signals(), folder:
+        with on_signals(), processes.only_first_speaks(), folder:
+            if warning := processes.why_alone():
+                print(f"warning: {warning}", file=sys.stderr)
             steps(settings, arguments)
+        processes.leave()
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
-        if debug and not isinstance(error, UsageError):
-            traceback.print_exc()
         status, message = _verdict(error, run_dir)
-        print(f"{name}: {_printable(message)}", file=sys.stderr)
+        if processes.fails_first():
+            if debug and not isinstance(error, UsageError):
+                traceback.print_exc(file=errors)
+            print(f"{name}: {_printable(message)}", file=errors, flush=True)
         return status
 
 
@@ -350,5 +361,10 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
         return 1, (
             "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
             "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
+        )
+    if processes.is_abandoned(error):
+        return 1, (
+            "another process of this run ended without a word: killed, by the machine's lack of memory perhaps; the "
+            "launcher says below which. The same command goes on"
         )
     return 1, f"unexpected {type(error).__name__}: {error}\n  run it again with --debug to see where"

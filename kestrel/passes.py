@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kestrel import processes
 from kestrel.artifacts import read_json, write_json
 from kestrel.batching import even_batches_within, share_of
 from kestrel.falcon import Recompute
@@ -60,13 +60,16 @@ class Plan:
 
 
 def capacity(settings: Settings) -> int | None:
-    """Bytes of GPU memory that training may use: what the settings name, else what is free now; None without a GPU."""
+    """Bytes of GPU memory that training may use: what the settings name, else what is free now; None without a GPU.
+
+    Of several processes' GPUs, the one with least decides, so that all make the same passes.
+    """
     named = memory_bytes(settings.training.device_memory)
     if not torch.cuda.is_available():
         return named
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process's context is there already
-    return found if named is None else min(named, found)
+    return processes.least(found if named is None else min(named, found))
 
 
 def stay_within(settings: Settings) -> None:
@@ -87,9 +90,8 @@ class Dialogues:
     """
 
     def __init__(self, lengths: np.ndarray, supervised: np.ndarray, steps: Sequence[np.ndarray]):
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._supervised = supervised
-        self._shares = [step[share_of(lengths[step], 0, processes)] for step in steps]
+        self._shares = [step[share_of(lengths[step], 0, processes.count())] for step in steps]
         self._lengths = lengths
         used = np.unique(np.concatenate(self._shares))
         self.steps = len(steps)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kestrel import processes
 from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.checkpoints import read_sealed, saying_disk_full, seal
 from kestrel.dataset import lengths_of
@@ -73,7 +74,10 @@ class DialogueTrainer(Trainer):
     def _step_of(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         budget = self._chosen.tokens_per_step
         lengths = np.asarray([len(row["input_ids"]) for row in rows])
-        mine = share_of(lengths, self.args.process_index, self.args.world_size)
+        mine, weight = share_of(lengths, self.args.process_index, self.args.world_size), 1.0
+        if not len(mine):
+            # The others wait for this process's gradients, so it makes some, of any dialogue, and they count nothing.
+            mine, weight = np.argsort(lengths)[:1], 0.0
         return {
             "forward_passes": [
                 collate([rows[i] for i in mine[cut]], self._pad_id)
@@ -81,6 +85,7 @@ class DialogueTrainer(Trainer):
             ],
             "supervised_tokens": sum(int(np.count_nonzero(row["labels"] != IGNORED)) for row in rows),
             "tokens_per_step": budget,
+            "weight": weight,
         }
 
     @property
@@ -123,7 +128,7 @@ class DialogueTrainer(Trainer):
         for index, batch in enumerate(passes):
             with self._gradients_synchronized(model, last=index == len(passes) - 1):
                 nll = token_nll(model, self._on_device(batch)).sum()
-                loss = nll * (self.args.world_size / inputs["supervised_tokens"])
+                loss = nll * (inputs["weight"] * self.args.world_size / inputs["supervised_tokens"])
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -165,6 +170,7 @@ class DialogueTrainer(Trainer):
             if too_large is not None:
                 self._step_down(too_large)
             self.model.zero_grad()
+        self._chosen = dataclasses.replace(self._chosen, tokens_per_step=processes.least(self._chosen.tokens_per_step))
         _restore(random)
 
     def _heaviest_step(self, budget: int) -> int:
@@ -319,6 +325,8 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         **naming(settings),
     )
     arguments.told = told_of(settings)
+    # With several GPUs in sight, the Trainer (5.23) would split each batch among them by DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 

@@ -1,0 +1,179 @@
+"""Several processes of one run, as torchrun and accelerate start them: who speaks, who decides, and how all of them end.
+
+A launcher gives each process its number in RANK and their count in WORLD_SIZE. The first one, number 0, writes, prints
+and holds the folder's lock for all. What one process alone finds on disk it tells the others, so that all do the same.
+Without a launcher there is one process, and everything here costs nothing. torch is imported only where it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from kestrel.errors import KestrelError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=2)  # a process waits for the others: while one downloads a base, say
+_STORE_PATIENCE = timedelta(seconds=10)
+
+
+def count() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number() -> int:
+    """This process's, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return number() == 0
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+    """While the block runs, what the others print goes nowhere."""
+    if is_first():
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def why_alone() -> str | None:
+    """A warning where several processes were asked for and one was started; None where all is well.
+
+    accelerate (1.15) launches one process on CPUs whatever its --num_processes; where that is above 1 it leaves
+    MASTER_PORT in the environment, but no WORLD_SIZE.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        return (
+            "accelerate was asked for several processes and started one, as it does on CPUs; "
+            "torchrun --nproc_per_node N starts N"
+        )
+    return None
+
+
+def join() -> None:
+    """Lets this process meet the others. CPU tensors travel by gloo, those of GPUs by NCCL.
+
+    Raises:
+        KestrelError: this process has no GPU of its own.
+    """
+    import torch
+
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus and local >= gpus:
+        raise KestrelError(
+            f"process {number()} has no GPU of its own: {here} processes were started on this machine, which has "
+            f"{gpus} GPUs; start as many as there are, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    if gpus > here:
+        print(
+            f"{here} of this machine's {gpus} GPUs {'is' if here == 1 else 'are'} used; "
+            f"torchrun --nproc_per_node {gpus} uses all"
+        )
+    if count() == 1 or torch.distributed.is_initialized():
+        return
+    if gpus:
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
+
+
+def leave() -> None:
+    """Ends what `join` began. After a failure it is not called: it might wait for a process that is gone."""
+    torch = sys.modules.get("torch")
+    if count() > 1 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What the first process finds, in all of them. The others do not look, and wait until it has."""
+    if count() == 1:
+        return decide()
+    import torch
+
+    found: list[T | None] = [decide() if is_first() else None]
+    torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return found[0]  # type: ignore[return-value]
+
+
+def greatest(value: int) -> int:
+    """The greatest of the processes' values."""
+    if count() == 1:
+        return value
+    import torch
+
+    values = torch.tensor(value, dtype=torch.int64)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return int(values)
+
+
+def least(value: int) -> int:
+    """The least of the processes' values."""
+    return -greatest(-value)
+
+
+def told_to_first(value: T) -> list[T]:
+    """What each process has to say, by its number; in the first one. The others get an empty list."""
+    if count() == 1:
+        return [value]
+    import torch
+
+    values: list[T | None] | None = [None] * count() if is_first() else None
+    torch.distributed.gather_object(value, values, dst=0)
+    return values or []  # type: ignore[return-value]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def fails_first() -> bool:
+    """Claims to be the process whose failure ends the run. The others fail in its wake and have nothing to tell."""
+    if count() == 1:
+        return True
+    try:
+        return _store().add(_failure(), 1) == 1
+    except Exception:  # noqa: BLE001  nobody to ask: rather two messages than none
+        return True
+
+
+def has_failed() -> bool:
+    """Whether a process of this run has failed."""
+    if count() == 1:
+        return False
+    try:
+        return _store().add(_failure(), 0) > 0
+    except Exception:  # noqa: BLE001  the launcher that keeps the record is gone
+        return True
+
+
+def is_abandoned(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    said = str(error)
+    gone = ("onnection closed by peer", "onnection reset by peer", "onnection refused")
+    return count() > 1 and isinstance(error, RuntimeError) and any(words in said for words in gone)
+
+
+def _failure() -> str:
+    return f"kestrel/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _store() -> Any:
+    """The launcher's own record, which outlives its processes; torchrun keeps one, and accelerate by way of torchrun."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=_STORE_PATIENCE)
