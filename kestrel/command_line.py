@@ -303,7 +303,7 @@ def run_script(
             run_folder(settings.run_dir, describe(settings, {})) if writes and not dry else contextlib.nullcontext()
         )
         with on_signals(), processes.only_first_speaks(), folder:
-            if warning := processes.why_alone():
+            if together and (warning := processes.why_alone()):
                 print(f"warning: {warning}", file=sys.stderr)
             steps(settings, arguments)
         processes.leave()

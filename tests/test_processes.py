@@ -1,0 +1,225 @@
+"""Several processes make what one makes, write it once, and end together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from make_models import write_config, write_corpus
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PATIENCE = 240  # seconds; a run takes 15 on two idle cores, and nothing here may hang
+
+
+def begin(*command: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*TORCHRUN, *command], cwd=ROOT, text=True, **pipes)
+
+
+def run(*command: str) -> tuple[int, str, str]:
+    """Exit status of the launcher, and what it and its two processes said."""
+    process = begin(*command)
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, out, err
+
+
+def sabotaged(path: Path, script: str, sabotage: str) -> str:
+    """A script like `script`, whose second process first runs some lines that break it."""
+    lines = textwrap.indent(textwrap.dedent(sabotage).strip(), "    ")
+    path.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom kestrel.errors import KestrelError\n"
+        f"if os.environ['RANK'] == '1':\n{lines}\nimport {script}\nsys.exit({script}.main())\n",
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "logs" / "training.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """The same losses and the same adapter, within 1e-4."""
+    for a, b in zip(logged(one), logged(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    weights, others = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(assets, tmp_path_factory):
+    """One process's training, as arguments and run folder. The last step of each epoch has one dialogue, and so has
+    validation, so that of two processes one has nothing to do."""
+    import preprocess
+    import train
+
+    folder = tmp_path_factory.mktemp("alone")
+    write_corpus(folder / "corpus", 16, test=100)
+    validation = folder / "corpus" / "validation.jsonl"
+    validation.write_text(validation.read_text(encoding="utf-8").splitlines(keepends=True)[0], encoding="utf-8")
+    config = write_config(folder / "c.yaml", assets / "base", folder / "corpus", folder / "run")
+    # Dropout draws for what a process computes, so it is what differs between numbers of processes.
+    arguments = ["--config", str(config), "--lora.dropout", "0", "--training.batch_size", "5"]
+    arguments += ["--training.learning_rate", "1e-3", "--generation.tokens_per_step", "64"]
+    assert preprocess.main(arguments) == 0
+    shutil.copytree(folder / "run", folder / "prepared")
+    assert train.main(arguments) == 0
+    return arguments, folder / "run", folder / "prepared"
+
+
+def test_two_processes_train_what_one_does(alone, tmp_path):
+    arguments, one, prepared = alone
+    shutil.copytree(prepared, tmp_path / "run")
+    status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
+    assert status == 0, err
+    assert out.count("proven: ") == out.count("step 8 of 8: ") == 1, "the first process alone prints"
+    assert_same_training(one, tmp_path / "run")
+
+
+def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from(alone, tmp_path, capsys):
+    import train
+
+    arguments, _, prepared = alone
+    shutil.copytree(prepared, tmp_path / "one")
+    shutil.copytree(prepared, tmp_path / "run")
+    arguments = [*arguments, "--training.max_steps", "120", "--training.evaluations", "20"]
+    process = begin("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.terminate()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0
+    assert err.count("train.py: stopped at step ") == 1 and "the same command goes on from there" in err
+    (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()][-1:]
+    assert not (tmp_path / "run" / "adapter").exists()
+    capsys.readouterr()
+    assert train.main([*arguments, "--run_dir", str(tmp_path / "run")]) == 0
+    assert "going on from " in capsys.readouterr().out and step
+    assert train.main([*arguments, "--run_dir", str(tmp_path / "one")]) == 0
+    # Saving begins a new window of the logged loss, and the losses here are logged at each step.
+    assert_same_training(tmp_path / "one", tmp_path / "run")
+
+
+def test_the_error_of_one_process_ends_both_and_is_told_once(alone, tmp_path):
+    arguments, _, prepared = alone
+    shutil.copytree(prepared, tmp_path / "run")
+    script = sabotaged(
+        tmp_path / "sabotaged.py",
+        "train",
+        """
+        from kestrel import training
+        def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
+            if self.state.global_step == 3:
+                raise KestrelError("the second process has had enough")
+            return whole(self, model, inputs)
+        training.DialogueTrainer._backward = fail
+        """,
+    )
+    began = time.monotonic()
+    status, out, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
+    assert status != 0 and time.monotonic() - began < PATIENCE / 2
+    told = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert told == ["train.py: the second process has had enough"]
+    assert "stopping after this step" not in out and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_killed_process_ends_the_others(alone, tmp_path):
+    arguments, _, prepared = alone
+    shutil.copytree(prepared, tmp_path / "run")
+    script = sabotaged(
+        tmp_path / "sabotaged.py",
+        "train",
+        f"""
+        from kestrel import loss
+        def die(*arguments): os.kill(os.getpid(), {int(signal.SIGKILL)})
+        loss.prove_loss = die
+        """,
+    )
+    status, _, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
+    assert status != 0
+    told = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert len(told) == 1 and ("without a word" in told[0] or "interrupted" in told[0])
+
+
+def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone, tmp_path, capsys):
+    """100 dialogues are four shards. In the first call the second process fails at its second one."""
+    import generate
+
+    arguments, one, _ = alone
+    assert generate.main(arguments) == 0
+    whole = {path.name: path.read_bytes() for path in (one / "generations").glob("*.jsonl")}
+    assert len(whole) == 2 and min(map(len, whole.values())) > 10_000
+    two = tmp_path / "run"
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("generations"))
+    command = [*arguments, "--run_dir", str(two)]
+    script = sabotaged(
+        tmp_path / "sabotaged.py",
+        "generate",
+        """
+        from kestrel import answers
+        calls = []
+        def fail(*given, whole=answers.answer):
+            calls.append(given)
+            if len(calls) == 2:
+                raise KestrelError("the second process has had enough")
+            return whole(*given)
+        answers.answer = fail
+        """,
+    )
+    status, _, err = run(script, *command)
+    told = [line for line in err.splitlines() if line.startswith("generate.py: ")]
+    assert status != 0 and told == ["generate.py: the second process has had enough"]
+    shutil.copytree(two, tmp_path / "again")
+
+    status, out, err = run("generate.py", *command)
+    assert status == 0, err
+    assert out.count("going on after 64 dialogues") == 1
+    assert {path.name: path.read_bytes() for path in (two / "generations").glob("*.jsonl")} == whole
+    capsys.readouterr()
+    assert generate.main([*arguments, "--run_dir", str(tmp_path / "again")]) == 0
+    assert "going on after 64 dialogues" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "generations").glob("*.jsonl")} == whole
+
+
+def test_of_other_scripts_the_first_process_does_the_work(alone, tmp_path, monkeypatch, capsys):
+    import evaluate
+    import preprocess
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for script in (preprocess, evaluate):
+        assert script.main([*alone[0], "--run_dir", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
+
+
+def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(alone, tmp_path):
+    """accelerate 1.15 starts one process on CPUs. If this fails, it has learned to start several: `why_alone` can go."""
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, "train.py", *alone[0], "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode != 0 and "there is no dataset" in done.stderr
+    assert done.stderr.count("torchrun --nproc_per_node N") == 1
