@@ -70,7 +70,7 @@ test-floor:   ## model, prompt and training with the oldest versions of requirem
 	"$(PYTHON)" -m venv .venv-floor
 	grep -v '^torch==' requirements-floor.txt > .venv-floor/others.txt
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check "$(FLOOR_TORCH)" -r .venv-floor/others.txt $(shell grep -E '^(pytest|hypothesis)[a-z-]*==' requirements-dev.txt)
-	.venv-floor/bin/python -m pytest tests/test_prompt.py tests/test_quantization.py tests/test_loss.py tests/test_training.py tests/test_generation.py
+	.venv-floor/bin/python -m pytest tests/test_prompt.py tests/test_prompt_formats.py tests/test_quantization.py tests/test_loss.py tests/test_training.py tests/test_generation.py
 
 clean:   ## removes what the quickstart and the set-up made
 	rm -rf .venv .venv-lock .venv-floor runs/quickstart
