@@ -35,7 +35,7 @@ class TrackedArguments(TrainingArguments):
     data is the optimizer step.
 
     Attributes:
-        told: what trackers get.
+        told: what trackers get; given after the arguments have been made.
     """
 
     told: dict[str, Any]
