@@ -114,45 +114,35 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     assert_same_training(tmp_path / "one", tmp_path / "run")
 
 
-def test_the_error_of_one_process_ends_both_and_is_told_once(alone, tmp_path):
-    arguments, _, prepared = alone
-    shutil.copytree(prepared, tmp_path / "run")
-    script = sabotaged(
-        tmp_path / "sabotaged.py",
-        "train",
-        """
-        from kestrel import training
-        def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
-            if self.state.global_step == 3:
-                raise KestrelError("the second process has had enough")
-            return whole(self, model, inputs)
-        training.DialogueTrainer._backward = fail
-        """,
-    )
-    began = time.monotonic()
-    status, out, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
-    assert status != 0 and time.monotonic() - began < PATIENCE / 2
-    told = [line for line in err.splitlines() if line.startswith("train.py: ")]
-    assert told == ["train.py: the second process has had enough"]
-    assert "stopping after this step" not in out and not (tmp_path / "run" / "adapter").exists()
-
-
-def test_a_killed_process_ends_the_others(alone, tmp_path):
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ('raise KestrelError("the second process has had enough")', "the second process has had enough"),
+        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "another process of this run ended without a word"),
+    ],
+    ids=["error", "killed"],
+)
+def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, end, message):
     arguments, _, prepared = alone
     shutil.copytree(prepared, tmp_path / "run")
     script = sabotaged(
         tmp_path / "sabotaged.py",
         "train",
         f"""
-        from kestrel import loss
-        def die(*arguments): os.kill(os.getpid(), {int(signal.SIGKILL)})
-        loss.prove_loss = die
+        from kestrel import training
+        def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
+            if self.state.global_step == 3:
+                {end}
+            return whole(self, model, inputs)
+        training.DialogueTrainer._backward = fail
         """,
     )
+    began = time.monotonic()
     status, _, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
-    assert status != 0
-    told = [line for line in err.splitlines() if line.startswith("train.py: ")]
-    assert len(told) == 1 and ("without a word" in told[0] or "interrupted" in told[0])
+    assert status != 0 and time.monotonic() - began < PATIENCE / 2
+    (told,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert told.startswith(f"train.py: {message}")
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone, tmp_path, capsys):
