@@ -10,6 +10,7 @@ from pathlib import Path
 # Before torch is imported: a second thread on a busy machine makes tiny models ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels run without a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"

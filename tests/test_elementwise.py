@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 pytest.importorskip("triton")
 
 from kestrel import elementwise, elementwise_gpu

@@ -162,6 +162,8 @@ class Forks:
                 status = self._scripts[script].main(arguments)
             except SystemExit as exit:
                 status = int(exit.code or 0)
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not meet the campaign's own lines
+                signal.signal(number, signal.SIG_IGN)
             sys.stdout.flush()
             new = [name for name in sys.modules if name not in known and "<" not in name]
             report.write_text("\n".join([str(count()), *new]), encoding="utf-8")
