@@ -152,6 +152,7 @@ class Forks:
         status = 99
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `kestrel` does for a script
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -162,8 +163,6 @@ class Forks:
                 status = self._scripts[script].main(arguments)
             except SystemExit as exit:
                 status = int(exit.code or 0)
-            for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not meet the campaign's own lines
-                signal.signal(number, signal.SIG_IGN)
             sys.stdout.flush()
             new = [name for name in sys.modules if name not in known and "<" not in name]
             report.write_text("\n".join([str(count()), *new]), encoding="utf-8")
