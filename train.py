@@ -31,7 +31,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, dry_run, passes, processes, training
+    from kestrel import callbacks, checkpoints, dry_run, passes, processes, sharding, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
@@ -45,7 +45,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
     from kestrel.tokenizer import load_tokenizer
 
-    processes.join()
+    sharded = processes.join()
     if not options.dry_run:
         training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -84,12 +84,14 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         print(chosen.line())
     if not chosen.fits:
         print(f"warning: {passes.too_much(settings, chosen)}", file=sys.stderr)
-    base, audit = load_base(settings)
+    base, audit = load_base(settings, to_be_sharded=sharded)
     check_context(base, int(max(lengths.max(), lengths_of(validation_rows).max())))
     print(f"base: {audit.line()}")
     model = add_lora(base, settings.lora, settings.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"adapter: {trainable:,} trainable parameters")
+    if sharded:
+        print(sharding.shard(model))
     install(model, chosen.recompute)
     probe = collate([validation_rows[0]], pad_id=prompt.end_id)
     prove_loss(
@@ -97,6 +99,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     )
 
     stop = callbacks.StopOnSignal()
+    answers = sampler(model, prompt, validation_rows, settings)  # the first process makes them, alone
     trainer = training.DialogueTrainer(
         settings,
         steps,
@@ -111,7 +114,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
             callbacks.Progress(),
             callbacks.BestCheckpoint(),
             callbacks.JsonLines(run / "logs" / "training.jsonl", lambda: trainer.tokens_until),
-            callbacks.Samples(run / "samples.jsonl", sampler(model, prompt, validation_rows, settings)),
+            *([] if sharded else [callbacks.Samples(run / "samples.jsonl", answers)]),
             *([callbacks.EarlyStopping(patience)] if patience else []),
             stop,
             callbacks.Guard(lambda: trainer),  # last: it looks before whatever the others ask for
@@ -150,6 +153,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         "eval_loss": state.best_metric,
         "training_log": sha256_of(run / "logs" / "training.jsonl"),
     }
+    if sharded:
+        model = sharding.whole_again(model, settings)
     proof = save_and_prove(model, prompt, settings, run / "adapter", meaning, facts)
     print(
         f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}; "

@@ -49,11 +49,15 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
+def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrainedModel, Audit]:
     """The frozen base on this process's device, quantized as asked and audited.
 
     The same preparation serves training and inference. Nothing is lifted to float32: peft's own k-bit preparation
     would do so with the embedding and the head, half a gigabyte on Falcon-7B, for no better loss.
+
+    Args:
+        settings: of the run.
+        to_be_sharded: store packed 4-bit weights in compute_dtype, because only tensors of floating point are sharded.
 
     Raises:
         KestrelError: it cannot be loaded.
@@ -71,6 +75,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, Audit]:
             bnb_4bit_quant_type=wanted.type,
             bnb_4bit_use_double_quant=wanted.double_quant,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if to_be_sharded else torch.uint8,
         )
         if wanted.bits == 4
         else None

@@ -65,8 +65,11 @@ def why_alone() -> str | None:
     return None
 
 
-def join() -> None:
+def join() -> bool:
     """Lets this process meet the others. CPU tensors travel by gloo, those of GPUs by NCCL.
+
+    Returns:
+        Whether the launcher asks for sharding (accelerate's FSDP) and there are processes to share with.
 
     Raises:
         KestrelError: this process has no GPU of its own.
@@ -85,11 +88,14 @@ def join() -> None:
             f"{here} of this machine's {gpus} GPUs {'is' if here == 1 else 'are'} used; "
             f"torchrun --nproc_per_node {gpus} uses all"
         )
+    # Taken out of the environment: `sharding` does it, and the libraries would do it again, adapter and all.
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and count() > 1
     if count() == 1 or torch.distributed.is_initialized():
-        return
+        return sharded
     if gpus:
         torch.cuda.set_device(local)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
+    return sharded
 
 
 def leave() -> None:
@@ -163,7 +169,7 @@ def has_failed() -> bool:
 def is_abandoned(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     said = str(error)
-    gone = ("onnection closed by peer", "onnection reset by peer", "onnection refused")
+    gone = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "roken pipe")
     return count() > 1 and isinstance(error, RuntimeError) and any(words in said for words in gone)
 
 

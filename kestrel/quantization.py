@@ -121,7 +121,8 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
     types, nested, computes = set(), set(), set()
     for name, module in found.items():
         state = getattr(module.weight, "quant_state", None)
-        if state is None or module.weight.dtype != torch.uint8 or module.weight.numel() * 2 != state.shape.numel():
+        # The storage type is whatever the packed bytes are seen as: uint8, or for sharding the compute type.
+        if state is None or 2 * module.weight.numel() * module.weight.element_size() != state.shape.numel():
             problems.append(f"{name} is a 4-bit layer whose weight is not packed 4-bit")
             continue
         types.add(state.quant_type)

@@ -26,6 +26,7 @@ from kestrel.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes
 from kestrel.prompt import IGNORED
 from kestrel.settings import Settings
+from kestrel.sharding import is_sharded
 from kestrel.trackers import TrackedArguments, check_trackers, naming, told_of
 
 _COLUMNS = ["input_ids", "labels"]
@@ -55,6 +56,7 @@ class DialogueTrainer(Trainer):
         self._steps = steps
         self._meaning = meaning
         self._chosen = chosen
+        self._sharded = is_sharded(self.model)
         self._rows = self.train_dataset.select_columns(_COLUMNS).with_format("numpy")
         self._lengths = lengths_of(self.train_dataset)
         self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
@@ -74,19 +76,22 @@ class DialogueTrainer(Trainer):
     def _step_of(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         budget = self._chosen.tokens_per_step
         lengths = np.asarray([len(row["input_ids"]) for row in rows])
-        mine, weight = share_of(lengths, self.args.process_index, self.args.world_size), 1.0
-        if not len(mine):
-            # The others wait for this process's gradients, so it makes some, of any dialogue, and they count nothing.
-            mine, weight = np.argsort(lengths)[:1], 0.0
+        cuts = self._cuts(lengths, self.args.process_index)
+        # The others wait for this process's gradients, and for its part of a sharded base in each pass. Where it has
+        # less to do than they, it makes passes of any dialogue that count nothing.
+        wanted = max(len(self._cuts(lengths, each)) for each in range(self.args.world_size)) if self._sharded else 1
+        idle = [lengths.argsort()[:1]] * (wanted - len(cuts))
         return {
-            "forward_passes": [
-                collate([rows[i] for i in mine[cut]], self._pad_id)
-                for cut in even_batches_within(lengths[mine], budget)
-            ],
+            "forward_passes": [collate([rows[i] for i in cut], self._pad_id) for cut in (*cuts, *idle)],
+            "counting": len(cuts),
             "supervised_tokens": sum(int(np.count_nonzero(row["labels"] != IGNORED)) for row in rows),
             "tokens_per_step": budget,
-            "weight": weight,
         }
+
+    def _cuts(self, lengths: np.ndarray, process: int) -> list[np.ndarray]:
+        """The rows of each forward pass of one process; none where there are more processes than rows."""
+        mine = share_of(lengths, process, self.args.world_size)
+        return [mine[cut] for cut in even_batches_within(lengths[mine], self._chosen.tokens_per_step)]
 
     @property
     def _pad_id(self) -> int:
@@ -128,7 +133,8 @@ class DialogueTrainer(Trainer):
         for index, batch in enumerate(passes):
             with self._gradients_synchronized(model, last=index == len(passes) - 1):
                 nll = token_nll(model, self._on_device(batch)).sum()
-                loss = nll * (inputs["weight"] * self.args.world_size / inputs["supervised_tokens"])
+                weight = self.args.world_size / inputs["supervised_tokens"] if index < inputs["counting"] else 0.0
+                loss = nll * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -155,6 +161,8 @@ class DialogueTrainer(Trainer):
         Raises:
             KestrelError: one dialogue at a time is too much.
         """
+        if self._sharded:  # a process alone can compute nothing
+            return
         random, budget = _random_state(), None
         while budget != self._chosen.tokens_per_step:
             budget = self._chosen.tokens_per_step
@@ -218,11 +226,15 @@ class DialogueTrainer(Trainer):
         nll, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(self.eval_dataset)[mine]
-        for cut in batches_within(lengths, self._chosen.tokens_per_step):
+        cuts = list(batches_within(lengths, self._chosen.tokens_per_step))
+        idle = processes.greatest(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
+        for cut in cuts:
             batch = collate([rows[int(mine[i])] for i in cut], self._pad_id)
             each = token_nll(self.model, self._on_device(batch))
             nll += each.double().sum()
             tokens += len(each)
+        for _ in range(idle):
+            token_nll(self.model, self._on_device(collate([rows[0]], self._pad_id)))
         if self.args.world_size > 1:
             both = torch.stack((nll, nll.new_tensor(tokens)))
             torch.distributed.all_reduce(both)
