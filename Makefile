@@ -26,8 +26,9 @@ schema: .venv/ready   ## configs/schema.json, from the settings
 readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
 	$(VENV)/python docs/fill_readme.py
 
-performance: .venv/ready   ## the tables of docs/performance.md, from benchmarks/results
+performance: .venv/ready   ## the tables of docs/performance.md and docs/scaling.md, from benchmarks/results
 	$(VENV)/python docs/fill_performance.py
+	$(VENV)/python docs/fill_scaling.py
 
 images: .venv/ready-dev browser   ## the README's pictures, of the quickstart run
 	$(VENV)/python Images/make_images.py

@@ -1,4 +1,4 @@
-"""A base that is too large for one GPU, shared out among several: each holds a part of every layer.
+"""A base that leaves too little room on one GPU, shared out among several: each holds a part of every layer.
 
 Only what is frozen is sharded, by torch's `fully_shard`: a layer's 4-bit weights are put together when it is computed and
 let go afterwards. The adapter, a thousandth of the base, stays whole in each process and is trained as without sharding;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -79,12 +80,18 @@ def alone(assets, tmp_path_factory):
     return arguments, folder / "run", folder / "prepared"
 
 
-def test_two_processes_train_what_one_does(alone, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(alone, tmp_path, monkeypatch, sharded):
+    """Sharded, both have to make the same number of passes, so small ones are made, of which one process needs more."""
     arguments, one, prepared = alone
+    if sharded:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does for configs/accelerate/fsdp.yaml
+        arguments = [*arguments, "--training.tokens_per_step", "96", "--training.recompute", "full"]
     shutil.copytree(prepared, tmp_path / "run")
     status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
     assert status == 0, err
-    assert out.count("proven: ") == out.count("step 8 of 8: ") == 1, "the first process alone prints"
+    assert out.count("proven: saved") == out.count("step 8 of 8: ") == 1, "the first process alone prints"
+    assert ("this process holds 50%" in out) is sharded
     assert_same_training(one, tmp_path / "run")
 
 
@@ -213,3 +220,28 @@ def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(alone,
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode != 0 and "there is no dataset" in done.stderr
     assert done.stderr.count("torchrun --nproc_per_node N") == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
+def test_accelerate_reads_the_configs(name):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
+    given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
+    told, *_ = _validate_launch_command(given)
+    environment = prepare_multi_gpu_env(told)
+    assert told.nproc_per_node == ("8" if name == "multi-node" else "4")
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)
+
+
+def test_scaling_tables_are_what_the_arithmetic_says():
+    spec = importlib.util.spec_from_file_location("fill_scaling", ROOT / "docs" / "fill_scaling.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert module.filled(page) == page, "run make performance"
+    assert module.reducing(2, 18_874_368) == 1 and module.reducing(1, 1.0) == 0
