@@ -101,7 +101,7 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     arguments, _, prepared = alone
     shutil.copytree(prepared, tmp_path / "one")
     shutil.copytree(prepared, tmp_path / "run")
-    arguments = [*arguments, "--training.max_steps", "120", "--training.evaluations", "20"]
+    arguments = [*arguments, "--training.max_steps", "80", "--training.evaluations", "20"]
     process = begin("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
     assert process.stdout is not None
     for line in process.stdout:
@@ -111,11 +111,10 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert err.count("train.py: stopped at step ") == 1 and "the same command goes on from there" in err
-    (step,) = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()][-1:]
     assert not (tmp_path / "run" / "adapter").exists()
     capsys.readouterr()
     assert train.main([*arguments, "--run_dir", str(tmp_path / "run")]) == 0
-    assert "going on from " in capsys.readouterr().out and step
+    assert "going on from " in capsys.readouterr().out
     assert train.main([*arguments, "--run_dir", str(tmp_path / "one")]) == 0
     # Saving begins a new window of the logged loss, and the losses here are logged at each step.
     assert_same_training(tmp_path / "one", tmp_path / "run")
