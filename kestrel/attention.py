@@ -75,6 +75,12 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
+    if query.is_cuda and not __import__("os").environ.get("SDPA"):
+        from kestrel import attention_gpu
+
+        if attention_gpu.computes(query):
+            out: torch.Tensor = attention_gpu.CausalAttention.apply(query, key, value)
+            return out
     every = (-1, query.shape[1], -1, -1)
     return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
 

@@ -93,6 +93,29 @@ def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
 
 
+def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
+    """Negative log-likelihood of each row's target, in float32.
+
+    Args:
+        logits: (rows, vocabulary); overwritten, with each row's gradient of its own result if `backward`.
+        targets: int64 (rows,).
+        backward: whether the gradient is wanted.
+
+    Returns:
+        float32 (rows,), in nats.
+    """
+    kernels = _fused(logits)
+    if kernels is not None:
+        return kernels.nll(logits, targets, backward)
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    wanted = targets[:, None]
+    result = -log_probabilities.gather(1, wanted)[:, 0]
+    if backward:
+        gradient = log_probabilities.exp_()
+        logits.copy_(gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32)))
+    return result
+
+
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm of the rows of (rows, size), and each row's mean and reciprocal deviation in float32."""
     kernels = _fused(x)

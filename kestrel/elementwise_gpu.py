@@ -14,18 +14,7 @@ _BLOCK = 1024
 _WARPS = 4
 
 
-@triton.jit
-def _rotate_rows(source, target, source_head, heads, cos, sin, SIZE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rotates `heads` rows of 2 × SIZE, `source_head` apart, into contiguous ones."""
-    place = tl.arange(0, SIZE)
-    head = tl.arange(0, ROWS)[:, None]
-    there = head < heads
-    read = source + head * source_head + place[None, :]
-    low = tl.load(read, mask=there).to(tl.float32)
-    high = tl.load(read + SIZE, mask=there).to(tl.float32)
-    write = target + head * (2 * SIZE) + place[None, :]
-    tl.store(write, low * cos[None, :] - high * sin[None, :], mask=there)
-    tl.store(write + SIZE, high * cos[None, :] + low * sin[None, :], mask=there)
+_ROTATED = 16  # heads at a time
 
 
 # A length is sometimes a multiple of 16; compiling a second kernel for that would cost more than it saves.
@@ -33,20 +22,30 @@ def _rotate_rows(source, target, source_head, heads, cos, sin, SIZE: tl.constexp
 def _rotate_kernel(  # type: ignore[no-untyped-def]
     query, key, value, cos, sin, out,
     length, heads, sign, q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length,
-    SIZE: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """Turns the heads of one token, each of 2 x SIZE numbers."""
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // length, token % length
-    place = tl.arange(0, SIZE)
+    place = tl.arange(0, SIZE)[None, :]
     c = tl.load(cos + position * 2 * SIZE + place).to(tl.float32)
     s = tl.load(sin + position * 2 * SIZE + place).to(tl.float32) * sign
-    target = out + token * (heads + 2) * 2 * SIZE
-    _rotate_rows(query + batch * q_batch + position * q_length, target, q_head, heads, c, s, SIZE, ROWS)
-    key_target = target + heads * 2 * SIZE
-    _rotate_rows(key + batch * k_batch + position * k_length, key_target, 0, 1, c, s, SIZE, 1)
+    queries, target = query + batch * q_batch + position * q_length, out + token * (heads + 2) * 2 * SIZE
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        there = head < heads
+        read, write = queries + head * q_head + place, target + head * (2 * SIZE) + place
+        low = tl.load(read, mask=there).to(tl.float32)
+        high = tl.load(read + SIZE, mask=there).to(tl.float32)
+        tl.store(write, low * c - high * s, mask=there)
+        tl.store(write + SIZE, high * c + low * s, mask=there)
+    read, write = key + batch * k_batch + position * k_length + place, target + heads * 2 * SIZE + place
+    low, high = tl.load(read).to(tl.float32), tl.load(read + SIZE).to(tl.float32)
+    tl.store(write, low * c - high * s)
+    tl.store(write + SIZE, high * c + low * s)
     whole = tl.arange(0, 2 * SIZE)
     held = tl.load(value + batch * v_batch + position * v_length + whole)
-    tl.store(key_target + 2 * SIZE + whole, held)
+    tl.store(target + (heads + 1) * 2 * SIZE + whole, held)
 
 
 def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
@@ -56,7 +55,7 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
     _rotate_kernel[(batch * length,)](
         query, key, value, cos, sin, out,
         length, heads, -1.0 if back else 1.0, *query.stride()[:3], *key.stride()[:2], *value.stride()[:2],
-        SIZE=size // 2, ROWS=triton.next_power_of_2(heads), num_warps=8,
+        SIZE=size // 2, HEADS=_ROTATED, num_warps=2,
     )  # fmt: skip
 
 
@@ -147,16 +146,21 @@ def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weig
 
 @triton.jit
 def _gelu_kernel(x_of, grad_of, out, count, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = place < count
-    x = tl.load(x_of + place, mask=there).to(tl.float32)
-    y = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    place = tl.arange(0, BLOCK)
+    there = place < count - start
+    x = tl.load(x_of + start + place, mask=there).to(tl.float32)
+    # The normal distribution's tail beyond |x|, within 1e-7: Abramowitz and Stegun, 7.1.26. The library's error function
+    # takes longer than the memory does, and this exponential is what the gradient needs, too.
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    t = 1 / (1 + 0.2316418882663604 * tl.abs(x))
+    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
+    y = tl.where(x < 0, tail, 1 - tail)
     if BACKWARD:
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        y = tl.load(grad_of + place, mask=there).to(tl.float32) * (y + x * density)
+        y = tl.load(grad_of + start + place, mask=there).to(tl.float32) * (y + x * bell * 0.3989422804014327)
     else:
         y = x * y
-    tl.store(out + place, y, mask=there)
+    tl.store(out + start + place, y, mask=there)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -174,6 +178,39 @@ def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
+@triton.jit
+def _nll_kernel(logits_of, targets, nll, width, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    start = logits_of + row * width
+    target = tl.load(targets + row)
+    wanted = tl.load(start + target).to(tl.float32)  # before it is overwritten
+    lane = tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], -1e30, tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        x = tl.load(start + first + lane, mask=first + lane < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, x)
+        sums = sums * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    top = tl.max(highest, axis=0)
+    whole = top + tl.log(tl.sum(sums * tl.exp(highest - top), axis=0))
+    tl.store(nll + row, whole - wanted)
+    if BACKWARD:
+        for first in range(0, width, BLOCK):
+            there = first + lane < width
+            x = tl.load(start + first + lane, mask=there).to(tl.float32)
+            tl.store(start + first + lane, tl.exp(x - whole) - tl.where(first + lane == target, 1.0, 0.0), mask=there)
+
+
+def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
+    """As `elementwise.nll`, of contiguous logits. Each program does one row."""
+    result = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _nll_kernel[(len(logits),)](
+        logits, targets, result, logits.shape[1], BACKWARD=backward, BLOCK=4 * _BLOCK, num_warps=8
+    )
+    return result
+
+
 def dequantizes(state: Any) -> bool:
     """Whether these constants are laid out as `dequantize` reads them: bitsandbytes' nested 4-bit blocks."""
     second = state.state2 if state.nested else None
@@ -182,26 +219,30 @@ def dequantizes(state: Any) -> bool:
 
 @triton.jit
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
-    packed, code, scales, scale_code, scale_scales, offset, out, count, BLOCK: tl.constexpr
+    packed, code, scales, scale_code, scale_scales, offset, out, count, BLOCKS: tl.constexpr
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # of a byte, which holds two weights
-    there = place < count
-    byte = tl.load(packed + place, mask=there, other=0).to(tl.int32)
-    block = place // 32  # 64 weights share a scale
-    scale = tl.load(scale_code + tl.load(scales + block, mask=there, other=0).to(tl.int32))
-    scale = scale * tl.load(scale_scales + block // 256, mask=there, other=0.0) + tl.load(offset)
-    first, second = tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale
-    both = tl.interleave(first, second)
-    write = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
-    tl.store(out + write, both, mask=write < 2 * count)
+    """Makes BLOCKS quantization blocks dense: 64 weights in 32 bytes, which share a scale."""
+    start = tl.program_id(0).to(tl.int64) * BLOCKS
+    block = tl.arange(0, BLOCKS)
+    there = block < count - start
+    scale = tl.load(scale_code + tl.load(scales + start + block, mask=there, other=0).to(tl.int32))
+    scale = scale * tl.load(scale_scales + (start + block) // 256, mask=there, other=0.0) + tl.load(offset)
+    place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    byte = tl.load(packed + start * 32 + place, mask=there[:, None], other=0).to(tl.int32)
+    first, second = tl.load(code + (byte >> 4)) * scale[:, None], tl.load(code + (byte & 15)) * scale[:, None]
+    write = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + start * 64 + write, tl.interleave(first, second), mask=there[:, None])
+
+
+_QUANTIZATION_BLOCKS = 32
 
 
 def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """Dense (out, in) weights of packed 4-bit ones whose constants are quantized too (`dequantizes`)."""
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
-    count, nested = packed.numel(), state.state2
-    _dequantize_kernel[(triton.cdiv(count, _BLOCK),)](
+    count, nested = packed.numel() // 32, state.state2
+    _dequantize_kernel[(triton.cdiv(count, _QUANTIZATION_BLOCKS),)](
         packed, state.code, state.absmax, nested.code, nested.absmax, state.offset, out, count,
-        BLOCK=_BLOCK, num_warps=_WARPS,
+        BLOCKS=_QUANTIZATION_BLOCKS, num_warps=_WARPS,
     )  # fmt: skip
     return out

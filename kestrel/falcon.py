@@ -5,6 +5,9 @@ inputs and output, and the MLP before its activation. Norms, activations, dropou
 are made again when they are needed. Against transformers' layers under autograd that is a third less memory, no copy in
 float32 of what goes into LoRA, and half the passes over memory between the matrix products.
 
+Nor is the same computed twice. What the first layer multiplies depends on the token alone, not on its place, so each
+distinct token of a batch is multiplied once; and of the last layer only what predicts a supervised token is computed.
+
 The layer computes what transformers' computes (5.17 to 5.23), for rows padded on the right:
 
     n = norm(x);   y = x + dense(attention(rotary(qkv(n)))) + down(gelu(up(n)));   each W n + (alpha / r) B A dropout(n)
@@ -14,6 +17,7 @@ The layer computes what transformers' computes (5.17 to 5.23), for rows padded o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,6 +28,27 @@ from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_b
 
 Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Which places of a flattened batch hold the same token.
+
+    Attributes:
+        first: int64 (distinct tokens,), a place of each.
+        which: int64 (tokens,), for each place the number of its token in `first`.
+    """
+
+    first: Tensor
+    which: Tensor
+
+    def distinct(self, x: Tensor) -> Tensor:
+        """(tokens, features) → (distinct tokens, features)."""
+        return x.index_select(0, self.first)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(distinct tokens, features) → (tokens, features)."""
+        return x.index_select(0, self.which)
 
 
 # -- one linear layer --------------------------------------------------------------------------------------------------
@@ -52,10 +77,13 @@ class _Projection:
     def _dropped(self, x: Tensor, seed: int) -> Tensor:
         return dropout(x, self._p(), seed) if self._p() else x
 
-    def forward(self, x: Tensor, seed: int, onto: Tensor | None = None) -> Tensor:
-        """The output; added to `onto`, in place, where that is given."""
+    def forward(self, x: Tensor, seed: int, onto: Tensor | None = None, repeats: Repeats | None = None) -> Tensor:
+        """The output; added to `onto`, in place, where that is given. Rows of x that are alike are multiplied once."""
         weight = self._weight(x.dtype).t()
-        y = x @ weight if onto is None else onto.addmm_(x, weight)
+        if repeats is not None:
+            y = repeats.spread(repeats.distinct(x) @ weight)
+        else:
+            y = x @ weight if onto is None else onto.addmm_(x, weight)
         a, b = self.adapter()
         if a is not None and b is not None:
             low = self._dropped(x, seed) @ a.to(x.dtype).t()
@@ -103,6 +131,9 @@ class _Layer:
     def adapters(self) -> list[nn.Parameter | None]:
         return [matrix for part in (self.qkv, self.dense, self.up, self.down) for matrix in part.adapter()]
 
+    def adapts_mlp(self) -> bool:
+        return self.up.adapter()[0] is not None or self.down.adapter()[0] is not None
+
     def norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed x, and the mean and reciprocal deviation of each row."""
         return norm(x, self._norm.weight, self._norm.bias, self._norm.eps)
@@ -111,9 +142,11 @@ class _Layer:
         """The gradient of x, and what comes to x on other ways."""
         return norm_backward(grad, x, mean, deviation, self._norm.weight, self._norm.bias, more)
 
-    def attention(self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int) -> list[Tensor]:
+    def attention(
+        self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
+    ) -> list[Tensor]:
         """Output (batch, heads, length, size), and the queries, key and value that it has a graph to."""
-        fused = self.qkv.forward(normed, seed).view(*shape[:2], self._heads + 2, -1)
+        fused = self.qkv.forward(normed, seed, repeats=repeats).view(*shape[:2], self._heads + 2, -1)
         parts = fused.split((self._heads, 1, 1), dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad(), kernels_for(len(normed)):
@@ -125,21 +158,34 @@ class _DecoderLayer(torch.autograd.Function):
     """One layer as one step of autograd. Inputs after `seed` are the LoRA matrices, so that autograd sees them.
 
     Where `wanted` rows of the output are named (flat places, int64), the other rows are computed as far as attention needs
-    them, and the result is (wanted, hidden).
+    them, and the result is (wanted, hidden). Where `repeats` are named, rows of x that are alike are multiplied once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, wanted: Tensor | None, layer: _Layer, seed: int, *adapters: Any
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        wanted: Tensor | None,
+        repeats: Repeats | None,
+        layer: _Layer,
+        seed: int,
+        *adapters: Any,
     ) -> Tensor:
         flat = x.flatten(0, 1)
         normed, _, _ = layer.norm(flat)
-        attention = layer.attention(normed, x.shape, cos, sin, seed)
-        before = layer.up.forward(_rows(normed, wanted), seed + 2)
-        y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone() if wanted is None else _rows(flat, wanted))
+        attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
+        if repeats is not None and not layer.adapts_mlp():
+            before = layer.up.forward(repeats.distinct(normed), seed + 2)
+            y = repeats.spread(layer.down.forward(gelu(before), seed + 3)).add_(flat)
+        else:
+            before = layer.up.forward(_rows(normed, wanted), seed + 2)
+            y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone() if wanted is None else _rows(flat, wanted))
         y = layer.dense.forward(_rows(_merged(attention[0].detach()), wanted), seed + 1, onto=y)
-        ctx.save_for_backward(x, cos, sin, wanted, before if layer.recompute == "none" else None)
-        ctx.layer, ctx.seed = layer, seed
+        keeps_mlp = layer.recompute == "none" and (ctx.needs_input_grad[0] or layer.adapts_mlp())
+        ctx.save_for_backward(x, cos, sin, wanted, before if keeps_mlp else None)
+        ctx.layer, ctx.seed, ctx.repeats = layer, seed, repeats
         ctx.attention = None if layer.recompute == "full" else attention
         return y.view_as(x) if wanted is None else y
 
@@ -153,16 +199,15 @@ class _DecoderLayer(torch.autograd.Function):
         grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
         normed, mean, deviation = layer.norm(flat)
         if attention is None:
-            attention = layer.attention(normed, x.shape, cos, sin, seed)
+            attention = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
 
         of_mlp: tuple[Any, ...] = (None,) * 4
         grad_normed = None
-        adapts_down = layer.down.adapter()[0] is not None
-        if needs_x or adapts_down or layer.up.adapter()[0] is not None:
+        if needs_x or layer.adapts_mlp():
             some = _rows(normed, wanted)
             if before is None:
                 before = layer.up.forward(some, seed + 2)
-            inner = gelu(before) if adapts_down else None
+            inner = gelu(before) if layer.down.adapter()[0] is not None else None
             grad_inner, *of_down = layer.down.backward(grad, inner, seed + 3)
             del inner
             grad_before = gelu_backward_(grad_inner, before)
@@ -187,7 +232,7 @@ class _DecoderLayer(torch.autograd.Function):
         if needs_x:
             residual = _all_rows(grad, wanted, len(flat))
             grad_x = layer.norm_backward(grad_normed, flat, mean, deviation, residual).view_as(x)
-        return (grad_x, None, None, None, None, None, *of_qkv, *of_dense, *of_mlp)
+        return (grad_x, None, None, None, None, None, None, *of_qkv, *of_dense, *of_mlp)
 
 
 def _rows(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -248,7 +293,7 @@ class Backbone:
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
         return self._is_plain and not hooked and not any(module.merged for module in self._adapted)
 
-    def hidden_states(self, input_ids: Tensor, wanted: Tensor) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, wanted: Tensor, repeats: Repeats | None = None) -> Tensor:
         """The backbone's last hidden state at some places, for rows padded on the right.
 
         Above the attention of the last layer nothing is computed at other places.
@@ -256,6 +301,7 @@ class Backbone:
         Args:
             input_ids: int64 (rows, length).
             wanted: int64, places in the flattened batch; none of them padding.
+            repeats: of `input_ids`, if they are known; the result is the same without.
 
         Returns:
             (wanted, hidden size) in the compute type.
@@ -267,9 +313,11 @@ class Backbone:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = (t[0].contiguous() for t in backbone.rotary_emb(x, position_ids=positions))
         seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
+        first, last = self._layers[0], self._layers[-1]
         for layer, seed in zip(self._layers, seeds, strict=True):
-            rows = wanted if layer is self._layers[-1] else None
-            x = _DecoderLayer.apply(x, cos, sin, rows, layer, seed, *layer.adapters())
+            rows = wanted if layer is last else None
+            alike = repeats if layer is first and first is not last else None
+            x = _DecoderLayer.apply(x, cos, sin, rows, alike, layer, seed, *layer.adapters())
         normed: Tensor = backbone.ln_f(x)
         return normed
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kestrel import falcon
+from kestrel.elementwise import nll
 from kestrel.errors import ProofError
 from kestrel.prompt import IGNORED
 
@@ -41,11 +42,12 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
 
 
 def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded int64 batch (rows, longest): input_ids, attention_mask, labels. Besides, `predicting`.
+    """Right-padded int64 batch (rows, longest): input_ids, attention_mask, labels. Besides, what is told of places in it.
 
     Which tokens are padding is said by the mask and by labels of -100, never by their id, which may be the end token's.
-    `predicting` (supervised tokens,) are the places in the flattened batch whose next token is supervised. They are
-    looked up here, in ordinary memory: a GPU that is asked where the labels are has to be waited for.
+    `predicting` (supervised tokens,) are the places in the flattened batch whose next token is supervised, `first` (distinct
+    tokens,) and `which` (rows * longest,) say where the same token stands, as of `falcon.Repeats`. They are looked up here,
+    in ordinary memory: a GPU that is asked where the labels are has to be waited for.
     """
     lengths = np.asarray([len(row["input_ids"]) for row in rows])
     ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
@@ -55,10 +57,16 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     labels[filled] = np.concatenate([np.asarray(row["labels"], dtype=np.int64) for row in rows])
     predicting = np.zeros(labels.shape, dtype=bool)
     predicting[:, :-1] = labels[:, 1:] != IGNORED
-    arrays = {"input_ids": ids, "attention_mask": filled.astype(np.int64), "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
-        "predicting": torch.from_numpy(np.flatnonzero(predicting))
+    _, first, which = np.unique(ids, return_index=True, return_inverse=True)
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": filled.astype(np.int64),
+        "labels": labels,
+        "predicting": np.flatnonzero(predicting),
+        "first": first,
+        "which": which.ravel(),
     }
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class _ProjectedNll(torch.autograd.Function):
@@ -70,19 +78,17 @@ class _ProjectedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        result = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), CHUNK):
             rows = slice(start, start + CHUNK)
-            log_probabilities = torch.log_softmax(hidden[rows] @ weight.t(), dim=-1, dtype=torch.float32)
-            wanted = targets[rows, None]
-            nll[rows] = -log_probabilities.gather(1, wanted)[:, 0]
+            logits = hidden[rows] @ weight.t()
+            result[rows] = nll(logits, targets[rows], backward=grad is not None)
             if grad is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32))
-                torch.mm(probabilities.to(weight.dtype), weight, out=grad[rows])
+                torch.mm(logits, weight, out=grad[rows])  # which are their gradient now
+            del logits  # before the next ones are made
         ctx.grad = grad
-        return nll
+        return result
 
     @staticmethod
     def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -127,8 +133,8 @@ def nll_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor, targets: tor
     plain = type(head) is nn.Linear and head.bias is None and bound is None
     if plain and not head.weight.requires_grad and not hooked:
         scaled = hidden if factor == 1 else hidden * factor
-        nll: torch.Tensor = _ProjectedNll.apply(scaled, head.weight, targets)
-        return nll
+        result: torch.Tensor = _ProjectedNll.apply(scaled, head.weight, targets)
+        return result
     pieces = []  # a head with an adapter, a bias, a bound or somebody's hook, through autograd
     for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         if torch.is_grad_enabled():
@@ -143,7 +149,8 @@ def _token_nll(
 ) -> torch.Tensor:
     predicting = batch["predicting"]
     if fused is not None and fused.is_free():
-        hidden = fused.hidden_states(batch["input_ids"], predicting)
+        repeats = falcon.Repeats(batch["first"], batch["which"]) if "which" in batch else None
+        hidden = fused.hidden_states(batch["input_ids"], predicting, repeats)
     else:
         backbone = getattr(causal_lm, causal_lm.base_model_prefix)
         states = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
@@ -185,14 +192,15 @@ def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
     Args:
         model: prepared by `install`.
-        batch: from `collate`, on the model's device.
+        batch: from `collate`, on the model's device; `first` and `which` may be left out.
 
     Returns:
         float32 (supervised tokens,) in nats, row by row.
     """
-    wanted = {name: batch[name] for name in ("input_ids", "labels", "predicting")}
-    nll: torch.Tensor = model(**wanted, nll_only=True)["nll"]
-    return nll
+    names = ("input_ids", "labels", "predicting", "first", "which")
+    wanted = {name: batch[name] for name in names if name in batch}
+    result: torch.Tensor = model(**wanted, nll_only=True)["nll"]
+    return result
 
 
 @torch.no_grad()

@@ -255,6 +255,9 @@ class _Kernels:
     def norm(self, x: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return torch.empty_like(x), torch.empty(len(x), device="meta"), torch.empty(len(x), device="meta")
 
+    def nll(self, logits: torch.Tensor, *more: Any) -> torch.Tensor:
+        return torch.empty(len(logits), device="meta")
+
     def dequantizes(self, state: Any) -> bool:
         return True
 

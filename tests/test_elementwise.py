@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
@@ -58,6 +59,41 @@ def test_gelu_and_its_gradient() -> None:
     torch.testing.assert_close(elementwise_gpu.gelu(x), elementwise.gelu(x))
     expected = elementwise.gelu_backward_(grad.clone(), x)
     torch.testing.assert_close(elementwise_gpu.gelu_backward_(grad, x), expected)
+
+
+def test_gelu_of_large_and_tiny_numbers() -> None:
+    """The tail is within 1e-7 everywhere, and what is added to it in the gradient within rounding."""
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0])])
+    exact = F.gelu(x.double())
+    assert (elementwise_gpu.gelu(x).double() - exact).abs().max() < 2e-6
+    ones = torch.ones_like(x)
+    expected = elementwise.gelu_backward_(ones.double(), x.double())
+    assert (elementwise_gpu.gelu_backward_(ones, x).double() - expected).abs().max() < 5e-7
+
+
+@pytest.mark.parametrize("width", [7, 384, 5000])
+@pytest.mark.parametrize("backward", [True, False])
+def test_likelihoods_and_their_gradient(width: int, backward: bool) -> None:
+    """Logits of one row differ by far more than a float holds of their exponentials."""
+    logits = _random(6, width) * torch.tensor([0.0, 1.0, 10.0, 100.0, 1e4, 1.0])[:, None]
+    targets = torch.randint(width, (6,), generator=torch.Generator().manual_seed(1))
+    plain, kernel = logits.clone(), logits.clone()
+    expected = elementwise.nll(plain, targets, backward)
+    leaf = logits.clone().requires_grad_()
+    own = F.cross_entropy(leaf, targets, reduction="none")
+    torch.testing.assert_close(expected, own.detach())
+    torch.testing.assert_close(elementwise_gpu.nll(kernel, targets, backward), expected)
+    if backward:
+        rounding = torch.finfo().eps * logits.abs().max().item()  # of a logit less the sum
+        torch.testing.assert_close(kernel, plain, rtol=0, atol=rounding)
+        torch.testing.assert_close(kernel, torch.autograd.grad(own.sum(), leaf)[0], rtol=0, atol=rounding)
+
+
+def test_a_likelihood_that_is_no_number_stays_none() -> None:
+    logits = _random(3, 50)
+    logits[0, 7], logits[1, 9] = float("nan"), float("inf")
+    found = elementwise_gpu.nll(logits, torch.tensor([1, 2, 3]), backward=False)
+    assert torch.isfinite(found).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("size", [64, 100, 4544])

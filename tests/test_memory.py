@@ -12,6 +12,7 @@ from make_models import make_config, make_model
 from torch.nn import functional
 
 from kestrel import elementwise, falcon, memory
+from kestrel import loss as loss_room
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
 from kestrel.model import add_lora
@@ -61,11 +62,12 @@ def test_within_a_tenth_of_what_was_measured(monkeypatch, targets, measured):
 
 
 @pytest.mark.parametrize("architecture", list(TARGETS))
-def test_shapes_alone_allocate_what_real_tensors_do(architecture):
-    """Without dropout; attention on a CPU keeps what it keeps on a GPU."""
+def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
+    """Without dropout; attention on a CPU keeps what it keeps on a GPU. The likelihoods' kernel works in place."""
     lora = Lora(r=4, target_modules=TARGETS[architecture], dropout=0.0)
     settings = settings_for(architecture, quantization=Quantization(bits=16, compute_dtype="float32"), lora=lora)
     counted = []
+    monkeypatch.setattr(loss_room, "nll", lambda logits, targets, backward: logits.new_zeros(len(logits)))
     for device in ("meta", "cpu"):
         config = make_config(architecture)
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # GPT-2's
@@ -80,7 +82,7 @@ def test_shapes_alone_allocate_what_real_tensors_do(architecture):
             loss.backward()
         counted.append((kept, allocations.peak, allocations.peak_of_wide))
         del loss
-    assert min(counted[1]) > 60 * 384 * 4
+    assert min(counted[1]) >= 60 * 384 * 4
     for on_shapes, on_tensors in zip(*counted, strict=True):
         assert on_shapes == pytest.approx(on_tensors, rel=0.02)
 
@@ -113,11 +115,11 @@ def test_more_tokens_take_more_and_recomputation_takes_less(architecture):
 
 
 def test_logits_are_those_of_a_chunk():
-    """However many tokens there are: 512 positions, in the compute type, in float32 twice or so."""
+    """However many tokens there are: 512 positions, in the compute type, whose gradients take their place."""
     estimator = Estimator(settings_for(), make_config("falcon"))
     few, many = (estimator.estimate(Pass(8, 500, supervised), "none").logits for supervised in (1600, 3600))
     assert few == many
-    assert 512 * 384 * 4 <= many <= 512 * 384 * 16
+    assert many == 512 * 384 * 2
 
 
 def test_what_stands_for_a_gpu_is_put_back(monkeypatch):

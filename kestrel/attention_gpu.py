@@ -1,0 +1,255 @@
+"""Causal attention of many query heads to one key/value head, in Triton.
+
+All heads meet the same keys, so a block of queries is some heads at some neighbouring positions: it reads a key once for
+all of them, and dialogues, which are short, leave little of a block behind the diagonal. The gradients of key and value
+are summed over the heads of a block where they are made. Scores are never in memory (Dao, FlashAttention-2, 2023); the
+backward pass makes them again, once for the gradient of the queries and once for those of key and value.
+
+Products read the compute type and add up in float32. `tests/test_attention.py` holds it against plain products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A block of queries, a block of keys, and who computes them: the fastest of some dozen on an H200.
+_FORWARD = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
+_OF_QUERIES = {"POSITIONS": 16, "HEADS": 4, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+_OF_KEYS = {"POSITIONS": 16, "HEADS": 4, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _rows_of(block, group, length, heads, POSITIONS: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Position and head of each row of a block of queries, and whether there is such a row."""
+    row = tl.arange(0, POSITIONS * HEADS)
+    position = block * POSITIONS + row // HEADS
+    head = group * HEADS + row % HEADS
+    return position, head, (position < length) & (head < heads)
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, keys, values, k_length, v_length, position, highest, total, acc, begin, end, length, scale,
+    DIAGONAL: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    feature = tl.arange(0, SIZE)
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        there = at < length
+        k = tl.load(keys + at[None, :] * k_length + feature[:, None], mask=there[None, :], other=0.0)
+        scores = tl.dot(q, k) * scale
+        if DIAGONAL:
+            scores = tl.where(at[None, :] <= position[:, None], scores, -1e30)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(highest - higher)
+        highest, total = higher, total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(values + at[:, None] * v_length + feature[None, :], mask=there[:, None], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    query, key, value, out, sums, length, heads, scale,
+    q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length,
+    SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+    feature = tl.arange(0, SIZE)
+    q = tl.load(
+        query + batch * q_batch + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
+        mask=there[:, None], other=0.0,
+    )  # fmt: skip
+    keys, values = key + batch * k_batch, value + batch * v_batch
+    highest = tl.full([POSITIONS * HEADS], -1e30, tl.float32)
+    total = tl.zeros([POSITIONS * HEADS], tl.float32)
+    acc = tl.zeros([POSITIONS * HEADS, SIZE], tl.float32)
+    behind = block * POSITIONS // KEYS * KEYS  # keys that all queries of the block see
+    end = tl.minimum(length, (block + 1) * POSITIONS)
+    highest, total, acc = _attend(
+        q, keys, values, k_length, v_length, position, highest, total, acc, 0, behind, length, scale, False, SIZE, KEYS
+    )
+    highest, total, acc = _attend(
+        q, keys, values, k_length, v_length, position, highest, total, acc, behind, end, length, scale, True, SIZE, KEYS
+    )
+    row = position * heads + head
+    tl.store(
+        out + batch * length * heads * SIZE + row[:, None] * SIZE + feature[None, :], acc / total[:, None],
+        mask=there[:, None],
+    )  # fmt: skip
+    tl.store(sums + batch * length * heads + row, highest + tl.log2(total), mask=there)
+
+
+@triton.jit
+def _of_queries(  # type: ignore[no-untyped-def]
+    q, g, keys, values, k_length, v_length, position, logsum, delta, acc, begin, end, length, scale,
+    DIAGONAL: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    feature = tl.arange(0, SIZE)
+    for first in range(begin, end, KEYS):
+        at = first + tl.arange(0, KEYS)
+        there = at < length
+        k = tl.load(keys + at[:, None] * k_length + feature[None, :], mask=there[:, None], other=0.0)
+        v = tl.load(values + at[None, :] * v_length + feature[:, None], mask=there[None, :], other=0.0)
+        weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - logsum[:, None])
+        if DIAGONAL:
+            weights = tl.where(at[None, :] <= position[:, None], weights, 0.0)
+        of_scores = weights * (tl.dot(g, v) - delta[:, None])
+        acc = tl.dot(of_scores.to(k.dtype), k, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch", "g_batch"])
+def _query_gradient_kernel(  # type: ignore[no-untyped-def]
+    query, key, value, out, grad, sums, deltas, grad_query, length, heads, scale, scale_of_gradient,
+    q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length, g_batch, g_length, g_head,
+    SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+    feature = tl.arange(0, SIZE)
+    q = tl.load(
+        query + batch * q_batch + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
+        mask=there[:, None], other=0.0,
+    )  # fmt: skip
+    g = tl.load(
+        grad + batch * g_batch + position[:, None] * g_length + head[:, None] * g_head + feature[None, :],
+        mask=there[:, None], other=0.0,
+    )  # fmt: skip
+    before = batch * length * heads
+    row = position * heads + head
+    whole = row[:, None] * SIZE + feature[None, :]
+    o = tl.load(out + before * SIZE + whole, mask=there[:, None], other=0.0)
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
+    tl.store(deltas + before + row, delta, mask=there)
+    logsum = tl.load(sums + before + row, mask=there, other=0.0)
+    keys, values = key + batch * k_batch, value + batch * v_batch
+    acc = tl.zeros([POSITIONS * HEADS, SIZE], tl.float32)
+    behind = block * POSITIONS // KEYS * KEYS
+    end = tl.minimum(length, (block + 1) * POSITIONS)
+    acc = _of_queries(
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, 0, behind, length, scale, False, SIZE, KEYS
+    )
+    acc = _of_queries(
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, behind, end, length, scale, True, SIZE, KEYS
+    )
+    tl.store(grad_query + before * SIZE + whole, acc * scale_of_gradient, mask=there[:, None])
+
+
+@triton.jit
+def _of_keys(  # type: ignore[no-untyped-def]
+    k, v, queries, grads, sums, deltas, q_length, q_head, g_length, g_head, at, of_key, of_value, begin, end,
+    group, length, heads, scale,
+    DIAGONAL: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    feature = tl.arange(0, SIZE)
+    for block in range(begin, end):
+        position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+        row = position * heads + head
+        # Rows that are not there read zeros, and add none.
+        q = tl.load(
+            queries + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
+            mask=there[:, None], other=0.0,
+        )  # fmt: skip
+        g = tl.load(
+            grads + position[:, None] * g_length + head[:, None] * g_head + feature[None, :],
+            mask=there[:, None], other=0.0,
+        )  # fmt: skip
+        logsum = tl.load(sums + row, mask=there, other=0.0)
+        delta = tl.load(deltas + row, mask=there, other=0.0)
+        weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - logsum[None, :])
+        if DIAGONAL:
+            weights = tl.where(at[:, None] <= position[None, :], weights, 0.0)
+        of_value = tl.dot(weights.to(g.dtype), g, of_value)
+        of_scores = weights * (tl.dot(v, tl.trans(g)) - delta[None, :])
+        of_key = tl.dot(of_scores.to(q.dtype), q, of_key)
+    return of_key, of_value
+
+
+@triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch", "g_batch"])
+def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
+    query, key, value, grad, sums, deltas, partial, length, heads, scale, scale_of_gradient,
+    q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length, g_batch, g_length, g_head,
+    SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """What the heads of one group add to the gradients of a block of keys and values: (group, batch, length, 2, SIZE)."""
+    block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    at = block * KEYS + tl.arange(0, KEYS)
+    there = (at < length)[:, None]
+    feature = tl.arange(0, SIZE)[None, :]
+    k = tl.load(key + batch * k_batch + at[:, None] * k_length + feature, mask=there, other=0.0)
+    v = tl.load(value + batch * v_batch + at[:, None] * v_length + feature, mask=there, other=0.0)
+    of_key = tl.zeros([KEYS, SIZE], tl.float32)
+    of_value = tl.zeros([KEYS, SIZE], tl.float32)
+    queries, grads, before = query + batch * q_batch, grad + batch * g_batch, batch * length * heads
+    blocks = tl.cdiv(length, POSITIONS)
+    begin = block * KEYS // POSITIONS
+    middle = tl.minimum(blocks, begin + KEYS // POSITIONS)  # from here on, all queries see all keys of the block
+    of_key, of_value = _of_keys(
+        k, v, queries, grads, sums + before, deltas + before, q_length, q_head, g_length, g_head, at, of_key, of_value,
+        begin, middle, group, length, heads, scale, True, SIZE, POSITIONS, HEADS,
+    )  # fmt: skip
+    of_key, of_value = _of_keys(
+        k, v, queries, grads, sums + before, deltas + before, q_length, q_head, g_length, g_head, at, of_key, of_value,
+        middle, blocks, group, length, heads, scale, False, SIZE, POSITIONS, HEADS,
+    )  # fmt: skip
+    write = partial + ((group * tl.num_programs(2) + batch) * length + at[:, None]) * 2 * SIZE + feature
+    tl.store(write, of_key * scale_of_gradient, mask=there)
+    tl.store(write + SIZE, of_value, mask=there)
+
+
+def computes(query: Tensor) -> bool:
+    """Whether these kernels compute attention of such queries."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (16, 32, 64, 128)
+
+
+def _blocks(heads: int, length: int, batch: int, of: dict[str, int], along: str) -> tuple[int, int, int]:
+    return triton.cdiv(heads, of["HEADS"]), triton.cdiv(length, of[along]), batch
+
+
+class CausalAttention(torch.autograd.Function):
+    """(query, key, value) → output; as `attention.causal_attention`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, size = query.shape
+        out = query.new_empty(batch, length, heads, size)
+        sums = torch.empty(batch, length, heads, dtype=torch.float32, device=query.device)
+        _forward_kernel[_blocks(heads, length, batch, _FORWARD, "POSITIONS")](
+            query, key, value, out, sums, length, heads, size**-0.5 * _LOG2E, *_strides(query, key, value),
+            SIZE=size, **_FORWARD,
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, out, sums = ctx.saved_tensors
+        batch, heads, length, size = query.shape
+        scale = size**-0.5
+        strides = (*_strides(query, key, value), grad.stride(0), grad.stride(2), grad.stride(1))
+        of_query, deltas = torch.empty_like(out), torch.empty_like(sums)
+        _query_gradient_kernel[_blocks(heads, length, batch, _OF_QUERIES, "POSITIONS")](
+            query, key, value, out, grad, sums, deltas, of_query, length, heads, scale * _LOG2E, scale, *strides,
+            SIZE=size, **_OF_QUERIES,
+        )  # fmt: skip
+        grid = _blocks(heads, length, batch, _OF_KEYS, "KEYS")
+        partial = torch.empty(grid[0], batch, length, 2, size, dtype=torch.float32, device=query.device)
+        _key_value_gradient_kernel[grid](
+            query, key, value, grad, sums, deltas, partial, length, heads, scale * _LOG2E, scale, *strides,
+            SIZE=size, **_OF_KEYS,
+        )  # fmt: skip
+        of_key, of_value = partial.sum(0).to(key.dtype)[:, None].unbind(3)
+        return of_query.transpose(1, 2), of_key, of_value
+
+
+def _strides(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    return (*(query.stride(dim) for dim in (0, 2, 1)), key.stride(0), key.stride(2), value.stride(0), value.stride(2))
