@@ -5,9 +5,9 @@ they are. No fused kernel takes unequal numbers of heads without being told, so 
 products that hold every attention score in memory: on one H200 a training step is 1.4 times slower and needs twice the
 memory. Repeating the one head as a view, without copying it, gives every kernel what it takes. The result is the same.
 
-Of the fused kernels cuDNN's is the fastest on recent GPUs, but for every new shape it first makes a plan, which took 50 ms
-for the forward and 50 ms for the backward pass on an H200, and dialogues bring a new shape with every pass. So it is used
-only where the passes before keep the GPU busy for so long that nobody waits for the plan.
+Training has kernels of its own for this (`attention_gpu.py`), which know that all heads meet the same keys. torch's flash
+kernels take 1.7 times as long for dialogues on an H200; cuDNN's are as fast as ours, but make a plan for each new length,
+for 100 ms, and dialogues bring a new length with every pass.
 
 For torch 2.11 to 2.13 and transformers 5.17 to 5.23; `test_stock_falcon_misses_the_fused_kernel` fails when it is no
 longer needed.
@@ -16,18 +16,15 @@ longer needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kestrel import elementwise
 
 _BLOCK = 96  # queries that meet the same keys
-_LARGE = 8192  # tokens in a pass: 0.4 s on an H200
-_ALL_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-]  # fmt: skip
 
 _stock = F.scaled_dot_product_attention
 
@@ -58,9 +55,30 @@ def use_fused_kernels(model_type: str) -> None:
         F.scaled_dot_product_attention = _with_repeated_heads
 
 
-def kernels_for(tokens: int) -> AbstractContextManager[None]:
-    """Allows cuDNN's kernel meanwhile, if a pass has so many tokens that its plan is made while the GPU is busy."""
-    return sdpa_kernel(_ALL_KERNELS) if tokens >= _LARGE and torch.cuda.is_available() else nullcontext()
+def _fused(query: torch.Tensor) -> Any:
+    """The module of kernels for such queries, or None."""
+    if not query.is_cuda or elementwise._fused(query) is None:
+        return None
+    from kestrel import attention_gpu
+
+    return attention_gpu if attention_gpu.computes(query) else None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """(kernels, query, key, value) → output."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out, sums = kernels.attend(query, key, value)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.kernels = kernels
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor, torch.Tensor]:
+        of_query, of_key_and_value = ctx.kernels.attend_backward(grad, *ctx.saved_tensors)
+        of_key, of_value = of_key_and_value[:, None].unbind(3)
+        return None, of_query.transpose(1, 2), of_key, of_value
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -75,12 +93,10 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
-    if query.is_cuda and not __import__("os").environ.get("SDPA"):
-        from kestrel import attention_gpu
-
-        if attention_gpu.computes(query):
-            out: torch.Tensor = attention_gpu.CausalAttention.apply(query, key, value)
-            return out
+    kernels = _fused(query)
+    if kernels is not None:
+        out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
+        return out
     every = (-1, query.shape[1], -1, -1)
     return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
 

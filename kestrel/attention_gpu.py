@@ -10,8 +10,6 @@ Products read the compute type and add up in float32. `tests/test_attention.py` 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +17,8 @@ from torch import Tensor
 
 # A block of queries, a block of keys, and who computes them: the fastest of some dozen on an H200.
 _FORWARD = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
-_OF_QUERIES = {"POSITIONS": 16, "HEADS": 4, "KEYS": 64, "num_warps": 4, "num_stages": 1}
-_OF_KEYS = {"POSITIONS": 16, "HEADS": 4, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+_OF_QUERIES = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
+_OF_KEYS = {"POSITIONS": 8, "HEADS": 8, "KEYS": 64, "num_warps": 4, "num_stages": 1}
 _LOG2E = 1.4426950408889634
 
 
@@ -136,10 +134,42 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     behind = block * POSITIONS // KEYS * KEYS
     end = tl.minimum(length, (block + 1) * POSITIONS)
     acc = _of_queries(
-        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, 0, behind, length, scale, False, SIZE, KEYS
+        q,
+        g,
+        keys,
+        values,
+        k_length,
+        v_length,
+        position,
+        logsum,
+        delta,
+        acc,
+        0,
+        behind,
+        length,
+        scale,
+        False,
+        SIZE,
+        KEYS,
     )
     acc = _of_queries(
-        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, behind, end, length, scale, True, SIZE, KEYS
+        q,
+        g,
+        keys,
+        values,
+        k_length,
+        v_length,
+        position,
+        logsum,
+        delta,
+        acc,
+        behind,
+        end,
+        length,
+        scale,
+        True,
+        SIZE,
+        KEYS,
     )
     tl.store(grad_query + before * SIZE + whole, acc * scale_of_gradient, mask=there[:, None])
 
@@ -215,40 +245,54 @@ def _blocks(heads: int, length: int, batch: int, of: dict[str, int], along: str)
     return triton.cdiv(heads, of["HEADS"]), triton.cdiv(length, of[along]), batch
 
 
-class CausalAttention(torch.autograd.Function):
-    """(query, key, value) → output; as `attention.causal_attention`."""
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention.
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, length, size = query.shape
-        out = query.new_empty(batch, length, heads, size)
-        sums = torch.empty(batch, length, heads, dtype=torch.float32, device=query.device)
-        _forward_kernel[_blocks(heads, length, batch, _FORWARD, "POSITIONS")](
-            query, key, value, out, sums, length, heads, size**-0.5 * _LOG2E, *_strides(query, key, value),
-            SIZE=size, **_FORWARD,
-        )  # fmt: skip
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out.transpose(1, 2)
+    Args:
+        query: (batch, heads, length, size), of any strides but the last, which is 1; so of the others.
+        key, value: (batch, 1, length, size).
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, out, sums = ctx.saved_tensors
-        batch, heads, length, size = query.shape
-        scale = size**-0.5
-        strides = (*_strides(query, key, value), grad.stride(0), grad.stride(2), grad.stride(1))
-        of_query, deltas = torch.empty_like(out), torch.empty_like(sums)
-        _query_gradient_kernel[_blocks(heads, length, batch, _OF_QUERIES, "POSITIONS")](
-            query, key, value, out, grad, sums, deltas, of_query, length, heads, scale * _LOG2E, scale, *strides,
-            SIZE=size, **_OF_QUERIES,
-        )  # fmt: skip
-        grid = _blocks(heads, length, batch, _OF_KEYS, "KEYS")
-        partial = torch.empty(grid[0], batch, length, 2, size, dtype=torch.float32, device=query.device)
-        _key_value_gradient_kernel[grid](
-            query, key, value, grad, sums, deltas, partial, length, heads, scale * _LOG2E, scale, *strides,
-            SIZE=size, **_OF_KEYS,
-        )  # fmt: skip
-        of_key, of_value = partial.sum(0).to(key.dtype)[:, None].unbind(3)
-        return of_query.transpose(1, 2), of_key, of_value
+    Returns:
+        (batch, length, heads, size), and float32 (batch, length, heads): the logarithm to base 2 of each query's sum.
+    """
+    batch, heads, length, size = query.shape
+    out = query.new_empty(batch, length, heads, size)
+    sums = torch.empty(batch, length, heads, dtype=torch.float32, device=query.device)
+    _forward_kernel[_blocks(heads, length, batch, _FORWARD, "POSITIONS")](
+        query, key, value, out, sums, length, heads, size**-0.5 * _LOG2E, *_strides(query, key, value),
+        SIZE=size, **_FORWARD,
+    )  # fmt: skip
+    return out, sums
+
+
+def attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what `attend` was given.
+
+    Args:
+        grad: (batch, heads, length, size), of the output.
+        query, key, value: as given.
+        out, sums: as returned.
+
+    Returns:
+        Of the queries, (batch, length, heads, size), and of key and value, (batch, length, 2, size).
+    """
+    batch, heads, length, size = query.shape
+    scale = size**-0.5
+    strides = (*_strides(query, key, value), grad.stride(0), grad.stride(2), grad.stride(1))
+    of_query, deltas = torch.empty_like(out), torch.empty_like(sums)
+    _query_gradient_kernel[_blocks(heads, length, batch, _OF_QUERIES, "POSITIONS")](
+        query, key, value, out, grad, sums, deltas, of_query, length, heads, scale * _LOG2E, scale, *strides,
+        SIZE=size, **_OF_QUERIES,
+    )  # fmt: skip
+    grid = _blocks(heads, length, batch, _OF_KEYS, "KEYS")
+    partial = torch.empty(grid[0], batch, length, 2, size, dtype=torch.float32, device=query.device)
+    _key_value_gradient_kernel[grid](
+        query, key, value, grad, sums, deltas, partial, length, heads, scale * _LOG2E, scale, *strides,
+        SIZE=size, **_OF_KEYS,
+    )  # fmt: skip
+    return of_query, partial.sum(0).to(key.dtype)
 
 
 def _strides(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kestrel.attention import causal_attention, kernels_for
+from kestrel.attention import causal_attention
 from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, norm, norm_backward, rotate
 
 Recompute = Literal["none", "mlp", "full"]
@@ -149,7 +149,7 @@ class _Layer:
         fused = self.qkv.forward(normed, seed, repeats=repeats).view(*shape[:2], self._heads + 2, -1)
         parts = fused.split((self._heads, 1, 1), dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
-        with torch.enable_grad(), kernels_for(len(normed)):
+        with torch.enable_grad():
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
             return [causal_attention(query, key, value), query, key, value]
 

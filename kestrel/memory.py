@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import masking_utils
 
-from kestrel import elementwise, falcon
+from kestrel import attention, elementwise, falcon
 from kestrel.errors import KestrelError
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.quantization import footprint_bytes
@@ -247,7 +247,18 @@ def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpla
 
 
 class _Kernels:
-    """What our kernels (`elementwise_gpu.py`) allocate: their results, unless they end in an underscore."""
+    """What our kernels (`elementwise_gpu.py`, `attention_gpu.py`) allocate: their results, unless they end in an underscore."""
+
+    def attend(self, query: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, length, size = query.shape
+        return query.new_empty(batch, length, heads, size), query.new_empty(batch, length, heads, dtype=torch.float32)
+
+    def attend_backward(self, grad: torch.Tensor, query: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, sums = self.attend(query)
+        deltas = torch.empty_like(sums)
+        partial = query.new_empty(-(-query.shape[1] // 8), *out.shape[:2], 2, out.shape[3], dtype=torch.float32)
+        del deltas
+        return out, partial.sum(0).to(query.dtype)
 
     def rotate(self, parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
         """In place, whatever its name says."""
@@ -274,6 +285,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
         (elementwise, "_fused", lambda x: _Kernels()),
+        (attention, "_fused", lambda x: _Kernels()),
         # It looks at the positions whether rows are packed, and ours are not (transformers 5.23).
         (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
     ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.profiler import profile
 from transformers import FalconConfig, FalconForCausalLM
 
+from kestrel import attention
 from kestrel.attention import _by_blocks, causal_attention, stock_attention, use_fused_kernels
 
 
@@ -103,19 +104,24 @@ def test_products_by_blocks_are_attention(length: int) -> None:
     assert (in_bf16 - expected).norm() / expected.norm() < 1e-2
 
 
-@pytest.mark.parametrize(("batch", "heads", "length", "size"), [(2, 7, 37, 16), (1, 9, 70, 32), (2, 3, 130, 64), (3, 1, 1, 16)])
-def test_kernels_are_plain_products(batch: int, heads: int, length: int, size: int) -> None:
-    """In Triton's interpreter, which does not know bfloat16: output and gradients, from strided queries, keys and values."""
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "size"), [(2, 7, 37, 16), (1, 9, 70, 32), (2, 3, 130, 64), (3, 1, 1, 16)]
+)
+def test_kernels_are_plain_products(
+    batch: int, heads: int, length: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter, which does not know bfloat16: output and gradients, of strided queries, keys and values."""
     pytest.importorskip("triton")
-    from kestrel.attention_gpu import CausalAttention
+    from kestrel import attention_gpu
 
     random = torch.Generator().manual_seed(0)
     fused = torch.randn(batch, length, heads + 2, size, generator=random)
     outer = torch.randn(batch, length, heads, size, generator=random).transpose(1, 2)
     results = []
-    for attention in (CausalAttention.apply, causal_attention):
+    for kernels in (attention_gpu, None):
+        monkeypatch.setattr(attention, "_fused", lambda query, kernels=kernels: kernels)
         leaves = [part.transpose(1, 2).detach().requires_grad_() for part in fused.split((heads, 1, 1), dim=2)]
-        out = attention(*leaves)
+        out = causal_attention(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, outer)])
     for kernel, plain in zip(*results, strict=True):
         assert kernel.shape == plain.shape
