@@ -92,7 +92,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     print(f"adapter: {trainable:,} trainable parameters")
     if sharded:
         print(sharding.shard(model))
-    install(model, chosen.recompute)
+    install(model, chosen.recompute, settings.training.dense_weights)
     probe = collate([validation_rows[0]], pad_id=prompt.end_id)
     prove_loss(
         model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype

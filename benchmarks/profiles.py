@@ -104,6 +104,7 @@ PROFILES = {
             System("kestrel-8gb-card", "kestrel", None, 2, 8, config="configs/falcon-7b-8gb-card.yaml"),
             System("trl-dialogues-checkpointing", "trl-dialogues", 32, 2, 6, _CHECKPOINTING),
             System("trl-turns-checkpointing", "trl-turns", 32, 2, 6, _CHECKPOINTING),
+            System("original-checkpointing", "original", 8, 2, 8, _CHECKPOINTING),
             System("trl-packed", "trl-packed", 32, 2, 6),
         ),
     ),

@@ -84,7 +84,7 @@ class Measure:
         under: what is changed meanwhile.
         dialogues: in a batch.
         by_length: whether a batch holds dialogues of similar length.
-        recompute: of Kestrel's own layers.
+        recompute, dense_weights: of Kestrel's own layers.
     """
 
     what: str
@@ -93,6 +93,7 @@ class Measure:
     dialogues: int = 32
     by_length: bool = True
     recompute: falcon.Recompute = "none"
+    dense_weights: bool = False
 
 
 MEASURES = (
@@ -101,9 +102,10 @@ MEASURES = (
     Measure("+ projection at labels only", at_labels, stock_attention),
     Measure("+ the key/value head as a view for all heads", at_labels),
     Measure("+ own layers and head: no mask, little kept, nothing in float32", own_layers, plain_pieces),
-    Measure("+ kernels for rotary positions, dropout, GELU, dequantization", own_layers),
-    Measure("  the same, 64 dialogues", own_layers, dialogues=64),
-    Measure("  the same, 96 dialogues", own_layers, dialogues=96),
+    Measure("+ kernels for attention, dropout, GELU, rotary positions, norms, dequantization, likelihoods", own_layers),
+    Measure("+ weights kept dense", own_layers, dense_weights=True),
+    Measure("  the same, 64 dialogues", own_layers, dialogues=64, dense_weights=True),
+    Measure("  the same, 96 dialogues", own_layers, dialogues=96, dense_weights=True),
     Measure("  recompute: mlp, 32 dialogues", own_layers, recompute="mlp"),
     Measure("  recompute: full, 32 dialogues", own_layers, recompute="full"),
     Measure("  recompute: none, 7 dialogues", own_layers, dialogues=7),
@@ -134,7 +136,7 @@ def measured(model: Any, measure: Measure, rows: list[Rendered], own_forward: An
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     loss.causal_lm_of(model).forward = own_forward
     if measure.forward is own_layers:
-        loss.install(model, measure.recompute)
+        loss.install(model, measure.recompute, measure.dense_weights)
     model.eval()
     with measure.under(), torch.no_grad():
         probed = measure.forward(model, probe).item()

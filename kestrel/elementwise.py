@@ -141,20 +141,31 @@ class DenseWeight:
 
     Args:
         layer: whose weight it is. It is not copied.
+        keep: whether the dense form is made once and stays.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, keep: bool = False):
         weight: Any = layer.weight
         self._state = getattr(weight, "quant_state", None)
         self._held = weight.detach().as_subclass(Tensor)  # without the cost of a subclass at each use
+        self._keep = keep
+        self._kept: Tensor | None = None
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """(out, in) in `dtype`."""
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
+        dense = self._made(dtype)
+        self._kept = dense if self._keep else None
+        return dense
+
+    def _made(self, dtype: torch.dtype) -> Tensor:
         if self._state is None:
             return self._held.to(dtype)
         kernels = _fused(self._held)
         if kernels is not None and kernels.dequantizes(self._state):
-            return kernels.dequantize(self._held, self._state, dtype)
+            made: Tensor = kernels.dequantize(self._held, self._state, dtype)
+            return made
         from bitsandbytes.functional import dequantize_4bit
 
         dense: Tensor = dequantize_4bit(self._held, self._state)

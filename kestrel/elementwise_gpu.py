@@ -55,7 +55,7 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
     _rotate_kernel[(batch * length,)](
         query, key, value, cos, sin, out,
         length, heads, -1.0 if back else 1.0, *query.stride()[:3], *key.stride()[:2], *value.stride()[:2],
-        SIZE=size // 2, HEADS=_ROTATED, num_warps=2,
+        SIZE=size // 2, HEADS=_ROTATED, num_warps=4,
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
     out = torch.empty_like(x)
     mean, deviation = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
-    _norm_kernel[(rows,)](x, weight, bias, out, mean, deviation, size, eps, BLOCK=block, num_warps=8)
+    _norm_kernel[(rows,)](x, weight, bias, out, mean, deviation, size, eps, BLOCK=block, num_warps=4)
     return out, mean, deviation
 
 

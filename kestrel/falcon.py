@@ -57,9 +57,9 @@ class Repeats:
 class _Projection:
     """A frozen linear layer and, where there is one, its LoRA update. Activations are (tokens, features)."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, dense: bool):
         self.module = module
-        self._weight = DenseWeight(module.get_base_layer() if hasattr(module, "get_base_layer") else module)
+        self._weight = DenseWeight(module.get_base_layer() if hasattr(module, "get_base_layer") else module, keep=dense)
         self._a: nn.Parameter | None = None
         self._b: nn.Parameter | None = None
         if hasattr(module, "lora_A"):
@@ -122,8 +122,9 @@ class _Projection:
 class _Layer:
     """What one decoder layer is made of."""
 
-    def __init__(self, layer: nn.Module, heads: int, recompute: Recompute):
-        self.qkv, self.dense, self.up, self.down = (_Projection(layer.get_submodule(name)) for name in _PROJECTIONS)
+    def __init__(self, layer: nn.Module, heads: int, recompute: Recompute, dense: bool):
+        parts = (_Projection(layer.get_submodule(name), dense) for name in _PROJECTIONS)
+        self.qkv, self.dense, self.up, self.down = parts
         self._norm: Any = layer.input_layernorm
         self._heads = heads
         self.recompute = recompute
@@ -277,16 +278,18 @@ class Backbone:
         backbone: with its frozen weights and its adapter, if it is to have one.
         recompute: what the backward pass makes again beside what it always does. mlp: the MLP's first product; full:
             the attention too, so that of each layer only the input is kept.
+        dense_weights: whether the dense form of the 4-bit weights is kept once it is made.
     """
 
-    def __init__(self, backbone: Any, recompute: Recompute):
+    def __init__(self, backbone: Any, recompute: Recompute, dense_weights: bool = False):
         self._backbone = backbone
         self._inside = [module for layer in backbone.h for module in layer.modules()]
         adapted = [module for module in self._inside if hasattr(module, "lora_A")]
         self._is_plain = all(_is_plain_lora(module) for module in adapted)
         self._adapted = adapted
         heads = backbone.config.num_attention_heads
-        self._layers = [_Layer(layer, heads, recompute) for layer in backbone.h] if self._is_plain else []
+        layers = backbone.h if self._is_plain else []
+        self._layers = [_Layer(layer, heads, recompute, dense_weights) for layer in layers]
 
     def is_free(self) -> bool:
         """Whether nothing is hooked into the layers (by what shards or traces them) and no adapter is merged."""

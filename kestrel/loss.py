@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kestrel import falcon
 from kestrel.elementwise import nll
-from kestrel.errors import ProofError
+from kestrel.errors import KestrelError, ProofError
 from kestrel.prompt import IGNORED
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _token_nll(
     return nll_of_hidden(causal_lm, hidden, targets)
 
 
-def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
+def install(model: nn.Module, recompute: falcon.Recompute = "none", dense_weights: bool = False) -> None:
     """Lets the model's `forward` return the supervised tokens' likelihoods when called as `token_nll` calls it.
 
     Going through `forward` keeps what wraps a model in the way: PEFT's hooks and the gradient synchronization of
@@ -169,11 +169,19 @@ def install(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
         model: the causal LM, with its adapter if it is to have one.
         recompute: what the backward pass makes again to save memory, as of `falcon.Backbone`. In other architectures
             each layer is checkpointed for anything but none.
+        dense_weights: whether the dense form of the 4-bit weights is kept; of `falcon.Backbone`.
+
+    Raises:
+        KestrelError: weights are to be kept dense, and the base has not these layers.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    fused = falcon.Backbone(backbone, recompute) if falcon.is_alike(backbone) else None
+    fused = falcon.Backbone(backbone, recompute, dense_weights) if falcon.is_alike(backbone) else None
+    if dense_weights and (fused is None or not fused.is_free()):
+        raise KestrelError(
+            "training.dense_weights: only for bases built like Falcon-7B, unsharded, with plain LoRA; set it to false"
+        )
     if recompute != "none" and (fused is None or not fused.is_free()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

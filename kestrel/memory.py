@@ -24,7 +24,8 @@ from transformers import masking_utils
 from kestrel import attention, elementwise, falcon
 from kestrel.errors import KestrelError
 from kestrel.loss import causal_lm_of, install, token_nll
-from kestrel.quantization import footprint_bytes
+from kestrel.model import skeleton_of
+from kestrel.quantization import footprint_bytes, linear_layers
 from kestrel.settings import Settings
 from kestrel.stand_in import stand_in
 
@@ -67,7 +68,7 @@ class Estimate:
     """Bytes on the GPU during training.
 
     Attributes:
-        base: the frozen weights and their quantization constants.
+        base: the frozen weights, their quantization constants, and their dense form if it is kept.
         adapter: LoRA's weights.
         gradients: of LoRA's weights.
         optimizer: its state.
@@ -120,6 +121,11 @@ class Estimator:
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
+        if settings.training.dense_weights and settings.quantization.bits == 4:
+            itemsize = getattr(torch, settings.quantization.compute_dtype).itemsize
+            self._base += itemsize * sum(
+                inputs * outputs for inputs, outputs in linear_layers(skeleton_of(config)).values()
+            )
 
     def _model(self, recompute: falcon.Recompute) -> nn.Module:
         if recompute not in self._models:

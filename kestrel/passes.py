@@ -215,6 +215,8 @@ def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = Fa
     changes = ["lower training.tokens_per_step"] if smaller_passes else []
     if settings.quantization.bits != 4:
         changes.append("set quantization.bits: 4")
+    if settings.training.dense_weights:
+        changes.append("set training.dense_weights: false")
     if recompute != "full":
         changes.append("set training.recompute: full")
     changes.append("lower prompt.max_length and run preprocess.py again")

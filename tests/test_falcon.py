@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from make_models import write_base
+from make_models import make_model, write_base
 from torch import nn
 
 from kestrel import falcon
-from kestrel.elementwise import rotate
+from kestrel.elementwise import DenseWeight, rotate
+from kestrel.errors import KestrelError
 from kestrel.loss import causal_lm_of, collate, install, token_nll
 from kestrel.model import add_lora, load_base
 from kestrel.settings import Data, Lora, Model, Quantization, Settings
@@ -99,6 +100,50 @@ def test_recomputing_changes_no_bit(base: Path, recompute: falcon.Recompute) -> 
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_weights_kept_dense_change_no_bit(base: Path, bits: int) -> None:
+    """In the second pass, too, which makes none."""
+    results = []
+    for dense in (False, True):
+        model = _model(base, "float32", ALL, bits=bits)
+        install(model, "mlp", dense)
+        for _ in range(2):
+            loss = token_nll(model, _batch()).sum()
+            results.append((loss.detach(), _gradients(model, loss)))
+    for loss, gradients in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradients, results[0][1])
+
+
+def test_weights_are_made_dense_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    own = DenseWeight._made
+    monkeypatch.setattr(DenseWeight, "_made", lambda weight, dtype: made.append(1) or own(weight, dtype))
+    model = _model(base, "float32", ["query_key_value"])
+    install(model, "none", dense_weights=True)
+    for _ in range(3):
+        token_nll(model, _batch()).sum().backward()
+    assert len(made) == 4 * len(causal_lm_of(model).transformer.h)
+
+
+def test_other_layers_keep_none_dense() -> None:
+    with pytest.raises(KestrelError, match="dense_weights"):
+        install(make_model("llama"), dense_weights=True)
+
+
+def test_repeats_are_a_matter_of_speed(base: Path) -> None:
+    """Dropout included, which is drawn for each place."""
+    model, batch = _model(base, "float32", ["query_key_value"], dropout=0.3), _batch()
+    install(model)
+    without = {name: tensor for name, tensor in batch.items() if name not in ("first", "which")}
+    assert len(batch["first"]) < batch["input_ids"].numel()
+    results = []
+    for given in (batch, without):
+        torch.manual_seed(6)
+        results.append(_gradients(model, token_nll(model, given).sum()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5 * results[1].abs().max().item())
+
+
 def test_dropout_drops_its_share_and_keeps_the_mean(base: Path) -> None:
     """The update's mean over many draws is the update without dropout, and no two draws are alike."""
     model, batch = _model(base, "float32", ["query_key_value"], dropout=0.4), _batch()
@@ -136,6 +181,8 @@ def test_padding_reaches_nothing(base: Path) -> None:
     model = _model(base, "float32", ["query_key_value"])
     install(model)
     batch = _batch()
+    for told in ("first", "which"):  # of places with the same token, padding among them
+        del batch[told]
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     other["input_ids"][batch["attention_mask"] == 0] = 7
     with torch.no_grad():
