@@ -96,9 +96,9 @@ PROFILES = {
         repeat=5,
         checked=4,
         systems=(
-            System("kestrel-max-throughput", "kestrel", None, 4, 12, config="configs/falcon-7b-max-throughput.yaml"),
+            System("kestrel-max-throughput", "kestrel", None, 4, 40, config="configs/falcon-7b-max-throughput.yaml"),
             System("kestrel", "kestrel", None, 4, 20),
-            System("trl-dialogues", "trl-dialogues", 32, 2, 8),
+            System("trl-dialogues", "trl-dialogues", 32, 2, 20),
             System("original", "original", 8, 2, 8),
             System("trl-turns", "trl-turns", 32, 2, 6),
             System("kestrel-8gb-card", "kestrel", None, 2, 8, config="configs/falcon-7b-8gb-card.yaml"),
