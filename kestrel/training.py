@@ -51,6 +51,7 @@ class DialogueTrainer(Trainer):
         self, settings: Settings, steps: list[np.ndarray], meaning: dict[str, Any], chosen: Plan, **extra: Any
     ):
         super().__init__(**extra)
+        torch.manual_seed(self.args.seed + self.args.process_index)  # each process drops out something else
         self._settings = settings
         self._steps = steps
         self._meaning = meaning
@@ -113,8 +114,8 @@ class DialogueTrainer(Trainer):
         Raises:
             KestrelError: one dialogue at a time is too much.
         """
-        if not model.training:
-            model.train()
+        if not self.model.training:  # `model` may be a wrapper, which no evaluation turns off
+            self.model.train()
         while True:
             if inputs["tokens_per_step"] != self._chosen.tokens_per_step:
                 inputs = self._step_of(self._rows_of(self.state.global_step))
@@ -126,9 +127,9 @@ class DialogueTrainer(Trainer):
                 too_large = self._largest_of(inputs)
             # Not while the exception is there, whose frames hold what is to be freed.
             self._step_down(too_large)
-            model.zero_grad()
+            self.model.zero_grad()
             _restore(random)
-        processes.average_gradients([p for p in model.parameters() if p.requires_grad])
+        processes.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return total
 
     def _backward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

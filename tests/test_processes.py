@@ -18,9 +18,6 @@ import torch
 from make_models import write_config, write_corpus
 from safetensors.torch import load_file
 
-from kestrel.artifacts import run_folder
-from kestrel.keys import all_keys
-
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [sys.executable, "-m", "torch.distributed.run"]
 TORCHRUN = [*RUN, "--standalone", "--nproc_per_node", "2"]
@@ -118,6 +115,9 @@ def test_two_processes_train_what_one_does(alone, tmp_path, name):
     assert ("this process holds 50%" in out) is (name == "fsdp")
     assert_same_training(one, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".processes*"))
+    states = (tmp_path / "run" / "checkpoints" / "checkpoint-8").glob("rng_state_*.pth")
+    draws = [torch.load(path, weights_only=False)["cpu"] for path in states]
+    assert len(draws) == 2 and not torch.equal(*draws), "dropout in one is not dropout in the other"
 
 
 def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tmp_path):
@@ -136,6 +136,8 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
         from kestrel import training
         def exhausted(model, batch, whole=training.token_nll):
             nll = whole(model, batch)
+            if torch.is_grad_enabled() and not all(module.training for module in model.modules()):
+                raise KestrelError("a training step without dropout")
             if model.training and batch["input_ids"].numel() > 100 and len(batch["input_ids"]) > 1:
                 nll.sum().backward()  # gradients that must not stay
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -256,109 +258,6 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
     assert generate.main([*arguments, "--run_dir", str(tmp_path / "again")]) == 0
     assert "going on after 64 dialogues" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "generations").glob("*.jsonl")} == whole
-
-
-@pytest.mark.parametrize("differing", ["settings", "folder"])
-def test_machines_that_were_given_different_things_are_refused_on_both(prepared, tmp_path, differing):
-    """Two launchers stand for two machines; the second has other settings, or the same words name another folder there."""
-    script = tmp_path / "meet.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from kestrel import processes\nfrom kestrel.command_line import run_script\n"
-        "processes._SEEN_WITHIN = 1.0\n"
-        "steps = lambda settings, options: print('met', processes.join(settings))\n"
-        "sys.exit(run_script('meet.py', '', steps, together=True))\n",
-        encoding="utf-8",
-    )
-    launcher = [*RUN, "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--node_rank"]
-    command = [str(script), *prepared.arguments("--run_dir", "here")]
-    folders = [tmp_path / "first", tmp_path / "second"]
-    for folder in folders:
-        (folder / "here").mkdir(parents=True)
-    (tmp_path / "here").mkdir()
-    if differing == "settings":
-        first = begin(*command, launcher=[*launcher, "0"], cwd=tmp_path)
-        second = begin(*command, "--training.learning_rate", "5e-3", launcher=[*launcher, "1"], cwd=tmp_path)
-        wanted = "training.learning_rate: it is 0.01 in the first process, 0.005 in this one"
-    else:
-        first, second = (begin(*command, launcher=[*launcher, str(n)], cwd=folders[n]) for n in (0, 1))
-        wanted = "process 1 does not see what the first one writes into run_dir here; put run_dir on a file system"
-    for launched, says in ((second, "meet.py: process 1 "), (first, "meet.py: on ")):
-        status, out, err = end(launched)
-        assert status != 0 and "met" not in out
-        assert err.count("meet.py: ") == err.count(says) == err.count(wanted) == 1, err
-    assert not list(tmp_path.rglob(".processes*"))
-
-
-def test_the_others_say_nothing_leave_the_folder_alone_and_do_no_other_scripts_work(
-    alone, tmp_path, monkeypatch, capsys
-):
-    import evaluate
-    import preprocess
-    import train
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    arguments = [*alone[0], "--run_dir", str(tmp_path / "run")]
-    for script in (preprocess, evaluate):
-        assert script.main(arguments) == 0
-    assert train.main([*arguments, "--print-config"]) == 0
-    with pytest.raises(SystemExit):
-        train.main(["--help"])
-    assert capsys.readouterr() == ("", "")
-    with run_folder(str(tmp_path / "run"), ""):
-        assert not (tmp_path / "run").exists()
-
-
-def test_a_launchers_option_behind_the_scripts_name_is_told_apart(alone, capsys):
-    import train
-
-    given = [*alone[0], "--nproc-per-node", "2", "--config_file", "x.yaml", "--training.max_stepz", "3"]
-    assert train.main(given) == 2
-    said = capsys.readouterr().err
-    assert "--nproc-per-node: an option of torchrun; it goes before the script's name" in said
-    assert "--config_file: an option of accelerate launch; it goes before the script's name" in said
-    assert "--training.max_stepz: unknown option; did you mean --training.max_steps?" in said
-
-
-@pytest.mark.parametrize("script", ["preprocess", "train", "generate", "evaluate", "publish", "chat"])
-def test_launchers_leave_the_scripts_options_to_the_script(script):
-    """argparse, which both read their own options with, refuses or takes what it thinks is short for one of these."""
-    import importlib
-
-    from accelerate.commands.launch import launch_command_parser
-    from torch.distributed.run import get_args_parser
-
-    options = [name for name, _ in getattr(importlib.import_module(script), "OPTIONS", [])]
-    given = ["--config", "c.yaml", "--debug", "--print-config", "--help", *options]
-    given += [f"--{key}" for key in all_keys()]
-    for parser in (get_args_parser(), launch_command_parser()):
-        assert parser.parse_args(["train.py", *given]).training_script_args == given
-
-
-def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(alone, tmp_path):
-    """accelerate 1.15 starts one process on CPUs. If this fails, it has learned to start several: `why_alone` can go."""
-    launch = [*ACCELERATE, "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "train.py", *alone[0], "--run_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode != 0 and "there is no dataset" in done.stderr
-    assert done.stderr.count("torchrun --nproc_per_node N") == 1
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
-def test_accelerate_reads_the_configs(name):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
-    given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
-    told, *_ = _validate_launch_command(given)
-    environment = prepare_multi_gpu_env(told)
-    assert told.nproc_per_node == ("8" if name == "multi-node" else "4")
-    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)
 
 
 def test_scaling_tables_are_what_the_arithmetic_says():
