@@ -45,7 +45,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.prompt import Prompt
     from kestrel.tokenizer import load_tokenizer
 
-    processes.join()
+    processes.join(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)

@@ -45,7 +45,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
     from kestrel.tokenizer import load_tokenizer
 
-    sharded = processes.join()
+    sharded = processes.join(settings)
     if not options.dry_run:
         training.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

@@ -18,9 +18,11 @@ from typing import IO, Any
 
 from kestrel.errors import KestrelError
 from kestrel.lock import LOCK, locked
+from kestrel.processes import is_first
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+LEFT_BY_A_KILL = ".incomplete-"  # in the name of what is not finished yet; `clear_leftovers` removes it
 _SEAL = "manifest_sha256"
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
@@ -144,7 +146,7 @@ def clear_leftovers(folder: Path) -> None:
         path = former.with_name(former.name[1:].rpartition(".former-")[0])
         if not path.exists():
             os.replace(former, path)
-    for left in [*folder.rglob(".*.former-*"), *folder.rglob(".*.incomplete-*")]:
+    for left in [*folder.rglob(".*.former-*"), *folder.rglob(f".*{LEFT_BY_A_KILL}*")]:
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -248,9 +250,10 @@ def require_made(folder: Path, kind: str, remedy: str) -> None:
     """Refuses what an earlier script has not made, before anything heavy is imported to read it.
 
     Raises:
-        KestrelError: there is no such folder.
+        KestrelError: there is no such folder. Only of several processes' first: that another sees none may have another
+            reason, which `processes.join` finds.
     """
-    if not folder.is_dir():
+    if is_first() and not folder.is_dir():
         raise KestrelError(f"there is no {kind} in {folder}; {remedy}")
 
 
@@ -259,13 +262,14 @@ def identity_of(manifest: dict[str, Any]) -> str:
     return sha256_of_json({key: manifest.get(key) for key in ("kind", "settings", "made_from", "prompt", "files")})
 
 
-def differences(recorded: Any, expected: Any, prefix: str = "") -> Iterable[str]:
-    """`key: recorded X, now Y` for every leaf in which two nested dicts differ."""
+def differences(recorded: Any, expected: Any, words: str = "it was {}, now {}", prefix: str = "") -> Iterable[str]:
+    """`key: it was X, now Y`, or in other words, for every leaf in which two nested dicts differ."""
     if isinstance(recorded, dict) and isinstance(expected, dict):
         for key in sorted({*recorded, *expected}):
-            yield from differences(recorded.get(key), expected.get(key), f"{prefix}.{key}" if prefix else str(key))
+            name = f"{prefix}.{key}" if prefix else str(key)
+            yield from differences(recorded.get(key), expected.get(key), words, name)
     elif recorded != expected:
-        yield f"{prefix}: it was {_short(recorded)}, now {_short(expected)}"
+        yield f"{prefix}: {words.format(_short(recorded), _short(expected))}"
 
 
 def _short(value: Any) -> str:
@@ -288,12 +292,15 @@ def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any],
 def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
 
-    Of several processes of one run (torchrun sets RANK), the first holds the lock for all.
+    Of several processes of one run, the first holds the lock for all and makes the folder.
 
     Raises:
         KestrelError: another process holds the folder, or there cannot be one.
     """
     folder = Path(run_dir)
+    if not is_first():
+        yield folder
+        return
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,9 +311,6 @@ def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
             said = f"run_dir {str(folder)[:200]} cannot be made ({error.strerror}); give this run another run_dir"
             raise KestrelError(said) from None
         raise
-    if os.environ.get("RANK", "0") != "0":
-        yield folder
-        return
     with locked(folder):
         clear_leftovers(folder)
         accepted = False

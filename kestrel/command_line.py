@@ -129,7 +129,12 @@ def resolve(
     for before, given in zip([None, *unknown], unknown, strict=False):
         flag = given.split("=")[0]
         if flag.startswith("-"):
-            problems.append(f"{flag}: unknown option{_nearest(flag.lstrip('-'), [*keys, *flags], '--')}")
+            launcher = processes.launcher_of(flag)
+            problems.append(
+                f"{flag}: an option of {launcher}; it goes before the script's name"
+                if launcher
+                else f"{flag}: unknown option{_nearest(flag.lstrip('-'), [*keys, *flags], '--')}"
+            )
         elif before is None or not before.startswith("-"):  # else it is the value of the unknown option
             problems.append(f"{given!r}: an argument that belongs to no option")
     tree: dict[str, Any] = {}
@@ -283,7 +288,8 @@ def run_script(
     try:
         parser = _parser(name, doc, options)
         try:
-            arguments, unknown = parser.parse_known_args(argv)
+            with processes.only_first_speaks():  # --help
+                arguments, unknown = parser.parse_known_args(argv)
         except argparse.ArgumentError as error:
             raise UsageError([str(error)]) from None
         keys = all_keys()
@@ -291,7 +297,8 @@ def run_script(
         flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
         settings, origin = resolve(arguments.config, overrides, unknown, flags)
         if arguments.print_config:
-            print(describe(settings, origin), end="", flush=True)
+            if processes.is_first():
+                print(describe(settings, origin), end="", flush=True)
             return 0
         from kestrel.artifacts import run_folder
 
@@ -310,10 +317,10 @@ def run_script(
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         status, message = _verdict(error, run_dir)
-        if processes.fails_first():
+        if told := processes.failure_to_tell(message):
             if debug and not isinstance(error, UsageError):
                 traceback.print_exc(file=errors)
-            print(f"{name}: {_printable(message)}", file=errors, flush=True)
+            print(f"{name}: {_printable(told)}", file=errors, flush=True)
         return status
 
 

@@ -8,18 +8,36 @@ Without a launcher there is one process, and everything here costs nothing. torc
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kestrel.errors import KestrelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kestrel.settings import Settings
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=2)  # a process waits for the others: while one downloads a base, say
 _STORE_PATIENCE = timedelta(seconds=10)
+_SEEN_WITHIN = 10.0  # seconds in which a network file system shows one machine what another wrote
+# Options of the launchers that people put behind the script's name, where they are the script's.
+_OPTIONS = {
+    "torchrun": "nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rdzv_conf "
+    "standalone max_restarts shutdown_timeout",
+    "accelerate launch": "config_file num_processes num_machines machine_rank main_process_ip main_process_port "
+    "multi_gpu use_fsdp cpu gpu_ids mixed_precision",
+}
 
 
 def count() -> int:
@@ -65,14 +83,24 @@ def why_alone() -> str | None:
     return None
 
 
-def join() -> bool:
+def launcher_of(option: str) -> str | None:
+    """The launcher that an option belongs to, if it is one of theirs."""
+    name = option.lstrip("-").replace("-", "_")
+    return next((launcher for launcher, options in _OPTIONS.items() if name in options.split()), None)
+
+
+def join(settings: Settings) -> bool:
     """Lets this process meet the others. CPU tensors travel by gloo, those of GPUs by NCCL.
+
+    Args:
+        settings: of the run, as this process was given them.
 
     Returns:
         Whether the launcher asks for sharding (accelerate's FSDP) and there are processes to share with.
 
     Raises:
-        KestrelError: this process has no GPU of its own.
+        KestrelError: this process has no GPU of its own; or one has other settings or libraries than the first, or
+            another run folder.
     """
     import torch
 
@@ -95,7 +123,49 @@ def join() -> bool:
     if gpus:
         torch.cuda.set_device(local)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
+    _require_alike(settings)
     return sharded
+
+
+def _require_alike(settings: Settings) -> None:
+    """Refuses machines that were given different things, which would go wrong after hours, or in silence."""
+    from kestrel.artifacts import LEFT_BY_A_KILL, differences, library_versions
+
+    folder = Path(settings.run_dir)
+    installed = {name: version for name, version in library_versions().items() if name != "python"}
+    mine = {**settings.model_dump(), "installed": installed}
+
+    def first() -> tuple[dict[str, Any], str]:
+        mark = folder / f".processes{LEFT_BY_A_KILL}{uuid.uuid4().hex}"
+        mark.touch()
+        return mine, mark.name
+
+    theirs, mark = decided_by_first(first)
+    try:
+        different = list(differences(theirs, mine, "it is {} in the first process, {} in this one"))
+        if different:
+            raise KestrelError(
+                f"process {number()} was started with other settings or libraries than the first; give all machines the "
+                "same\n  " + "\n  ".join(different)
+            )
+        if not _appears(folder / mark):
+            raise KestrelError(
+                f"process {number()} does not see what the first one writes into run_dir {folder}; put run_dir on a file "
+                "system that all machines share"
+            )
+        greatest(0)  # until all have looked
+    finally:
+        if is_first():
+            (folder / mark).unlink(missing_ok=True)
+
+
+def _appears(path: Path) -> bool:
+    until = time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def leave() -> None:
@@ -132,6 +202,23 @@ def least(value: int) -> int:
     return -greatest(-value)
 
 
+def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Gives each parameter the mean of the processes' gradients, in one exchange; none counts as zero.
+
+    Args:
+        parameters: trained; the same in each process, and of one dtype.
+    """
+    if count() == 1:
+        return
+    import torch
+
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(count())
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 def told_to_first(value: T) -> list[T]:
     """What each process has to say, by its number; in the first one. The others get an empty list."""
     if count() == 1:
@@ -146,14 +233,29 @@ def told_to_first(value: T) -> list[T]:
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def fails_first() -> bool:
-    """Claims to be the process whose failure ends the run. The others fail in its wake and have nothing to tell."""
+def failure_to_tell(message: str) -> str | None:
+    """What this process has to tell of the failure that ends it.
+
+    The first that fails ends the run. The others fail in its wake and have nothing to tell; but on each other machine one
+    of them repeats what the first said, for who watches that machine's terminal.
+
+    Args:
+        message: its own failure's.
+    """
     if count() == 1:
-        return True
+        return message
+    machine = os.environ.get("GROUP_RANK", "0")
     try:
-        return _store().add(_failure(), 1) == 1
+        store = _store()
+        if store.add(_failure(), 1) == 1:
+            store.set(f"{_failure()}/message", json.dumps([machine, f"on {socket.gethostname()}: {message}"]))
+            return message
+        if os.environ.get("LOCAL_RANK") != "0":
+            return None
+        elsewhere, said = json.loads(store.get(f"{_failure()}/message"))
+        return said if elsewhere != machine else None
     except Exception:  # noqa: BLE001  nobody to ask: rather two messages than none
-        return True
+        return message
 
 
 def has_failed() -> bool:

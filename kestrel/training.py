@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ class DialogueTrainer(Trainer):
         self, settings: Settings, steps: list[np.ndarray], meaning: dict[str, Any], chosen: Plan, **extra: Any
     ):
         super().__init__(**extra)
+        torch.manual_seed(self.args.seed + self.args.process_index)  # each process drops out something else
         self._settings = settings
         self._steps = steps
         self._meaning = meaning
@@ -77,9 +77,9 @@ class DialogueTrainer(Trainer):
         budget = self._chosen.tokens_per_step
         lengths = np.asarray([len(row["input_ids"]) for row in rows])
         cuts = self._cuts(lengths, self.args.process_index)
-        # The others wait for this process's gradients, and for its part of a sharded base in each pass. Where it has
-        # less to do than they, it makes passes of any dialogue that count nothing.
-        wanted = max(len(self._cuts(lengths, each)) for each in range(self.args.world_size)) if self._sharded else 1
+        # The others need this process's part of a sharded base in each pass. Where it has less to do than they, it makes
+        # passes of any dialogue that count nothing.
+        wanted = max(len(self._cuts(lengths, each)) for each in range(self.args.world_size)) if self._sharded else 0
         idle = [lengths.argsort()[:1]] * (wanted - len(cuts))
         return {
             "forward_passes": [collate([rows[i] for i in cut], self._pad_id) for cut in (*cuts, *idle)],
@@ -108,34 +108,40 @@ class DialogueTrainer(Trainer):
         """Backward over one optimizer step. Returns this process's part of the loss times the number of processes.
 
         Where memory runs out, the step is done again with smaller passes, from the same random state: the result is
-        the same up to rounding.
+        the same up to rounding. The other processes know nothing of it and wait; only with a sharded base, where they
+        take part in each pass, it ends the run.
 
         Raises:
             KestrelError: one dialogue at a time is too much.
         """
-        if not model.training:
-            model.train()
+        if not self.model.training:  # `model` may be a wrapper, which no evaluation turns off
+            self.model.train()
         while True:
             if inputs["tokens_per_step"] != self._chosen.tokens_per_step:
                 inputs = self._step_of(self._rows_of(self.state.global_step))
             random = _random_state()
             try:
-                return self._backward(model, inputs)
+                total = self._backward(self.model, inputs)
+                break
             except torch.OutOfMemoryError:
                 too_large = self._largest_of(inputs)
             # Not while the exception is there, whose frames hold what is to be freed.
-            self._step_down(too_large, others_wait=self.args.world_size > 1)
-            model.zero_grad()
+            self._step_down(too_large)
+            self.model.zero_grad()
             _restore(random)
+        processes.average_gradients([p for p in self.model.parameters() if p.requires_grad])
+        return total
 
     def _backward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        passes, total = inputs["forward_passes"], torch.zeros((), device=self.args.device)
-        for index, batch in enumerate(passes):
-            with self._gradients_synchronized(model, last=index == len(passes) - 1):
-                nll = token_nll(model, self._on_device(batch)).sum()
-                weight = self.args.world_size / inputs["supervised_tokens"] if index < inputs["counting"] else 0.0
-                loss = nll * weight
-                self.accelerator.backward(loss)
+        """Makes this process's gradients, of the model that DistributedDataParallel wraps and not through the wrapper: it
+        exchanges gradients while the last pass computes them, so that this pass could not be made again. They are small,
+        and `training_step` exchanges them when all passes are done."""
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs["forward_passes"]):
+            nll = token_nll(model, self._on_device(batch)).sum()
+            weight = self.args.world_size / inputs["supervised_tokens"] if index < inputs["counting"] else 0.0
+            loss = nll * weight
+            self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
@@ -178,7 +184,7 @@ class DialogueTrainer(Trainer):
             if too_large is not None:
                 self._step_down(too_large)
             self.model.zero_grad()
-        self._chosen = dataclasses.replace(self._chosen, tokens_per_step=processes.least(self._chosen.tokens_per_step))
+        self._agree_on_passes()
         _restore(random)
 
     def _heaviest_step(self, budget: int) -> int:
@@ -189,10 +195,20 @@ class DialogueTrainer(Trainer):
 
         return max(range(len(self._steps)), key=lambda step: tokens(self._steps[step]))
 
-    def _step_down(self, too_large: torch.Size, others_wait: bool = False) -> None:
-        """Makes passes smaller than one that did not fit, where that is possible and no other process waits for it."""
+    def _agree_on_passes(self) -> None:
+        """The passes of the process with least memory, for all: a checkpoint records one size, from which all go on."""
+        least = processes.least(self._chosen.tokens_per_step)
+        if least < self._chosen.tokens_per_step:
+            self._chosen = dataclasses.replace(self._chosen, tokens_per_step=least)
+            tqdm.write(
+                f"another process was out of memory: from now on a pass holds at most {least:,} tokens "
+                "(training.tokens_per_step) in all of them; the steps stay what they are"
+            )
+
+    def _step_down(self, too_large: torch.Size) -> None:
+        """Makes passes smaller than one that did not fit, where that is possible and no other process takes part in it."""
         rows, length = too_large
-        if rows == 1 or others_wait:
+        if rows == 1 or self._sharded:
             raise KestrelError(
                 f"out of memory in a pass of {rows} x {length:,} tokens; "
                 + remedies(self._settings, self._chosen.recompute, smaller_passes=rows > 1)
@@ -204,14 +220,6 @@ class DialogueTrainer(Trainer):
             f"out of memory in a pass of {rows} x {length:,} tokens: from now on a pass holds at most "
             f"{self._chosen.tokens_per_step:,} (training.tokens_per_step); the steps stay what they are"
         )
-
-    @contextmanager
-    def _gradients_synchronized(self, model: torch.nn.Module, last: bool) -> Iterator[None]:
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(model):
-                yield
 
     @torch.no_grad()
     def evaluate(
@@ -265,6 +273,7 @@ class DialogueTrainer(Trainer):
                 f"step {self.state.global_step}: {bad[0]} is not finite; lower training.learning_rate. The checkpoints "
                 "before this step are kept"
             )
+        self._agree_on_passes()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with saying_disk_full(Path(self.args.output_dir)):
@@ -275,7 +284,9 @@ class DialogueTrainer(Trainer):
                     write_passes(checkpoint, self._settings, self._chosen)
                     seal(checkpoint, self._meaning, Path(self._settings.run_dir) / "samples.jsonl")
         except Exception:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            # Another process may fail, for want of this one, when the first has just sealed it.
+            if self.is_world_process_zero():
+                shutil.rmtree(checkpoint, ignore_errors=True)
             raise
 
     def _load_best_model(self) -> None:

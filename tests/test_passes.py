@@ -24,6 +24,7 @@ from kestrel import passes, training
 from kestrel.adapter import WEIGHTS
 from kestrel.command_line import resolve
 from kestrel.dataset import lengths_of, load_split, supervised_of
+from kestrel.errors import KestrelError
 from kestrel.loss import install, token_nll
 from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.model import add_lora
@@ -246,6 +247,17 @@ def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, mo
         assert all(len(b["input_ids"]) == 1 or b["input_ids"].numel() <= 300 for b in inputs["forward_passes"])
         trainer.training_step(trainer.model, inputs)
     assert len(failed) == failures
+
+
+def test_of_a_sharded_base_no_process_makes_passes_of_its_own(prepared, monkeypatch):
+    """The others take part in each pass, and would wait for one that is made again."""
+    trainer = trainer_for(prepared, 4096)
+    trainer._sharded = True
+    exhaust(monkeypatch, 100, of_rows=2)
+    with pytest.raises(
+        KestrelError, match=r"out of memory in a pass of \d+ x \d+ tokens; .* lower training.tokens_per_"
+    ):
+        trainer.training_step(trainer.model, trainer._step_of(trainer._rows_of(0)))
 
 
 class _Waits(TorchDispatchMode):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,20 +19,32 @@ from make_models import write_config, write_corpus
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+RUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = [*RUN, "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 PATIENCE = 240  # seconds; a run takes 15 on two idle cores, and nothing here may hang
 
 
-def begin(*command: str) -> subprocess.Popen[str]:
+def begin(*command: str, launcher: list[str] = TORCHRUN, cwd: Path = ROOT) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*TORCHRUN, *command], cwd=ROOT, text=True, **pipes)
+    return subprocess.Popen([*launcher, *command], cwd=cwd, text=True, **pipes)
 
 
-def run(*command: str) -> tuple[int, str, str]:
+def end(*launched: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """The greatest exit status of launchers of one run, and what they and their processes said."""
+    said = [process.communicate(timeout=PATIENCE) for process in launched]
+    return max(process.returncode for process in launched), *("".join(each) for each in zip(*said, strict=True))
+
+
+def run(*command: str, launcher: list[str] = TORCHRUN) -> tuple[int, str, str]:
     """Exit status of the launcher, and what it and its two processes said."""
-    process = begin(*command)
-    out, err = process.communicate(timeout=PATIENCE)
-    return process.returncode, out, err
+    return end(begin(*command, launcher=launcher))
+
+
+def free_port() -> str:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
 
 
 def sabotaged(path: Path, script: str, sabotage: str) -> str:
@@ -74,25 +87,75 @@ def alone(assets, tmp_path_factory):
     # Dropout draws for what a process computes, so it is what differs between numbers of processes.
     arguments = ["--config", str(config), "--lora.dropout", "0", "--training.batch_size", "5"]
     arguments += ["--training.learning_rate", "1e-3", "--generation.tokens_per_step", "64"]
+    arguments += ["--training.keep_checkpoints", "4"]
     assert preprocess.main(arguments) == 0
     shutil.copytree(folder / "run", folder / "prepared")
     assert train.main(arguments) == 0
     return arguments, folder / "run", folder / "prepared"
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(alone, tmp_path, monkeypatch, sharded):
-    """Sharded, both have to make the same number of passes, so small ones are made, of which one process needs more."""
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
+def test_two_processes_train_what_one_does(alone, tmp_path, name):
+    """As accelerate starts them with our files, which ask for GPUs, where there are none. Sharded, both have to make the
+    same number of passes, so small ones are made, of which one process needs more."""
     arguments, one, prepared = alone
-    if sharded:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate does for configs/accelerate/fsdp.yaml
-        arguments = [*arguments, "--training.tokens_per_step", "96", "--training.recompute", "full"]
     shutil.copytree(prepared, tmp_path / "run")
-    status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
+    command = ["train.py", *arguments, "--run_dir", str(tmp_path / "run")]
+    launcher = [*ACCELERATE, "--config_file", f"configs/accelerate/{name}.yaml", "--num_processes", "2"]
+    if name == "multi-node":
+        launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+        machines = [begin(*command, launcher=[*launcher, "--machine_rank", each]) for each in "01"]
+        status, out, err = end(*machines)
+    else:
+        if name == "fsdp":
+            command += ["--training.tokens_per_step", "96", "--training.recompute", "full"]
+        status, out, err = run(*command, launcher=launcher)
     assert status == 0, err
     assert out.count("proven: saved") == out.count("step 8 of 8: ") == 1, "the first process alone prints"
-    assert ("this process holds 50%" in out) is sharded
+    assert ("this process holds 50%" in out) is (name == "fsdp")
     assert_same_training(one, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".processes*"))
+    states = (tmp_path / "run" / "checkpoints" / "checkpoint-8").glob("rng_state_*.pth")
+    draws = [torch.load(path, weights_only=False)["cpu"] for path in states]
+    assert len(draws) == 2 and not torch.equal(*draws), "dropout in one is not dropout in the other"
+
+
+def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tmp_path):
+    """The second process runs out of memory again and again; the first one does not wait in vain, and the steps stay what
+    they are. Its passes count for both from the next checkpoint on."""
+    arguments, one, _ = alone
+    shutil.copytree(one, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    for step in (4, 6, 8):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"checkpoint-{step}")
+    script = sabotaged(
+        tmp_path / "sabotaged.py",
+        "train",
+        """
+        import torch
+        from kestrel import training
+        def exhausted(model, batch, whole=training.token_nll):
+            nll = whole(model, batch)
+            if torch.is_grad_enabled() and not all(module.training for module in model.modules()):
+                raise KestrelError("a training step without dropout")
+            if model.training and batch["input_ids"].numel() > 100 and len(batch["input_ids"]) > 1:
+                nll.sum().backward()  # gradients that must not stay
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return nll
+        training.token_nll = exhausted
+        """,
+    )
+    status, out, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
+    assert status == 0, err
+    assert "going on from " in out and "checkpoint-2" in out
+    assert_same_training(one, tmp_path / "run")
+    chosen = [
+        json.loads((tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "passes.json").read_text())["chosen"]
+        for step in (2, 4, 8)
+    ]
+    before, after, last = (each["tokens_per_step"] for each in chosen)
+    assert after < before and f"at most {after:,} tokens (training.tokens_per_step) in all of them" in out
+    assert out.count("another process was out of memory") == 1 + (last < after)
 
 
 def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from(alone, tmp_path, capsys):
@@ -121,15 +184,16 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
 
 
 @pytest.mark.parametrize(
-    ("end", "message"),
+    ("how", "message"),
     [
         ('raise KestrelError("the second process has had enough")', "the second process has had enough"),
         (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "another process of this run ended without a word"),
     ],
     ids=["error", "killed"],
 )
-def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, end, message):
-    arguments, _, prepared = alone
+def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, how, message):
+    """And three go on from there."""
+    arguments, one, prepared = alone
     shutil.copytree(prepared, tmp_path / "run")
     script = sabotaged(
         tmp_path / "sabotaged.py",
@@ -138,7 +202,7 @@ def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, end,
         from kestrel import training
         def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
             if self.state.global_step == 3:
-                {end}
+                {how}
             return whole(self, model, inputs)
         training.DialogueTrainer._backward = fail
         """,
@@ -149,6 +213,11 @@ def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, end,
     (told,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
     assert told.startswith(f"train.py: {message}")
     assert not (tmp_path / "run" / "adapter").exists()
+    if "os.kill" in how:
+        three = [*RUN, "--standalone", "--nproc_per_node", "3"]
+        status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"), launcher=three)
+        assert status == 0 and "going on from " in out, err
+        assert_same_training(one, tmp_path / "run")
 
 
 def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone, tmp_path, capsys):
@@ -189,51 +258,6 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
     assert generate.main([*arguments, "--run_dir", str(tmp_path / "again")]) == 0
     assert "going on after 64 dialogues" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "generations").glob("*.jsonl")} == whole
-
-
-def test_of_other_scripts_the_first_process_does_the_work(alone, tmp_path, monkeypatch, capsys):
-    import evaluate
-    import preprocess
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    for script in (preprocess, evaluate):
-        assert script.main([*alone[0], "--run_dir", str(tmp_path / "run")]) == 0
-    assert not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
-
-
-def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(alone, tmp_path):
-    """accelerate 1.15 starts one process on CPUs. If this fails, it has learned to start several: `why_alone` can go."""
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "train.py", *alone[0], "--run_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode != 0 and "there is no dataset" in done.stderr
-    assert done.stderr.count("torchrun --nproc_per_node N") == 1
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
-def test_accelerate_reads_the_configs(name):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
-    given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
-    told, *_ = _validate_launch_command(given)
-    environment = prepare_multi_gpu_env(told)
-    assert told.nproc_per_node == ("8" if name == "multi-node" else "4")
-    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)
 
 
 def test_scaling_tables_are_what_the_arithmetic_says():
