@@ -117,7 +117,7 @@ def preprocessing(records: list[Record]) -> str:
 COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 100000 1000000"
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
-    "training on a GPU, half the pass": ("train-gpu-passes-of-16384.json", training),
+    "training on a GPU, for longer": ("train-gpu-longer.json", training),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
     "estimates": ("estimates.json", estimates),
