@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from kestrel import elementwise
 
-_BLOCK = 96  # queries that meet the same keys
+_BLOCK = 64  # queries that meet the same keys
 
 _stock = F.scaled_dot_product_attention
 
@@ -91,18 +91,18 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         (batch, heads, length, head size).
     """
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
     kernels = _fused(query)
     if kernels is not None:
         out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
         return out
+    if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32):
+        return _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
     every = (-1, query.shape[1], -1, -1)
     return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
 
 
 def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The same as plain products, for CPUs, whose kernel for bfloat16 is slower than these.
+    """The same as plain products, for CPUs, whose kernel is slower than these for lengths of dialogues.
 
     All heads are rows of one matrix, and a block of queries meets no key behind its last one.
 
