@@ -21,6 +21,7 @@ from kestrel.settings import Settings
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
+    from kestrel.adapter_files import find_cached
     from kestrel.artifacts import folder_atomically, write_json
     from kestrel.disk import evaluation_bytes, room_for
     from kestrel.evaluation.alignment import line_up
@@ -37,7 +38,12 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     extra_metrics = load_metrics(options.extra_metrics)
     paths = generation_files(settings)
     if not options.generations:
-        adapter = Path(settings.model.adapter or run_dir / "adapter")
+        adapter = find_cached(settings.model.adapter) if settings.model.adapter else run_dir / "adapter"
+        if adapter is None:
+            print(
+                f"note: {settings.model.adapter} is not on this machine: whether it made these is unknown",
+                file=sys.stderr,
+            )
         check_provenance(run_dir, adapter, paths, f"python generate.py {arguments.again}")
     files, notes = line_up([read_generations(path) for path in paths])
 

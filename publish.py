@@ -34,12 +34,16 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
 
         merge(settings, Path(options.merge), options.again)
         return
-    repo_id = settings.hub.repo_id
+    repo_id, adapter = settings.hub.repo_id, settings.model.adapter
     if repo_id is None:
         raise UsageError(["--hub.repo_id: needs the repository to publish to, such as owner/name"])
+    if adapter is not None and Path(adapter).resolve() != (Path(settings.run_dir) / "adapter").resolve():
+        raise UsageError(
+            [f"model.adapter: publishes the run's own adapter, not {adapter}; leave it out: --model.adapter null"]
+        )
 
-    from kestrel.hub import CARD, check_access, upload, validate_card
-    from kestrel.publication import collect
+    from kestrel.hub import CARD, base_config, check_access, check_named, upload, validate_card
+    from kestrel.publication import base_on_hub, collect, datasets_on_hub
 
     files = collect(settings, repo_id, options.again)
     card = files[CARD]
@@ -57,8 +61,12 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
         print(f"\n{card.decode()}\nnothing was sent")
         return
 
-    user = check_access(repo_id, settings.hub.private)
+    user, private = check_access(repo_id, settings.hub.private)
     print(f"publishing as {user}")
+    if private and not settings.hub.private:
+        print("note: the repository is private and stays so; its page on the Hub can change that", file=sys.stderr)
+    ours = base_config(settings.model.name, settings.model.revision)
+    check_named(base_on_hub(settings), ours, datasets_on_hub(settings))
     validate_card(card.decode(), repo_id)
     commit = upload(repo_id, settings.hub.private, files, "Adapter, evaluation and card")
     print(f"wrote {commit.url}" if commit.is_new else f"{commit.url} has all of it already; no commit was made")

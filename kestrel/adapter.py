@@ -123,7 +123,7 @@ def read_adapter(
     quantization: dict[str, Any],
     base: dict[str, Any],
     command: str,
-    remedy: str | None = None,
+    remedies: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Checks, before anything large is loaded, that an adapter is whole and was trained on this base with this prompt.
 
@@ -136,7 +136,7 @@ def read_adapter(
         quantization: settings of this run.
         base: this run's `model.base_identity`.
         command: the command that trains an adapter, for messages.
-        remedy: what to do about an adapter that does not fit; None: train it anew.
+        remedies: what to do about an adapter that does not fit, and about a damaged one; None: train it anew.
 
     Returns:
         The adapter's manifest.
@@ -146,7 +146,7 @@ def read_adapter(
     """
     if not folder.is_dir():
         raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
-    remedy = remedy or f"train it anew with: {command}"
+    fit, remedy = remedies or (f"train it anew with: {command}",) * 2
     manifest = read_manifest(folder, "adapter", remedy)
     nll = manifest.get("canary_nll")
     if not isinstance(nll, int | float) or not math.isfinite(nll):
@@ -159,7 +159,7 @@ def read_adapter(
     now = {"prompt": identity, "quantization": quantization, "base": base}
     if isinstance(recorded["base"], dict) and recorded["base"].keys().isdisjoint(base):
         del recorded["base"], now["base"]
-    require_equal(f"the adapter in {folder}", recorded, now, remedy)
+    require_equal(f"the adapter in {folder}", recorded, now, fit)
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -142,11 +143,35 @@ def folder_atomically(path: Path) -> Iterator[Path]:
 
 def clear_leftovers(folder: Path) -> None:
     """Mends what killed processes left in a folder that no other process is writing to."""
-    for former in sorted(folder.rglob(".*.former-*")):
+    _mend(sorted(folder.rglob(".*.former-*")), folder.rglob(f".*{LEFT_BY_A_KILL}*"))
+
+
+def clear_beside(path: Path) -> None:
+    """Mends what killed processes of this machine left of one artifact, in a folder that others may be writing to."""
+    beside = {what: path.parent.glob(f".{glob.escape(path.name)}.{what}-*") for what in ("former", "incomplete")}
+    dead = {what: [left for left in found if not _is_alive(left.name)] for what, found in beside.items()}
+    _mend(dead["former"], dead["incomplete"])
+
+
+def _is_alive(leftover: str) -> bool:
+    """Whether the process that `_beside` named a file after still runs, here or, who knows, elsewhere."""
+    number = leftover.rpartition("-")[2]
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return True
+
+
+def _mend(formers: Iterable[Path], incomplete: Iterable[Path]) -> None:
+    formers = list(formers)
+    for former in formers:
         path = former.with_name(former.name[1:].rpartition(".former-")[0])
         if not path.exists():
             os.replace(former, path)
-    for left in [*folder.rglob(".*.former-*"), *folder.rglob(f".*{LEFT_BY_A_KILL}*")]:
+    for left in [*formers, *incomplete]:
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.adapter import read_adapter
-from kestrel.artifacts import MANIFEST, differences, read_json, require_equal, sha256_of
+from kestrel.adapter_files import described, find_folder, is_ours, restore
+from kestrel.artifacts import MANIFEST, differences, require_equal
 from kestrel.errors import KestrelError
-from kestrel.hub import CONFIG, PROMPT, WEIGHTS, download_adapter
+from kestrel.hub import PROMPT, WEIGHTS
 from kestrel.model import adapter_config
 from kestrel.settings import Settings, is_hub_id
 
@@ -49,8 +50,8 @@ def open_adapter(
         require_equal(f"the adapter in {folder}", recorded, {"lora": lora}, f"train it anew with: {command}")
         return folder, manifest
     folder = find_folder(name)
-    if (folder / MANIFEST).exists():
-        manifest = read_adapter(folder, identity, quantization, base, command, _FIT)
+    if is_ours(folder):
+        manifest = read_adapter(folder, identity, quantization, base, command, (_FIT, restore(folder)))
         named = manifest.get("base_model")
         theirs = named.get("name") if isinstance(named, dict) else None
         if manifest["made_from"].get("base", {}).keys().isdisjoint(base):
@@ -61,42 +62,16 @@ def open_adapter(
     return folder, manifest
 
 
-def find_folder(name: str) -> Path:
-    """The folder of model.adapter, downloaded where it is an id on the Hub.
-
-    Raises:
-        KestrelError: neither a folder nor to be had from the Hub.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if is_hub_id(name.partition("@")[0]):
-        return download_adapter(name)
-    raise KestrelError(f"model.adapter {name}: there is no such folder, and it is no id on the Hub such as owner/name")
-
-
 def _describe(folder: Path, settings: Settings) -> dict[str, Any]:
-    """What is known of an adapter that has no manifest: its configuration and the hashes of its files."""
+    """What is known of an adapter that has no manifest, as far as it can be used here."""
     if (folder / PROMPT).exists():
-        raise KestrelError(f"{folder} holds an adapter of Kestrel without its {MANIFEST}; copy or publish it whole")
-    config = adapter_config(folder)
-    base = read_json(folder / CONFIG, "").get("base_model_name_or_path")
-    _check_base(settings, folder, base)
+        raise KestrelError(f"{folder} holds an adapter of Kestrel without its {MANIFEST}; {restore(folder)}")
+    adapter_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise KestrelError(f"there is no {WEIGHTS} in {folder}; other forms of weights are not read")
-    targets = config.target_modules
-    return {
-        "kind": "adapter made elsewhere",
-        "settings": {
-            "lora": {
-                "r": config.r,
-                "alpha": config.lora_alpha,
-                "dropout": config.lora_dropout,
-                "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
-            }
-        },
-        "made_from": {"base": base},
-        "files": {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)},
-    }
+    manifest = described(folder)
+    _check_base(settings, folder, manifest["made_from"]["base"])
+    return manifest
 
 
 def _check_base(settings: Settings, folder: Path, recorded: Any) -> None:

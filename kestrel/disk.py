@@ -21,6 +21,7 @@ _TOKENIZER_BYTES = 64  # a word of the vocabulary, in tokenizer.json
 _SMALL_FILES = 2**15  # bytes of configurations, manifests and random states in a checkpoint
 _LINE_BYTES = 256  # a line of a log; what a row of generations holds beside its texts
 _TOKEN_BYTES = 6  # text of a generated token
+_ELSE = "give this run another run_dir"
 _REPORT_BYTES = 2**20  # the report's page and plots
 
 
@@ -32,7 +33,7 @@ def is_full(error: BaseException, folder: Path) -> bool:
 
 
 @contextmanager
-def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
+def room_for(what: str, needed: int, folder: Path, else_: str = _ELSE) -> Iterator[None]:
     """Lets the block write `what`, if there is room for it.
 
     Errors of the libraries must have become OSError: `checkpoints.saying_disk_full` makes them so.
@@ -41,29 +42,32 @@ def room_for(what: str, needed: int, folder: Path) -> Iterator[None]:
         what: is written, for messages.
         needed: bytes that it will take, about.
         folder: that is written to, or will be made below one that exists.
+        else_: what to do where no space can be freed.
 
     Raises:
         KestrelError: there is no room for it, now or in the middle of it; saying what is needed and what is free.
     """
-    require_room(what, needed, folder)
+    require_room(what, needed, folder, else_)
     try:
         yield
     except OSError as error:
         if not is_full(error, _existing(folder)):
             raise
-        raise KestrelError(f"the disk is full; what was finished is kept. {_told(what, needed, folder)}") from error
+        raise KestrelError(
+            f"the disk is full; what was finished is kept. {_told(what, needed, folder, else_)}"
+        ) from error
 
 
-def require_room(what: str, needed: int, folder: Path) -> None:
+def require_room(what: str, needed: int, folder: Path, else_: str = _ELSE) -> None:
     """Refuses to begin what there is no room for. As `room_for`, for what is written later."""
     if shutil.disk_usage(_existing(folder)).free < needed:
-        raise KestrelError(f"the disk is too full. {_told(what, needed, folder)}")
+        raise KestrelError(f"the disk is too full. {_told(what, needed, folder, else_)}")
 
 
-def _told(what: str, needed: int, folder: Path) -> str:
+def _told(what: str, needed: int, folder: Path, else_: str) -> str:
     free = _readable(shutil.disk_usage(_existing(folder)).free)
     need = f"In {folder}, {what} need about {_readable(needed)}, and {free} are free"
-    return f"{need}: free some space and run the same command again, or give this run another run_dir"
+    return f"{need}: free some space and run the same command again, or {else_}"
 
 
 def _existing(folder: Path) -> Path:
@@ -103,6 +107,11 @@ def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpo
 def adapter_bytes(weights: int, vocabulary: int) -> int:
     """About what an adapter takes, with the tokenizer beside it."""
     return _ADAPTER_BYTES * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
+
+
+def merged_bytes(weights: int, dtype: str, vocabulary: int) -> int:
+    """About what a model without adapter takes, with the tokenizer beside it."""
+    return weights * (4 if dtype == "float32" else 2) + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
 def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:

@@ -7,7 +7,8 @@ weights rounds the update away, and the original 16-bit weights are another base
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.adapter import prove_loaded
-from kestrel.artifacts import folder_atomically, identity_of, read_manifest, write_manifest
+from kestrel.artifacts import MANIFEST, clear_beside, folder_atomically, identity_of, read_manifest, write_manifest
+from kestrel.checkpoints import saying_disk_full
 from kestrel.chosen_adapter import open_adapter
 from kestrel.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
+from kestrel.disk import merged_bytes, room_for
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
 from kestrel.loss import causal_lm_of, install
-from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config
+from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings
 from kestrel.tokenizer import clear_errors, load_tokenizer
@@ -65,24 +68,28 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         KestrelError: no adapter, one that does not fit, or a folder that holds something else.
         ProofError: the merged model computes something else.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not _is_merged(folder)):
-        raise KestrelError(f"--merge {folder}: it holds something else; name a folder that is new or empty")
+    clear_beside(folder)
+    require_free(folder)
+    config = load_config(settings.model)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    identity, base_id = prompt.identity(), base_identity(settings.model, load_config(settings.model))
+    identity, base_id = prompt.identity(), base_identity(settings.model, config)
     adapter_folder, manifest = open_adapter(settings, identity, base_id, f"python train.py {again}")
-    contexts = sample_contexts(settings, prompt, again)
-
-    base, audit = load_base(settings)
-    print(f"base: {audit.line()}")
-    adapted = load_adapter(base, adapter_folder)
-    install(adapted)
-    print(prove_loaded(adapted, manifest, identity, settings.quantization.compute_dtype))
-    before = behaviour(adapted, prompt, contexts, settings)
-    merged = _merged(adapted, adapter_folder, settings)
-    with folder_atomically(folder) as target:
+    weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
+    needed = merged_bytes(weights, settings.quantization.compute_dtype, len(prompt.tokenizer))
+    room = room_for("the merged model's files", needed, folder, "name another folder")
+    with room, _telling_memory(needed), folder_atomically(folder) as target, saying_disk_full(target):
+        contexts = sample_contexts(settings, prompt, again)
+        base, audit = load_base(settings)
+        print(f"base: {audit.line()}")
+        adapted = load_adapter(base, adapter_folder)
+        install(adapted)
+        print(prove_loaded(adapted, manifest, identity, settings.quantization.compute_dtype))
+        before = behaviour(adapted, prompt, contexts, settings)
+        merged = _merged(adapted, adapter_folder, settings)
         merged.generation_config = generation_config(settings.generation, prompt)
         merged.save_pretrained(str(target), max_shard_size=_SHARD)
         prompt.tokenizer.save_pretrained(str(target))
+        _make_readable(target)
         del base, adapted, merged
         gc.collect()
         after = behaviour(_loaded(target, settings), prompt, contexts, settings)
@@ -105,11 +112,46 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     print(f"wrote {folder}; its README.md says how to serve it")
 
 
-def _is_merged(folder: Path) -> bool:
+def require_free(folder: Path) -> None:
+    """Refuses a folder that holds anything but an older merged model, which is replaced.
+
+    Raises:
+        KestrelError: naming what would be lost.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise KestrelError(f"--merge {folder}: {nearest} is a file; name a folder that is new or empty")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not there:
+        return
     try:
-        return bool(read_manifest(folder, _KIND, "", check_files=False))
+        manifest = read_manifest(folder, _KIND, "", check_files=False)
     except KestrelError:
-        return False
+        raise KestrelError(f"--merge {folder}: it holds something else; name a folder that is new or empty") from None
+    if others := sorted(there - manifest["files"].keys() - {MANIFEST}):
+        raise KestrelError(
+            f"--merge {folder}: beside an older merged model it holds {', '.join(others[:5])}; move that away, or name "
+            "another folder"
+        )
+
+
+@contextmanager
+def _telling_memory(needed: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise KestrelError(
+            f"out of memory: the merged model alone takes {needed / 2**30:.1f} GiB. Where the graphics card is too small, "
+            "hide it and merge in main memory, which is slower: put CUDA_VISIBLE_DEVICES= before the same command"
+        ) from None
+
+
+def _make_readable(folder: Path) -> None:
+    """Gives the weights the rights of the other files: safetensors (0.8) writes for the owner alone, and servers often
+    run as somebody else."""
+    rights = (folder / "config.json").stat().st_mode & 0o777
+    for path in folder.iterdir():
+        path.chmod(rights)
 
 
 def sample_contexts(settings: Settings, prompt: Prompt, again: str) -> list[list[int]]:
@@ -167,6 +209,11 @@ def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTraine
         base.to(getattr(torch, settings.quantization.compute_dtype))
     again = PeftModel.from_pretrained(base, str(adapter_folder), config=adapter_config(adapter_folder))
     merged: PreTrainedModel = again.merge_and_unload(safe_merge=True)
+    config = merged.config
+    if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        # The class takes one key/value head here and never reads this field, which transformers (5.23) fills with the
+        # number of query heads; llama.cpp's converter believes it and fails.
+        config.num_kv_heads = 1
     return merged
 
 
@@ -184,16 +231,23 @@ def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     return loaded
 
 
+def serving(folder: str, dtype: str) -> str:
+    """The commands that serve a merged model."""
+    return f"""vllm serve {folder} --dtype {dtype}
+text-generation-launcher --model-id {folder} --dtype {dtype}
+python convert_hf_to_gguf.py {folder} --outfile model.gguf && llama-server -m model.gguf"""
+
+
 def readme(prompt: Prompt, settings: Settings, said: str) -> str:
     """How to serve the model, and what of that was tried."""
     from kestrel.publication import example_prompt
 
-    dtype = settings.quantization.compute_dtype
     text = "".join(example_prompt(prompt)[0])
     return f"""# A merged model
 
 The adapter of a Kestrel run, added to the weights of its base as the run held them. Tried when it was made: saved,
-loaded with transformers' `AutoModelForCausalLM`, and compared on sample dialogues: {said}.
+loaded with transformers' `AutoModelForCausalLM`, and compared on sample dialogues:
+{said}.
 
 The prompt is Kestrel's `{prompt.format}` format, and a reply ends with token {prompt.end_id}. An example:
 
@@ -201,12 +255,11 @@ The prompt is Kestrel's `{prompt.format}` format, and a reply ends with token {p
 {text}
 ```
 
-Other engines take a model of this architecture without an adapter. These commands, for this folder, follow their
-documentation and were not tried; compare a few answers with `generate.py` before you rely on one.
+Engines that take no adapter take this. The commands, for this folder, follow the engines' documentation; with this
+model none of them was tried. With the small Falcon that comes with Kestrel, llama.cpp's was, and vLLM's and TGI's were
+not: Kestrel's docs/publishing.md has more. Compare a few answers with `generate.py` before you rely on one.
 
 ```bash
-vllm serve . --dtype {dtype}
-text-generation-launcher --model-id . --dtype {dtype}
-python convert_hf_to_gguf.py . --outfile model.gguf && llama-server -m model.gguf
+{serving(".", settings.quantization.compute_dtype)}
 ```
 """

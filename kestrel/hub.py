@@ -5,15 +5,18 @@ Tokens are the client's business (huggingface_hub reads HF_TOKEN or the login); 
 
 from __future__ import annotations
 
+import errno
 import importlib
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import read_json
+from kestrel.artifacts import MANIFEST, read_json
 from kestrel.errors import KestrelError
 from kestrel.network import use_cache_without_network
 
@@ -27,11 +30,18 @@ ADAPTER_FILES = (
     CONFIG,
     WEIGHTS,
     PROMPT,
-    "manifest.json",
+    MANIFEST,
     *TOKENIZER_FILES,
 )
 CARD = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")
+_OF_AN_EMPTY_ONE = {
+    ".gitattributes",
+    ".gitignore",
+    CARD,
+    "LICENSE",
+}  # what the Hub's page may put into a new repository
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -51,21 +61,31 @@ class Commit:
 
 @contextmanager
 def _clear_errors(what: str) -> Iterator[None]:
-    """Turns the client's errors into one sentence that says what to do."""
+    """Turns the client's errors into one sentence that says what to do.
+
+    Args:
+        what: is looked for, and with what else it was looked for before.
+    """
     from huggingface_hub import errors
 
     try:
         yield
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError) as error:
-        raise KestrelError(
-            f"{what}: the Hub cannot be reached ({_first_line(error)}) and the cache has it not"
-        ) from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+            raise KestrelError(
+                f"{what}: HF_HUB_OFFLINE forbids the network, and the client's cache has it not; unset it"
+            ) from None
+        raise KestrelError(f"{what}: the Hub cannot be reached, and the client's cache has it not") from None
     except errors.GatedRepoError:
         raise KestrelError(f"{what}: access is restricted; ask for it on the Hub and log in: hf auth login") from None
     except errors.RepositoryNotFoundError:
         raise KestrelError(
             f"{what}: the Hub knows no such repository, or it is private and you are not logged in (HF_TOKEN, or: "
             "hf auth login)"
+        ) from None
+    except errors.EntryNotFoundError as error:
+        raise KestrelError(
+            f"{what}: the repository lacks a file ({_first_line(error)}); it is not what it should be"
         ) from None
     except errors.RevisionNotFoundError:
         raise KestrelError(f"{what}: the repository has no such revision") from None
@@ -77,7 +97,7 @@ def _clear_errors(what: str) -> Iterator[None]:
             401: "the token is missing or wrong; set HF_TOKEN or log in: hf auth login",
             403: "the token may not write there; make one with write access to this repository",
             429: "the Hub asks to slow down; wait and run the same command again",
-        }.get(status or 0, "run the same command again")
+        }.get(status or 0, "run the same command again" if status != 400 else "mend what it names")
         raise KestrelError(f"{what}: the Hub refused ({_first_line(error)}); {advice}") from None
     except _broken_connections() as error:
         cause = error.__cause__ or error
@@ -108,22 +128,66 @@ def download_adapter(name: str) -> Path:
     Raises:
         KestrelError: not found, not allowed, not reached, or no adapter in safetensors there.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     repository, _, revision = name.partition("@")
     use_cache_without_network()
-    with _clear_errors(f"model.adapter {name}"):
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(ADAPTER_FILES)))
+    with _clear_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        else:
+            # One after the other: a snapshot's threads (huggingface_hub 2.4) would not let Ctrl-C through for a minute.
+            there = {
+                entry.rfilename for entry in HfApi().model_info(repository, revision=revision or None).siblings or []
+            }
+            _require_adapter(name, there)
+            wanted = [file for file in ADAPTER_FILES if file in there]
+            paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in wanted]
+            folder = paths[0].parent
+            if any(path.parent != folder for path in paths):
+                raise KestrelError(f"model.adapter {name} was changed in the meantime; run the same command again")
+    _require_adapter(name, {path.name for path in folder.iterdir()})
+    return folder
+
+
+def _require_adapter(name: str, files: set[str]) -> None:
     for needed in (CONFIG, WEIGHTS):
-        if not (folder / needed).is_file():
+        if needed not in files:
             raise KestrelError(
                 f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
                 "read, no pickles and no subfolders"
             )
-    return folder
 
 
-def base_config(name: str, revision: str | None) -> dict[str, Any]:
+@contextmanager
+def _telling_cache_full() -> Iterator[None]:
+    from huggingface_hub import constants
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Not enough free disk space")
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise KestrelError(
+            f"the disk is full that holds the Hub's cache, {constants.HF_HUB_CACHE}; free some space and run the same "
+            "command again, or set HF_HOME to a folder elsewhere"
+        ) from None
+
+
+def cached_adapter(name: str) -> Path | None:
+    """The files that `download_adapter` brought last, without asking the Hub; None where it never did."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None
+
+
+def base_config(name: str, revision: str | None, key: str = "model.name") -> dict[str, Any]:
     """A base model's config.json, from its folder or the Hub, read without what importing its architecture costs.
 
     Raises:
@@ -134,20 +198,20 @@ def base_config(name: str, revision: str | None) -> dict[str, Any]:
     path = Path(name) / "config.json"
     if not path.parent.is_dir():
         use_cache_without_network()
-        with _clear_errors(f"model.name {name}"):
+        with _clear_errors(f"{key} {name}"):
             path = Path(hf_hub_download(name, "config.json", revision=revision))
-    config: dict[str, Any] = read_json(path, "check model.name")
+    config: dict[str, Any] = read_json(path, f"check {key}")
     return config
 
 
-def check_access(repo_id: str, private: bool) -> str:
+def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
     """Whether the token can publish there, asked before anything is sent.
 
     Returns:
-        Who the token belongs to.
+        Who the token belongs to, and whether the repository is, or will be, private.
 
     Raises:
-        KestrelError: no token, no answer, or a public repository where a private one is asked for.
+        KestrelError: no token, no answer, a public repository where a private one is asked for, or one with other things.
     """
     from huggingface_hub import HfApi, errors
 
@@ -155,15 +219,48 @@ def check_access(repo_id: str, private: bool) -> str:
     with _clear_errors(f"hub.repo_id {repo_id}"):
         user = str(api.whoami()["name"])
         try:
-            is_private = bool(api.model_info(repo_id).private)
+            found = api.model_info(repo_id)
         except errors.RepositoryNotFoundError:
-            return user
+            return user, private
+    is_private = bool(found.private)
+    there = {entry.rfilename for entry in found.siblings or []}
+    others = sorted(there - _OF_AN_EMPTY_ONE)
+    if others and MANIFEST not in there:
+        raise KestrelError(
+            f"hub.repo_id {repo_id}: the repository holds {', '.join(others[:3])} and nothing that was published from "
+            "here; name another repository"
+        )
     if private and not is_private:
         raise KestrelError(
             f"hub.repo_id {repo_id}: the repository is public and hub.private is true; set hub.private: false to publish "
             "there, or name another repository"
         )
-    return user
+    return user, is_private
+
+
+def check_named(base: str, ours: Mapping[str, Any], datasets: Iterable[str]) -> None:
+    """Whether the Hub has what a card names.
+
+    Args:
+        base: id of the base.
+        ours: config.json of the base that the adapter was trained on.
+        datasets: ids.
+
+    Raises:
+        KestrelError: it has not, or that base has another shape.
+    """
+    from huggingface_hub import HfApi
+
+    theirs = base_config(base, None, "hub.base_model")
+    for key in _SHAPE:
+        if theirs.get(key) != ours.get(key) and None not in (theirs.get(key), ours.get(key)):
+            raise KestrelError(
+                f"hub.base_model {base}: its {key} is {theirs[key]!r} on the Hub, and {ours[key]!r} in model.name, which is "
+                "therefore no copy of it"
+            )
+    for name in datasets:
+        with _clear_errors(f"the data set {name} that the card would name (hub.datasets, or else data.source)"):
+            HfApi().dataset_info(name)
 
 
 def validate_card(content: str, repo_id: str) -> None:

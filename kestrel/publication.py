@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, sealed
+from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, require_made, sealed
 from kestrel.command_line import describe
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
@@ -56,6 +56,7 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
     """
     run, base = Path(settings.run_dir), base_on_hub(settings)
     folder, remedy = run / "adapter", f"train it anew with: python train.py {again}"
+    require_made(folder, "adapter", f"train it with: python train.py {again}")
     manifest = read_manifest(folder, "adapter", remedy)
     recorded = manifest["settings"]
     training = {name: recorded["training"].get(name) for name in _RECORDED}
@@ -75,14 +76,6 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
         if (folder / name).is_file():
             files[name] = folder / name
     files[CONFIG] = _json({**read_json(folder / CONFIG, remedy), **_named_base(base, manifest)})
-    metrics = evaluation_of(run, manifest, f"python evaluate.py {again}")
-    if metrics is not None:
-        files["metrics.json"] = _json(metrics)
-    public = public_settings(settings, base)
-    files["config.yaml"] = describe(public, {}).encode()
-    for name, content in files.items():
-        if name.endswith((".json", ".jinja", ".yaml")):
-            _refuse_paths(name, content.read_bytes() if isinstance(content, Path) else content)
     described = {**manifest, "base_model": {**manifest["base_model"], "name": base}}
     described["files"] = {
         name: hashlib.sha256(content).hexdigest() if isinstance(content := files[name], bytes) else digest
@@ -90,7 +83,15 @@ def collect(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | P
         if name in files
     }
     files[MANIFEST] = _json(sealed(described))
-    _refuse_paths(MANIFEST, files[MANIFEST])
+    # The same adapter, whether generate.py had it from here or, published before, from the Hub.
+    metrics = evaluation_of(run, {identity_of(manifest), identity_of(described)}, f"python evaluate.py {again}")
+    if metrics is not None:
+        files["metrics.json"] = _json(metrics)
+    public = public_settings(settings, base)
+    files["config.yaml"] = describe(public, {}).encode()
+    for name, content in files.items():
+        if name.endswith((".json", ".jinja", ".yaml")):
+            _refuse_paths(name, content.read_bytes() if isinstance(content, Path) else content)
     files[CARD] = model_card(card_facts(settings, public, prompt, repo_id, base, manifest, metrics)).encode()
     return files
 
@@ -118,6 +119,12 @@ def public_settings(settings: Settings, base: str) -> Settings:
     )
 
 
+def datasets_on_hub(settings: Settings) -> list[str]:
+    """Ids of the training data."""
+    source = settings.data.source
+    return list(settings.hub.datasets) or ([] if _is_local(source) else [source])
+
+
 def _is_local(source: str) -> bool:
     return Path(source).exists() or not is_hub_id(source)
 
@@ -133,8 +140,13 @@ def _refuse_paths(name: str, content: bytes | Path) -> None:
             raise KestrelError(f"{name} names a folder of this machine, {path}; it is not published")
 
 
-def evaluation_of(run: Path, manifest: Mapping[str, Any], command: str) -> dict[str, Any] | None:
+def evaluation_of(run: Path, identities: set[str], command: str) -> dict[str, Any] | None:
     """The run's metrics without what was local about them; None where it was not evaluated.
+
+    Args:
+        run: its folder.
+        identities: of the adapter that must have been evaluated.
+        command: that evaluates, for messages.
 
     Raises:
         KestrelError: they are not of this adapter.
@@ -148,7 +160,7 @@ def evaluation_of(run: Path, manifest: Mapping[str, Any], command: str) -> dict[
     recorded = {facts["sha256"]: facts["made_from"] for facts in generations.values()}
     try:
         inputs = {entry["system"]: entry["sha256"] for entry in metrics["inputs"]}
-        of_adapter = recorded.get(inputs["adapter"], {}).get("adapter")
+        scored = recorded.get(inputs["adapter"])
         kept = ("signature", "split", "n_replies", "n_dialogues", "normalization", "paired_test", "paired", "verdicts")
         public = {name: metrics[name] for name in kept}
         public["systems"] = {
@@ -157,7 +169,9 @@ def evaluation_of(run: Path, manifest: Mapping[str, Any], command: str) -> dict[
         }
     except (KeyError, TypeError) as error:
         raise KestrelError(f"{path} is damaged or scores no adapter ({error}); {remedy}") from None
-    if of_adapter != identity_of(dict(manifest)):
+    if scored is None:
+        raise KestrelError(f"{path} scores answers that generate.py has made anew or removed since; {remedy}")
+    if scored.get("adapter") not in identities:
         raise KestrelError(f"{path} scores answers of another adapter than the one in {run / 'adapter'}; {remedy}")
     return public
 
@@ -172,9 +186,7 @@ def card_facts(
     metrics: Mapping[str, Any] | None,
 ) -> Facts:
     """Gathers what the card says."""
-    run, source = Path(settings.run_dir), settings.data.source
-    hub = settings.hub
-    datasets = list(hub.datasets) or ([] if _is_local(source) else [source])
+    run, hub = Path(settings.run_dir), settings.hub
     pieces, beginning = example_prompt(prompt)
     is_falcon = base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon"
     return Facts(
@@ -182,7 +194,7 @@ def card_facts(
         base_model=base,
         license=hub.license,
         language=hub.language,
-        datasets=datasets,
+        datasets=datasets_on_hub(settings),
         data_name=public.data.source,
         adapter=manifest,
         statistics=_statistics(run, manifest),

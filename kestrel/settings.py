@@ -247,7 +247,7 @@ def memory_bytes(text: str | None) -> int | None:
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form owner/name of the Hub. `./name` and `/name` are paths."""
     part = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-    return re.fullmatch(f"{part}/{part}", text) is not None and ".." not in text and "--" not in text
+    return re.fullmatch(f"{part}/{part}", text) is not None and not re.search(r"\.\.|--|\.git$", text)
 
 
 def conflicts(settings: Settings) -> list[tuple[str, str]]:
@@ -256,6 +256,9 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
     for key in ("repo_id", "base_model"):
         if (value := getattr(settings.hub, key)) is not None and not is_hub_id(value):
             found.append((f"hub.{key}", f"expected an id on the Hub such as owner/name, found {value!r}"))
+    for name in settings.hub.datasets:
+        if not (is_hub_id(name) or is_hub_id(f"owner/{name}")):
+            found.append(("hub.datasets", f"expected ids on the Hub such as owner/name, found {name!r}"))
     if settings.data.validation_fraction + settings.data.test_fraction >= 1:
         found.append(("data.test_fraction", "leaves nothing for training beside data.validation_fraction"))
     if memory_bytes(settings.training.device_memory) is None and settings.training.device_memory is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
+from hub_server import Hub, serving
 from make_models import write_base, write_config, write_corpus
 
 
@@ -67,3 +71,27 @@ def trained(prepared: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
     assert train.main(prepared.copy_to(run)) == 0
     config = write_config(run.parent / "config.yaml", prepared.base, prepared.source, run)
     return Experiment(config, run, prepared.base, prepared.source)
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """An experiment after evaluate.py. Read it, or copy it; never write into it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    arguments = trained.copy_to(folder / "run")
+    root = Path(__file__).resolve().parent.parent
+    for script in ("generate.py", "evaluate.py"):
+        done = subprocess.run(
+            [sys.executable, script, *arguments, "--evaluation.resamples", "100"], cwd=root, check=False
+        )
+        assert done.returncode == 0
+    config = write_config(folder / "config.yaml", trained.base, trained.source, folder / "run")
+    return Experiment(config, folder / "run", trained.base, trained.source)
+
+
+@pytest.fixture
+def hub(prepared: Experiment) -> Iterator[Hub]:
+    """A Hub on loopback that holds the experiment's base and nothing else."""
+    with serving() as served:
+        served.add("tiny/falcon", prepared.base)
+        yield served
+        assert served.wrong == []

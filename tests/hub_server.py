@@ -11,8 +11,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,6 +61,8 @@ class Hub:
         dropped_uploads: how many of the next uploads are cut off in the middle.
         failing_commits: how many of the next commits fail on the Hub's side.
         uploaded: sha256 of each large file that arrived, in order.
+        datasets: ids of the data sets that there are.
+        stalled: large files are kept waiting while this is set, and `waiting` tells that one is.
     """
 
     endpoint: str = ""
@@ -70,6 +73,9 @@ class Hub:
     dropped_uploads: int = 0
     failing_commits: int = 0
     uploaded: list[str] = field(default_factory=list)
+    datasets: set[str] = field(default_factory=set)
+    stalled: bool = False
+    waiting: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, folder: Path, private: bool = False) -> None:
         """A repository with the files of a folder."""
@@ -98,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", rf"{_MODEL}", "info"),
+        ("GET", r"/api/datasets/(?P<id>[\w.-]+/[\w.-]+)", "dataset"),
         ("GET", rf"{_MODEL}/revision/(?P<revision>[^/]+)", "info"),
         ("GET", rf"{_MODEL}/tree/(?P<revision>[^/]+)(?P<under>/.+)?", "tree"),
         ("POST", rf"{_MODEL}/preupload/(?P<revision>[^/]+)", "preupload"),
@@ -144,6 +151,12 @@ class Handler(BaseHTTPRequestHandler):
             return b"".join(pieces)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+    def stall(self) -> None:
+        """Keeps large files waiting, as long as they are to."""
+        while self.hub.stalled:
+            self.hub.waiting.set()
+            time.sleep(0.05)
+
     def json_body(self) -> Any:
         return json.loads(self.body())
 
@@ -158,7 +171,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # who asked may have been stopped
+                self.wfile.write(data)
 
     @property
     def known(self) -> bool:
@@ -172,6 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         found = self.hub.repositories.get(name)
         if write:
             self.require(self.known, "Invalid username or password.", 401)
+            self.require(name.startswith(f"{USER}/"), "You have no write access", 403)
         if found is None or (found.private and not self.known):
             raise Refused(404 if self.known else 401, "RepoNotFound", "Repository not found")
         return found
@@ -232,6 +247,11 @@ class Handler(BaseHTTPRequestHandler):
             {"id": id, "modelId": id, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
         )
 
+    def dataset(self, id: str) -> None:
+        if id not in self.hub.datasets:
+            raise Refused(404 if self.known else 401, "RepoNotFound", "Repository not found")
+        self.answer({"id": id, "sha": "0" * 40, "private": False, "siblings": [], "tags": []})
+
     def tree(self, id: str, revision: str, under: str | None) -> None:
         _, files = self.at(self.repository(id), revision)
         if under:
@@ -279,6 +299,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.require("Authorization" not in self.headers, "the token went to the storage")
         content = self.body()
+        self.stall()
         self.require(hashlib.sha256(content).hexdigest() == oid, "the content is not what was announced")
         self.hub.objects[oid] = content
         self.hub.uploaded.append(oid)
@@ -331,6 +352,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b"", 302, {**common, **linked, "Location": f"{storage}/cdn/{digest}"})
 
     def download(self, oid: str) -> None:
+        self.stall()
         content, asked = self.hub.objects[oid], re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
         if asked is None:

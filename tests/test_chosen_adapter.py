@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 from conftest import Experiment
 from hub_server import serving
+from publishing import BASE, ROOT, run
 from safetensors.torch import load_file, save_file
-from test_publish import ROOT, run
 
 import generate
 import preprocess
 from kestrel.artifacts import files_below, read_json, sealed, write_json
-
-BASE = "tiny/falcon"
 
 
 @pytest.fixture

@@ -3,87 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import Experiment
-from hub_server import TOKEN, Hub, serving
-from make_models import write_config
+from hub_server import TOKEN, Hub
+from publishing import BASE, REPO, ROOT, publishing, run
 
 from kestrel.artifacts import sealed
 from kestrel.hub import PUBLISHED_FILES
 from kestrel.model_card import check_metadata, plain
-
-ROOT = Path(__file__).resolve().parent.parent
-REPO, BASE = "tester/persona-lora", "tiny/falcon"
-
-
-@pytest.fixture
-def hub(prepared: Experiment) -> Iterator[Hub]:
-    with serving() as served:
-        served.add(BASE, prepared.base)
-        yield served
-        assert served.wrong == []
-
-
-@dataclass(frozen=True)
-class Done:
-    status: int
-    said: str
-
-
-def run(script: str, *arguments: str, hub: Hub, home: Path, token: str | None = TOKEN) -> Done:
-    """A script in a process of its own, whose only Hub is the loopback one."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    done = subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        env={**kept, **hub.environment(home, token)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    return Done(done.returncode, done.stdout)
-
-
-@pytest.fixture(scope="module")
-def evaluated(trained: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """An experiment after evaluate.py. Read it, or copy it."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    arguments = trained.copy_to(folder / "run")
-    for script in ("generate.py", "evaluate.py"):
-        done = subprocess.run(
-            [sys.executable, script, *arguments, "--evaluation.resamples", "100"], cwd=ROOT, check=False
-        )
-        assert done.returncode == 0
-    config = write_config(folder / "config.yaml", trained.base, trained.source, folder / "run")
-    return Experiment(config, folder / "run", trained.base, trained.source)
-
-
-def publishing(experiment: Experiment, *more: str) -> list[str]:
-    return experiment.arguments(
-        *(
-            "--hub.repo_id",
-            REPO,
-            "--hub.base_model",
-            BASE,
-            "--hub.license",
-            "apache-2.0",
-            "--evaluation.resamples",
-            "100",
-        ),
-        *more,
-    )
 
 
 def rows(path: Path) -> list[dict]:
@@ -253,7 +185,8 @@ def test_without_the_right_token_nothing_is_sent(
 
 
 def test_a_public_repository_is_not_published_to_as_private(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    hub.add(REPO, evaluated.run / "logs")
+    (tmp_path / "README.md").write_text("# Soon\n")
+    hub.add(REPO, tmp_path)
     done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
     assert done.status == 1 and "is public and hub.private is true" in done.said
     done = run("publish.py", *publishing(evaluated, "--hub.private", "false"), hub=hub, home=tmp_path)

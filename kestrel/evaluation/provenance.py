@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kestrel.adapter_files import identity_of_folder
 from kestrel.artifacts import MANIFEST, identity_of, read_manifest, sha256_of
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
@@ -31,7 +32,7 @@ def recorded_generations(folder: Path, remedy: str) -> dict[str, dict[str, Any]]
     return recorded
 
 
-def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], command: str) -> None:
+def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path], command: str) -> None:
     """Refuses generations of the run that were edited, or whose dataset or adapter has been made anew since.
 
     A file in another order of the persona must also have been made like the one in the order as given, so that nothing
@@ -39,7 +40,7 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
 
     Args:
         run_dir: the run's folder.
-        adapter: folder of the adapter that the settings name.
+        adapter: folder of the adapter that the settings name; None where it is not on this machine.
         files: of run_dir/generations.
         command: the command that makes them.
 
@@ -48,13 +49,15 @@ def check_provenance(run_dir: Path, adapter: Path, files: Sequence[Path], comman
     """
     folder = run_dir / "generations"
     recorded = recorded_generations(folder, f"make it again with: {command}")
-    now = {}
-    for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", adapter)):
-        if (artifact / MANIFEST).exists():
+    now, own = {}, run_dir / "adapter"
+    for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", own)):
+        if (artifact / MANIFEST).exists() and (kind == "dataset" or artifact == adapter):
             manifest = read_manifest(artifact, kind, f"make it again with: {command}", check_files=False)
             now[kind] = identity_of(manifest)
-            if artifact == run_dir / "adapter":
+            if artifact == own:
                 _check_log(run_dir / "logs" / "training.jsonl", manifest)
+    if adapter is not None and adapter != own and (identity := identity_of_folder(adapter)):
+        now["adapter"] = identity
     for file in files:
         system, order = order_in_name(names_of(file)[1])
         orders = f" --generation.persona_orders {order + 1}" if order else ""

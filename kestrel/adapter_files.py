@@ -1,0 +1,105 @@
+"""An adapter's folder: whose it is, and what identifies it. Nothing heavy is imported, so evaluate.py can ask too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
+from kestrel.errors import KestrelError
+from kestrel.hub import CONFIG, PROMPT, WEIGHTS, cached_adapter, download_adapter
+from kestrel.settings import is_hub_id
+
+
+def find_folder(name: str) -> Path:
+    """The folder of model.adapter, downloaded where it is an id on the Hub.
+
+    Raises:
+        KestrelError: neither a folder with an adapter nor to be had from the Hub.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise KestrelError(f"model.adapter {name} is a file; name the folder that it lies in, or an id on the Hub")
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise KestrelError(f"model.adapter {name}: there is no {CONFIG} in that folder; {_instead(folder)}")
+        return folder
+    if is_hub_id(name.partition("@")[0]):
+        return download_adapter(name)
+    raise KestrelError(f"model.adapter {name}: there is no such folder, and it is no id on the Hub such as owner/name")
+
+
+def find_cached(name: str) -> Path | None:
+    """As `find_folder`, of what is on this machine already; None where it is not."""
+    if Path(name).is_dir():
+        return Path(name)
+    return cached_adapter(name) if is_hub_id(name.partition("@")[0]) else None
+
+
+def _instead(folder: Path) -> str:
+    if (folder / "adapter" / CONFIG).is_file():
+        return f"did you mean {folder / 'adapter'}?"
+    if (folder / "model.safetensors").is_file() or list(folder.glob("model-*.safetensors")):
+        return "it holds a whole model, which is used with model.name"
+    return "name a run's adapter folder, or one that PEFT saved"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether train.py made it.
+
+    Raises:
+        KestrelError: it is a checkpoint of a training, or another artifact of ours.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return False
+    manifest = read_json(path, restore(folder))
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind == "checkpoint":
+        raise KestrelError(f"{folder} is a checkpoint of a training; name the adapter that train.py made in the end")
+    return kind is not None or (folder / PROMPT).exists()  # else another tool calls a file of its own so
+
+
+def restore(folder: Path) -> str:
+    """What to do about a damaged adapter from elsewhere."""
+    if folder.parent.name == "snapshots":  # of the Hub's client, whose files are links to others
+        return f"delete {folder.parent.parent}, and it is downloaded again"
+    return "copy it anew from where it was made"
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """A manifest of what is known of an adapter that has none: its configuration and the hashes of its files.
+
+    Raises:
+        KestrelError: damaged.
+    """
+    config = read_json(folder / CONFIG, restore(folder))
+    if not isinstance(config, dict):
+        raise KestrelError(f"{folder / CONFIG} is damaged (no configuration); {restore(folder)}")
+    targets = config.get("target_modules")
+    return {
+        "kind": "adapter made elsewhere",
+        "settings": {
+            "lora": {
+                "r": config.get("r"),
+                "alpha": config.get("lora_alpha"),
+                "dropout": config.get("lora_dropout"),
+                "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+            }
+        },
+        "made_from": {"base": config.get("base_model_name_or_path")},
+        "files": {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)},
+    }
+
+
+def identity_of_folder(folder: Path) -> str | None:
+    """What generations say they were made from where this adapter made them; None where there is no adapter.
+
+    Raises:
+        KestrelError: its manifest or configuration is damaged.
+    """
+    if is_ours(folder):
+        return identity_of(read_manifest(folder, "adapter", restore(folder), check_files=False))
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return identity_of(described(folder))
+    return None
