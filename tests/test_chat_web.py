@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from selenium.webdriver.common.keys import Keys
 
 import chat
-from kestrel.chat.conversation import Exchange
+from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.transcript import as_text, transcript
 from kestrel.chat.web import is_loopback
+from kestrel.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--prompt.max_length", "2000"]  # the longest of what is said here is no concern of these tests
@@ -217,6 +218,31 @@ def test_the_stop_button_ends_an_answer_and_keeps_it(number, browser, trained, t
         server.process.kill()
 
 
+def test_an_answer_that_fails_leaves_no_page_waiting(tmp_path):
+    """As when the memory of a graphics card is used up."""
+    import gradio as gr
+
+    from kestrel.chat.page import Page as Events
+    from kestrel.chat.page import Session
+
+    class Failing:
+        def context(self, dialogue):
+            return [1], 0
+
+        def exchange(self, began, *rest):
+            yield began
+            raise RuntimeError("out of memory")
+
+    session = Session(Conversation(("i am here .",)))
+    events = Events(cast(Any, Failing()), ("i am here .",), Generation(), tmp_path)
+    shown = []
+    with pytest.raises(gr.Error, match="There is no answer: out of memory"):
+        for outputs in events.send("hi !", session, "i am here .", "adapter", False, False, 1, 1, 0, 8):
+            shown.append(outputs)  # noqa: PERF402  what came before the error counts
+    assert 'aria-busy="true"' in shown[0][2] and "nothing" in shown[-1][2] and shown[-1][0] == "hi !"
+    assert session.answering is None and not session.conversation.exchanges
+
+
 @pytest.fixture(scope="module")
 def endless(trained):
     """A server whose answers would go on for a minute."""
@@ -338,15 +364,21 @@ def test_what_is_written_can_be_read(page, scheme):
 
 
 def test_the_controls_say_how_answers_are_made(page):
+    box = page.find("#message textarea")[0]
+
     def answer_to_the_same() -> str:
         page.click("#reset")
-        page.until(lambda: page.find("#transcript .nothing"))
-        page.say("what do you eat ?")
-        return page.said()[1]
+        page.until(lambda: page.find("#transcript .nothing") and not box.get_attribute("value"))
+        box.send_keys("what do you eat ?\n")
+        # What is sampled may be empty, and is then taken back.
+        answered = "#transcript [aria-busy=false]"
+        page.until(lambda: page.find(answered) or "answer is empty" in "".join(page.texts(".toast-body")))
+        return page.said()[1] if page.find(answered) else ""
 
     def put(label: str, value: str) -> None:
-        box = page.find(f"input[type=number][aria-label*='{label}']")[0]
-        box.send_keys(Keys.CONTROL + "a" + Keys.NULL, value, Keys.TAB)
+        page.find(f"input[type=number][aria-label*='{label}']")[0].send_keys(
+            Keys.CONTROL + "a" + Keys.NULL, value, Keys.TAB
+        )
 
     page.say("what do you eat ?")
     likeliest = page.said()[1]

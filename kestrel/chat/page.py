@@ -79,7 +79,8 @@ class Session:
 
 def chosen_of(settings: Generation, sample: bool, temperature: float, top_p: float, top_k: int, new: int) -> Generation:
     """The run's settings with what the page's controls say."""
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": int(top_k) or None}
+    # A browser has one kind of number; transformers refuses a temperature of 2 that is not 2.0.
+    sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k) or None}
     nothing = dict.fromkeys(sampling)
     # Beams and sampling exclude each other.
     beams = {"num_beams": 1, "length_penalty": None} if sample else {}
@@ -133,6 +134,9 @@ class Page:
                 yield gr.skip() if exchange.reply else "", session, now, gr.skip()
                 if stop.is_set():
                     break
+        except Exception as error:  # noqa: BLE001  of many types, and the page is to live on
+            yield message, *self._shown(session)  # else the page would wait for the rest of the answer
+            raise gr.Error(f"There is no answer: {error}", print_exception=False) from None
         finally:
             session.answering = None
         forgotten = session.taken_back or session.conversation is not conversation
