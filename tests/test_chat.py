@@ -334,7 +334,8 @@ def test_the_base_can_be_talked_to_without_an_adapter(prepared, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "base> " in printed and "no adapter is loaded" in printed and "who can talk here: base" in printed
     assert chat.main(prepared.arguments(*PERSONA)) == 1
-    assert "there is no adapter" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no adapter" in said and "--generation.systems base" in said
 
 
 def test_sampling_draws_by_the_seed(talk, tmp_path):
@@ -361,6 +362,18 @@ def test_sampling_draws_by_the_seed(talk, tmp_path):
 def test_a_wrong_call_says_what_is_wrong(talk, options, status, message):
     assert message in talk(more=options, status=status)
     assert not Path("nowhere").exists()
+
+
+def test_in_another_python_the_missing_package_and_the_environment_are_named(tmp_path):
+    """As when `python` is not that of the environment."""
+    for name in ("pydantic", "torch"):
+        blocked = f"import sys; sys.modules[{name!r}] = None; sys.argv = sys.argv[1:]; import runpy; "
+        command = [sys.executable, "-c", f"{blocked}runpy.run_path('chat.py', run_name='__main__')", "chat.py"]
+        command += ["--config", "configs/quickstart.yaml", *PERSONA]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"the package {name} is not installed for {sys.executable}" in done.stderr
+        assert ".venv/bin/python" in done.stderr
 
 
 def test_without_gradio_the_command_that_installs_it_is_named(talk, monkeypatch):
