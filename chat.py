@@ -124,7 +124,10 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
         print(f"base: {audit.line()}")
         return Speaker(model, prompt, ["base"])
     base = base_identity(settings.model, load_config(settings.model))
-    folder, manifest = open_adapter(settings, prompt.identity(), base, f"python train.py {options.again}")
+    try:
+        folder, manifest = open_adapter(settings, prompt.identity(), base, f"python train.py {options.again}")
+    except KestrelError as error:
+        raise KestrelError(f"{error}\n  or talk with the base alone: --generation.systems base") from None
     model, audit = load_base(settings)
     print(f"base: {audit.line()}")
     adapted = load_adapter(model, folder)

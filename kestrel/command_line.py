@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kestrel import processes
+from kestrel import not_installed, processes
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.keys import Key, all_keys, alternatives, as_yaml
 from kestrel.process import on_signals, prepare_output
@@ -359,6 +359,8 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted; run the same command again to go on"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("kestrel"):
+        return 1, not_installed(error.name.partition(".")[0])
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or run_dir or "standard output"
         return 1, f"the disk is full ({where}); free some space and run the same command again"

@@ -52,6 +52,9 @@ _CANARY = Dialogue(
 )
 
 
+TOO_LONG = "longer than prompt.max_length"
+
+
 class Unrenderable(KestrelError):
     """A dialogue that cannot be rendered. `reason` is what it is counted under."""
 
@@ -248,7 +251,7 @@ class Prompt:
                 if len(rendered.input_ids) <= max_length:
                     return rendered
         raise Unrenderable(
-            "longer than prompt.max_length",
+            TOO_LONG,
             f"{where}: persona and last exchange alone are longer than prompt.max_length {max_length}; raise it",
         )
 

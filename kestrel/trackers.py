@@ -7,11 +7,12 @@ own environment variables say. None of them is a requirement but TensorBoard.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
 from kestrel.errors import KestrelError
@@ -50,10 +51,50 @@ def told_of(settings: Settings) -> dict[str, Any]:
     for name, value in settings.model_dump(include=set(_SENT)).items():
         told |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
     for key in _MAY_BE_PATHS:
-        text = told[key]
-        if text is not None and (Path(text).exists() or not is_hub_id(text)):
-            told[key] = Path(text).name
+        told[key] = _last_part(told[key])
     return told
+
+
+def _last_part(name: str | None) -> str | None:
+    """A local path without what stands before its last part; an id on the Hub as it is."""
+    return name if name is None or (is_hub_id(name) and not Path(name).exists()) else Path(name).name
+
+
+def keep_paths_back(trainer: Trainer) -> None:
+    """Lets the trackers see the base's name as `told_of` tells it.
+
+    They send the configurations of model and adapter along (transformers 5.23), where a local base is named by its
+    path. Both name it in full again between two of a tracker's turns: peft looks there for the base's files.
+    """
+    trackers = tuple(integration_utils.INTEGRATION_TO_CALLBACK.values())
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, trackers):
+            for event in (name for name in dir(callback) if name.startswith("on_")):
+                setattr(callback, event, _discreet(getattr(callback, event)))
+
+
+def _discreet(event: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, model: Any = None, **more: Any) -> Any:
+        with _last_parts_alone(model):
+            return event(*arguments, model=model, **more)
+
+    return call
+
+
+@contextmanager
+def _last_parts_alone(model: Any) -> Iterator[None]:
+    places = [(getattr(model, "config", None), "_name_or_path")]
+    places += [(config, "base_model_name_or_path") for config in getattr(model, "peft_config", {}).values()]
+    full = [(config, name, getattr(config, name, None)) for config, name in places]
+    for config, name, path in full:
+        if path is not None:
+            setattr(config, name, _last_part(path))
+    try:
+        yield
+    finally:
+        for config, name, path in full:
+            if path is not None:
+                setattr(config, name, path)
 
 
 def naming(settings: Settings) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from kestrel.passes import Plan, remedies, write_passes
 from kestrel.prompt import IGNORED
 from kestrel.settings import Settings
 from kestrel.sharding import is_sharded
-from kestrel.trackers import TrackedArguments, check_trackers, naming, told_of
+from kestrel.trackers import TrackedArguments, check_trackers, keep_paths_back, naming, told_of
 
 _COLUMNS = ["input_ids", "labels"]
 _DIVERGED = 500.0  # nats a token; guessing among 65,024 words costs 11
@@ -354,9 +354,11 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
 
 
 def silence(trainer: Trainer) -> None:
-    """Leaves the Trainer's own bar and its printing of dicts away; `callbacks.Progress` takes their place."""
+    """Leaves the Trainer's own bar and its printing of dicts away, for which there is `callbacks.Progress`, and keeps
+    local paths from the trackers."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    keep_paths_back(trainer)
 
 
 def check_machine(names: Sequence[str], optimizer: str) -> None:

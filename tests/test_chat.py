@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -24,13 +27,15 @@ import chat
 import preprocess
 from kestrel.artifacts import run_folder, sha256_of
 from kestrel.chat.conversation import Conversation, Exchange
+from kestrel.chat.sampling import changed
 from kestrel.chat.speaker import Speaker, spoken
 from kestrel.chat.terminal import readable, side_by_side
 from kestrel.dataset import dialogue_of, load_split
+from kestrel.errors import KestrelError
 from kestrel.generation import respond
 from kestrel.model import add_lora
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation, Lora
+from kestrel.settings import Generation, Lora, Settings, conflicts
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
@@ -152,6 +157,12 @@ def test_typed_text_spells_no_control_token(talk, trained, tmp_path, monkeypatch
     assert seen and min(seen[0]) > 11
 
 
+def test_a_message_that_is_too_long_is_said_in_the_words_of_a_conversation(talk):
+    printed = talk("dog " * 3000, "hi !")
+    assert re.search(r"\(persona and message alone take more than the \d+ tokens that a prompt may have", printed)
+    assert "dialogue chat-" not in printed and printed.count("adapter> ") == 1
+
+
 def test_old_turns_are_left_out_and_that_is_said_once(talk):
     printed = talk(*["tell me more about the dog and the soup that you love the most ."] * 8)
     assert printed.count("no longer fit") == 1
@@ -232,6 +243,60 @@ def test_personas_from_a_file_typed_in_and_of_a_dialogue(talk, trained, tmp_path
         assert "person:\n  " + "\n  ".join(row["persona"]) + "\n/help" in talk(more=options)
 
 
+def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone.txt").write_text("i have a cat .\n", encoding="utf-8")
+    lines = ["/persona ~/someone.txt", "hi !", '/save "my talk.jsonl"', "/save ~/other.jsonl", "/system BASE"]
+    printed = talk(*lines)
+    assert "person:\n  i have a cat ." in printed and "(base talks)" in printed
+    assert saved(tmp_path / "my talk.jsonl") == saved(tmp_path / "other.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my talk.jsonl", "other.jsonl", "someone.txt"]
+
+
+def test_how_answers_are_made_can_be_set_as_the_options_set_it(talk, tmp_path):
+    files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    talk("/set temperature 3", "/set max_new_tokens=5", "hi !", "and ?", f"/save {files[0]}")
+    options = ["--generation.do_sample", "--generation.temperature", "3", "--generation.max_new_tokens", "5"]
+    talk("hi !", "and ?", f"/save {files[1]}", more=[*PERSONA, *options])
+    talk("hi !", "and ?", f"/save {files[2]}")
+    one, two, three = (saved(Path(file))[0]["turns"] for file in files)
+    assert one == two != three
+
+
+def test_what_cannot_be_set_is_said_and_nothing_changes(talk):
+    wrong = (
+        "top_p 9",
+        "seed 1",
+        "do_sample maybe",
+        "top_k [",
+        "temperature",
+        "max_new_tokens 99999",
+        "length_penalty 2",
+    )
+    printed = talk("/set", *(f"/set {setting}" for setting in wrong), "/set")
+    for message in (
+        "top_p: input should be less than or equal to 1, found '9'", "seed is nothing that can be set here",
+        "do_sample: input should be a valid boolean, found 'maybe'", "top_k: expected integer or null, found '['",
+        "/set temperature needs a value", "has room for", "length_penalty has no effect without num_beams above 1",
+    ):  # fmt: skip
+        assert message in printed
+    first, *_, last = printed.split("you> /set\n")[1:]
+    assert first.startswith(last.partition("you>")[0]) and "do_sample: false" in last
+
+
+@given(st.lists(st.sampled_from(["do_sample true", "do_sample false", "temperature 2", "top_k 3", "top_p 0.5",
+                                 "num_beams 2", "num_beams 1", "length_penalty 2", "temperature null"])))  # fmt: skip
+def test_whatever_is_set_is_what_the_settings_allow(prompt, changes):
+    chosen = Generation()
+    for change in changes:
+        with contextlib.suppress(KestrelError):
+            chosen = changed(chosen, *change.split(), 1000)
+    experiment = {"run_dir": "x", "data": {"source": "x"}, "model": {"name": "x"}}
+    allowed = Settings.model_validate({**experiment, "generation": chosen.model_dump()})
+    assert conflicts(allowed) == []
+
+
 def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("not dialogues\n", encoding="utf-8")
@@ -269,7 +334,8 @@ def test_the_base_can_be_talked_to_without_an_adapter(prepared, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "base> " in printed and "no adapter is loaded" in printed and "who can talk here: base" in printed
     assert chat.main(prepared.arguments(*PERSONA)) == 1
-    assert "there is no adapter" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "there is no adapter" in said and "--generation.systems base" in said
 
 
 def test_sampling_draws_by_the_seed(talk, tmp_path):
@@ -298,6 +364,18 @@ def test_a_wrong_call_says_what_is_wrong(talk, options, status, message):
     assert not Path("nowhere").exists()
 
 
+def test_in_another_python_the_missing_package_and_the_environment_are_named(tmp_path):
+    """As when `python` is not that of the environment."""
+    for name in ("pydantic", "torch"):
+        blocked = f"import sys; sys.modules[{name!r}] = None; sys.argv = sys.argv[1:]; import runpy; "
+        command = [sys.executable, "-c", f"{blocked}runpy.run_path('chat.py', run_name='__main__')", "chat.py"]
+        command += ["--config", "configs/quickstart.yaml", *PERSONA]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"the package {name} is not installed for {sys.executable}" in done.stderr
+        assert ".venv/bin/python" in done.stderr
+
+
 def test_without_gradio_the_command_that_installs_it_is_named(talk, monkeypatch):
     monkeypatch.setattr(chat, "find_spec", lambda name: None)
     assert "pip install -r requirements-web.txt" in talk(more=["--web"], status=1)
@@ -309,6 +387,68 @@ def test_a_damaged_adapter_does_not_talk(trained, tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert chat.main([*arguments, *PERSONA]) == 1
     assert "damaged or was edited" in capsys.readouterr().err
+
+
+class Terminal:
+    """chat.py at a terminal."""
+
+    def __init__(self, arguments: list[str]):
+        self.seen = ""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ |= {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+            os.execv(sys.executable, [sys.executable, "chat.py", *arguments])
+
+    def until(self, pattern: str) -> str:
+        """What is shown from now until a pattern is."""
+        seen = ""
+        while not (found := re.search(pattern, seen, re.DOTALL)):
+            assert select.select([self.fd], [], [], 60)[0], seen
+            seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+        self.seen += seen
+        return found[0]
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def ended(self) -> int:
+        with contextlib.suppress(OSError):  # of Linux, when the other side has gone
+            while more := os.read(self.fd, 65536):
+                self.seen += more.decode("utf-8", "replace")
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_at_a_terminal_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
+    at = Terminal(trained.arguments(*PERSONA))
+    at.until("you> ")
+    at.type("\x1b[200~hi !\nany pets ?\x1b[201~\n")
+    at.until("adapter> .*you> ")
+    at.type("/compare what do you eat ?\n")
+    _, *grown = at.until("│ base>.*you> $").split("\x1b[J")  # each drawn over the one before
+    assert len(grown) > 3 and all("adapter>" in block and "│ base>" in block for block in grown)
+    assert "…" in grown[0] and "…" not in grown[-1]
+    at.type(f"/save {tmp_path / 'x.jsonl'}\n")
+    at.until("holds 1")
+    at.type("\x04")
+    assert at.ended() == 0
+    (row,) = saved(tmp_path / "x.jsonl")
+    assert row["turns"][0]["text"] == "hi !\nany pets ?" and len(row["turns"]) == 4
+
+
+@pytest.mark.parametrize("speaking", [True, False])
+def test_who_is_told_to_end_ends_at_once(speaking, trained):
+    endless = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
+    at = Terminal(trained.arguments(*PERSONA, *endless))
+    at.until("you> ")
+    if speaking:
+        at.type("hi !\n")
+        at.until("adapter> .")
+    else:
+        time.sleep(1)  # until it waits for a line
+    os.kill(at.pid, signal.SIGTERM)
+    assert at.ended() == 143
+    assert "what was not saved is gone" in at.seen and "again leaves" not in at.seen
 
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):

@@ -10,21 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
 from browsers import chromium, requested
 from hypothesis import given
 from hypothesis import strategies as st
+from selenium.webdriver.common.keys import Keys
 
 import chat
-from kestrel.chat.conversation import Exchange
+from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.transcript import as_text, transcript
 from kestrel.chat.web import is_loopback
+from kestrel.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--prompt.max_length", "2000"]  # the longest of what is said here is no concern of these tests
@@ -33,6 +36,22 @@ ATTACK = (
     "</p><script>document.title = 'taken'</script><img src=\"http://example.org/x.png\" onerror=\"document.title='taken'\">"
     "{{ 7 * 7 }} ${7 * 7} @children &lt;b&gt; **b** `x` $x^2$ [z](javascript:alert(1)) \\n"
 )
+
+CONTRAST = """
+    const shade = color => {
+        const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+        for (const layer of color) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(
+            c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = [];
+    for (let e = document.querySelector(arguments[0]); e; e = e.parentElement)
+        behind.unshift(getComputedStyle(e).backgroundColor);
+    const text = getComputedStyle(document.querySelector(arguments[0])).color;
+    const [low, high] = [shade(behind), shade([...behind, text])].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+"""
 
 
 @given(st.text())
@@ -72,8 +91,8 @@ class Served:
         self.port = int(found[2])
         self.url = f"http://127.0.0.1:{self.port}/"
 
-    def end(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGINT)
+    def end(self, number: int) -> tuple[int, str]:
+        self.process.send_signal(number)
         said = self.process.communicate(timeout=30)
         return self.process.returncode, "".join(said)
 
@@ -135,6 +154,11 @@ class Page:
         self.find("#message textarea")[0].send_keys(message + "\n")
         self.until(lambda: len(self.texts("#transcript .message")) == before + 1 and self.idle())
 
+    def begin(self, message: str) -> None:
+        """Types a message and waits for the first words of its answer."""
+        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.until(lambda: len(self.said()) > 1 and len(self.said()[-1]) > 1 and not self.idle())
+
     def click(self, selector: str) -> None:
         self.find(selector)[0].click()
 
@@ -176,7 +200,8 @@ def test_streamed_beside_undone_begun_anew_and_exported(page, served, trained, t
     assert len(page.texts("#transcript p")) == 3
 
 
-def test_the_stop_button_ends_an_answer_and_keeps_it(browser, trained, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_stop_button_ends_an_answer_and_keeps_it(number, browser, trained, tmp_path):
     endless = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
     server = Served(trained.arguments(*endless))
     try:
@@ -187,10 +212,203 @@ def test_the_stop_button_ends_an_answer_and_keeps_it(browser, trained, tmp_path)
         page.until(page.idle)
         said = page.texts("#transcript p")
         assert said[0] == "hi !" and 0 < len(said[1]) < 4000
-        status, told = server.end()
-        assert status == 130 and "what was not exported is gone" in told
+        status, told = server.end(number)
+        assert status == 128 + number and "what was not exported is gone" in told and "Traceback" not in told
     finally:
         server.process.kill()
+
+
+def test_an_answer_that_fails_leaves_no_page_waiting(tmp_path):
+    """As when the memory of a graphics card is used up."""
+    import gradio as gr
+
+    from kestrel.chat.page import Page as Events
+    from kestrel.chat.page import Session
+
+    class Failing:
+        def context(self, dialogue):
+            return [1], 0
+
+        def exchange(self, began, *rest):
+            yield began
+            raise RuntimeError("out of memory")
+
+    session = Session(Conversation(("i am here .",)))
+    events = Events(cast(Any, Failing()), ("i am here .",), Generation(), tmp_path)
+    shown = []
+    with pytest.raises(gr.Error, match="There is no answer: out of memory"):
+        for outputs in events.send("hi !", session, "i am here .", "adapter", False, False, 1, 1, 0, 8):
+            shown.append(outputs)  # noqa: PERF402  what came before the error counts
+    assert 'aria-busy="true"' in shown[0][2] and "nothing" in shown[-1][2] and shown[-1][0] == "hi !"
+    assert session.answering is None and not session.conversation.exchanges
+
+
+@pytest.fixture(scope="module")
+def endless(trained):
+    """A server whose answers would go on for a minute."""
+    more = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
+    server = Served(trained.arguments(*more))
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+@pytest.fixture
+def speaking(browser, endless):
+    """A page in the middle of an answer."""
+    page = Page(browser, endless.url)
+    page.begin("hi !")
+    yield page
+    if not page.idle():
+        page.click("#message .stop-button")
+        page.until(page.idle)
+
+
+def test_an_answer_is_seen_as_it_grows_and_what_is_typed_meanwhile_stays(speaking):
+    lengths = []
+    for _ in range(3):
+        lengths.append(len(speaking.said()[1]))
+        speaking.until(lambda: len(speaking.said()[1]) > lengths[-1])
+    box = speaking.find("#message textarea")[0]
+    box.send_keys("my next one")
+    length = len(speaking.said()[1])
+    speaking.until(lambda: len(speaking.said()[1]) > length + 20)
+    assert box.get_attribute("value") == "my next one"
+
+
+def test_undone_in_the_middle_it_is_gone_and_the_message_back(speaking):
+    speaking.click("#undo")
+    speaking.until(speaking.idle)
+    assert speaking.said() == []
+    assert speaking.find("#message textarea")[0].get_attribute("value") == "hi !"
+
+
+def test_begun_anew_in_the_middle_nothing_of_it_comes_later(speaking):
+    box = speaking.find("#persona textarea")[0]
+    box.send_keys("\ni am new .")
+    speaking.click("#reset")
+    speaking.until(speaking.idle)
+    time.sleep(1)
+    assert speaking.said() == []
+    assert speaking.find("#export")[0].get_attribute("disabled")
+    speaking.begin("who are you ?")
+    assert speaking.texts("#transcript .message") == ["who are you ?"]
+
+
+def test_a_page_that_is_loaded_anew_or_another_one_waits_for_no_lost_answer(speaking):
+    speaking.browser.refresh()
+    speaking.until(lambda: speaking.find("#message textarea") and speaking.find("#persona textarea"))
+    speaking.begin("again ?")
+    assert speaking.texts("#transcript .message") == ["again ?"]
+
+
+def test_a_second_page_shows_its_message_and_can_leave_the_queue(speaking, endless):
+    with chromium() as other:
+        page = Page(other, endless.url)
+        page.find("#message textarea")[0].send_keys("me too\n")
+        page.until(lambda: page.said() == ["me too", "…"])
+        page.click("#message .stop-button")
+        page.until(page.idle)  # long before the other one's answer has ended
+        assert page.said() == [] and page.find("#message textarea")[0].get_attribute("value") == "me too"
+    assert not speaking.idle()
+
+
+def test_a_long_conversation_scrolls_within_its_frame(page):
+    for number in range(8):
+        page.say(f"hi ! number {number} ?")
+    inner, outer, end = page.browser.execute_script(
+        "const t = document.querySelector('#transcript'), m = t.querySelectorAll('.message');"
+        "const a = [...t.querySelectorAll('.answer')].pop();"
+        "return [t.scrollHeight, t.clientHeight, t.getBoundingClientRect().bottom - a.getBoundingClientRect().bottom]"
+    )
+    assert inner > outer and 0 <= end < outer  # the last answer is in sight
+    first = "document.querySelector('#transcript .message').getBoundingClientRect()"
+    over = (
+        f"const r = {first}; return document.elementFromPoint(r.left + 5, Math.max(r.top, 1) + 1)?.closest('.message')"
+    )
+    assert page.browser.execute_script(over) is None  # the first is not painted over what stands above
+
+
+def test_on_a_phone_the_conversation_comes_first_and_nothing_is_cut_off(page):
+    page.browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        page.until(lambda: page.browser.execute_script("return innerWidth") == 390)
+        place = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+        box, talk, persona = (
+            page.browser.execute_script(place, name) for name in ("#message", "#transcript", "#persona")
+        )
+        assert talk["top"] < box["top"] < persona["top"] and box["bottom"] < 844
+        assert page.browser.execute_script("return document.documentElement.scrollWidth") == 390
+        assert abs(persona["width"] - talk["width"]) < 2
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_written_can_be_read(page, scheme):
+    """WCAG's contrast of 4.5 between each text and what is behind it."""
+    scheme_is = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_is)
+    try:
+        page = Page(page.browser, page.browser.current_url)
+        page.click("#beside input")
+        page.say("hi !")
+        for selector in ("#transcript .message", ".answer.talks p", ".answer:not(.talks) p", "#transcript .who",
+                         "#persona textarea", "#persona [data-testid=block-info]", "#talks label.selected", "#undo",
+                         "#talks [data-testid=block-info]"):  # fmt: skip
+            assert page.browser.execute_script(CONTRAST, selector) >= 4.5, selector
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_controls_say_how_answers_are_made(page):
+    box = page.find("#message textarea")[0]
+
+    def answer_to_the_same() -> str:
+        page.click("#reset")
+        page.until(lambda: page.find("#transcript .nothing") and not box.get_attribute("value"))
+        box.send_keys("what do you eat ?\n")
+        # What is sampled may be empty, and is then taken back.
+        answered = "#transcript [aria-busy=false]"
+        page.until(lambda: page.find(answered) or "answer is empty" in "".join(page.texts(".toast-body")))
+        return page.said()[1] if page.find(answered) else ""
+
+    def put(label: str, value: str) -> None:
+        page.find(f"input[type=number][aria-label*='{label}']")[0].send_keys(
+            Keys.CONTROL + "a" + Keys.NULL, value, Keys.TAB
+        )
+
+    page.say("what do you eat ?")
+    likeliest = page.said()[1]
+    put("max_new_tokens", "2")
+    shorter = answer_to_the_same()
+    assert likeliest.startswith(shorter) and len(shorter) < len(likeliest)
+    put("max_new_tokens", "12")
+    assert len(page.find("input[type=range]")) == 1
+    page.click("#sample input")
+    page.until(lambda: len(page.find("input[type=range]")) == 4)
+    put("temperature", "2")
+    assert len({answer_to_the_same() for _ in range(4)}) > 1
+    put("top_k", "1")
+    assert answer_to_the_same().startswith(likeliest)
+
+
+def test_a_page_says_what_it_needs(page):
+    box, persona = page.find("#message textarea")[0], page.find("#persona textarea")[0]
+    for keys, told in (("  \n", "There is no message."), ("dog " * 2500, "persona and message alone take more than")):
+        page.browser.execute_script(
+            "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+            box, keys,
+        )  # fmt: skip
+        page.click("#message .submit-button")
+        page.until(lambda told=told: any(told in text for text in page.texts(".toast-body")))
+    persona.send_keys(Keys.CONTROL + "a" + Keys.NULL, Keys.DELETE)
+    page.click("#reset")
+    page.until(lambda: any("at least one sentence" in text for text in page.texts(".toast-body")))
+    page.click("#undo")
+    page.until(lambda: any("nothing to take back" in text for text in page.texts(".toast-body")))
 
 
 def test_what_is_said_stays_text(page):

@@ -73,6 +73,47 @@ def test_the_form_is_understood_as_the_page_says(made: Path) -> None:
     assert given | {"turns[].speaker", "turns[].text", "conversation_id"} == fields
 
 
+def ran(program: str, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("comma", "encoding"), [(",", "utf-8"), (";", "utf-8-sig"), ("\t", "utf-8-sig")])
+def test_a_table_is_read_as_a_spreadsheet_saves_it(comma, encoding, tmp_path):
+    rows = ["chat,speaker,text,persona", "1,customer,Hello; is it late?,", "1,clerk,It is.,I work at night."]
+    table = "".join(comma.join(f'"{cell}"' for cell in row.split(",")) + "\r\n" for row in rows)
+    (tmp_path / "chats.csv").write_bytes(table.encode(encoding))
+    ran(PROGRAMS[0], tmp_path)
+    (dialogue,) = dialogues_of(tmp_path / "from-table.jsonl", Tally())
+    assert [turn.text for turn in dialogue.turns] == ["Hello; is it late?", "It is."]
+    assert dialogue.persona == ("I work at night.",)
+
+
+@pytest.mark.parametrize(
+    "stamp", ["2026-03-01 18:02 {}", "[12.03.26, 18:02:11] {}", "\u200e[12.03.26, 18:02:11] {}", "3/12/26, 6:02\u202fPM - {}",
+              "12/03/2026, 18:02 - {}"],
+)  # fmt: skip
+def test_a_log_is_read_as_messengers_export_it(stamp, tmp_path):
+    said = ["Messages are encrypted", "Ben: at 18:02: here?", "Ana: ten minutes", "Ben left"]
+    said[2:3] = [said[2] + "\nstill: looking"]
+    (tmp_path / "log.txt").write_text("".join(stamp.format(line) + "\n" for line in said), encoding="utf-8-sig")
+    ran(PROGRAMS[1], tmp_path)
+    (dialogue,) = dialogues_of(tmp_path / "from-log.jsonl", Tally())
+    assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [
+        ("partner", "at 18:02: here?"), ("self", "ten minutes still: looking"),
+    ]  # fmt: skip
+
+
+def test_sharegpt_needs_no_ids(tmp_path):
+    items = json.loads(FILES["sharegpt.json"])
+    for item in items:
+        del item["id"]
+    (tmp_path / "sharegpt.json").write_text(json.dumps(items), encoding="utf-8")
+    ran(PROGRAMS[2], tmp_path)
+    (dialogue,) = dialogues_of(tmp_path / "from-sharegpt.jsonl", Tally())
+    assert dialogue.dialogue_id == "train-000000" and dialogue.persona[0] == "You are Mira."
+
+
 def test_the_programs_keep_who_says_what(made: Path) -> None:
     of_table, inn = dialogues_of(made / "from-table.jsonl", Tally())
     assert of_table.persona == ("I work at the night desk.", "I love old maps.") and inn.dialogue_id == "2"

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -132,6 +133,39 @@ def test_mlflow_takes_every_setting_and_the_users_experiment(prepared, tmp_path,
     assert sent["training.max_steps"] == 2 and sent["lora.target_modules"] == ["query_key_value"]
     # MLflow refuses names with other characters than these.
     assert all(name.replace(".", "").replace("_", "").isalnum() for name in sent)
+
+
+def remembering(call: Any) -> Any:
+    """A call of a stand-in that writes down its arguments at once: what is handed over may change later."""
+    return lambda *arguments, **named: call(repr((arguments, named)))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_no_tracker_sees_where_a_local_base_lies(name, prepared, tmp_path, monkeypatch):
+    """By whatever way: the settings, the model's configuration or the adapter's."""
+    package = stand_in(monkeypatch, name, "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util")
+    seen: list[str] = []
+    if name == "wandb":
+        sys.modules["wandb.sdk.lib.config_util"].ConfigError = ValueError  # type: ignore[attr-defined]
+        package.run = MagicMock()
+        package.config.update.side_effect = remembering(seen.append)
+    elif name == "trackio":
+        package.context_vars.current_space_id.get.return_value = None
+        package.config.update.side_effect = remembering(seen.append)
+    else:
+        package.__version__ = "3.0.0"
+        package.utils.validation.MAX_PARAM_VAL_LENGTH, package.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 6000, 100
+        package.active_run.side_effect = itertools.chain([None], itertools.repeat(MagicMock()))
+        package.log_params.side_effect = remembering(seen.append)
+    run = tmp_path / "run"
+    assert train.main([*prepared.copy_to(run), *FEW, "--training.report_to", name]) == 0
+    told = " ".join(seen)
+    assert "'_name_or_path': 'base'" in told
+    assert name == "mlflow" or "base_model_name_or_path='base'" in told
+    assert str(prepared.base.parent) not in told and str(tmp_path) not in told
+    # What is saved names the base in full, so that peft finds it.
+    saved = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(prepared.base)
 
 
 def test_of_local_paths_only_the_last_part_is_told(prepared, tmp_path):

@@ -6,20 +6,23 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kestrel.chat.conversation import System
+from kestrel.chat.conversation import Exchange, System
 from kestrel.dialogue import Dialogue, Turn
+from kestrel.errors import KestrelError
 from kestrel.generation import generation_config
 from kestrel.loss import causal_lm_of
-from kestrel.prompt import Prompt
+from kestrel.prompt import TOO_LONG, Prompt, Unrenderable
 from kestrel.settings import Generation
 
+_LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a character of which bytes are still to come
+EMPTY = "the answer is empty: it ended before it began; your message is taken back, so say it otherwise, or sample"
 
 
 class Speaker:
@@ -49,13 +52,46 @@ class Speaker:
         It is the prompt of training: what a reply here would be predicted from, had the dialogue been trained on.
 
         Raises:
-            Unrenderable: persona and last message alone are too long, or a text spells a control token.
+            KestrelError: persona and last message alone are too long, or a text spells a control token.
         """
         placeholder = replace(dialogue, turns=(*dialogue.turns, Turn("self", "ok")))
-        rendered = self.prompt.render(placeholder)
+        try:
+            rendered = self.prompt.render(placeholder)
+        except Unrenderable as error:
+            if error.reason == TOO_LONG:
+                raise KestrelError(
+                    f"persona and message alone take more than the {self.prompt.max_length:,} tokens that a prompt may "
+                    "have: prompt.max_length, or the model's context less generation.max_new_tokens; shorten them"
+                ) from None
+            raise KestrelError(f"{str(error).removeprefix(f'dialogue {dialogue.dialogue_id}: ')}; reword it") from None
         return rendered.input_ids[: rendered.reply_spans[-1][0]], rendered.first_turn
 
-    def answer(self, context: Sequence[int], system: System, chosen: Generation) -> Generator[str, None, None]:
+    def exchange(
+        self,
+        began: Exchange,
+        context: Sequence[int],
+        beside: bool,
+        chosen: Generation,
+        stop: threading.Event | None = None,
+    ) -> Generator[Exchange, None, None]:
+        """Yields an exchange as its answer grows, and then, if both are asked, the other system's over the same prompt.
+
+        First comes the one that is given, without an answer: the model may still be busy with another one's.
+        """
+        yield began
+        exchange = began
+        for system in (began.system, *(s for s in self.systems if beside and s != began.system)):
+            with contextlib.closing(self.answer(context, system, chosen, stop)) as answer:
+                for text in answer:
+                    if system == began.system:
+                        exchange = replace(exchange, reply=text)
+                    else:
+                        exchange = replace(exchange, beside={system: text})
+                    yield exchange
+
+    def answer(
+        self, context: Sequence[int], system: System, chosen: Generation, stop: threading.Event | None = None
+    ) -> Generator[str, None, None]:
         """Yields the answer as far as it is known, each time with more text; the last one is the whole answer.
 
         The model works in a thread of its own, so that the one that reads can be interrupted at any moment. When the
@@ -65,14 +101,23 @@ class Speaker:
             context: from `context`.
             system: who answers.
             chosen: sampling, lengths and stop strings. Beams are shown when they are done.
+            stop: ends the answer where it is, also while another one is still to be waited for.
         """
         said: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        stop = threading.Event()
+        unread = threading.Event()
+
+        def over() -> bool:
+            return unread.is_set() or (stop is not None and stop.is_set())
 
         def work() -> None:
             try:
-                with self._one_at_a_time:
-                    self._generate(context, system, chosen, said, stop)
+                while not over():
+                    if self._one_at_a_time.acquire(timeout=_LOOK_EVERY):
+                        try:
+                            self._generate(context, system, chosen, said, over)
+                        finally:
+                            self._one_at_a_time.release()
+                        break
                 said.put(None)
             except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
                 said.put(error)
@@ -85,7 +130,7 @@ class Speaker:
                     raise item
                 yield item
         finally:
-            stop.set()
+            unread.set()
             worker.join()
 
     def _generate(
@@ -94,7 +139,7 @@ class Speaker:
         system: System,
         chosen: Generation,
         said: queue.SimpleQueue[str | BaseException | None],
-        stop: threading.Event,
+        over: Callable[[], bool],
     ) -> None:
         from transformers import StoppingCriteriaList
 
@@ -107,7 +152,7 @@ class Speaker:
             if len(rows) == 1 and len(rows[0][0]) > len(shown):  # of several beams none is the answer yet
                 shown = rows[0][0]
                 said.put(shown)
-            return torch.tensor([ended or stop.is_set() for _, ended in rows], device=sequences.device)
+            return torch.tensor([ended or over() for _, ended in rows], device=sequences.device)
 
         causal_lm: Any = causal_lm_of(self.model)
         ids = torch.tensor([context], device=next(self.model.parameters()).device)
@@ -126,7 +171,7 @@ class Speaker:
                 )
             finally:
                 causal_lm.generation_config = own
-        if not stop.is_set():
+        if not over():
             said.put(spoken(self.prompt, generated[0, len(context) :].tolist(), chosen.stop_strings, whole=True)[0])
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shutil
+import signal
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kestrel.chat.conversation import Conversation, Exchange, System, read_persona, save, sentences
-from kestrel.chat.speaker import Speaker
+from kestrel.chat.sampling import changed, described
+from kestrel.chat.speaker import EMPTY, Speaker
 from kestrel.errors import Interrupted, KestrelError
 from kestrel.settings import Generation
 
@@ -24,6 +26,7 @@ HELP = """\
 /compare [MESSAGE]          adapter and base side by side on your next message, or on this one; the conversation
                             goes on from the one that talks
 /system adapter|base        who talks
+/set [NAME VALUE]           how answers are made: show it, or change it, as in /set temperature 0.7
 /save FILE                  add the conversation to a file of JSON lines, which preprocess.py reads
 /help                       this list
 /quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, a second one leaves
@@ -54,6 +57,7 @@ class Terminal:
             "/undo": self._undo,
             "/compare": self._compare,
             "/system": self._system,
+            "/set": self._set,
             "/save": self._save,
             "/help": lambda rest: print(HELP),
             "/quit": self._quit,
@@ -63,7 +67,7 @@ class Terminal:
         """Talks until the input ends or the user leaves.
 
         Raises:
-            Interrupted: Ctrl-C a second time.
+            Interrupted: Ctrl-C a second time, or told to end.
         """
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and earlier lines in input()
@@ -75,9 +79,11 @@ class Terminal:
                 line = self._read("you> ").strip()
                 warned = False
                 self._handle(line)
-            except KeyboardInterrupt:
-                if warned:
-                    raise Interrupted(2, "left; what was not saved is gone") from None
+            except KeyboardInterrupt as error:
+                number = error.exit_status - 128 if isinstance(error, Interrupted) else signal.SIGINT
+                if warned or number != signal.SIGINT:  # who is told to end by anything but Ctrl-C is not asked again
+                    print(flush=True)
+                    raise Interrupted(number, "left; what was not saved is gone") from None
                 warned = True
                 print("\n(Ctrl-C again leaves)", flush=True)
             except (Leaving, EOFError):
@@ -110,32 +116,21 @@ class Terminal:
         if cut and not self._told_of_cut:
             print(f"(the first {cut} turns no longer fit into prompt.max_length; from here on the oldest are left out)")
             self._told_of_cut = True
-        exchange = Exchange(message, self.system, "")
+        began = exchange = Exchange(message, self.system, "")
+        shown: _Columns | _Line = _Columns(self.speaker.systems) if compare else _Line(self.system)
         try:
-            if compare:
-                answers = {system: self._whole(context, system) for system in self.speaker.systems}
-                print(side_by_side(answers), flush=True)
-                exchange = replace(exchange, reply=answers.pop(self.system), beside=answers)
-            else:
-                print(f"{self.system}> ", end="", flush=True)
-                for text in self.speaker.answer(context, self.system, self.chosen):
-                    more, exchange = text[len(exchange.reply) :], replace(exchange, reply=text)
-                    print(readable(more), end="", flush=True)  # last: what can be seen is known, whenever Ctrl-C comes
-                print(flush=True)
+            with contextlib.closing(self.speaker.exchange(began, context, compare, self.chosen)) as growing:
+                for exchange in growing:
+                    shown.grow(exchange)  # last: what can be seen is known, whenever Ctrl-C comes
+            shown.end(exchange)
         except KeyboardInterrupt:
             if exchange.reply:
                 self.conversation.exchanges.append(exchange)
                 print(" …", end="")
             raise
         if not exchange.reply:
-            raise KestrelError("the answer is empty: it ended before it began; your message is taken back")
+            raise KestrelError(f"{EMPTY}{'' if self.chosen.do_sample else ': /set do_sample true'}")
         self.conversation.exchanges.append(exchange)
-
-    def _whole(self, context: list[int], system: System) -> str:
-        text = ""
-        for text in self.speaker.answer(context, system, self.chosen):
-            pass
-        return text
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -149,10 +144,10 @@ class Terminal:
             if not lines:
                 return
             persona = sentences(lines, "/persona")
-        elif "|" in rest or (" " in rest and not Path(rest).is_file()):
+        elif "|" in rest or (" " in rest and not path_of(rest).is_file()):
             persona = sentences(rest.split("|"), "/persona")
         else:
-            persona = read_persona(Path(rest))
+            persona = read_persona(path_of(rest))
         self._reset("", persona)
         self._show_persona()
 
@@ -176,17 +171,26 @@ class Terminal:
             print("(adapter and base both answer your next message)")
 
     def _system(self, rest: str) -> None:
-        match = [system for system in self.speaker.systems if system == rest]
+        match = [system for system in self.speaker.systems if system == rest.lower()]
         if not match:
             raise KestrelError(f"who can talk here: {', '.join(self.speaker.systems)}; {self.system} does")
         self.system = match[0]
         print(f"({self.system} talks)")
 
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.replace("=", " ").replace(": ", " ").partition(" ")
+        if value:
+            self.chosen = changed(self.chosen, name, value.strip(), self.speaker.most_new_tokens)
+        elif name:
+            raise KestrelError(f"/set {name} needs a value; /set alone shows what holds")
+        print(described(self.chosen))
+
     def _save(self, rest: str) -> None:
         if not rest:
             raise KestrelError("/save needs the name of a file")
-        count = save(self.conversation, Path(rest).expanduser())
-        print(f"(saved; {rest} holds {count:,} conversation{'s' if count > 1 else ''})")
+        path = path_of(rest)
+        count = save(self.conversation, path)
+        print(f"(saved; {path} holds {count:,} conversation{'s' if count > 1 else ''})")
 
     def _quit(self, rest: str) -> None:
         raise Leaving
@@ -197,16 +201,66 @@ class Terminal:
             print(f"  {readable(sentence)}")
 
 
+class _Line:
+    """An answer that grows behind the name of who gives it."""
+
+    def __init__(self, system: System):
+        self._length = 0
+        print(f"{system}> ", end="", flush=True)
+
+    def grow(self, exchange: Exchange) -> None:
+        more, self._length = exchange.reply[self._length :], len(exchange.reply)
+        print(readable(more), end="", flush=True)
+
+    def end(self, exchange: Exchange) -> None:
+        print(flush=True)
+
+
+class _Columns:
+    """Answers that grow side by side, drawn anew each time; without a terminal they are shown when they are done."""
+
+    def __init__(self, systems: Sequence[System]):
+        self._nothing = dict.fromkeys(systems, "")
+        self._rows = 0
+
+    def grow(self, exchange: Exchange) -> None:
+        block = self._block(exchange, "…")
+        # What has scrolled out of sight cannot be drawn over.
+        if sys.stdout.isatty() and block.count("\n") + 1 < shutil.get_terminal_size().lines:
+            self._draw(block)
+
+    def end(self, exchange: Exchange) -> None:
+        self._draw(self._block(exchange, "(empty)"))
+
+    def _block(self, exchange: Exchange, nothing: str) -> str:
+        return side_by_side({**self._nothing, exchange.system: exchange.reply, **exchange.beside}, nothing)
+
+    def _draw(self, block: str) -> None:
+        over = f"\x1b[{self._rows}F\x1b[J" if self._rows else ""
+        self._rows = block.count("\n") + 1
+        print(f"{over}{block}", flush=True)
+
+
+def path_of(given: str) -> Path:
+    """A path as people type it: in quotation marks perhaps, and with ~ for their home."""
+    if len(given) > 1 and given[0] == given[-1] and given[0] in "'\"":
+        given = given[1:-1]
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # ~ of a user that is not known
+        return Path(given)
+
+
 def readable(text: str) -> str:
     """Text that a terminal cannot mistake for its own control sequences."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def side_by_side(answers: dict[System, str]) -> str:
+def side_by_side(answers: dict[System, str], nothing: str = "(empty)") -> str:
     """Answers in columns as wide as the terminal allows, each below who gave it."""
     width = max(20, (shutil.get_terminal_size().columns - 3 * (len(answers) - 1)) // len(answers))
     columns = [
-        [f"{system}>", *textwrap.wrap(readable(text) or "(empty)", width, drop_whitespace=True)]
+        [f"{system}>", *textwrap.wrap(readable(text) or nothing, width, drop_whitespace=True)]
         for system, text in answers.items()
     ]
     height = max(map(len, columns))

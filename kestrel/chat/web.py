@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -31,7 +32,7 @@ def serve(speaker: Speaker, persona: tuple[str, ...], settings: Generation, host
 
         server = uvicorn.Server(
             uvicorn.Config(
-                application(speaker, persona, settings, host, Path(folder)), log_level="warning",
+                application(speaker, persona, settings, host, Path(folder)), log_level="critical",
                 timeout_graceful_shutdown=1,
             )
         )  # fmt: skip
@@ -45,8 +46,9 @@ def serve(speaker: Speaker, persona: tuple[str, ...], settings: Generation, host
             )
         try:
             server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            raise Interrupted(2, "stopped; what was not exported is gone") from None
+        except KeyboardInterrupt as error:
+            number = error.exit_status - 128 if isinstance(error, Interrupted) else signal.SIGINT
+            raise Interrupted(number, "stopped; what was not exported is gone") from None
 
 
 def listen(host: str, port: int) -> socket.socket:
