@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from conftest import Experiment
-from hub_server import serving
-from publishing import BASE, ROOT, run
+from hub_server import Hub, serving
+from publishing import BASE, ROOT, run, stopped_at_a_large_file
 from safetensors.torch import load_file, save_file
+from test_disk import small_disk
 
 import generate
 import preprocess
@@ -131,6 +132,67 @@ def test_a_part_of_our_adapter_is_not_taken_for_one_made_elsewhere(trained: Expe
     assert "without its manifest.json" in capsys.readouterr().err
 
 
+def test_what_is_no_adapter_is_named_with_what_may_have_been_meant(
+    trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
+) -> None:
+    checkpoint = next((trained.run / "checkpoints").iterdir())
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "model.safetensors").write_bytes(b"")
+    for name, message in (
+        (trained.run, f"did you mean {trained.run / 'adapter'}?"),
+        (trained.run / "dataset", "name a run's adapter folder"),
+        (checkpoint, "is a checkpoint of a training"),
+        (tmp_path / "whole", "a whole model, which is used with model.name"),
+        (elsewhere / "adapter_config.json", "is a file; name the folder"),
+    ):
+        assert generate.main(arguments(trained, tmp_path / "run", name)) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_damaged_one_is_told_what_mends_it(trained: Experiment, tmp_path: Path, capsys) -> None:
+    for folder, remedy in (
+        (tmp_path / "copy", "copy it anew"),
+        (
+            tmp_path / "models--me--lora" / "snapshots" / "0123",
+            f"delete {tmp_path / 'models--me--lora'}, and it is down",
+        ),
+    ):
+        shutil.copytree(trained.run / "adapter", folder)
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
+        assert generate.main(arguments(trained, tmp_path / "run", folder)) == 1
+        said = capsys.readouterr().err
+        assert "is damaged or was edited" in said and remedy in said and "set the run's settings" not in said
+
+
+def test_another_tools_manifest_does_not_make_an_adapter_ours(
+    trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
+) -> None:
+    write_json(elsewhere / "manifest.json", {"name": "an extension"})
+    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE)) == 0
+    assert "made elsewhere" in capsys.readouterr().out
+
+
+def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
+    trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
+) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("our_evaluate", ROOT / "evaluate.py")  # its name is a library's too
+    evaluate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate)
+    given = arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE, "--evaluation.resamples", "100")
+    assert generate.main(given) == 0 and evaluate.main(given) == 0
+    capsys.readouterr()
+    weights = elsewhere / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    assert evaluate.main(given) == 1
+    assert "was generated from another adapter than the run's is now" in capsys.readouterr().err
+    given[given.index(str(elsewhere))] = "someone/never-downloaded"
+    assert evaluate.main(given) == 0
+    assert "someone/never-downloaded is not on this machine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "a/b/c", "../x/y", "owner/"])
 def test_what_is_neither_folder_nor_id_is_told(trained: Experiment, tmp_path: Path, capsys, name: str) -> None:
     assert generate.main(arguments(trained, tmp_path / "run", name)) == 1
@@ -169,6 +231,26 @@ def test_from_the_hub_only_safetensors_come(trained: Experiment, elsewhere: Path
         assert "private and you are not logged in" in secret and "private and you are not logged in" in absent
         assert {path.name for path in Path(found).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
         assert hub.wrong == []
+
+
+def test_ctrl_c_in_the_middle_of_a_download_ends_it_and_the_same_command_goes_on(
+    trained: Experiment, elsewhere: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.add("someone/lora", elsewhere)
+    given, home = arguments(trained, tmp_path / "run", "someone/lora", "--hub.base_model", BASE), tmp_path / "home"
+    done = stopped_at_a_large_file("generate.py", *given, hub=hub, home=home)
+    assert done.status == 130 and "run the same command again" in done.said and "Traceback" not in done.said, done.said
+    assert run("generate.py", *given, hub=hub, home=home).status == 0
+
+
+def test_a_full_disk_under_the_hubs_cache_is_named(
+    trained: Experiment, elsewhere: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.add("someone/lora", elsewhere)
+    given = arguments(trained, tmp_path / "run", "someone/lora", "--hub.base_model", BASE)
+    with small_disk(tmp_path / "disk", 8) as small:
+        done = run("generate.py", *given, hub=hub, home=small)
+    assert done.status == 1 and f"the Hub's cache, {small}" in done.said and "HF_HOME" in done.said, done.said
 
 
 def test_the_forerunners_adapter_has_a_config(tmp_path: Path) -> None:

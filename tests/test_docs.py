@@ -18,6 +18,7 @@ from kestrel.keys import all_keys
 ROOT = Path(__file__).resolve().parent.parent
 OWN_DATA = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")
 FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 FILES = dict(re.findall(r"^`([\w.-]+)`:\n\n```\w+\n(.*?)```$", OWN_DATA, re.DOTALL | re.MULTILINE))
@@ -174,17 +175,17 @@ def test_three_files_are_taken_as_they_are_and_two_as_the_page_says(base, tmp_pa
     assert rows["test"].endswith("the source's validation") and rows["validation"].endswith("cut from train")
 
 
-# -- both pages --------------------------------------------------------------------------------------------------------
+# -- all pages --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [OWN_DATA, FAQ], ids=["your-own-data", "faq"])
+@pytest.mark.parametrize("page", [OWN_DATA, FAQ, PUBLISHING], ids=["your-own-data", "faq", "publishing"])
 def test_keys_that_the_pages_name_exist(page: str) -> None:
     sections = {key.partition(".")[0] for key in all_keys() if "." in key}
     named = set(re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\()", page))
     assert named and named <= all_keys().keys(), named - all_keys().keys()
 
 
-@pytest.mark.parametrize("page", ["your-own-data.md", "faq.md"])
+@pytest.mark.parametrize("page", ["your-own-data.md", "faq.md", "publishing.md"])
 def test_links_within_the_project_name_headings_that_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", text):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Experiment
+from test_disk import small_disk
 
 import publish
-from kestrel import export
-from kestrel.artifacts import read_json
+from kestrel import disk, export
+from kestrel.artifacts import clear_beside, read_json
 
 
 def merging(experiment: Experiment, folder: Path, *more: str) -> list[str]:
@@ -37,7 +40,7 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
     base = AutoModelForCausalLM.from_pretrained(trained.base)
     name = "transformer.h.0.self_attention.query_key_value.weight"
     assert not torch.equal(model.state_dict()[name], base.state_dict()[name])
-    assert "were not tried" in " ".join((folder / "README.md").read_text().split())
+    assert "with this model none of them was tried" in " ".join((folder / "README.md").read_text().split())
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.[jm][sd]*"))
 
 
@@ -101,3 +104,66 @@ def test_a_merge_is_made_again_over_an_older_one_and_without_a_dataset(trained: 
     for _ in range(2):
         assert publish.main(merging(trained, folder, *more)) == 0
     assert json.loads((folder / "manifest.json").read_text())["answers"] == 4
+
+
+def test_the_config_says_how_many_key_value_heads_there_are(trained: Experiment, tmp_path: Path) -> None:
+    """Falcon's class never reads it; llama.cpp's converter does, and failed on transformers' default."""
+    folder = tmp_path / "merged"
+    assert publish.main(merging(trained, folder)) == 0
+    assert read_json(folder / "config.json", "")["num_kv_heads"] == 1
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.name != "manifest.json"}
+    assert len(modes) == 1, "what serves the model may run as somebody else"
+    # The same folder again, after its user put a converted model there.
+    (folder / "model.gguf").write_bytes(b"hours of work")
+    assert publish.main(merging(trained, folder)) == 1
+    assert (folder / "model.gguf").read_bytes() == b"hours of work"
+
+
+def test_what_stands_in_the_way_is_named(trained: Experiment, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("x")
+    assert publish.main(merging(trained, tmp_path / "file" / "merged")) == 1
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert publish.main(merging(trained, tmp_path / "m", "--run_dir", str(tmp_path / "empty"))) == 1
+    assert "train it with" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_told_before_a_weight_is_loaded(trained: Experiment, tmp_path: Path, capsys) -> None:
+    with small_disk(tmp_path / "disk", 300) as small:
+        assert publish.main(merging(trained, small / "merged")) == 1
+        said = capsys.readouterr()
+        assert "the disk is too full" in said.err and "name another folder" in said.err and "base:" not in said.out
+        assert list(small.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(trained: Experiment, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(disk, "require_room", lambda *_: None)
+    with small_disk(tmp_path / "disk", 300) as small:
+        assert publish.main(merging(trained, small / "merged")) == 1
+        said = capsys.readouterr().err
+        assert "the disk is full" in said and "merged model's files need about" in said
+        assert list(small.iterdir()) == []
+
+
+def test_memory_that_is_too_small_gets_advice_for_a_merge(trained: Experiment, tmp_path: Path, capsys, monkeypatch):
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(export, "_merged", exhausted)
+    assert publish.main(merging(trained, tmp_path / "merged")) == 1
+    said = capsys.readouterr().err
+    assert "CUDA_VISIBLE_DEVICES=" in said and "tokens_per_step" not in said and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_merge_left_is_cleared_and_a_running_one_is_not(trained: Experiment, tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    dead, alive = (tmp_path / f".merged.incomplete-{pid}" for pid in (gone.pid, os.getppid()))
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    assert publish.main(merging(trained, tmp_path / "merged")) == 0
+    assert not dead.exists() and alive.exists()
+    # Killed between two renames, the older model stands aside only.
+    (tmp_path / "merged").rename(tmp_path / f".merged.former-{gone.pid}")
+    clear_beside(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

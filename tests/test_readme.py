@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kestrel.export import serving
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md"]
 
@@ -53,14 +55,24 @@ def test_commands_of_scripts_are_valid(command: str) -> None:
     assert "run_dir:" in done.stdout
 
 
+TOOLS = "quickstart|benchmarks|docs|tools"
+SERVING = serving("merged", "bfloat16").splitlines()
+
+
 def test_every_command_is_checked_by_some_test() -> None:
-    known = re.compile(rf"make |pip install -r requirements|{SCRIPT}|python (quickstart|benchmarks|docs)/\w+\.py")
-    assert not [command for _, command in COMMANDS if not known.match(command)]
+    known = re.compile(rf"make |pip install -r requirements|{SCRIPT}|python ({TOOLS})/\w+\.py")
+    assert not [command for _, command in COMMANDS if not known.match(command) and command not in SERVING]
 
 
-@pytest.mark.parametrize(
-    "command", sorted({c for _, c in COMMANDS if re.match(r"python (quickstart|benchmarks|docs)/", c)})
-)
+def test_other_engines_are_served_as_the_merged_models_own_page_says() -> None:
+    """They cannot be run here; the page says which of them were tried, and by what command again."""
+    assert {command for _, command in COMMANDS} >= set(SERVING)
+    page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    for engine in ("transformers", "llama.cpp", "vLLM", "Text Generation Inference"):
+        assert re.search(rf"^\| {re.escape(engine)} \| (?:no; |in |with )", page, re.MULTILINE), engine
+
+
+@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if re.match(rf"python ({TOOLS})/", c)}))
 def test_tools_exist(command: str) -> None:
     tool = shlex.split(command, comments=True)[1]
     done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
