@@ -111,13 +111,14 @@ def test_two_processes_train_what_one_does(alone, tmp_path, name):
             command += ["--training.tokens_per_step", "96", "--training.recompute", "full"]
         status, out, err = run(*command, launcher=launcher)
     assert status == 0, err
-    assert out.count("proven: saved") == out.count("step 8 of 8: ") == 1, "the first process alone prints"
+    once = ("trainable parameters", "step 8 of 8: ", "proven: saved")
+    assert [out.count(said) for said in once] == [1, 1, 1], "the first process alone prints"
     assert ("this process holds 50%" in out) is (name == "fsdp")
     assert_same_training(one, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".processes*"))
     states = (tmp_path / "run" / "checkpoints" / "checkpoint-8").glob("rng_state_*.pth")
-    draws = [torch.load(path, weights_only=False)["cpu"] for path in states]
-    assert len(draws) == 2 and not torch.equal(*draws), "dropout in one is not dropout in the other"
+    seeds = [torch.load(path, weights_only=False)["cpu"][:8] for path in states]  # with which a state begins
+    assert len(seeds) == 2 and not torch.equal(*seeds), "dropout in one is not dropout in the other"
 
 
 def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tmp_path):
