@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -275,7 +276,15 @@ def validate_card(content: str, repo_id: str) -> None:
         try:
             ModelCard(content, ignore_metadata_errors=False).validate()
         except ValueError as error:
-            raise KestrelError(f"the Hub refuses the card's metadata: {error}") from None
+            raise KestrelError(f"the Hub refuses the card's metadata: {_told_by_hub(str(error))}") from None
+
+
+def _told_by_hub(answer: str) -> str:
+    """What the check of the metadata found, out of the JSON that the client (2.4) hands on as it came."""
+    try:
+        return "; ".join(str(found["message"]) for found in json.loads(answer)["errors"]) or answer
+    except (ValueError, KeyError, TypeError):
+        return answer
 
 
 def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], message: str) -> Commit:

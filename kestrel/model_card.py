@@ -122,6 +122,11 @@ def _results(facts: Facts) -> list[EvalResult]:
         "dataset_split": facts.metrics["split"],
     }
     found = [(kind, shown, scores[key]["score"], scores[key]) for key, kind, shown in _METRICS if key in scores]
+    trivial = {name: entry for name, entry in facts.metrics["systems"].items() if entry["kind"] == "trivial"}
+    beside = {
+        shown: {name: round(float(entry[key]["score"]), 4) for name, entry in trivial.items()}
+        for key, _, shown in _METRICS
+    }
     if perplexity := scores.get("perplexity"):
         signature = {"signature": "per reply token, end included", "ci95": perplexity["ci95"]["token"]}
         found.append(("perplexity", "Perplexity per token", perplexity["token"], signature))
@@ -135,6 +140,7 @@ def _results(facts: Facts) -> list[EvalResult]:
                 "signature": entry["signature"],
                 "ci95": [round(float(end), 4) for end in entry["ci95"] or []],
                 "evaluation": facts.metrics["signature"],
+                **({"trivial_systems": beside[shown]} if beside.get(shown) else {}),
             },
         )
         for kind, shown, value, entry in found

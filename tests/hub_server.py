@@ -61,6 +61,7 @@ class Hub:
         dropped_uploads: how many of the next uploads are cut off in the middle.
         failing_commits: how many of the next commits fail on the Hub's side.
         uploaded: sha256 of each large file that arrived, in order.
+        refused_metadata: what the check of a card's metadata finds wrong.
         datasets: ids of the data sets that there are.
         stalled: large files are kept waiting while this is set, and `waiting` tells that one is.
     """
@@ -73,6 +74,7 @@ class Hub:
     dropped_uploads: int = 0
     failing_commits: int = 0
     uploaded: list[str] = field(default_factory=list)
+    refused_metadata: str = ""
     datasets: set[str] = field(default_factory=set)
     stalled: bool = False
     waiting: threading.Event = field(default_factory=threading.Event)
@@ -236,6 +238,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.require({"type"} <= result["task"].keys(), "a result needs task.type")
                 self.require({"type", "name"} <= result["dataset"].keys(), "a result needs dataset.type and name")
                 errors += [f"metric {m}" for m in result["metrics"] if not {"type", "value"} <= m.keys()]
+        if self.hub.refused_metadata:
+            self.answer({"errors": [{"message": self.hub.refused_metadata}], "warnings": []}, 400)
+            return
         self.require(not errors, "; ".join(errors))
         self.answer({"errors": [], "warnings": []})
 

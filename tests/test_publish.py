@@ -65,6 +65,8 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
         assert given[name]["value"] == pytest.approx(scores[key]["score"], abs=1e-4)
         assert given[name]["args"]["ci95"] == pytest.approx(scores[key]["ci95"], abs=1e-4)
         assert given[name]["args"]["signature"] == scores[key]["signature"]
+        trivial = {n: e[key]["score"] for n, e in metrics["systems"].items() if e["kind"] == "trivial"}
+        assert trivial and given[name]["args"]["trivial_systems"] == pytest.approx(trivial, abs=1e-4)
     assert given["Perplexity per token"]["value"] == pytest.approx(scores["perplexity"]["token"], abs=1e-4)
     shown = card.replace("\\", "")
     for system in metrics["systems"]:

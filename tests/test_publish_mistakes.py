@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from publishing import REPO, publishing, run, stopped_at_a_large_file
 import generate
 import publish
 from kestrel.artifacts import read_json, write_json
+from kestrel.hub import PUBLISHED_FILES
 
 
 def sent(hub: Hub) -> list[str]:
@@ -145,6 +147,27 @@ def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment
     (run_dir / "evaluation" / "metrics.json").write_text(json.dumps({"systems": {}}))
     assert publish.main(given) == 1
     assert "metrics.json is damaged or scores no adapter" in capsys.readouterr().err
+
+
+def test_metadata_that_the_hub_itself_refuses_stops_it_before_anything_is_sent(
+    evaluated: Experiment, hub: Hub, tmp_path: Path
+) -> None:
+    hub.refused_metadata = '"license" must be one of [...]'
+    done = run("publish.py", *publishing(evaluated, "--hub.license", "apache-3.0"), hub=hub, home=tmp_path)
+    assert done.status == 1 and 'refuses the card\'s metadata: "license" must be' in " ".join(done.said.split()), (
+        done.said
+    )
+    assert sent(hub) == []
+
+
+def test_what_else_lies_in_the_run_is_not_published(evaluated: Experiment, tmp_path: Path, capsys) -> None:
+    shutil.copytree(evaluated.run, tmp_path / "run")
+    for name in ("dialogues.jsonl", "optimizer.pt", "trainer_state.json", ".env", "adapter_model.bin"):
+        (tmp_path / "run" / "adapter" / name).write_text("mine")
+        (tmp_path / "run" / name).write_text("mine")
+    assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"), "--dry-run")) == 0
+    listed = {line.split()[1] for line in capsys.readouterr().out.splitlines() if re.fullmatch(r" +[\d,]+  \S+", line)}
+    assert {"README.md", "adapter_model.safetensors", "prompt.json"} <= listed <= set(PUBLISHED_FILES)
 
 
 def test_spaces_in_paths(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
