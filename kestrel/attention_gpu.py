@@ -32,6 +32,13 @@ def _rows_of(block, group, length, heads, POSITIONS: tl.constexpr, HEADS: tl.con
 
 
 @triton.jit
+def _load_rows(start, position, head, there, a_position, a_head, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of queries, or of what belongs to them: (rows, SIZE), zeros where there is no such row."""
+    places = position[:, None] * a_position + head[:, None] * a_head + tl.arange(0, SIZE)[None, :]
+    return tl.load(start + places, mask=there[:, None], other=0.0)
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, k_length, v_length, position, highest, total, acc, begin, end, length, scale,
     DIAGONAL: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
@@ -62,10 +69,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
     feature = tl.arange(0, SIZE)
-    q = tl.load(
-        query + batch * q_batch + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
-        mask=there[:, None], other=0.0,
-    )  # fmt: skip
+    q = _load_rows(query + batch * q_batch, position, head, there, q_length, q_head, SIZE)
     keys, values = key + batch * k_batch, value + batch * v_batch
     highest = tl.full([POSITIONS * HEADS], -1e30, tl.float32)
     total = tl.zeros([POSITIONS * HEADS], tl.float32)
@@ -114,14 +118,8 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
     feature = tl.arange(0, SIZE)
-    q = tl.load(
-        query + batch * q_batch + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
-        mask=there[:, None], other=0.0,
-    )  # fmt: skip
-    g = tl.load(
-        grad + batch * g_batch + position[:, None] * g_length + head[:, None] * g_head + feature[None, :],
-        mask=there[:, None], other=0.0,
-    )  # fmt: skip
+    q = _load_rows(query + batch * q_batch, position, head, there, q_length, q_head, SIZE)
+    g = _load_rows(grad + batch * g_batch, position, head, there, g_length, g_head, SIZE)
     before = batch * length * heads
     row = position * heads + head
     whole = row[:, None] * SIZE + feature[None, :]
@@ -180,19 +178,12 @@ def _of_keys(  # type: ignore[no-untyped-def]
     group, length, heads, scale,
     DIAGONAL: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    feature = tl.arange(0, SIZE)
     for block in range(begin, end):
         position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
         row = position * heads + head
         # Rows that are not there read zeros, and add none.
-        q = tl.load(
-            queries + position[:, None] * q_length + head[:, None] * q_head + feature[None, :],
-            mask=there[:, None], other=0.0,
-        )  # fmt: skip
-        g = tl.load(
-            grads + position[:, None] * g_length + head[:, None] * g_head + feature[None, :],
-            mask=there[:, None], other=0.0,
-        )  # fmt: skip
+        q = _load_rows(queries, position, head, there, q_length, q_head, SIZE)
+        g = _load_rows(grads, position, head, there, g_length, g_head, SIZE)
         logsum = tl.load(sums + row, mask=there, other=0.0)
         delta = tl.load(deltas + row, mask=there, other=0.0)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - logsum[None, :])
