@@ -162,8 +162,7 @@ def _token_nll(
 def install(model: nn.Module, recompute: falcon.Recompute = "none", dense_weights: bool = False) -> None:
     """Lets the model's `forward` return the supervised tokens' likelihoods when called as `token_nll` calls it.
 
-    Going through `forward` keeps what wraps a model in the way: PEFT's hooks and the gradient synchronization of
-    several processes.
+    Going through `forward` keeps what wraps a model in the way: PEFT's hooks and those that gather a sharded base.
 
     Args:
         model: the causal LM, with its adapter if it is to have one.
