@@ -57,6 +57,9 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
     metrics = json.loads((evaluated.run / "evaluation" / "metrics.json").read_text())
     assert (data["base_model"], data["license"], data["library_name"]) == (BASE, "apache-2.0", "peft")
     assert data["pipeline_tag"] == "text-generation" and data["language"] == ["en"]
+    published = {name: hub.repositories[REPO].files[name] for name in ("adapter_config.json", "manifest.json")}
+    assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == BASE
+    assert json.loads(published["manifest.json"])["base_model"]["name"] == BASE
     (result,) = data["model-index"][0]["results"]
     assert result["dataset"]["split"] == "test"
     scores = metrics["systems"]["adapter"]
