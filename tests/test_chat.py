@@ -416,10 +416,12 @@ class Terminal:
         with contextlib.suppress(OSError):  # of Linux, when the other side has gone
             while select.select([self.fd], [], [], 60)[0] and (more := os.read(self.fd, 65536)):
                 self.seen += more.decode("utf-8", "replace")
-        with contextlib.suppress(ProcessLookupError):  # else it goes on
-            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-                time.sleep(1)
-                os.kill(self.pid, signal.SIGKILL)
+        for _ in range(600):  # it closes the terminal before it has ended
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
