@@ -163,11 +163,14 @@ def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
     packed = rows.pop("trl-packed", None)
     assert packed is None or "spread apart" in packed["disagrees"], "packed dialogues no longer see each other: time it"
     for name, row in rows.items():
-        assert 0 < row["loss_difference"] < agreement.TOLERANCE[record["compute_dtype"]][0]
+        assert 0 <= row["loss_difference"] < agreement.TOLERANCE[record["compute_dtype"]][0]
         assert row["epoch_seconds"] > 0 and row["peak_bytes"] > 2**20
         assert (row["padding_share"] > 0.5) == (name == "original")
         assert name in done.stdout.rpartition("| system |")[2]
-    assert rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
+    assert (
+        rows["kestrel"]["loss_difference"] > 0
+    )  # other layers, which round otherwise; a peer may compute the very same
+    assert 0 < rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
     assert record["versions"]["torch"] and record["date"] and record["device"]
 
 
