@@ -167,9 +167,7 @@ def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
         assert row["epoch_seconds"] > 0 and row["peak_bytes"] > 2**20
         assert (row["padding_share"] > 0.5) == (name == "original")
         assert name in done.stdout.rpartition("| system |")[2]
-    assert (
-        rows["kestrel"]["loss_difference"] > 0
-    )  # other layers, which round otherwise; a peer may compute the very same
+    # Losses of one layer in float32 may be the very same; a gradient made in another way hardly is.
     assert 0 < rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
     assert record["versions"]["torch"] and record["date"] and record["device"]
 
