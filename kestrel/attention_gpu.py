@@ -132,43 +132,13 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     behind = block * POSITIONS // KEYS * KEYS
     end = tl.minimum(length, (block + 1) * POSITIONS)
     acc = _of_queries(
-        q,
-        g,
-        keys,
-        values,
-        k_length,
-        v_length,
-        position,
-        logsum,
-        delta,
-        acc,
-        0,
-        behind,
-        length,
-        scale,
-        False,
-        SIZE,
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, 0, behind, length, scale, False, SIZE,
         KEYS,
-    )
+    )  # fmt: skip
     acc = _of_queries(
-        q,
-        g,
-        keys,
-        values,
-        k_length,
-        v_length,
-        position,
-        logsum,
-        delta,
-        acc,
-        behind,
-        end,
-        length,
-        scale,
-        True,
-        SIZE,
-        KEYS,
-    )
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, behind, end, length, scale, True,
+        SIZE, KEYS,
+    )  # fmt: skip
     tl.store(grad_query + before * SIZE + whole, acc * scale_of_gradient, mask=there[:, None])
 
 
