@@ -72,6 +72,12 @@ class Profile:
 
 
 _CHECKPOINTING = {"gradient_checkpointing": True}
+_IN_ORDINARY_MEMORY = {  # of which there is enough, so that nothing is made twice to save some; nor do the peers
+    "training.batch_size": 8,
+    "training.tokens_per_step": 4096,
+    "training.recompute": "none",
+    "training.dense_weights": True,
+}
 _GROUPED = {"train_sampling_strategy": "group_by_length"}
 PROFILES = {
     "cpu": Profile(
@@ -81,7 +87,7 @@ PROFILES = {
         repeat=1,
         checked=4,
         systems=(
-            System("kestrel", "kestrel", 8, 3, 50, {"training.batch_size": 8, "training.tokens_per_step": 4096}),
+            System("kestrel", "kestrel", 8, 3, 50, _IN_ORDINARY_MEMORY),
             System("trl-turns", "trl-turns", 8, 3, 40),
             System("trl-dialogues", "trl-dialogues", 8, 3, 25),
             System("trl-dialogues-grouped", "trl-dialogues", 8, 3, 25, _GROUPED),

@@ -81,6 +81,53 @@ class _FusedAttention(torch.autograd.Function):
         return None, of_query.transpose(1, 2), of_key, of_value
 
 
+class _BlockwiseAttention(torch.autograd.Function):
+    """Plain products, for CPUs, whose own kernel is slower than these for lengths of dialogues.
+
+    All heads are rows of one matrix, and a block of queries meets no key behind its last one. The weights are kept: an
+    autograd of the single steps would go through the scores and the sliced keys twice as often.
+
+    Inputs are queries (batch, length, heads, size), key and value (batch, length, size); the output is like the queries.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scale = query.shape[-1] ** -0.5
+        later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)[:, None]
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        kept = []
+        for start, end in _blocks(query.shape[1]):
+            rows = query[:, start:end].flatten(1, 2)
+            scores = torch.baddbmm(rows.new_empty(()), rows, key[:, :end].transpose(1, 2), beta=0, alpha=scale)
+            own = scores.unflatten(1, (end - start, -1))[..., start:]
+            own.masked_fill_(later[: end - start, :, : end - start], float("-inf"))
+            weights = scores.softmax(dim=-1)
+            out[:, start:end].view_as(rows).copy_(torch.bmm(weights, value[:, :end]))
+            kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value, *kept = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        of_key, of_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
+        for (start, end), weights in zip(_blocks(query.shape[1]), kept, strict=True):
+            rows, grad_rows = (t[:, start:end].flatten(1, 2) for t in (query, grad))
+            of_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad_rows)
+            of_weights = torch.bmm(grad_rows, value[:, :end].transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
+            of_query[:, start:end].view_as(rows).copy_(torch.bmm(of_scores, key[:, :end]))
+            of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), rows)
+        return of_query, of_key, of_value
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of queries start and end."""
+    return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
+
+
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Causal attention of many query heads to one key/value head, as `scaled_dot_product_attention` computes it.
 
@@ -96,31 +143,10 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
         out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
         return out
     if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32):
-        return _by_blocks(query.transpose(1, 2), key[:, 0], value[:, 0]).transpose(1, 2)
+        out = _BlockwiseAttention.apply(query.transpose(1, 2), key[:, 0], value[:, 0])
+        return out.transpose(1, 2)
     every = (-1, query.shape[1], -1, -1)
     return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
-
-
-def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The same as plain products, for CPUs, whose kernel is slower than these for lengths of dialogues.
-
-    All heads are rows of one matrix, and a block of queries meets no key behind its last one.
-
-    Args:
-        query: (batch, length, heads, head size).
-        key, value: (batch, length, head size).
-    """
-    batch, length, heads, size = query.shape
-    outputs = []
-    for start in range(0, length, _BLOCK):
-        end = min(start + _BLOCK, length)
-        rows = query[:, start:end].reshape(batch, -1, size) * size**-0.5
-        scores = torch.bmm(rows, key[:, :end].transpose(1, 2)).view(batch, end - start, heads, end)
-        later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)[:, None]
-        scores[..., start:].masked_fill_(later, float("-inf"))
-        weights = scores.softmax(dim=-1).view(batch, -1, end)
-        outputs.append(torch.bmm(weights, value[:, :end]).view(batch, end - start, heads, size))
-    return torch.cat(outputs, dim=1)
 
 
 @contextmanager
