@@ -118,11 +118,11 @@ COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 10000
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
     "training on a GPU, for longer": ("train-gpu-longer.json", training),
+    "training on a smaller GPU": ("train-gpu-h100.json", training),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
     "estimates": ("estimates.json", estimates),
     "generation": ("generate-gpu.json", generation),
-    "generation beside stock": ("generate-gpu-with-stock.json", generation),
     "preprocessing": ("preprocess-*.json", preprocessing),
 }
 
