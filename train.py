@@ -31,7 +31,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, dry_run, passes, processes, sharding, training
+    from kestrel import callbacks, checkpoints, dry_run, passes, processes, sharding, trainer_arguments, training
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
@@ -47,7 +47,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
 
     sharded = processes.join(settings)
     if not options.dry_run:
-        training.check_machine(settings.training.report_to, settings.training.optimizer)
+        trainer_arguments.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     train_rows = load_split(dataset_folder, "train", remedy)
@@ -106,7 +106,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         meaning,
         chosen,
         model=model,
-        args=training.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
+        args=trainer_arguments.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         processing_class=prompt.tokenizer,
@@ -120,7 +120,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
             callbacks.Guard(lambda: trainer),  # last: it looks before whatever the others ask for
         ],
     )
-    training.silence(trainer)
+    trainer_arguments.silence(trainer)
     if device().type == "cuda":
         trainer.rehearse()
     began = time.monotonic()

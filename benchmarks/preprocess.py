@@ -4,9 +4,9 @@
     python benchmarks/preprocess.py --dialogues 1000000 --work /scratch --text train_self_original.txt
 
 The dialogues have ConvAI2's statistics: four or five sentences of persona, seven or eight exchanges, 12 words a turn,
-a persona for 18 dialogues. Their words are drawn from real or embedded dialogues by frequency. They are written in ParlAI's text form, and
-preprocess.py reads them as a user would run it, in a process of its own. Of that process and those it starts, the
-resident memory is sampled (Linux only), each shared page counted once.
+a persona for 18 dialogues. Their words are drawn from real or embedded dialogues by frequency. They are written in ParlAI's
+text form, and preprocess.py reads them as a user would run it, in a process of its own. Of that process and those it
+starts, the resident memory is sampled (Linux only), each shared page counted once.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DIALOGUES_A_PERSONA = 18
+_TEXT = ROOT / "quickstart" / "dialogues"
 _SAMPLED_EVERY = 0.1  # seconds
 
 
@@ -136,7 +137,7 @@ def processor() -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogues", type=int, nargs="+", default=[10_000, 100_000], metavar="N")
-    parser.add_argument("--text", default=str(ROOT / "quickstart" / "dialogues"), help="dialogues, for their words")
+    parser.add_argument("--text", help="dialogues, for their words; the quickstart's without it")
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder for sources and datasets, 5 GB a million dialogues")
@@ -150,14 +151,15 @@ def main(argv: list[str] | None = None) -> int:
         work = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.work))
         try:
             source = work / "dialogues.txt"
-            write_dialogues(source, count, Words(options.text, options.seed))
+            write_dialogues(source, count, Words(options.text or str(_TEXT), options.seed))
             busy = os.getloadavg()[0]
             measured = measure(source, work / "run", options.config, options.arguments)
         finally:
             shutil.rmtree(work)
         print(json.dumps(measured), flush=True)
         if options.output:
-            more = f" -- {' '.join(options.arguments)}" if options.arguments else ""
+            more = " --text FILE" if options.text else ""
+            more += f" -- {' '.join(options.arguments)}" if options.arguments else ""
             record = {
                 "command": f"python benchmarks/preprocess.py --dialogues {count}{more}",
                 "machine": {

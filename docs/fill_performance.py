@@ -114,7 +114,7 @@ def preprocessing(records: list[Record]) -> str:
     return _table(head, rows) + "\n" + where({**records[-1], "device": device, "command": COMMAND_OF_PREPROCESS})
 
 
-COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 100000 1000000"
+COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 100000 1000000 --text FILE"
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
     "training on a GPU, for longer": ("train-gpu-longer.json", training),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, require_made, sealed
-from kestrel.command_line import describe
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.hub import ADAPTER_FILES, CARD, CONFIG, PROMPT, base_config
 from kestrel.model_card import Facts, model_card
 from kestrel.prompt import Prompt
+from kestrel.resolve import describe
 from kestrel.settings import Settings, is_hub_id
 from kestrel.tokenizer import load_tokenizer
 

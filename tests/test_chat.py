@@ -178,8 +178,8 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
     assert f"adapter> {readable(replies[0]['text'])}\n" in printed
     assert f"base> {readable(replies[2]['text'])}\n" in printed
 
-    from kestrel.command_line import resolve
     from kestrel.model import load_adapter, load_base
+    from kestrel.resolve import resolve
     from kestrel.tokenizer import load_tokenizer
 
     run, _ = resolve(str(trained.config), {})

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kestrel.command_line import describe, resolve, run_script
+from kestrel.command_line import run_script
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.keys import all_keys
+from kestrel.resolve import describe, resolve
 from kestrel.settings import Settings
 from kestrel.yaml_lines import load_with_lines
 

@@ -20,15 +20,15 @@ from test_resume import die_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kestrel import passes, training
+from kestrel import passes, trainer_arguments, training
 from kestrel.adapter import WEIGHTS
-from kestrel.command_line import resolve
 from kestrel.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
 from kestrel.loss import install, token_nll
 from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.model import add_lora
 from kestrel.passes import Dialogues, Plan, choose
+from kestrel.resolve import resolve
 from kestrel.settings import Data, Lora, Model, Settings, Training
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path
 
 
 def trainer_for(prepared: Any, budget: int) -> training.DialogueTrainer:
-    settings, _ = resolve(str(prepared.config), {}, [])
+    settings, _ = resolve(str(prepared.config), {"training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.1), seed=0)
     install(model)
@@ -227,7 +227,7 @@ def trainer_for(prepared: Any, budget: int) -> training.DialogueTrainer:
         settings, np.array_split(np.arange(len(rows)), 3), {}, Plan(budget, "none"),
         model=model, train_dataset=rows, eval_dataset=rows,
         processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
-        args=training.arguments_for(settings, 3, prepared.run.parent / "unused", on_gpu=False),
+        args=trainer_arguments.arguments_for(settings, 3, prepared.run.parent / "unused", on_gpu=False),
     )  # fmt: skip
 
 

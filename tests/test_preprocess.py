@@ -18,9 +18,9 @@ from make_models import make_config
 from transformers import AutoTokenizer
 
 import preprocess
-from kestrel.command_line import resolve
 from kestrel.dataset import load_split, open_dataset
 from kestrel.prompt import Prompt, tokenizer_fingerprint
+from kestrel.resolve import resolve
 from kestrel.settings import Model
 from kestrel.tokenizer import load_tokenizer
 

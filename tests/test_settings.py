@@ -12,9 +12,9 @@ from typing import get_args
 import pytest
 import yaml
 
-from kestrel.command_line import resolve
 from kestrel.errors import UsageError
 from kestrel.keys import all_keys, as_yaml
+from kestrel.resolve import resolve
 from kestrel.settings import Settings, Tracker, conflicts, json_schema
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from kestrel.command_line import resolve
+from kestrel.resolve import resolve
 from kestrel.settings import Tracker
 from kestrel.trackers import check_trackers, told_of
 

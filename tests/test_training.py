@@ -14,7 +14,7 @@ from make_models import make_model
 from safetensors.torch import load_file, save_file
 
 import train
-from kestrel import callbacks, training
+from kestrel import callbacks, trainer_arguments, training
 from kestrel.adapter import WEIGHTS
 from kestrel.loss import collate, install, token_nll
 from kestrel.model import add_lora, load_adapter, load_base
@@ -197,10 +197,10 @@ def test_recomputation_gives_identical_gradients_with_dropout(architecture):
 
 def test_each_token_of_a_step_weighs_the_same(prepared):
     """The gradient of a step cut into many passes is that of the mean over all of its supervised tokens."""
-    from kestrel.command_line import resolve
     from kestrel.dataset import load_split
+    from kestrel.resolve import resolve
 
-    settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120"}, [])
+    settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120", "training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.0), seed=0)
     install(model)
@@ -208,7 +208,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
     trainer = training.DialogueTrainer(
         settings, [chosen], {}, Plan(120, "none"), model=model, train_dataset=rows, eval_dataset=rows,
         processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
-        args=training.arguments_for(settings, 1, prepared.run.parent / "unused", on_gpu=False),
+        args=trainer_arguments.arguments_for(settings, 1, prepared.run.parent / "unused", on_gpu=False),
     )  # fmt: skip
     step = next(iter(trainer.get_train_dataloader()))
     assert len(step["forward_passes"]) > 3
@@ -301,7 +301,7 @@ def test_a_base_with_an_infinite_weight_is_refused(prepared, tmp_path, capsys):
 def test_saved_adapter_is_the_trained_one(trained):
     """From the files alone: the fixed dialogue's likelihood is the one that training recorded."""
     from kestrel.adapter import canary_nll
-    from kestrel.command_line import resolve
+    from kestrel.resolve import resolve
 
     settings, _ = resolve(str(trained.config), {}, [])
     model = load_adapter(load_base(settings)[0], trained.run / "adapter")

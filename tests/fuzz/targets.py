@@ -79,7 +79,7 @@ def corpus(data: bytes, format: str) -> None:
 
 def config(data: bytes) -> None:
     """A YAML file; settings that hold are described, and the description reads back to them."""
-    from kestrel.command_line import describe, resolve
+    from kestrel.resolve import describe, resolve
 
     settings, origin = resolve(str(_file("config.yaml", data)), {})
     described = _file("described.yaml", describe(settings, origin).encode())

@@ -1,0 +1,213 @@
+"""From a YAML file and options to validated settings, and back to YAML.
+
+pydantic checks the values; this room adds what it does not know: the line a value stands in, the nearest valid key,
+and options of the form `--section.key VALUE`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kestrel import processes
+from kestrel.errors import UsageError
+from kestrel.keys import Key, all_keys, alternatives, as_yaml
+from kestrel.settings import Settings, conflicts
+from kestrel.yaml_lines import load_with_lines
+
+_LONGEST = 2**20  # bytes of a YAML file
+
+
+def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
+    """`; did you mean X?` for the valid key that looks most like `name`, comparing also its last part alone."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if not close:
+        last_parts = {key.rpartition(".")[2]: key for key in valid}
+        close = [last_parts[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1)]
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _option_value(key: Key, given: Any) -> Any:
+    """The value of one command-line option, read as YAML reads it unless the key takes text."""
+
+    def scalar(text: str) -> Any:
+        if text in ("null", "None") and type(None) in alternatives(key.field.annotation):
+            return None
+        if key.is_text or key.takes_several:
+            return text
+        try:
+            return load_with_lines(text, key.dotted).value
+        except UsageError:
+            return text  # and the settings say what they expect instead
+
+    if not key.takes_several:
+        return scalar(given)
+    if len(given) == 1 and given[0] in [
+        value
+        for option in alternatives(key.field.annotation)
+        for value in typing.get_args(option)
+        if typing.get_origin(option) is typing.Literal
+    ]:
+        return given[0]
+    return [] if given == ["[]"] else list(given)
+
+
+def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = value
+
+
+def resolve(
+    config: str | None, overrides: dict[str, Any], unknown: Sequence[str] = (), flags: Sequence[str] = ()
+) -> tuple[Settings, dict[str, str]]:
+    """Validated settings from a YAML file and command-line options, and where each value that is no default is from.
+
+    Args:
+        config: the YAML file.
+        overrides: dotted key -> value as given; None where the value is missing, a list where several may be given.
+        unknown: arguments that nobody knows, for the messages about them.
+        flags: names of the options that are no keys.
+
+    Raises:
+        UsageError: with every problem found, each with its file and line or its option.
+    """
+    keys = all_keys()
+    problems: list[str] = []
+    for before, given in zip([None, *unknown], unknown, strict=False):
+        flag = given.split("=")[0]
+        if flag.startswith("-"):
+            launcher = processes.launcher_of(flag)
+            problems.append(
+                f"{flag}: an option of {launcher}; it goes before the script's name"
+                if launcher
+                else f"{flag}: unknown option{_nearest(flag.lstrip('-'), [*keys, *flags], '--')}"
+            )
+        elif before is None or not before.startswith("-"):  # else it is the value of the unknown option
+            problems.append(f"{given!r}: an argument that belongs to no option")
+    tree: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    readable = False
+    if config is None:
+        problems.append("--config: needs a YAML file, such as configs/quickstart.yaml")
+    else:
+        try:
+            loaded = load_with_lines(_read(config), config, text_keys={k for k, key in keys.items() if key.is_text})
+            problems += loaded.problems
+            tree, lines, readable = loaded.value or {}, loaded.lines, True
+        except UsageError as error:
+            problems += error.problems
+    if not isinstance(tree, dict):
+        problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
+        tree, readable = {}, False
+    # A section of which everything is commented out.
+    tree = {name: {} if value is None and name not in keys else value for name, value in tree.items()}
+    origin = {dotted: f"{config}:{line}" for dotted, line in lines.items()}
+    for dotted, given in overrides.items():
+        if given is None:
+            problems.append(f"--{dotted}: needs a value ({keys[dotted].type_name})")
+        else:
+            _place(tree, dotted, _option_value(keys[dotted], given))
+            origin[dotted] = f"--{dotted}"
+
+    complained: set[str] = set()
+
+    def complain(dotted: str, message: str) -> None:
+        place = next((origin[name] for name in _ancestors(dotted) if name in origin), config or "settings")
+        # Of the several ways in which a value is none of the types that it may have, one is enough.
+        if dotted not in complained or not message.startswith("expected"):
+            problems.append(f"{place}: {message}" if place == f"--{dotted}" else f"{place}: {dotted}: {message}")
+        complained.add(dotted)
+
+    settings = None
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        for problem in error.errors():
+            # Of a file that could not be read, what it would have held is not worth a complaint.
+            if readable or problem["type"] != "missing":
+                _explain(problem, keys, complain)
+    if settings is not None:
+        for dotted, message in conflicts(settings):
+            complain(dotted, message)
+    if problems or settings is None:
+        raise UsageError(problems)
+    return settings, origin
+
+
+def _ancestors(dotted: str) -> list[str]:
+    parts = dotted.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _explain(problem: Any, keys: dict[str, Key], complain: Callable[[str, str], None]) -> None:
+    """One pydantic error in the words of the settings."""
+    parts = [str(part) for part in problem["loc"]]
+    dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
+    if problem["type"] == "extra_forbidden":
+        sections = list(Settings.model_fields)
+        if parts[0] in keys:  # `training.epochs: 1` for a section with a key
+            section, _, name = parts[0].rpartition(".")
+            complain(parts[0], f"write it as a section: `{section}:`, and below it, indented, `{name}:`")
+        else:
+            complain(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
+    elif problem["type"] == "missing":
+        required = [name for name, key in keys.items() if name.startswith(f"{dotted}.") and key.field.is_required()]
+        for name in required or [dotted]:
+            complain(name, "is required and missing")
+    elif dotted in keys:
+        reason = problem["msg"][0].lower() + problem["msg"][1:]
+        expected = keys[dotted].type_name
+        wrong_kind = problem["type"].endswith(("_type", "_parsing", "literal_error"))
+        complain(
+            dotted,
+            f"expected {expected}, found {problem['input']!r}"
+            if wrong_kind
+            else f"{reason}, found {problem['input']!r}",
+        )
+    else:
+        complain(dotted, f"expected a section with keys, found {problem['input']!r}")
+
+
+def _read(config: str) -> str:
+    path = Path(config)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise UsageError([f"{config}: more than {_LONGEST:,} bytes; this is no experiment"])
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError([f"{config}: not UTF-8 text (byte {error.start})"]) from None
+    except ValueError as error:  # a zero byte in the name
+        raise UsageError([f"{config!r}: {error}"]) from None
+    except OSError as error:
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UsageError(
+            [f"{config}: {(error.strerror or 'unreadable').lower()}{_nearest(config, siblings)}"]
+        ) from None
+
+
+def describe(settings: Settings, origin: dict[str, str]) -> str:
+    """The resolved settings as YAML, each value that is no default marked with where it comes from."""
+    lines = []
+    tree = settings.model_dump()
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            lines.append(f"{name}:")
+            entries = [(f"  {key}", f"{name}.{key}", leaf) for key, leaf in value.items()]
+        else:
+            entries = [(name, name, value)]
+        for label, dotted, leaf in entries:
+            source = origin.get(dotted, "")
+            mark = "  # overridden on the command line" if source.startswith("--") else source and f"  # {source}"
+            lines.append(f"{label}: {as_yaml(leaf)}{mark}")
+    return "\n".join(lines) + "\n"
