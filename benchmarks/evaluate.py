@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.options import at_least_one, parser_of, told
+
 if TYPE_CHECKING:
     from kestrel.dialogue import Dialogue
 
@@ -104,22 +106,21 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the results")
-    parser.add_argument("--text", default=str(ROOT / "quickstart" / "dialogues"), help="dialogues (the quickstart's)")
-    parser.add_argument("--replies", type=int, default=7801, help="replies of each system (ConvAI2's 7,801)")
-    parser.add_argument("--systems", type=int, default=4, help="generation files (4)")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (1,000)")
+    parser.add_argument("--replies", type=at_least_one, default=7801, help="replies of each system (ConvAI2's 7,801)")
+    parser.add_argument("--systems", type=at_least_one, default=4, help="generation files (4)")
+    parser.add_argument("--resamples", type=at_least_one, default=1000, help="of the bootstrap (1,000)")
     options = parser.parse_args(argv)
-    from kestrel.artifacts import git_commit, library_versions, write_json
-    from kestrel.errors import KestrelError
+    return told(lambda: measured(options))
 
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            result = run(Path(folder), options.text, options.replies, options.systems, options.resamples)
-    except KestrelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+
+def measured(options: argparse.Namespace) -> int:
+    """Runs it, prints what it took, and writes the record."""
+    from kestrel.artifacts import git_commit, library_versions, write_json
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), options.text, options.replies, options.systems, options.resamples)
     print(
         f"evaluate.py: {result['replies']:,} replies of {result['dialogues']:,} dialogues, {result['systems']} systems, "
         f"{result['resamples']:,} resamples: {result['seconds']:.1f} s, {result['peak_bytes'] / 2**30:.2f} GiB at the peak"

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
+from benchmarks.options import at_least_one, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
 from kestrel import answers, generation
 from kestrel.answers import Question, questions_of, write_answers
@@ -45,7 +46,7 @@ from kestrel.artifacts import git_commit, library_versions, write_json
 from kestrel.attention import stock_attention
 from kestrel.decoding import decode
 from kestrel.dialogue import Dialogue
-from kestrel.errors import KestrelError, ProofError
+from kestrel.errors import ProofError
 from kestrel.likelihood import Scored
 from kestrel.loss import install
 from kestrel.model import add_lora, load_base, load_config, skeleton_of
@@ -255,30 +256,27 @@ def benchmark(options: argparse.Namespace, work: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the results, written after every row")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "falcon-7b.yaml", help="(falcon-7b.yaml)")
-    parser.add_argument(
-        "--text",
-        default=str(ROOT / "quickstart" / "dialogues"),
-        help="dialogues in any form that preprocess.py reads (the quickstart's)",
-    )
     parser.add_argument("--model", type=Path, help="folder of the model; written where there is none (a temporary one)")
     parser.add_argument("--profile", choices=tuple(PROFILES), default="gpu", help="shape of a model that is written")
-    parser.add_argument("--layers", type=int, help="decoder layers of a model that is written: fewer for a trial")
-    parser.add_argument("--replies", type=int, default=7801, help="replies to answer (ConvAI2's 7,801)")
-    parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each answer (24)")
-    parser.add_argument("--tokens_per_step", type=int, nargs="+", help="a row for each (the config's)")
-    parser.add_argument("--stock-batch", type=int, default=512, help="prompts of a batch of stock (512)")
+    parser.add_argument(
+        "--layers", type=at_least_one, help="decoder layers of a model that is written: fewer for a trial"
+    )
+    parser.add_argument("--replies", type=at_least_one, default=7801, help="replies to answer (ConvAI2's 7,801)")
+    parser.add_argument("--new-tokens", type=at_least_one, default=24, help="tokens of each answer (24)")
+    parser.add_argument("--tokens_per_step", type=at_least_one, nargs="+", help="a row for each (the config's)")
+    parser.add_argument("--stock-batch", type=at_least_one, default=512, help="prompts of a batch of stock (512)")
     parser.add_argument("--stock-batches", type=int, default=3, help="batches of stock that are timed; 0 for no row")
     options = parser.parse_args(argv)
-    try:
+
+    def measured() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             benchmark(options, Path(temporary))
-    except KestrelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+        return 0
+
+    return told(measured)
 
 
 if __name__ == "__main__":

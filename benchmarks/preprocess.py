@@ -32,8 +32,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.options import DIALOGUES, at_least_one, parser_of, told
+
 DIALOGUES_A_PERSONA = 18
-_TEXT = ROOT / "quickstart" / "dialogues"
 _SAMPLED_EVERY = 0.1  # seconds
 
 
@@ -128,37 +130,40 @@ def processor_seconds() -> float:
 def processor() -> str:
     """Name of the CPU."""
     try:
-        told = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        named = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        told = None
-    return told[1] if told else platform.processor() or platform.machine()
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dialogues", type=int, nargs="+", default=[10_000, 100_000], metavar="N")
-    parser.add_argument("--text", help="dialogues, for their words; the quickstart's without it")
+    parser = parser_of(__doc__)
+    parser.add_argument("--dialogues", type=at_least_one, nargs="+", default=[10_000, 100_000], metavar="N")
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder for sources and datasets, 5 GB a million dialogues")
     parser.add_argument("--output", type=Path, help="folder of the results; without it they are only printed")
     parser.add_argument("arguments", nargs="*", help="more arguments for preprocess.py, after --")
     options = parser.parse_args(argv)
+    return told(lambda: measured(options))
 
+
+def measured(options: argparse.Namespace) -> int:
+    """Measures one size after the other, prints what each took, and writes the records."""
     from kestrel.artifacts import git_commit, library_versions, write_json
 
     for count in options.dialogues:
         work = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.work))
         try:
             source = work / "dialogues.txt"
-            write_dialogues(source, count, Words(options.text or str(_TEXT), options.seed))
+            write_dialogues(source, count, Words(options.text, options.seed))
             busy = os.getloadavg()[0]
-            measured = measure(source, work / "run", options.config, options.arguments)
+            taken = measure(source, work / "run", options.config, options.arguments)
         finally:
             shutil.rmtree(work)
-        print(json.dumps(measured), flush=True)
+        print(json.dumps(taken), flush=True)
         if options.output:
-            more = " --text FILE" if options.text else ""
+            more = " --text FILE" if options.text != DIALOGUES else ""
             more += f" -- {' '.join(options.arguments)}" if options.arguments else ""
             record = {
                 "command": f"python benchmarks/preprocess.py --dialogues {count}{more}",
@@ -170,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
                 "versions": library_versions(),
                 "commit": git_commit(),
                 "date": datetime.now(tz=UTC).date().isoformat(),
-                **measured,
+                **taken,
             }
             write_json(options.output / f"preprocess-{count}.json", record)
     return 0

@@ -146,6 +146,7 @@ def write_model(folder: Path, profile: Profile, dialogues: list[Dialogue], layer
     """Random weights and a tokenizer of the dialogues' words."""
     from benchmarks.falcon_7b_shape import write_tokenizer, write_weights
 
+    print(f"writing a Falcon of random weights into {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, _lines(dialogues), profile.vocabulary)
     write_weights(folder, layers, seed=0, **profile.shape)

@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.options import at_least_one, parser_of, told
+
 if TYPE_CHECKING:
     from benchmarks.profiles import System
 
@@ -48,7 +50,7 @@ def one_process(options: argparse.Namespace) -> int:
     from benchmarks import systems
     from benchmarks.profiles import PROFILES
     from kestrel.artifacts import write_json
-    from kestrel.errors import ProofError
+    from kestrel.errors import KestrelError, ProofError
 
     profile = PROFILES[options.profile]
     work, model = options.work, options.model
@@ -62,6 +64,8 @@ def one_process(options: argparse.Namespace) -> int:
             result = systems.measure(system, work, model, profile.checked, options.dtype)
     except ProofError as error:
         result = {"disagrees": str(error)}
+    except KestrelError as error:
+        result = {"failed": str(error)}
     except torch.OutOfMemoryError:
         result = {"out_of_memory": True}
     write_json(work / f"{options.row}.json", result)
@@ -125,7 +129,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
     systems = chosen(PROFILES[options.profile].systems, options.only)
     facts = start(_PREPARE, options, work)
     if "tokens" not in facts:
-        raise KestrelError(f"the model, the rows or the reference could not be made: {facts}")
+        raise KestrelError(f"the model, the rows or the reference could not be made: {facts.get('failed', facts)}")
     print(
         f"{facts['device']}: {facts['matrix_flops'] / 1e12:.2f} TFLOP/s in {facts['compute_dtype']}; a Falcon of "
         f"{facts['parameters'] / 1e6:,.1f}M parameters; {facts['dialogues']:,} dialogues, {facts['replies']:,} replies, "
@@ -163,37 +167,32 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--profile", choices=("cpu", "gpu"), required=True)
     parser.add_argument("--output", type=Path, help="JSON file of the results")
-    parser.add_argument(
-        "--text",
-        default=str(ROOT / "quickstart" / "dialogues"),
-        help="dialogues in any form that preprocess.py reads (the quickstart's)",
-    )
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="rows to measure (all)")
     parser.add_argument("--model", type=Path, help="folder of the model; written where there is none (a temporary one)")
-    parser.add_argument("--layers", type=int, help="decoder layers of a model that is written: fewer for a trial")
-    parser.add_argument("--steps", type=int, help="steps timed of each row, for a trial")
+    parser.add_argument(
+        "--layers", type=at_least_one, help="decoder layers of a model that is written: fewer for a trial"
+    )
+    parser.add_argument("--steps", type=at_least_one, help="steps timed of each row, for a trial")
     parser.add_argument("--work", type=Path, help="folder to work in, with each process's log (a temporary one)")
     for hidden in ("--row", "--dtype", "--instead"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.row:
         return one_process(options)
-    from kestrel.errors import KestrelError
 
-    try:
+    def measured() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             work = (options.work or Path(temporary)).resolve()
             work.mkdir(parents=True, exist_ok=True)
             missing = benchmark(options, work)
-    except KestrelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if missing:
-        print(f"error: not timed: {', '.join(missing)}; the JSON and --work's logs say why", file=sys.stderr)
-    return 1 if missing else 0
+        if missing:
+            print(f"error: not timed: {', '.join(missing)}; the JSON and --work's logs say why", file=sys.stderr)
+        return 1 if missing else 0
+
+    return told(measured)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import machine
+from benchmarks.options import parser_of, told
 from benchmarks.profiles import read_dialogues
 from kestrel import elementwise, falcon, loss
 from kestrel.artifacts import git_commit, library_versions, write_json
@@ -165,11 +166,15 @@ def measured(model: Any, measure: Measure, rows: list[Rendered], own_forward: An
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Falcon")
-    parser.add_argument("--text", default=str(ROOT / "quickstart" / "dialogues"), help="source of dialogues")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     options = parser.parse_args(argv)
+    return told(lambda: waterfall(options))
+
+
+def waterfall(options: argparse.Namespace) -> int:
+    """Times one measure after the other; the record is written after each."""
     dtype = machine.compute_dtype()
     rate = machine.matrix_rate(8192 if torch.cuda.is_available() else 1024, dtype)
     settings = Settings(

@@ -178,6 +178,30 @@ def test_an_unknown_row_is_a_usage_error() -> None:
     assert "trl-dialogues" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "preprocess.py"])
+def test_a_text_that_is_not_there_is_said_in_one_line(script: str, tmp_path: Path) -> None:
+    more = ["--profile", "cpu", "--only", "kestrel"] if script == "train.py" else []
+    done = _run(script, "--text", str(tmp_path / "nowhere.txt"), *more)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere.txt: no such file" in line
+
+
+@pytest.mark.parametrize(("script", "option"), [("evaluate.py", "--replies"), ("preprocess.py", "--dialogues")])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_nothing_to_measure_is_a_usage_error(script: str, option: str, value: str) -> None:
+    done = _run(script, option, value)
+    assert done.returncode == 2 and option in done.stderr
+
+
+def test_preprocess_is_timed(tmp_path: Path) -> None:
+    done = _run("preprocess.py", "--dialogues", "50", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "preprocess-50.json").read_text())
+    assert record["dialogues"] == 50 and record["peak_resident_bytes"] > 2**24
+    assert "--text" not in record["command"]  # the quickstart's, which is the default
+
+
 def test_evaluate_is_timed(tmp_path: Path) -> None:
     output = tmp_path / "evaluate.json"
     done = _run("evaluate.py", "--replies", "30", "--systems", "2", "--resamples", "100", "--output", str(output))
