@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.options import at_least_one, parser_of, told
+from benchmarks.options import at_least_one, command_of, parser_of, told
 
 if TYPE_CHECKING:
     from kestrel.dialogue import Dialogue
@@ -112,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--systems", type=at_least_one, default=4, help="generation files (4)")
     parser.add_argument("--resamples", type=at_least_one, default=1000, help="of the bootstrap (1,000)")
     options = parser.parse_args(argv)
-    return told(lambda: measured(options))
+    return told(lambda: measured(options, command_of("evaluate.py", argv)))
 
 
-def measured(options: argparse.Namespace) -> int:
+def measured(options: argparse.Namespace, command: str) -> int:
     """Runs it, prints what it took, and writes the record."""
     from kestrel.artifacts import git_commit, library_versions, write_json
 
@@ -129,7 +129,7 @@ def measured(options: argparse.Namespace) -> int:
         from benchmarks.machine import device_name
 
         record = {
-            "command": f"python benchmarks/evaluate.py --replies {options.replies} --systems {options.systems}",
+            "command": command,
             "device": device_name(),
             "versions": library_versions(),
             "commit": git_commit(),

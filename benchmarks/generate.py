@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from benchmarks import machine
-from benchmarks.options import at_least_one, parser_of, told
+from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
 from kestrel import answers, generation
 from kestrel.answers import Question, questions_of, write_answers
@@ -192,7 +192,7 @@ def time_stock(
     return {"seconds": timed * len(contexts) / replies, "batch_size": size, "timed": timed, "timed_replies": replies}
 
 
-def benchmark(options: argparse.Namespace, work: Path) -> None:
+def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
     dialogues = read_dialogues(options.text)
     model_folder = options.model or work / "model"
     if not (model_folder / "config.json").exists():
@@ -222,7 +222,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> None:
 
     tokens = sum(len(row["input_ids"]) for row in rows) + len(asked) * options.new_tokens
     record: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/generate.py", *(Path(given).name for given in sys.argv[1:])]),
+        "command": command,
         "device": machine.device_name(),
         "compute_dtype": dtype,
         "matrix_flops": rate,
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def measured() -> int:
         with tempfile.TemporaryDirectory() as temporary:
-            benchmark(options, Path(temporary))
+            benchmark(options, Path(temporary), command_of("generate.py", argv))
         return 0
 
     return told(measured)

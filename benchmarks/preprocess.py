@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.options import DIALOGUES, at_least_one, parser_of, told
+from benchmarks.options import at_least_one, command_of, parser_of, told
 
 DIALOGUES_A_PERSONA = 18
 _SAMPLED_EVERY = 0.1  # seconds
@@ -145,10 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the results; without it they are only printed")
     parser.add_argument("arguments", nargs="*", help="more arguments for preprocess.py, after --")
     options = parser.parse_args(argv)
-    return told(lambda: measured(options))
+    return told(lambda: measured(options, command_of("preprocess.py", argv)))
 
 
-def measured(options: argparse.Namespace) -> int:
+def measured(options: argparse.Namespace, command: str) -> int:
     """Measures one size after the other, prints what each took, and writes the records."""
     from kestrel.artifacts import git_commit, library_versions, write_json
 
@@ -163,10 +163,8 @@ def measured(options: argparse.Namespace) -> int:
             shutil.rmtree(work)
         print(json.dumps(taken), flush=True)
         if options.output:
-            more = " --text FILE" if options.text != DIALOGUES else ""
-            more += f" -- {' '.join(options.arguments)}" if options.arguments else ""
             record = {
-                "command": f"python benchmarks/preprocess.py --dialogues {count}{more}",
+                "command": command,
                 "machine": {
                     "processor": processor(),
                     "cores": len(os.sched_getaffinity(0)),

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.options import at_least_one, parser_of, told
+from benchmarks.options import at_least_one, command_of, parser_of, told
 
 if TYPE_CHECKING:
     from benchmarks.profiles import System
@@ -111,7 +111,7 @@ def chosen(systems: tuple[System, ...], only: list[str] | None) -> tuple[System,
     return found
 
 
-def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
+def benchmark(options: argparse.Namespace, work: Path, command: str) -> list[str]:
     """Measures row after row.
 
     Returns:
@@ -137,7 +137,7 @@ def benchmark(options: argparse.Namespace, work: Path) -> list[str]:
         flush=True,
     )
     record = {
-        "command": f"python benchmarks/train.py --profile {options.profile} --text {Path(options.text).name}",
+        "command": command,
         **facts,
         "versions": {**library_versions(), **({"trl": metadata.version("trl")} if find_spec("trl") else {})},
         "commit": git_commit(),
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             work = (options.work or Path(temporary)).resolve()
             work.mkdir(parents=True, exist_ok=True)
-            missing = benchmark(options, work)
+            missing = benchmark(options, work, command_of("train.py", argv))
         if missing:
             print(f"error: not timed: {', '.join(missing)}; the JSON and --work's logs say why", file=sys.stderr)
         return 1 if missing else 0

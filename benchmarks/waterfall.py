@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import machine
-from benchmarks.options import parser_of, told
+from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import read_dialogues
 from kestrel import elementwise, falcon, loss
 from kestrel.artifacts import git_commit, library_versions, write_json
@@ -170,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="folder of a Falcon")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     options = parser.parse_args(argv)
-    return told(lambda: waterfall(options))
+    return told(lambda: waterfall(options, command_of("waterfall.py", argv)))
 
 
-def waterfall(options: argparse.Namespace) -> int:
+def waterfall(options: argparse.Namespace, command: str) -> int:
     """Times one measure after the other; the record is written after each."""
     dtype = machine.compute_dtype()
     rate = machine.matrix_rate(8192 if torch.cuda.is_available() else 1024, dtype)
@@ -190,7 +190,7 @@ def waterfall(options: argparse.Namespace) -> int:
     own_forward = loss.causal_lm_of(model).forward
     probe = batches_of(rows, Measure("", own_layers, dialogues=4), base.device)[0][0]
     record: dict[str, Any] = {
-        "command": f"python benchmarks/waterfall.py --model FOLDER --text {Path(options.text).name}",
+        "command": command,
         "device": machine.device_name(),
         "versions": library_versions(),
         "commit": git_commit(),

@@ -111,10 +111,19 @@ def preprocessing(records: list[Record]) -> str:
     head = ["dialogues", "s", "processor s", "dialogues a processor s", "peak MiB, all processes", "load before"]
     machine = records[-1]["machine"]
     device = f"{machine['processor']}, {machine['cores']} cores"
-    return _table(head, rows) + "\n" + where({**records[-1], "device": device, "command": COMMAND_OF_PREPROCESS})
+    return _table(head, rows) + "\n" + where({**records[-1], "device": device})
 
 
-COMMAND_OF_PREPROCESS = "python benchmarks/preprocess.py --dialogues 10000 100000 1000000 --text FILE"
+def scoring(record: Record) -> str:
+    """What evaluate.py takes."""
+    row = [
+        f"{record['replies']:,}", f"{record['dialogues']:,}", str(record["systems"]), f"{record['resamples']:,}",
+        f"{record['seconds']:.1f}", f"{record['peak_bytes'] / 2**20:,.0f}",
+    ]  # fmt: skip
+    head = ["replies of each system", "dialogues", "systems", "resamples", "s", "peak MiB"]
+    return _table(head, [row]) + "\n" + where(record)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
     "training on a GPU, for longer": ("train-gpu-longer.json", training),
@@ -123,6 +132,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "waterfall": ("waterfall.json", waterfall),
     "estimates": ("estimates.json", estimates),
     "generation": ("generate-gpu.json", generation),
+    "scoring": ("evaluate.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
 }
 

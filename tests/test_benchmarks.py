@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from make_models import make_model, write_corpus
 
 from benchmarks import agreement, peers
+from benchmarks.options import command_of
 from benchmarks.profiles import PROFILES, ROOT, System
 from benchmarks.rows import row_of, table
 from kestrel.errors import ProofError
@@ -178,6 +179,21 @@ def test_an_unknown_row_is_a_usage_error() -> None:
     assert "trl-dialogues" in done.stderr
 
 
+def test_a_record_tells_the_command_without_paths_of_the_machine() -> None:
+    typed = [
+        "--profile",
+        "cpu",
+        "--text",
+        "/home/me/a.txt",
+        "--output=/home/me/b.json",
+        "--model",
+        "/home/me/c",
+        "--steps=3",
+    ]
+    told = "python benchmarks/train.py --profile cpu --text FILE --model FOLDER --steps=3"
+    assert command_of("train.py", typed) == told
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "preprocess.py"])
 def test_a_text_that_is_not_there_is_said_in_one_line(script: str, tmp_path: Path) -> None:
     more = ["--profile", "cpu", "--only", "kestrel"] if script == "train.py" else []
@@ -199,7 +215,7 @@ def test_preprocess_is_timed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "preprocess-50.json").read_text())
     assert record["dialogues"] == 50 and record["peak_resident_bytes"] > 2**24
-    assert "--text" not in record["command"]  # the quickstart's, which is the default
+    assert record["command"] == "python benchmarks/preprocess.py --dialogues 50"
 
 
 def test_evaluate_is_timed(tmp_path: Path) -> None:
