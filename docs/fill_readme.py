@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+RUN = "runs/quickstart"
 SCRIPTS = ("preprocess.py", "train.py", "generate.py", "evaluate.py")
 # What a user edits first; `--help` has the rest.
 SHOWN_KEYS = (
@@ -48,7 +49,13 @@ def machine() -> str:
 
 
 def run_quickstart() -> tuple[str, str]:
-    """Runs the four scripts as `make quickstart` does. Returns their output and a sentence on how long each took."""
+    """Runs the four scripts as `make quickstart` does. Returns their output and a sentence on how long each took.
+
+    Raises:
+        SystemExit: the run is there already, which they would go on from.
+    """
+    if (ROOT / RUN).exists():
+        raise SystemExit(f"{RUN} is there already, and nothing of it would be made again: remove it first")
     printed, seconds = [], []
     for script in SCRIPTS:
         command = ["python", script, "--config", "configs/quickstart.yaml"]
