@@ -148,7 +148,7 @@ class Estimator:
         try:
             with _as_on_a_gpu():
                 kept, peak, logits = _run_on_shapes(model, shape)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # of operators that need contents
             raise CannotEstimate(
                 f"the memory of a {self._config.model_type} cannot be estimated ({str(error).splitlines()[0]}); give "
                 "training.tokens_per_step and training.recompute"

@@ -18,6 +18,7 @@ from random import Random
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from topics import TOPICS
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 from world import (
     FAREWELL_REPLY,
@@ -27,7 +28,6 @@ from world import (
     NAMES,
     RETURNS,
     SMALL_TALK,
-    TOPICS,
     draw_value,
     words,
 )

@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from topic import Value
+from topics import TOPICS
 from world import (
     FAREWELL_REPLY,
     FAREWELLS,
@@ -24,8 +26,6 @@ from world import (
     NAMES,
     RETURNS,
     SMALL_TALK,
-    TOPICS,
-    Value,
     draw_value,
 )
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,19 +16,16 @@ from urllib.parse import urlsplit
 
 import pytest
 from browsers import chromium, requested
-from hypothesis import given
-from hypothesis import strategies as st
+from chat_page import PERSONA, Page, Served
 from selenium.webdriver.common.keys import Keys
 
 import chat
-from kestrel.chat.conversation import Conversation, Exchange
-from kestrel.chat.transcript import as_text, transcript
+from kestrel.chat.conversation import Conversation
 from kestrel.chat.web import is_loopback
 from kestrel.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--prompt.max_length", "2000"]  # the longest of what is said here is no concern of these tests
-PERSONA = ["i have a dog .", "i live in rome ."]
 ATTACK = (
     "</p><script>document.title = 'taken'</script><img src=\"http://example.org/x.png\" onerror=\"document.title='taken'\">"
     "{{ 7 * 7 }} ${7 * 7} @children &lt;b&gt; **b** `x` $x^2$ [z](javascript:alert(1)) \\n"
@@ -54,47 +48,11 @@ CONTRAST = """
 """
 
 
-@given(st.text())
-def test_what_is_said_is_text_and_no_template(text):
-    shown = as_text(text)
-    assert html.unescape(shown) == html.unescape(html.escape(text))
-    assert not set("<>\"'${}`@") & set(shown)
-    page = transcript([Exchange(text, "adapter", text, {"base": text})])
-    assert page.count("<p") == 3 and page.count("<") == transcript([Exchange("", "adapter", "", {"base": ""})]).count(
-        "<"
-    )
-
-
 @pytest.mark.parametrize(
     ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)]
 )
 def test_which_hosts_are_this_machine_alone(host, alone):
     assert is_loopback(host) is alone
-
-
-class Served:
-    """chat.py --web as a process."""
-
-    def __init__(self, arguments: list[str], *more: str):
-        command = [sys.executable, "chat.py", *arguments, "--persona", *PERSONA, "--web", "--port", "0", *more]
-        # A proxy of the environment is what a page of this machine must not be asked through.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "no_proxy": "*"}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        assert self.process.stdout and self.process.stderr
-        self.printed = ""
-        while not (found := re.search(r"http://(\S+):(\d+) in a browser", self.printed)):
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-            self.printed += line
-        self.port = int(found[2])
-        self.url = f"http://127.0.0.1:{self.port}/"
-
-    def end(self, number: int) -> tuple[int, str]:
-        self.process.send_signal(number)
-        said = self.process.communicate(timeout=30)
-        return self.process.returncode, "".join(said)
 
 
 @pytest.fixture(scope="module")
@@ -111,56 +69,6 @@ def browser(tmp_path_factory):
     with chromium(**{"download.default_directory": str(folder), "download.prompt_for_download": False}) as chrome:
         chrome.downloads = folder
         yield chrome
-
-
-class Page:
-    """The page as its user has it."""
-
-    def __init__(self, browser: Any, url: str):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        self.browser = browser
-        self.waiting = WebDriverWait(browser, 30, poll_frequency=0.05)
-        browser.get(url)
-        self.until(lambda: self.find("#message textarea") and self.find("#export") and self.find("#persona textarea"))
-
-    def until(self, condition):
-        from selenium.common.exceptions import StaleElementReferenceException
-
-        def holds(_):
-            try:
-                return condition()
-            except StaleElementReferenceException:
-                return None
-
-        return self.waiting.until(holds)
-
-    def find(self, selector: str) -> list[Any]:
-        return list(self.browser.find_elements("css selector", selector))
-
-    def texts(self, selector: str) -> list[str]:
-        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
-        return list(self.browser.execute_script(script, selector))
-
-    def said(self) -> list[str]:
-        return self.texts("#transcript p")
-
-    def idle(self) -> bool:
-        return bool(self.find("#transcript .nothing, #transcript [aria-busy=false]"))
-
-    def say(self, message: str) -> None:
-        """Types a message and waits until it is answered."""
-        before = len(self.texts("#transcript .message"))
-        self.find("#message textarea")[0].send_keys(message + "\n")
-        self.until(lambda: len(self.texts("#transcript .message")) == before + 1 and self.idle())
-
-    def begin(self, message: str) -> None:
-        """Types a message and waits for the first words of its answer."""
-        self.find("#message textarea")[0].send_keys(message + "\n")
-        self.until(lambda: len(self.said()) > 1 and len(self.said()[-1]) > 1 and not self.idle())
-
-    def click(self, selector: str) -> None:
-        self.find(selector)[0].click()
 
 
 @pytest.fixture

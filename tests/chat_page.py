@@ -1,0 +1,88 @@
+"""chat.py --web as a process, and its page as a user has it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PERSONA = ["i have a dog .", "i live in rome ."]
+
+
+class Served:
+    """chat.py --web as a process."""
+
+    def __init__(self, arguments: list[str], *more: str):
+        command = [sys.executable, "chat.py", *arguments, "--persona", *PERSONA, "--web", "--port", "0", *more]
+        # A proxy of the environment is what a page of this machine must not be asked through.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "no_proxy": "*"}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout and self.process.stderr
+        self.printed = ""
+        while not (found := re.search(r"http://(\S+):(\d+) in a browser", self.printed)):
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.printed += line
+        self.port = int(found[2])
+        self.url = f"http://127.0.0.1:{self.port}/"
+
+    def end(self, number: int) -> tuple[int, str]:
+        self.process.send_signal(number)
+        said = self.process.communicate(timeout=30)
+        return self.process.returncode, "".join(said)
+
+
+class Page:
+    """The page as its user has it."""
+
+    def __init__(self, browser: Any, url: str):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.browser = browser
+        self.waiting = WebDriverWait(browser, 30, poll_frequency=0.05)
+        browser.get(url)
+        self.until(lambda: self.find("#message textarea") and self.find("#export") and self.find("#persona textarea"))
+
+    def until(self, condition):
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        def holds(_):
+            try:
+                return condition()
+            except StaleElementReferenceException:
+                return None
+
+        return self.waiting.until(holds)
+
+    def find(self, selector: str) -> list[Any]:
+        return list(self.browser.find_elements("css selector", selector))
+
+    def texts(self, selector: str) -> list[str]:
+        script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
+        return list(self.browser.execute_script(script, selector))
+
+    def said(self) -> list[str]:
+        return self.texts("#transcript p")
+
+    def idle(self) -> bool:
+        return bool(self.find("#transcript .nothing, #transcript [aria-busy=false]"))
+
+    def say(self, message: str) -> None:
+        """Types a message and waits until it is answered."""
+        before = len(self.texts("#transcript .message"))
+        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.until(lambda: len(self.texts("#transcript .message")) == before + 1 and self.idle())
+
+    def begin(self, message: str) -> None:
+        """Types a message and waits for the first words of its answer."""
+        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.until(lambda: len(self.said()) > 1 and len(self.said()[-1]) > 1 and not self.idle())
+
+    def click(self, selector: str) -> None:
+        self.find(selector)[0].click()
