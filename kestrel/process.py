@@ -20,18 +20,47 @@ _AGAIN = "interrupted; run the same command again to go on"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _stop(number: int, frame: types.FrameType | None) -> None:
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
     """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             if is_first():
                 os.write(2, f"{_AGAIN}\n".encode())
             os._exit(128 + number)
-        if frame.f_code.co_name == "__del__":  # which swallows exceptions: the signal comes again when it is over
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            return
         frame = frame.f_back
     raise Interrupted(number, _AGAIN)
+
+
+class _Swallowed:
+    """Sends a signal again whose `Interrupted` went nowhere.
+
+    Python calls finalizers, and the callbacks of weak references, between any two instructions, and goes on after an
+    exception in one of them.
+
+    Attributes:
+        number: of a signal that was swallowed and has not come again yet.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._timer: threading.Timer | None = None
+        self._former = sys.unraisablehook
+        sys.unraisablehook = self._hook
+
+    def _hook(self, what: sys.UnraisableHookArgs) -> None:
+        if not isinstance(what.exc_value, Interrupted):
+            self._former(what)
+            return
+        self.number = what.exc_value.exit_status - 128
+        self._timer = threading.Timer(0.05, os.kill, (os.getpid(), self.number))  # when the finalizer is over
+        self._timer.start()
+
+    def close(self) -> None:
+        """Sends nothing any longer: nobody would handle it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+        sys.unraisablehook = self._former
 
 
 @contextmanager
@@ -41,10 +70,12 @@ def on_signals(handler: Callable[[int, Any], None] | None = None) -> Iterator[No
     A signal that the process was started to ignore, as shells do with SIGINT for jobs in the background, stays ignored.
     """
     received: list[int] = []
+    swallowed = _Swallowed()
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         received.append(number)
-        _stop(number, frame)
+        swallowed.number = None
+        _interrupt(number, frame)
 
     former = {number: signal.getsignal(number) for number in _SIGNALS}
     mine = [number for number in _SIGNALS if former[number] is not signal.SIG_IGN]
@@ -52,11 +83,14 @@ def on_signals(handler: Callable[[int, Any], None] | None = None) -> Iterator[No
         signal.signal(number, handler or stop)
     try:
         yield
+        if swallowed.number is not None:  # too late to come again
+            raise Interrupted(swallowed.number, _AGAIN)
     except Exception as error:
         if received:  # C in between (matplotlib 3.11) made an error of its own of it
             raise Interrupted(received[0], _AGAIN) from error
         raise
     finally:
+        swallowed.close()
         for number in mine:
             signal.signal(number, former[number])
 

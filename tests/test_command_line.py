@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -311,38 +309,6 @@ def test_exit_statuses(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_terminated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    assert run(lambda *_: os.kill(os.getpid(), signal.SIGTERM), "--config", config) == 143
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_terminated_where_a_library_makes_an_error_of_its_own_of_it(
-    config: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def library(settings: object, options: object) -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise ValueError("Invalid affine transformation matrix") from None
-
-    assert run(library, "--config", config) == 143
-    assert "run the same command again to go on" in capsys.readouterr().err
-
-
-def test_a_reader_that_closes_early(config: str) -> None:
-    done = subprocess.run(
-        f"{sys.executable} preprocess.py --config {config} --print-config | true; exit ${{PIPESTATUS[0]}}",
-        check=False,
-        shell=True,
-        executable="/bin/bash",
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr == "" and done.returncode in (0, 1)
-
-
 def test_the_run_keeps_its_settings(config: str, tmp_path: Path) -> None:
     assert run(lambda *_: None, "--config", config, "--seed", "3") == 0
     kept = tmp_path / "run" / "config.yaml"
@@ -354,25 +320,3 @@ def test_a_remedy_repeats_the_options(config: str) -> None:
     options = ["--seed", "3", "--lora.target_modules", "a b", "c"]
     assert run(lambda settings, arguments: said.append(arguments.again), "--config", config, *options) == 0
     assert said == [f"--config {config} --seed 3 --lora.target_modules 'a b' c"]
-
-
-def test_a_terminal_of_another_encoding_ends_no_run(config: str) -> None:
-    code = (
-        "from kestrel.command_line import run_script\n"
-        f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: print('\\u2013'), ['--config', {config!r}]))"
-    )
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=False)
-    assert (done.returncode, done.stdout) == (0, b"?\n"), done.stderr
-
-
-def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n", encoding="utf-8")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from kestrel.command_line import run_script\n"
-        f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: __import__('slow'), ['--config', {config!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 143
-    assert done.stderr == "interrupted; run the same command again to go on\n"
