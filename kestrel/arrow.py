@@ -74,30 +74,9 @@ class SplitWriter:
         if error is None:
             self._describe()
 
-    def write(self, rows: Sequence[tuple[Dialogue, Rendered]]) -> None:
-        """Appends dialogues and their tokens."""
-        if not rows:
-            return
-        dialogues = [dialogue for dialogue, _ in rows]
-        turns = [turn for dialogue in dialogues for turn in dialogue.turns]
-        offers = [texts for dialogue in dialogues for texts in dialogue.candidates]
-        spans = [rendered.reply_spans for _, rendered in rows]
-        lengths = [len(rendered.input_ids) for _, rendered in rows]
-        ids = np.fromiter(chain.from_iterable(rendered.input_ids for _, rendered in rows), np.int32, sum(lengths))
-        said = pa.StructArray.from_arrays(
-            [_strings([turn.speaker for turn in turns]), _strings([turn.text for turn in turns])], fields=list(_TURN)
-        )
-        columns = [
-            _strings([dialogue.dialogue_id for dialogue in dialogues]),
-            _texts([dialogue.persona for dialogue in dialogues]),
-            _texts([dialogue.partner_persona for dialogue in dialogues]),
-            _lists([len(dialogue.turns) for dialogue in dialogues], said),
-            _lists([len(dialogue.candidates) for dialogue in dialogues], _texts(offers)),
-            _lists(lengths, _integers(ids)),
-            _lists(lengths, _integers(_labels(ids, lengths, spans))),
-            _lists([len(each) for each in spans], _pairs(spans)),
-        ]
-        self._file.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+    def write(self, rows: pa.RecordBatch) -> None:
+        """Appends rows."""
+        self._file.write_batch(rows)
 
     def _describe(self) -> None:
         """What `save_to_disk` adds beside the data: the description and the list of files."""
@@ -113,6 +92,30 @@ class SplitWriter:
             "_split": None,
         }
         (self._folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def rows_of(rendered: Sequence[tuple[Dialogue, Rendered]]) -> pa.RecordBatch:
+    """Rows for dialogues and their tokens."""
+    dialogues = [dialogue for dialogue, _ in rendered]
+    turns = [turn for dialogue in dialogues for turn in dialogue.turns]
+    offers = [texts for dialogue in dialogues for texts in dialogue.candidates]
+    spans = [each.reply_spans for _, each in rendered]
+    lengths = [len(each.input_ids) for _, each in rendered]
+    ids = np.fromiter(chain.from_iterable(each.input_ids for _, each in rendered), np.int32, sum(lengths))
+    said = pa.StructArray.from_arrays(
+        [_strings([turn.speaker for turn in turns]), _strings([turn.text for turn in turns])], fields=list(_TURN)
+    )
+    columns = [
+        _strings([dialogue.dialogue_id for dialogue in dialogues]),
+        _texts([dialogue.persona for dialogue in dialogues]),
+        _texts([dialogue.partner_persona for dialogue in dialogues]),
+        _lists([len(dialogue.turns) for dialogue in dialogues], said),
+        _lists([len(dialogue.candidates) for dialogue in dialogues], _texts(offers)),
+        _lists(lengths, _integers(ids)),
+        _lists(lengths, _integers(_labels(ids, lengths, spans))),
+        _lists([len(each) for each in spans], _pairs(spans)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def first_rows(folder: Path, count: int) -> list[dict[str, Any]]:

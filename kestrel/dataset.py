@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kestrel.artifacts import MANIFEST, read_manifest, require_equal, write_json
+from kestrel.cores import in_order
+from kestrel.corpora.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt import Prompt, Rendered, Unrenderable
 from kestrel.settings import Settings
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
-
-_ROWS_A_BATCH = 1000
 
 
 @dataclass
@@ -37,6 +37,21 @@ class SplitStatistics:
     replies_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
+
+    def absorb(self, other: SplitStatistics) -> None:
+        """Adds the counts of dialogues that follow."""
+        for name in (
+            "dialogues",
+            "replies",
+            "tokens",
+            "supervised_tokens",
+            "truncated_dialogues",
+            "turns_cut",
+            "replies_cut",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.dropped.update(other.dropped)
+        self.lengths.extend(other.lengths)
 
     def as_json(self) -> dict[str, Any]:
         """The counts, and shares and percentiles made of them. Lengths are in tokens."""
@@ -63,22 +78,51 @@ class SplitStatistics:
         return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common()) or "there was none"
 
 
-def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> SplitStatistics:
-    """Renders dialogues and writes them as a `datasets` folder, holding no more than a batch in memory.
+class Batch(Protocol):
+    """Some dialogues of a split."""
+
+    def dialogues(self, tally: Tally) -> Iterable[Dialogue]:
+        """The dialogues; what reading them counted is added to the tally."""
+
+
+def write_split(
+    batches: Iterable[Batch],
+    prompt: Prompt,
+    folder: Path,
+    tally: Tally,
+    processes: int = 1,
+    progress: Callable[[int], object] = int,
+) -> SplitStatistics:
+    """Renders dialogues and writes them as a `datasets` folder, holding no more than a few batches in memory.
 
     Args:
-        dialogues: consumed once.
+        batches: consumed once.
         prompt: how they become tokens.
         folder: where the split is written, by `Dataset.save_to_disk`'s layout.
+        tally: what reading the dialogues counted is added to it.
+        processes: how many render.
+        progress: told how many dialogues came to the ones before.
     """
     from kestrel.arrow import SplitWriter
 
     statistics = SplitStatistics()
-    stream = iter(dialogues)
     with SplitWriter(folder) as writer:
-        while batch := list(islice(stream, _ROWS_A_BATCH)):
-            writer.write(list(_counted(batch, prompt, statistics)))
+        for rows, counts, counted in in_order(lambda batch: _rendered(batch, prompt), batches, processes):
+            if rows is not None:
+                writer.write(rows)
+            statistics.absorb(counts)
+            tally.absorb(counted)
+            progress(counts.dialogues)
     return statistics
+
+
+def _rendered(batch: Batch, prompt: Prompt) -> tuple[pa.RecordBatch | None, SplitStatistics, Tally]:
+    from kestrel.arrow import rows_of
+
+    statistics, tally = SplitStatistics(), Tally()
+    dialogues = list(batch.dialogues(tally))
+    rendered = list(_counted(dialogues, prompt, statistics))
+    return rows_of(rendered) if rendered else None, statistics, tally
 
 
 def _counted(batch: list[Dialogue], prompt: Prompt, statistics: SplitStatistics) -> Iterator[tuple[Dialogue, Rendered]]:

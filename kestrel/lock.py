@@ -19,6 +19,7 @@ from kestrel.errors import KestrelError
 LOCK = ".lock"
 BEAT = 5.0  # seconds between two signs of life of the process that holds a folder
 PATIENCE = 20.0  # seconds without one after which that process is taken for dead
+_held: set[int] = set()  # files that are locked
 _OWNER = re.compile(r"(?P<owner>process \d+ on .+ since .+)\n(?P<kernel>.*)\n")
 
 
@@ -54,11 +55,22 @@ def locked(folder: Path) -> Iterator[None]:
         lock.flush()
         released = threading.Event()
         threading.Thread(target=_beat, args=(path, released), daemon=True).start()
+        _held.add(lock.fileno())
         try:
             yield
         finally:
             released.set()
             lock.truncate(0)
+            _held.discard(lock.fileno())
+
+
+def _let_go() -> None:
+    """A process that this one forked does not hold its folders, nor keep them when this one dies."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _refuse(folder: Path, owner: str) -> None:

@@ -44,6 +44,19 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
     assert time.monotonic() - began < 1 and not left.exists()
 
 
+def test_a_process_that_the_holder_forked_does_not_hold_the_folder(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom kestrel.lock import locked\n"
+        f"with locked(Path({str(tmp_path)!r})):\n"
+        "    if os.fork() == 0:\n        os.close(1); time.sleep(30); os._exit(0)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    assert died.returncode == -9
+    with lock.locked(tmp_path):
+        pass
+
+
 def test_processes_of_one_run_share_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with run_folder(str(tmp_path), "a: 1\n"):
         monkeypatch.setenv("RANK", "1")

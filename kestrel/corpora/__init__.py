@@ -14,10 +14,12 @@ One file a format reads drafts; `repair.finish` is the gate that every draft pas
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -64,44 +66,57 @@ class Corpus:
         met = array("Q")
         dropped = tally.dropped.copy()
         try:
-            for draft in self._drafts(split, tally):
+            for draft in self.drafts(split, tally):
                 dialogue = finish(draft, tally)
                 if dialogue is not None:
                     met.append(stable_hash(dialogue.dialogue_id))
                     tally.kept += 1
                     yield dialogue
         except KestrelError:
-            self._refuse_repeated_ids(split, met)  # it stands before what else is wrong
+            self.refuse_repeated_ids(split, met)  # it stands before what else is wrong
             raise
-        self._refuse_repeated_ids(split, met)
+        self.refuse_repeated_ids(split, met)
         if not met:
-            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in (tally.dropped - dropped).most_common())
-            raise KestrelError(f"{self.source}: the {split} split yields no dialogue ({reasons or 'it has none'}).")
+            self.refuse_nothing(split, tally.dropped - dropped)
 
     def place(self, split: str, dialogue_id: str) -> str:
         """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
-        return next(draft.where for draft in self._drafts(split, Tally()) if draft.dialogue_id == dialogue_id)
+        return next(draft.where for draft in self.drafts(split, Tally()) if draft.dialogue_id == dialogue_id)
 
-    def _refuse_repeated_ids(self, split: str, met: array[int]) -> None:
-        """Looks for two equal hashes among those of the dialogues' ids: sorted, not as a set, which takes ten times
-        the memory."""
+    def drafts(self, split: str, tally: Tally) -> Iterator[Draft]:
+        """What the reader of the format finds. `read` does to it what must be done."""
+        parts = self.parts[split]
+        for number, part in enumerate(parts):
+            prefix = split if len(parts) == 1 else f"{split}.{number}"
+            yield from READERS[self.format](part.path, part.section, prefix, self.both_sides, tally)
+
+    def refuse_repeated_ids(self, split: str, met: array[int]) -> None:
+        """Looks for two equal hashes among those of the ids of all dialogues that were kept: sorted, not as a set,
+        which takes ten times the memory.
+
+        Raises:
+            KestrelError: a dialogue_id stands twice; naming both places, for which the split is read again.
+        """
         ids = np.frombuffer(met, dtype=np.uint64)
         ordered = np.sort(ids)
         if (ordered[1:] == ordered[:-1]).any():
             order = np.argsort(ids, kind="stable")
             again = order[1:][ids[order[1:]] == ids[order[:-1]]]
-            kept = (draft for draft in self._drafts(split, Tally()) if finish(draft, Tally()) is not None)
+            kept = (draft for draft in self.drafts(split, Tally()) if finish(draft, Tally()) is not None)
             draft = next(islice(kept, int(again.min()), None))
             raise KestrelError(
                 f"{draft.where}: the dialogue_id {draft.dialogue_id!r} stands at "
                 f"{self.place(split, draft.dialogue_id)} already; make it unique."
             )
 
-    def _drafts(self, split: str, tally: Tally) -> Iterator[Draft]:
-        parts = self.parts[split]
-        for number, part in enumerate(parts):
-            prefix = split if len(parts) == 1 else f"{split}.{number}"
-            yield from READERS[self.format](part.path, part.section, prefix, self.both_sides, tally)
+    def refuse_nothing(self, split: str, dropped: Counter[str]) -> NoReturn:
+        """Says why no dialogue of a split was kept.
+
+        Raises:
+            KestrelError: always.
+        """
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in dropped.most_common())
+        raise KestrelError(f"{self.source}: the {split} split yields no dialogue ({reasons or 'it has none'}).")
 
 
 def open_corpus(source: str, format: str = "auto", *, revision: str | None = None, both_sides: bool = True) -> Corpus:

@@ -10,16 +10,17 @@ as an owner's nor as a partner's, and no conversation straddles splits.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-from tqdm import tqdm
 
 from kestrel.corpora import Corpus
-from kestrel.corpora.repair import persona_key, stable_hash
-from kestrel.corpora.spool import Spool
+from kestrel.corpora.reading import Reading
+from kestrel.corpora.repair import stable_hash
+from kestrel.corpora.spool import dialogues_of
 from kestrel.corpora.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
@@ -28,9 +29,39 @@ MIXED = "owner's persona is of another split than the conversation"
 PARTNER_HELD = "partner's persona is held out for validation or test"
 TOO_MANY = "more than max_dialogues"
 
-_NO_PERSONA = 0
 _SPLITS = ("train", "validation", "test")
 _REASONS = (None, MIXED, PARTNER_HELD, TOO_MANY)
+_AT_ONCE = 1000  # dialogues; so many are in memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Dialogues of a split that stand together in the source, as they are kept on disk.
+
+    Attributes:
+        records: of the spool, joined.
+        sizes: bytes of each.
+        reasons: why each is left out, as an index of _REASONS; 0: it is not.
+        rest: what was counted after the last of them; None: nothing that belongs to this split.
+    """
+
+    records: bytes
+    sizes: list[int]
+    reasons: bytes
+    rest: Tally | None = None
+
+    def dialogues(self, tally: Tally) -> Iterator[Dialogue]:
+        """Those that are not left out. All are counted."""
+        for number, (dialogue, since) in zip(self.reasons, dialogues_of(self.records, self.sizes), strict=True):
+            reason = _REASONS[number]
+            if reason is not None:
+                since.kept -= 1
+                since.drop(reason, f"dialogue {dialogue.dialogue_id}")
+            tally.absorb(since)
+            if reason is None:
+                yield dialogue
+        if self.rest is not None:
+            tally.absorb(self.rest)
 
 
 class Splitter:
@@ -47,6 +78,7 @@ class Splitter:
         seed: of the choice of personas, and of dialogues where `max_dialogues` chooses.
         max_dialogues: keep so many dialogues of each split at most, chosen at random; None: all.
         folder: on whose disk that file lies; None: the system's for temporary files.
+        processes: how many read.
 
     Attributes:
         splits: those that can be read, among train, validation, test, in this order.
@@ -66,6 +98,7 @@ class Splitter:
         seed: int = 0,
         max_dialogues: int | None = None,
         folder: Path | None = None,
+        processes: int = 1,
     ):
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
             raise KestrelError("the fractions for validation and test must be 0 or more, and less than 1 together.")
@@ -84,7 +117,9 @@ class Splitter:
             split: "cut from train" if split in self._fractions else self._native[split] for split in self.splits
         }
 
-        read = {split: _Reading(corpus, split, seed, folder) for split in dict.fromkeys(self._native.values())}
+        read = {
+            split: Reading(corpus, split, seed, folder, processes) for split in dict.fromkeys(self._native.values())
+        }
         self._refuse_shared_ids(read)
         # Of each dialogue: the split that it goes to, and why it is left out of that, if so; indices of the tuples.
         self._place: dict[str, np.ndarray] = {}
@@ -110,30 +145,38 @@ class Splitter:
         Raises:
             KestrelError: no such split, or no dialogue left.
         """
+        for batch in self.batches(split):
+            yield from batch.dialogues(tally)
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """As `read`, for who takes the dialogues out of the batches elsewhere."""
         if split not in self.splits:
             raise KestrelError(
                 f"there is no {split} split of {self.corpus.source}; there are {', '.join(self.splits)}."
             )
         native = self._native[split]
-        kept_any = False
         chosen = np.flatnonzero(self._place[native] == _SPLITS.index(split))
         reasons = self._reason[native][chosen]
-        for number, (dialogue, since) in zip(reasons, self._spools[native].read(chosen), strict=True):
-            reason = _REASONS[number]
-            if reason is not None:
-                since.kept -= 1
-                since.drop(reason, f"dialogue {dialogue.dialogue_id}")
-            tally.absorb(since)
-            if reason is None:
-                kept_any = True
-                yield dialogue
-        if self.origin[split] == native:
-            tally.absorb(self._rest[native])
-        if not kept_any:
-            why = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
-            raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({why}).")
+        if reasons.all():
+            self._refuse_nothing(split, self._batches(split, chosen, reasons))
+        yield from self._batches(split, chosen, reasons)
 
-    def _cut(self, train: _Reading) -> None:
+    def _batches(self, split: str, chosen: np.ndarray, reasons: np.ndarray) -> Iterator[Batch]:
+        native, start = self._native[split], 0
+        for records, sizes in self._spools[native].read(chosen, _AT_ONCE):
+            yield Batch(records, sizes, reasons[start : start + len(sizes)].tobytes())
+            start += len(sizes)
+        if self.origin[split] == native:
+            yield Batch(b"", [], b"", self._rest[native])
+
+    def _refuse_nothing(self, split: str, batches: Iterable[Batch]) -> NoReturn:
+        tally = Tally()
+        for batch in batches:
+            list(batch.dialogues(tally))
+        why = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
+        raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({why}).")
+
+    def _cut(self, train: Reading) -> None:
         personas, persona_of = _numbered(train.owners)
         conversations, conversation_of = _numbered(train.conversations)
         # The split that each persona and each conversation is held for; 0, as _SPLITS has it, is train.
@@ -161,7 +204,7 @@ class Splitter:
             np.uint8(0),
         )
 
-    def _overlap(self, read: dict[str, _Reading]) -> dict[str, dict[str, int]]:
+    def _overlap(self, read: dict[str, Reading]) -> dict[str, dict[str, int]]:
         overlap: dict[str, dict[str, int]] = {}
         for split in self.splits:
             if self._native[split] != "train":
@@ -170,7 +213,7 @@ class Splitter:
                 overlap[split] = {"personas": len(personas), "in_train": int(in_train.sum())}
         return overlap
 
-    def _limit(self, read: dict[str, _Reading], limit: int) -> None:
+    def _limit(self, read: dict[str, Reading], limit: int) -> None:
         for split in self.splits:
             native = self._native[split]
             ranks, reason = read[native].ranks, self._reason[native]
@@ -179,13 +222,13 @@ class Splitter:
                 last = np.partition(ranks[left], limit - 1)[limit - 1]
                 reason[left & (ranks > last)] = _REASONS.index(TOO_MANY)
 
-    def _refuse_shared_ids(self, read: dict[str, _Reading]) -> None:
+    def _refuse_shared_ids(self, read: dict[str, Reading]) -> None:
         natives = list(read)
         for at, first in enumerate(natives):
             for second in natives[at + 1 :]:
                 shared = np.flatnonzero(np.isin(read[first].ranks, read[second].ranks))
                 if len(shared):
-                    ((dialogue, _),) = read[first].spool.read(shared[:1])
+                    (((dialogue, _),),) = (dialogues_of(*found) for found in read[first].spool.read(shared[:1], 1))
                     twice = dialogue.dialogue_id
                     raise KestrelError(
                         f"the dialogue_id {twice!r} stands at {self.corpus.place(first, twice)} and at "
@@ -193,42 +236,7 @@ class Splitter:
                     )
 
 
-class _Reading:
-    """One pass over a split of the source: its dialogues, and four 64-bit hashes of each.
-
-    Attributes:
-        conversations, owners, partners, ranks: uint64 of shape (dialogues,).
-        rest: what was counted after the last dialogue.
-    """
-
-    def __init__(self, corpus: Corpus, split: str, seed: int, folder: Path | None):
-        self.spool = Spool(folder)
-        keys = array("Q")
-        self.rest = Tally()
-        dialogues = corpus.read(split, self.rest)
-        for dialogue in tqdm(dialogues, desc=f"reading {split}", unit=" dialogues", disable=None, leave=False):
-            keys.extend(_keys(dialogue))
-            keys.append(_rank(dialogue, seed))
-            self.spool.add(dialogue, self.rest)
-            self.rest.clear()
-        columns = np.frombuffer(keys, dtype=np.uint64).reshape(-1, 4)
-        self.conversations, self.owners, self.partners, self.ranks = columns.T
-
-
 def _numbered(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct ones, ascending, and of each entry its number among them, in half the bytes that numpy takes."""
     distinct, number = np.unique(hashes, return_inverse=True)
     return distinct, number.astype(np.uint32)
-
-
-def _keys(dialogue: Dialogue) -> tuple[int, int, int]:
-    """Hashes of conversation, owner's persona and partner's persona; where the owner's is not told (ParlAI's none and
-    other), the conversation stands for it."""
-    conversation = stable_hash(dialogue.conversation_id)
-    owner = persona_key(dialogue.persona) if dialogue.persona else conversation
-    partner = persona_key(dialogue.partner_persona) if dialogue.partner_persona else _NO_PERSONA
-    return conversation, owner, partner
-
-
-def _rank(dialogue: Dialogue, seed: int) -> int:
-    return stable_hash(str(seed), "dialogue", dialogue.dialogue_id)
