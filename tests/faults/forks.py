@@ -106,9 +106,11 @@ class Forks:
         log.unlink(missing_ok=True)
         report.unlink(missing_ok=True)
         began = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not for the copy of this process
         pid = os.fork()
         if not pid:
             self._child(script, arguments, watched, moment, log, report)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sent = self._send(pid, moment, began)
         hung = _alive_until(pid, time.monotonic() + _LIMIT)
         if hung:
@@ -153,6 +155,7 @@ class Forks:
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `kestrel` does for a script
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
