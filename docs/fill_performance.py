@@ -100,18 +100,18 @@ def estimates(record: Record) -> str:
 
 
 def preprocessing(records: list[Record]) -> str:
-    """Sizes of generated corpora."""
+    """Sizes of generated corpora, and numbers of cores."""
+    ordered = sorted(records, key=lambda row: (row["dialogues"], row["machine"]["cores"]))
     rows = [
         [
-            f"{row['dialogues']:,}", f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}",
-            f"{row['dialogues'] / row['cpu_seconds']:,.0f}", f"{row['peak_resident_bytes'] / 2**20:,.0f}", f"{row['machine']['load_before']:.1f}",
+            f"{row['dialogues']:,}", str(row["machine"]["cores"]), f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}",
+            f"{row['dialogues_a_second']:,}", f"{row['peak_resident_bytes'] / 2**20:,.0f}",
         ]
-        for row in sorted(records, key=lambda row: int(row["dialogues"]))
+        for row in ordered
     ]  # fmt: skip
-    head = ["dialogues", "s", "processor s", "dialogues a processor s", "peak MiB, all processes", "load before"]
-    machine = records[-1]["machine"]
-    device = f"{machine['processor']}, {machine['cores']} cores"
-    return _table(head, rows) + "\n" + where({**records[-1], "device": device})
+    head = ["dialogues", "cores", "s", "processor s", "dialogues/s", "peak MiB, all processes"]
+    last = ordered[-1]
+    return _table(head, rows) + "\n" + where({**last, "device": last["machine"]["processor"]})
 
 
 def scoring(record: Record) -> str:
@@ -134,6 +134,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "generation": ("generate-gpu.json", generation),
     "scoring": ("evaluate.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
+    "preprocessing on many cores": ("preprocess-many-cores/*.json", preprocessing),
 }
 
 

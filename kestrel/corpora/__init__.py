@@ -73,9 +73,9 @@ class Corpus:
                     tally.kept += 1
                     yield dialogue
         except KestrelError:
-            self.refuse_repeated_ids(split, met)  # it stands before what else is wrong
+            self.refuse_repeated_ids(split, np.frombuffer(met, np.uint64))  # it stands before what else is wrong
             raise
-        self.refuse_repeated_ids(split, met)
+        self.refuse_repeated_ids(split, np.frombuffer(met, np.uint64))
         if not met:
             self.refuse_nothing(split, tally.dropped - dropped)
 
@@ -90,14 +90,16 @@ class Corpus:
             prefix = split if len(parts) == 1 else f"{split}.{number}"
             yield from READERS[self.format](part.path, part.section, prefix, self.both_sides, tally)
 
-    def refuse_repeated_ids(self, split: str, met: array[int]) -> None:
-        """Looks for two equal hashes among those of the ids of all dialogues that were kept: sorted, not as a set,
-        which takes ten times the memory.
+    def refuse_repeated_ids(self, split: str, ids: np.ndarray) -> None:
+        """Looks for two equal hashes: sorted, not as a set, which takes ten times the memory.
+
+        Args:
+            split: one of `splits`.
+            ids: hashes of the ids of its dialogues that were kept, in their order, uint64 of shape (dialogues,).
 
         Raises:
             KestrelError: a dialogue_id stands twice; naming both places, for which the split is read again.
         """
-        ids = np.frombuffer(met, dtype=np.uint64)
         ordered = np.sort(ids)
         if (ordered[1:] == ordered[:-1]).any():
             order = np.argsort(ids, kind="stable")

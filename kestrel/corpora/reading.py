@@ -79,7 +79,7 @@ class Reading:
                 bar.update(len(each.sizes))
         columns = np.frombuffer(self._keys, dtype=np.uint64).reshape(-1, 4)
         self.conversations, self.owners, self.partners, self.ranks = columns.T
-        corpus.refuse_repeated_ids(split, array("Q", self.ranks))  # it stands before what else is wrong
+        corpus.refuse_repeated_ids(split, self.ranks)  # it stands before what else is wrong
         if pieces.error is not None:
             raise pieces.error
         if not len(self.spool):
