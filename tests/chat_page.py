@@ -11,6 +11,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["i have a dog .", "i live in rome ."]
+# The contrast of the text of an element, named by its selector, with the ground behind it, as WCAG 2 counts it.
+CONTRAST = """
+    const shade = color => {
+        const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
+        for (const layer of color) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(
+            c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const behind = [];
+    for (let e = document.querySelector(arguments[0]); e; e = e.parentElement)
+        behind.unshift(getComputedStyle(e).backgroundColor);
+    const text = getComputedStyle(document.querySelector(arguments[0])).color;
+    const [low, high] = [shade(behind), shade([...behind, text])].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+"""
 
 
 class Served:

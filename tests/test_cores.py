@@ -296,7 +296,7 @@ def wait_for_helpers(process: subprocess.Popen[str]) -> set[int]:
     until = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < until:
         if len(found := helpers(process.pid)) > 1:
-            time.sleep(0.3)
+            time.sleep(0.1)
             return found
         time.sleep(0.01)
     return set()

@@ -1,0 +1,75 @@
+"""Answers as they are made: what a reader sees of one while it grows, and what it has become in the end."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from make_models import make_model, make_tokenizer
+
+from kestrel.chat.speaker import Speaker, spoken
+from kestrel.generation import respond
+from kestrel.model import add_lora
+from kestrel.prompt import Prompt
+from kestrel.settings import Generation, Lora
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(make_tokenizer(), "plain", 256)
+
+
+@pytest.fixture(scope="module")
+def speaker(prompt: Prompt) -> Speaker:
+    model = add_lora(make_model(), Lora(r=4, target_modules="all-linear"), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Speaker(model, prompt, ["adapter", "base"])
+
+
+@given(
+    context=st.lists(st.integers(12, 380), min_size=1, max_size=30),
+    stops=st.lists(st.text("ab .\n", min_size=1, max_size=3), max_size=2),
+    beams=st.sampled_from([1, 1, 2]),
+)
+@settings(max_examples=25, deadline=None)
+def test_what_is_shown_grows_into_what_generate_writes(speaker, prompt, context, stops, beams):
+    chosen = Generation(max_new_tokens=12, stop_strings=stops, num_beams=beams)
+    shown = list(speaker.answer(context, "adapter", chosen))
+    assert shown[-1] == respond(speaker.model, prompt, [context], chosen)[0].text
+    assert all(after.startswith(before) for before, after in pairwise(shown))
+    with speaker.model.disable_adapter():
+        alone = respond(speaker.model, prompt, [context], chosen)[0].text
+    assert list(speaker.answer(context, "base", chosen))[-1] == alone
+
+
+@given(text=st.text(max_size=20), stops=st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_nothing_is_shown_that_is_taken_back(prompt, text, stops):
+    """Whatever bytes a token ends in the middle of, and whatever a stop string begins with."""
+    ids = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
+    before = ""
+    for count in range(len(ids) + 1):
+        now, ended = spoken(prompt, ids[:count], stops)
+        assert now.startswith(before)
+        before = now
+        if ended:
+            break
+    whole, _ = spoken(prompt, ids[:count], stops, whole=True)
+    assert whole.startswith(before)
+    assert not any(stop in whole for stop in stops if not stop.isspace())
+
+
+def test_who_stops_reading_stops_the_model(speaker, prompt):
+    steps = []
+    hook = speaker.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    answer = speaker.answer(prompt.tokenizer("You:")["input_ids"], "adapter", Generation(max_new_tokens=2000))
+    next(answer)
+    answer.close()
+    hook.remove()
+    assert 0 < len(steps) < 1000
+    assert list(speaker.answer([20, 30], "base", Generation(max_new_tokens=3)))  # and it can be asked again
