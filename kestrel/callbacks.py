@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from kestrel import processes
 from kestrel.artifacts import write_atomically
 from kestrel.errors import Interrupted, ProofError
-from kestrel.process import on_signals
+from kestrel.process import on_signals, tell
 
 if TYPE_CHECKING:
     from kestrel.training import DialogueTrainer
@@ -209,7 +209,7 @@ class StopOnSignal(TrainerCallback):
                 "stopped at once; the same command goes on from the last checkpoint, or begins anew if there is none yet",
             )
         self.received = number
-        print("\nstopping after this step and saving a checkpoint; once more to stop at once", flush=True)
+        tell("\nstopping after this step and saving a checkpoint; once more to stop at once")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

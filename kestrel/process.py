@@ -10,7 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kestrel.errors import Interrupted
@@ -20,12 +20,18 @@ _AGAIN = "interrupted; run the same command again to go on"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def tell(text: str) -> None:
+    """Writes a line to standard error, from within a signal's handler: print fails if the signal came during a print."""
+    if is_first():
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
     """Ends the script by an exception, except while it imports: C++ that is being initialized would abort on one."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            if is_first():
-                os.write(2, f"{_AGAIN}\n".encode())
+            tell(_AGAIN)
             os._exit(128 + number)
         frame = frame.f_back
     raise Interrupted(number, _AGAIN)

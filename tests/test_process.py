@@ -140,3 +140,24 @@ def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_pat
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 143
     assert done.stderr == "interrupted; run the same command again to go on\n"
+
+
+def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from kestrel.callbacks import StopOnSignal\n"
+        "from kestrel.process import _Abandoned, prepare_output\n"
+        "def trace(frame, event, argument):\n"
+        "    if frame.f_code is _Abandoned.write.__code__:\n"
+        "        sys.settrace(None)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "prepare_output()\n"
+        "stop = StopOnSignal()\n"
+        "with stop.listening():\n"
+        "    sys.settrace(trace)\n"
+        "    print('step 4', flush=True)\n"
+        "print(stop.received)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("step 4\n15\n", 0), done.stderr
+    assert done.stderr == "\nstopping after this step and saving a checkpoint; once more to stop at once\n"

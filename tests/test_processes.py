@@ -174,7 +174,7 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     process.terminate()
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert err.count("train.py: stopped at step ") == 1 and "the same command goes on from there" in err
+    assert err.count("train.py: stopped at step ") == 1 and "the same command goes on from there" in err, err
     assert not (tmp_path / "run" / "adapter").exists()
     capsys.readouterr()
     assert train.main([*arguments, "--run_dir", str(tmp_path / "run")]) == 0
