@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing.synchronize
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,11 +91,23 @@ def test_a_process_that_is_killed_is_told() -> None:
         list(in_order(function, range(100), 2))
 
 
-def test_without_semaphores_one_process_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lacking(*arguments: object, **more: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
+@pytest.mark.parametrize("milliseconds", range(0, 60, 4))
+def test_wherever_it_is_killed_nobody_waits_for_it(milliseconds: int) -> None:
+    """Also in the middle of a message, which is longer than a pipe holds."""
+    results = in_order(lambda item: (os.getpid(), bytes(2**22)), [bytes(2**21)] * 10**6, 2)
+    victim = next(results)[0]
+    killer = threading.Timer(milliseconds / 1000, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(KestrelError, match="killed, as systems do when memory runs out"):
+        for _ in results:
+            pass
 
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", lacking)
+
+def test_where_the_system_starts_no_process_this_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
     assert set(in_order(lambda item: os.getpid(), range(100), 2)) == {os.getpid()}
 
 
