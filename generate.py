@@ -32,7 +32,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from kestrel import processes
+    from kestrel import processes, rendezvous
     from kestrel.adapter import prove_loaded
     from kestrel.answers import left_out, write_answers
     from kestrel.artifacts import identity_of, sha256_of_json
@@ -45,7 +45,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.prompt import Prompt
     from kestrel.tokenizer import load_tokenizer
 
-    processes.join(settings)
+    rendezvous.join(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)

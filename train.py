@@ -31,7 +31,17 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, dry_run, passes, processes, sharding, trainer_arguments, training
+    from kestrel import (
+        callbacks,
+        checkpoints,
+        dry_run,
+        passes,
+        processes,
+        rendezvous,
+        sharding,
+        trainer_arguments,
+        training,
+    )
     from kestrel.adapter import save_and_prove
     from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
@@ -45,7 +55,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.samples import sampler
     from kestrel.tokenizer import load_tokenizer
 
-    sharded = processes.join(settings)
+    sharded = rendezvous.join(settings)
     if not options.dry_run:
         trainer_arguments.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

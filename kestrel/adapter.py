@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kestrel.adapter_files import PROMPT, WEIGHTS
 from kestrel.artifacts import (
     MANIFEST,
     folder_atomically,
@@ -17,10 +18,8 @@ from kestrel.artifacts import (
     write_json,
     write_manifest,
 )
-from kestrel.checkpoints import saying_disk_full
-from kestrel.disk import adapter_bytes, room_for
+from kestrel.disk import adapter_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
-from kestrel.hub import PROMPT, WEIGHTS
 from kestrel.likelihood import Scored, span_nll
 from kestrel.prompt import Prompt
 from kestrel.settings import Settings

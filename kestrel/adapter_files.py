@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
 from kestrel.errors import KestrelError
-from kestrel.hub import CONFIG, PROMPT, WEIGHTS, cached_adapter, download_adapter
+from kestrel.hub import _clear_errors
+from kestrel.network import use_cache_without_network
 from kestrel.settings import is_hub_id
+
+# All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
+ADAPTER_FILES = (
+    CONFIG,
+    WEIGHTS,
+    PROMPT,
+    MANIFEST,
+    *TOKENIZER_FILES,
+)
 
 
 def find_folder(name: str) -> Path:
@@ -103,3 +122,74 @@ def identity_of_folder(folder: Path) -> str | None:
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return identity_of(described(folder))
     return None
+
+
+def download_adapter(name: str) -> Path:
+    """An adapter's files from the Hub, or from its client's cache where the Hub does not answer.
+
+    Args:
+        name: owner/name, or owner/name@revision.
+
+    Returns:
+        The folder; it holds those of `ADAPTER_FILES` that the repository has.
+
+    Raises:
+        KestrelError: not found, not allowed, not reached, or no adapter in safetensors there.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    use_cache_without_network()
+    with _clear_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
+        if constants.HF_HUB_OFFLINE:
+            folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+        else:
+            # One after the other: a snapshot's threads (huggingface_hub 2.4) would not let Ctrl-C through for a minute.
+            there = {
+                entry.rfilename for entry in HfApi().model_info(repository, revision=revision or None).siblings or []
+            }
+            _require_adapter(name, there)
+            wanted = [file for file in ADAPTER_FILES if file in there]
+            paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in wanted]
+            folder = paths[0].parent
+            if any(path.parent != folder for path in paths):
+                raise KestrelError(f"model.adapter {name} was changed in the meantime; run the same command again")
+    _require_adapter(name, {path.name for path in folder.iterdir()})
+    return folder
+
+
+def _require_adapter(name: str, files: set[str]) -> None:
+    for needed in (CONFIG, WEIGHTS):
+        if needed not in files:
+            raise KestrelError(
+                f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
+                "read, no pickles and no subfolders"
+            )
+
+
+@contextmanager
+def _telling_cache_full() -> Iterator[None]:
+    from huggingface_hub import constants
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Not enough free disk space")
+            yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise KestrelError(
+            f"the disk is full that holds the Hub's cache, {constants.HF_HUB_CACHE}; free some space and run the same "
+            "command again, or set HF_HOME to a folder elsewhere"
+        ) from None
+
+
+def cached_adapter(name: str) -> Path | None:
+    """The files that `download_adapter` brought last, without asking the Hub; None where it never did."""
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None

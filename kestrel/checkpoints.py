@@ -7,7 +7,6 @@ holds the hash of each file and what the run was.
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
-from kestrel.disk import is_full
 from kestrel.errors import KestrelError
 from kestrel.settings import Settings
 
@@ -171,18 +169,3 @@ def remove_newer(folder: Path, step: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.name.rpartition("-")[2].isdecimal() and step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
-
-
-@contextmanager
-def saying_disk_full(folder: Path) -> Iterator[None]:
-    """Turns what torch and safetensors raise on a full disk into the OSError that it is.
-
-    Args:
-        folder: that is written to; it exists.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, KestrelError) or not is_full(error, folder):
-            raise
-        raise OSError(errno.ENOSPC, "no space left on device", str(folder)) from error

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.adapter import read_adapter
-from kestrel.adapter_files import described, find_folder, is_ours, restore
+from kestrel.adapter_files import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
 from kestrel.artifacts import MANIFEST, differences, require_equal
 from kestrel.errors import KestrelError
-from kestrel.hub import PROMPT, WEIGHTS
 from kestrel.model import adapter_config
 from kestrel.settings import Settings, is_hub_id
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kestrel import not_installed, processes
+from kestrel import not_installed, processes, rendezvous
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.keys import all_keys
 from kestrel.process import on_signals, prepare_output
@@ -112,7 +112,7 @@ def run_script(
             run_folder(settings.run_dir, describe(settings, {})) if writes and not dry else contextlib.nullcontext()
         )
         with on_signals(), processes.only_first_speaks(), folder:
-            if together and (warning := processes.why_alone()):
+            if together and (warning := rendezvous.why_alone()):
                 print(f"warning: {warning}", file=sys.stderr)
             steps(settings, arguments)
         processes.leave()

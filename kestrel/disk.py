@@ -36,7 +36,7 @@ def is_full(error: BaseException, folder: Path) -> bool:
 def room_for(what: str, needed: int, folder: Path, else_: str = _ELSE) -> Iterator[None]:
     """Lets the block write `what`, if there is room for it.
 
-    Errors of the libraries must have become OSError: `checkpoints.saying_disk_full` makes them so.
+    Errors of the libraries must have become OSError: `disk.saying_disk_full` makes them so.
 
     Args:
         what: is written, for messages.
@@ -136,3 +136,18 @@ def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: in
 def evaluation_bytes(generations: Sequence[Path]) -> int:
     """About what scores, report and responses take."""
     return _REPORT_BYTES + 2 * sum(path.stat().st_size for path in generations if path.exists())
+
+
+@contextmanager
+def saying_disk_full(folder: Path) -> Iterator[None]:
+    """Turns what torch and safetensors raise on a full disk into the OSError that it is.
+
+    Args:
+        folder: that is written to; it exists.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, KestrelError) or not is_full(error, folder):
+            raise
+        raise OSError(errno.ENOSPC, "no space left on device", str(folder)) from error

@@ -17,11 +17,10 @@ import torch
 
 from kestrel.adapter import prove_loaded
 from kestrel.artifacts import MANIFEST, clear_beside, folder_atomically, identity_of, read_manifest, write_manifest
-from kestrel.checkpoints import saying_disk_full
 from kestrel.chosen_adapter import open_adapter
 from kestrel.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.disk import merged_bytes, room_for
+from kestrel.disk import merged_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
 from kestrel.loss import causal_lm_of, install

@@ -5,11 +5,9 @@ Tokens are the client's business (huggingface_hub reads HF_TOKEN or the login); 
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,23 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kestrel.adapter_files import ADAPTER_FILES
 from kestrel.artifacts import MANIFEST, read_json
 from kestrel.errors import KestrelError
 from kestrel.network import use_cache_without_network
 
-# All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
-CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
-ADAPTER_FILES = (
-    CONFIG,
-    WEIGHTS,
-    PROMPT,
-    MANIFEST,
-    *TOKENIZER_FILES,
-)
 CARD = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")
 _OF_AN_EMPTY_ONE = {
@@ -115,77 +101,6 @@ def _broken_connections() -> tuple[type[Exception], ...]:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def download_adapter(name: str) -> Path:
-    """An adapter's files from the Hub, or from its client's cache where the Hub does not answer.
-
-    Args:
-        name: owner/name, or owner/name@revision.
-
-    Returns:
-        The folder; it holds those of `ADAPTER_FILES` that the repository has.
-
-    Raises:
-        KestrelError: not found, not allowed, not reached, or no adapter in safetensors there.
-    """
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-
-    repository, _, revision = name.partition("@")
-    use_cache_without_network()
-    with _clear_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
-        if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
-        else:
-            # One after the other: a snapshot's threads (huggingface_hub 2.4) would not let Ctrl-C through for a minute.
-            there = {
-                entry.rfilename for entry in HfApi().model_info(repository, revision=revision or None).siblings or []
-            }
-            _require_adapter(name, there)
-            wanted = [file for file in ADAPTER_FILES if file in there]
-            paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in wanted]
-            folder = paths[0].parent
-            if any(path.parent != folder for path in paths):
-                raise KestrelError(f"model.adapter {name} was changed in the meantime; run the same command again")
-    _require_adapter(name, {path.name for path in folder.iterdir()})
-    return folder
-
-
-def _require_adapter(name: str, files: set[str]) -> None:
-    for needed in (CONFIG, WEIGHTS):
-        if needed not in files:
-            raise KestrelError(
-                f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
-                "read, no pickles and no subfolders"
-            )
-
-
-@contextmanager
-def _telling_cache_full() -> Iterator[None]:
-    from huggingface_hub import constants
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Not enough free disk space")
-            yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise KestrelError(
-            f"the disk is full that holds the Hub's cache, {constants.HF_HUB_CACHE}; free some space and run the same "
-            "command again, or set HF_HOME to a folder elsewhere"
-        ) from None
-
-
-def cached_adapter(name: str) -> Path | None:
-    """The files that `download_adapter` brought last, without asking the Hub; None where it never did."""
-    from huggingface_hub import errors, snapshot_download
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        return None
 
 
 def base_config(name: str, revision: str | None, key: str = "model.name") -> dict[str, Any]:

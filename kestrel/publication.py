@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kestrel.adapter_files import ADAPTER_FILES, CONFIG, PROMPT
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, require_made, sealed
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.hub import ADAPTER_FILES, CARD, CONFIG, PROMPT, base_config
+from kestrel.hub import CARD, base_config
 from kestrel.model_card import Facts, model_card
 from kestrel.prompt import Prompt
 from kestrel.resolve import describe

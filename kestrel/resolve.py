@@ -14,13 +14,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kestrel import processes
 from kestrel.errors import UsageError
 from kestrel.keys import Key, all_keys, alternatives, as_yaml
 from kestrel.settings import Settings, conflicts
 from kestrel.yaml_lines import load_with_lines
 
 _LONGEST = 2**20  # bytes of a YAML file
+
+# Options of the launchers that people put behind the script's name, where they are the script's.
+_OPTIONS = {
+    "torchrun": "nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rdzv_conf "
+    "standalone max_restarts shutdown_timeout",
+    "accelerate launch": "config_file num_processes num_machines machine_rank main_process_ip main_process_port "
+    "multi_gpu use_fsdp cpu gpu_ids mixed_precision",
+}
 
 
 def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
@@ -85,7 +92,7 @@ def resolve(
     for before, given in zip([None, *unknown], unknown, strict=False):
         flag = given.split("=")[0]
         if flag.startswith("-"):
-            launcher = processes.launcher_of(flag)
+            launcher = launcher_of(flag)
             problems.append(
                 f"{flag}: an option of {launcher}; it goes before the script's name"
                 if launcher
@@ -211,3 +218,9 @@ def describe(settings: Settings, origin: dict[str, str]) -> str:
             mark = "  # overridden on the command line" if source.startswith("--") else source and f"  # {source}"
             lines.append(f"{label}: {as_yaml(leaf)}{mark}")
     return "\n".join(lines) + "\n"
+
+
+def launcher_of(option: str) -> str | None:
+    """The launcher that an option belongs to, if it is one of theirs."""
+    name = option.lstrip("-").replace("-", "_")
+    return next((launcher for launcher, options in _OPTIONS.items() if name in options.split()), None)
