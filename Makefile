@@ -21,7 +21,7 @@ check: .venv/ready-dev
 	$(VENV)/mypy kestrel *.py docs benchmarks Images tools
 
 schema: .venv/ready   ## configs/schema.json, from the settings
-	$(VENV)/python -m kestrel.settings > configs/schema.json
+	$(VENV)/python -m kestrel.config.settings > configs/schema.json
 
 readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
 	$(VENV)/python docs/fill_readme.py

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.command_line import run_script
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, UsageError
-from kestrel.settings import Settings
 
 if TYPE_CHECKING:
     from kestrel.chat.speaker import Speaker

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from kestrel.command_line import run_script
-from kestrel.settings import Settings
+from kestrel.config.settings import Settings
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:

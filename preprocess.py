@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.command_line import run_script
-from kestrel.settings import Settings
+from kestrel.config.settings import Settings
 
 
 def _count(text: str) -> int:

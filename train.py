@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.command_line import run_script
-from kestrel.settings import Settings
+from kestrel.config.settings import Settings
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "say what training will take, load no weights, write nothing"})

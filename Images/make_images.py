@@ -31,9 +31,9 @@ WIDTH = 100.0  # of the drawing, in units of a hundredth of its width
 
 def draw_objective() -> None:
     """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
+    from kestrel.config.settings import Model
     from kestrel.dataset import dialogue_of, load_split
     from kestrel.prompt import IGNORED, Prompt
-    from kestrel.settings import Model
     from kestrel.tokenizer import load_tokenizer
 
     rows = load_split(ROOT / "runs" / "quickstart" / "dataset", "test", "run make quickstart first")

@@ -44,6 +44,8 @@ from kestrel import answers, generation
 from kestrel.answers import Question, questions_of, write_answers
 from kestrel.artifacts import git_commit, library_versions, write_json
 from kestrel.attention import stock_attention
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Generation
 from kestrel.decoding import decode
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
@@ -53,8 +55,6 @@ from kestrel.model import add_lora, load_base, load_config, skeleton_of
 from kestrel.prefix import computed
 from kestrel.prompt import Prompt, Rendered
 from kestrel.quantization import linear_layers
-from kestrel.resolve import resolve
-from kestrel.settings import Generation
 from kestrel.tokenizer import load_tokenizer
 
 _CHECKED = 8  # replies

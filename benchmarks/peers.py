@@ -24,9 +24,9 @@ from transformers import (
 
 from benchmarks.agreement import Row
 from benchmarks.profiles import LEARNING_RATE, LORA, MAX_LENGTH, System
+from kestrel.config.settings import Model, Quantization
 from kestrel.model import device, load_config, skeleton_of
 from kestrel.quantization import audit, forbid_repacking, quantizable_layers
-from kestrel.settings import Model, Quantization
 
 
 def load_base(folder: Path, dtype: str) -> torch.nn.Module:

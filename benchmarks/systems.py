@@ -31,9 +31,9 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
     Returns:
         Facts for the record: device, matrix rate in FLOP/s, sizes of model and data.
     """
+    from kestrel.config.settings import Model
     from kestrel.model import load_config, skeleton_of
     from kestrel.quantization import linear_layers
-    from kestrel.settings import Model
 
     dtype = machine.compute_dtype()
     size = machine.matrix_size()

@@ -34,10 +34,10 @@ from benchmarks.profiles import read_dialogues
 from kestrel import elementwise, falcon, loss
 from kestrel.artifacts import git_commit, library_versions, write_json
 from kestrel.attention import stock_attention
+from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model import add_lora, load_base, skeleton_of
 from kestrel.prompt import IGNORED, Prompt, Rendered
 from kestrel.quantization import linear_layers
-from kestrel.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.tokenizer import load_tokenizer
 
 Batch = dict[str, torch.Tensor]

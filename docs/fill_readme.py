@@ -83,7 +83,7 @@ def measured_table() -> str:
 
 
 def settings_table() -> str:
-    from kestrel.keys import all_keys
+    from kestrel.config.keys import all_keys
 
     keys = all_keys()
     rows = ["| key | default | meaning |", "|---|---|---|"]

@@ -18,11 +18,11 @@ from kestrel.artifacts import (
     write_json,
     write_manifest,
 )
+from kestrel.config.settings import Settings
 from kestrel.disk import adapter_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.likelihood import Scored, span_nll
 from kestrel.prompt import Prompt
-from kestrel.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

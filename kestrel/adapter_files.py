@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
+from kestrel.config.settings import is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.hub import _clear_errors
 from kestrel.network import use_cache_without_network
-from kestrel.settings import is_hub_id
 
 # All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
 TOKENIZER_FILES = (

@@ -16,6 +16,7 @@ import torch
 
 from kestrel import processes
 from kestrel.artifacts import write_atomically
+from kestrel.config.settings import Generation
 from kestrel.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
@@ -24,7 +25,6 @@ from kestrel.likelihood import Scored, span_nll
 from kestrel.persona_order import reordered
 from kestrel.prefix import computed, continuation_nll
 from kestrel.prompt import Prompt, Rendered, Unrenderable
-from kestrel.settings import Generation
 
 if TYPE_CHECKING:
     from datasets import Dataset

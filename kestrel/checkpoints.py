@@ -15,8 +15,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.settings import Settings
 
 _KIND = "checkpoint"
 _STATE = "trainer_state.json"

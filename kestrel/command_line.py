@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kestrel import not_installed, processes, rendezvous
+from kestrel.config.keys import all_keys
+from kestrel.config.resolve import describe, resolve
+from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError, UsageError
-from kestrel.keys import all_keys
 from kestrel.process import on_signals, prepare_output
-from kestrel.resolve import describe, resolve
-from kestrel.settings import Settings
 
 
 def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from kestrel.config.settings import Generation
 from kestrel.loss import causal_lm_of
 from kestrel.prefix import Behind
-from kestrel.settings import Generation
 
 _LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said
 _WORTH_LEAVING_OUT = 0.8  # share of rows still speaking at which the others are worth a copy of the rest

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.loss import install, token_nll
 from kestrel.memory import GIB, Estimator, Pass
 from kestrel.model import device
 from kestrel.passes import Dialogues, Plan, capacity, choose, without_estimate
-from kestrel.settings import Settings
 from kestrel.stand_in import stand_in
 
 if TYPE_CHECKING:

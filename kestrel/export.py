@@ -18,6 +18,7 @@ import torch
 from kestrel.adapter import prove_loaded
 from kestrel.artifacts import MANIFEST, clear_beside, folder_atomically, identity_of, read_manifest, write_manifest
 from kestrel.chosen_adapter import open_adapter
+from kestrel.config.settings import Settings
 from kestrel.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.disk import merged_bytes, room_for, saying_disk_full
@@ -26,7 +27,6 @@ from kestrel.generation import Response, generation_config, respond
 from kestrel.loss import causal_lm_of, install
 from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
 from kestrel.prompt import Prompt
-from kestrel.settings import Settings
 from kestrel.tokenizer import clear_errors, load_tokenizer
 
 if TYPE_CHECKING:

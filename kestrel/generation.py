@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from kestrel.batching import batches_within
+from kestrel.config.settings import Generation
 from kestrel.decoding import decode
 from kestrel.likelihood import Scored
 from kestrel.loss import causal_lm_of
 from kestrel.model import check_context
 from kestrel.prefix import Prefixes, computed, is_shareable, memory_for_rows
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

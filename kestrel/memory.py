@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_iter
 from transformers import masking_utils
 
 from kestrel import attention, elementwise, falcon
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.model import skeleton_of
 from kestrel.quantization import footprint_bytes, linear_layers
-from kestrel.settings import Settings
 from kestrel.stand_in import stand_in
 
 if TYPE_CHECKING:

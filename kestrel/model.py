@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from kestrel.artifacts import read_json, sha256_of
 from kestrel.attention import use_fused_kernels
+from kestrel.config.settings import Lora, Model, Settings
 from kestrel.errors import KestrelError
 from kestrel.quantization import Audit, audit, forbid_repacking, linear_layers, quantizable_layers
-from kestrel.settings import Lora, Model, Settings
 from kestrel.tokenizer import clear_errors
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import torch
 from kestrel import processes
 from kestrel.artifacts import read_json, write_json
 from kestrel.batching import even_batches_within, share_of
+from kestrel.config.settings import Settings, memory_bytes
 from kestrel.falcon import Recompute
 from kestrel.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
 from kestrel.model import device
-from kestrel.settings import Settings, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

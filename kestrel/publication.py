@@ -15,13 +15,13 @@ from typing import Any
 
 from kestrel.adapter_files import ADAPTER_FILES, CONFIG, PROMPT
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, require_equal, require_made, sealed
+from kestrel.config.resolve import describe
+from kestrel.config.settings import Settings, is_hub_id
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.hub import CARD, base_config
 from kestrel.model_card import Facts, model_card
 from kestrel.prompt import Prompt
-from kestrel.resolve import describe
-from kestrel.settings import Settings, is_hub_id
 from kestrel.tokenizer import load_tokenizer
 
 EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kestrel.config.settings import Quantization
 from kestrel.errors import ProofError
-from kestrel.settings import Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

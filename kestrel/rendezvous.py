@@ -13,7 +13,7 @@ from kestrel.errors import KestrelError
 from kestrel.processes import count, decided_by_first, greatest, is_first, number
 
 if TYPE_CHECKING:
-    from kestrel.settings import Settings
+    from kestrel.config.settings import Settings
 
 _PATIENCE = timedelta(hours=2)  # a process waits for the others: while one downloads a base, say
 _SEEN_WITHIN = 10.0  # seconds in which a network file system shows one machine what another wrote

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from kestrel import processes
+from kestrel.config.settings import Settings
 from kestrel.errors import ProofError
 from kestrel.loss import causal_lm_of, install
 from kestrel.model import add_lora, device, load_base
-from kestrel.settings import Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

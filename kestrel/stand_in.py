@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from kestrel.attention import use_fused_kernels
+from kestrel.config.settings import Quantization, Settings
 from kestrel.model import add_lora
 from kestrel.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
-from kestrel.settings import Quantization, Settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

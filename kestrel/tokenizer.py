@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kestrel.config.settings import Model
 from kestrel.errors import KestrelError
 from kestrel.network import use_cache_without_network
-from kestrel.settings import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import integration_utils
 
+from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.settings import Settings, is_hub_id
 
 _PROJECT = "kestrel"
 # Under which runs are filed where the user names nothing else; the Trainer's own default is "huggingface" or none.

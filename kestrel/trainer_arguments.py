@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.settings import Settings
 from kestrel.trackers import TrackedArguments, check_trackers, keep_paths_back, naming, told_of
 
 

@@ -17,13 +17,13 @@ from transformers import Trainer
 from kestrel import processes
 from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.checkpoints import read_sealed, seal
+from kestrel.config.settings import Settings
 from kestrel.dataset import lengths_of
 from kestrel.disk import saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes
 from kestrel.prompt import IGNORED
-from kestrel.settings import Settings
 from kestrel.sharding import is_sharded
 
 _COLUMNS = ["input_ids", "labels"]

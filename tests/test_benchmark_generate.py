@@ -14,12 +14,12 @@ from make_models import make_model, make_tokenizer, words
 from benchmarks.generate import check, rows_of
 from benchmarks.profiles import ROOT
 from kestrel.answers import questions_of
+from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
 from kestrel.loss import install
 from kestrel.prefix import Behind
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation
 
 PERSONA = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
 DIALOGUE = Dialogue("d", tuple(PERSONA), tuple(Turn(**turn) for turn in words(PERSONA)))

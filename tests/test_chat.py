@@ -23,11 +23,11 @@ from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import changed
 from kestrel.chat.speaker import Speaker
 from kestrel.chat.terminal import readable
+from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.dataset import dialogue_of, load_split
 from kestrel.errors import KestrelError
 from kestrel.generation import respond
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation, Settings, conflicts
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
@@ -115,8 +115,8 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
     assert f"adapter> {readable(replies[0]['text'])}\n" in printed
     assert f"base> {readable(replies[2]['text'])}\n" in printed
 
+    from kestrel.config.resolve import resolve
     from kestrel.model import load_adapter, load_base
-    from kestrel.resolve import resolve
     from kestrel.tokenizer import load_tokenizer
 
     run, _ = resolve(str(trained.config), {})

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 
 from kestrel.chat.speaker import Speaker, spoken
+from kestrel.config.settings import Generation, Lora
 from kestrel.generation import respond
 from kestrel.model import add_lora
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation, Lora
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 import chat
 from kestrel.chat.conversation import Conversation
 from kestrel.chat.web import is_loopback
-from kestrel.settings import Generation
+from kestrel.config.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--prompt.max_length", "2000"]  # the longest of what is said here is no concern of these tests

@@ -255,7 +255,7 @@ def test_a_full_disk_under_the_hubs_cache_is_named(
 
 def test_the_forerunners_adapter_has_a_config(tmp_path: Path) -> None:
     """Its prompt is the one of its adapter, and its splits are those of the config that it is compared with."""
-    from kestrel.resolve import resolve
+    from kestrel.config.resolve import resolve
 
     theirs, _ = resolve("configs/falcon-7b-original.yaml", {})
     ours, _ = resolve("configs/falcon-7b-cynaptics.yaml", {})

@@ -15,11 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kestrel.command_line import run_script
+from kestrel.config.keys import all_keys
+from kestrel.config.resolve import describe, resolve
+from kestrel.config.settings import Settings
+from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import Interrupted, KestrelError, UsageError
-from kestrel.keys import all_keys
-from kestrel.resolve import describe, resolve
-from kestrel.settings import Settings
-from kestrel.yaml_lines import load_with_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = "run_dir: r\ndata:\n  source: s\nmodel:\n  name: m\n"

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kestrel.arrow import first_rows
 from kestrel.artifacts import MANIFEST, files_below, sealed, write_manifest
+from kestrel.config.settings import Settings
 from kestrel.corpora.tally import Tally
 from kestrel.dataset import (
     SplitStatistics,
@@ -36,7 +37,6 @@ from kestrel.dataset import (
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt import IGNORED, Prompt
-from kestrel.settings import Settings
 
 COMMAND = "python preprocess.py --config a.yaml"
 WORDS = ["i", "have", "two", "dogs", "like", "cars", "hi", "how", "are", "you", "?", "1987", "Zoë", "👍"]

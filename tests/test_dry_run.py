@@ -14,10 +14,10 @@ from make_models import make_config
 import train
 from kestrel import dry_run
 from kestrel.artifacts import run_folder
+from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.loss import install
 from kestrel.memory import Pass
 from kestrel.passes import Dialogues, Plan
-from kestrel.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.stand_in import stand_in
 
 

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 from make_tokenizers import sentencepiece_like, unigram, wordpiece
 
+from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
 from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
 from kestrel.loss import install
 from kestrel.model import add_lora
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation, Lora
 
 END = 11
 ROOT = Path(__file__).resolve().parent.parent

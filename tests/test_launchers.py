@@ -9,7 +9,7 @@ from test_processes import ACCELERATE, PATIENCE, ROOT, RUN, begin, end, free_por
 
 from benchmarks.profiles import script
 from kestrel.artifacts import run_folder
-from kestrel.keys import all_keys
+from kestrel.config.keys import all_keys
 
 
 @pytest.mark.parametrize("differing", ["settings", "folder"])

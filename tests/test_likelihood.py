@@ -81,9 +81,9 @@ def test_a_likelihood_that_is_not_finite_is_refused():
 def test_generations_file_holds_the_references_and_candidates_likelihoods(trained, tmp_path):
     """Every number of the file recomputed from its text: prompt, reference and candidates rendered anew."""
     import generate
+    from kestrel.config.resolve import resolve
     from kestrel.dataset import dialogue_of
     from kestrel.model import load_adapter, load_base
-    from kestrel.resolve import resolve
     from kestrel.tokenizer import load_tokenizer
 
     arguments = trained.copy_to(tmp_path / "run")

@@ -13,10 +13,10 @@ from make_models import make_model
 
 import kestrel.loss
 from kestrel.batching import batches_within
+from kestrel.config.settings import Lora
 from kestrel.errors import ProofError
 from kestrel.loss import collate, install, prove_loss, token_nll
 from kestrel.model import add_lora
-from kestrel.settings import Lora
 
 END = 11  # end token and padding at once, as for Falcon
 

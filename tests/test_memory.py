@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from kestrel import attention, elementwise, falcon, memory
 from kestrel import loss as loss_room
+from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
 from kestrel.model import add_lora
 from kestrel.quantization import expected_footprint_bytes
-from kestrel.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.stand_in import stand_in
 
 TARGETS = {

@@ -14,7 +14,7 @@ from make_tokenizers import CHATML, INST, byte_level, sentencepiece_like
 from safetensors.torch import load_file
 from test_evaluate import main as evaluate
 
-from kestrel.resolve import resolve
+from kestrel.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [turn["text"] for turn in words(["i have a dog .", "my favorite food is soup .", "i live in rome ."])] * 3

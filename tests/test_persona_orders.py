@@ -17,6 +17,7 @@ from make_tokenizers import unigram
 
 from kestrel.answers import answer, questions_of
 from kestrel.artifacts import read_json
+from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import line_up
@@ -25,7 +26,6 @@ from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_ove
 from kestrel.loss import install
 from kestrel.persona_order import name_in_order, order_in_name, reordered
 from kestrel.prompt import Prompt, Unrenderable
-from kestrel.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ("i have a dog .", "my favorite food is soup .", "i live in rome .")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words
 
 from kestrel.answers import _shard, answer, questions_of
+from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation import decodes_itself, respond
 from kestrel.likelihood import Scored, span_nll
@@ -18,7 +19,6 @@ from kestrel.loss import install
 from kestrel.model import add_lora
 from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable
 from kestrel.prompt import Prompt
-from kestrel.settings import Generation, Lora
 
 SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
 NOT_SHARING = ["bloom", "mistral"]

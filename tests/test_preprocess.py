@@ -18,10 +18,10 @@ from make_models import make_config
 from transformers import AutoTokenizer
 
 import preprocess
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Model
 from kestrel.dataset import load_split, open_dataset
 from kestrel.prompt import Prompt, tokenizer_fingerprint
-from kestrel.resolve import resolve
-from kestrel.settings import Model
 from kestrel.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ import torch
 from make_models import write_base
 
 import kestrel.model
+from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, install, token_nll
 from kestrel.model import add_lora, load_base, skeleton_of
 from kestrel.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
-from kestrel.settings import Data, Lora, Model, Quantization, Settings
 
 ARCHITECTURES = ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"]
 

@@ -19,7 +19,7 @@ from make_models import write_base
 import train
 from kestrel import callbacks
 from kestrel.adapter import WEIGHTS
-from kestrel.resolve import resolve
+from kestrel.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--training.max_steps", "20", "--training.evaluations", "5", "--training.logging_steps", "2"]

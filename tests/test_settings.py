@@ -12,10 +12,10 @@ from typing import get_args
 import pytest
 import yaml
 
+from kestrel.config.keys import all_keys, as_yaml
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Settings, Tracker, conflicts, json_schema
 from kestrel.errors import UsageError
-from kestrel.keys import all_keys, as_yaml
-from kestrel.resolve import resolve
-from kestrel.settings import Settings, Tracker, conflicts, json_schema
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,7 +33,7 @@ def _nested(dotted: str, value: object) -> dict:
 
 def test_schema_is_current() -> None:
     assert (ROOT / "configs" / "schema.json").read_text(encoding="utf-8") == json_schema(), (
-        "run `python -m kestrel.settings > configs/schema.json`"
+        "run `python -m kestrel.config.settings > configs/schema.json`"
     )
 
 

@@ -19,8 +19,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from kestrel.resolve import resolve
-from kestrel.settings import Tracker
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Tracker
 from kestrel.trackers import check_trackers, told_of
 
 FEW = ["--training.max_steps", "2", "--training.evaluations", "1", "--training.samples", "0"]

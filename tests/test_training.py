@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import train
 from kestrel import callbacks, trainer_arguments, training
 from kestrel.adapter import WEIGHTS
+from kestrel.config.settings import Lora
 from kestrel.loss import collate, install, token_nll
 from kestrel.model import add_lora, load_adapter, load_base
 from kestrel.passes import Plan
-from kestrel.settings import Lora
 
 
 def log_of(run: Path) -> list[dict]:
@@ -197,8 +197,8 @@ def test_recomputation_gives_identical_gradients_with_dropout(architecture):
 
 def test_each_token_of_a_step_weighs_the_same(prepared):
     """The gradient of a step cut into many passes is that of the mean over all of its supervised tokens."""
+    from kestrel.config.resolve import resolve
     from kestrel.dataset import load_split
-    from kestrel.resolve import resolve
 
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120", "training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
@@ -301,7 +301,7 @@ def test_a_base_with_an_infinite_weight_is_refused(prepared, tmp_path, capsys):
 def test_saved_adapter_is_the_trained_one(trained):
     """From the files alone: the fixed dialogue's likelihood is the one that training recorded."""
     from kestrel.adapter import canary_nll
-    from kestrel.resolve import resolve
+    from kestrel.config.resolve import resolve
 
     settings, _ = resolve(str(trained.config), {}, [])
     model = load_adapter(load_base(settings)[0], trained.run / "adapter")

@@ -14,8 +14,8 @@ import gradio as gr
 from kestrel.chat import transcript
 from kestrel.chat.conversation import Conversation, Exchange, System, sentences
 from kestrel.chat.speaker import EMPTY, Speaker
+from kestrel.config.settings import Generation
 from kestrel.errors import KestrelError
-from kestrel.settings import Generation
 
 # Fonts of the machine: a page that fetches one from elsewhere tells that somebody is here. The darker shades, because
 # white or grey on Gradio's own is hard to read.

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kestrel.config.keys import all_keys, as_yaml
+from kestrel.config.settings import Generation
+from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import KestrelError, UsageError
-from kestrel.keys import all_keys, as_yaml
-from kestrel.settings import Generation
-from kestrel.yaml_lines import load_with_lines
 
 _OF_SAMPLING = ("temperature", "top_p", "top_k")
 _OF_BEAMS = ("num_beams", "length_penalty")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from kestrel.chat.conversation import Exchange, System
+from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.generation import generation_config
 from kestrel.loss import causal_lm_of
 from kestrel.prompt import TOO_LONG, Prompt, Unrenderable
-from kestrel.settings import Generation
 
 _LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a character of which bytes are still to come

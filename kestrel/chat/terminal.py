@@ -14,8 +14,8 @@ from pathlib import Path
 from kestrel.chat.conversation import Conversation, Exchange, System, read_persona, save, sentences
 from kestrel.chat.sampling import changed, described
 from kestrel.chat.speaker import EMPTY, Speaker
+from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
-from kestrel.settings import Generation
 
 HELP = """\
 /persona                    show the person, and type in another one

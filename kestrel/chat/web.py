@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.chat.speaker import Speaker
+from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
-from kestrel.settings import Generation
 
 # Whatever a library's page would load from elsewhere, a browser that is told this does not.
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'none'"

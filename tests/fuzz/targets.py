@@ -79,7 +79,7 @@ def corpus(data: bytes, format: str) -> None:
 
 def config(data: bytes) -> None:
     """A YAML file; settings that hold are described, and the description reads back to them."""
-    from kestrel.resolve import describe, resolve
+    from kestrel.config.resolve import describe, resolve
 
     settings, origin = resolve(str(_file("config.yaml", data)), {})
     described = _file("described.yaml", describe(settings, origin).encode())
@@ -160,7 +160,7 @@ def _script(name: str) -> Any:
 
 
 def _settings(run: Path) -> Any:
-    from kestrel.settings import Data, Model, Settings
+    from kestrel.config.settings import Data, Model, Settings
 
     return Settings(run_dir=str(run), data=Data(source="s"), model=Model(name="m"))
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from kestrel.settings import Settings
+from kestrel.config.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from kestrel.config.keys import Key, all_keys, alternatives, as_yaml
+from kestrel.config.settings import Settings, conflicts
+from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import UsageError
-from kestrel.keys import Key, all_keys, alternatives, as_yaml
-from kestrel.settings import Settings, conflicts
-from kestrel.yaml_lines import load_with_lines
 
 _LONGEST = 2**20  # bytes of a YAML file
 

@@ -1,6 +1,6 @@
 """Every key of an experiment: its type, default, meaning and limits. One YAML file serves all scripts.
 
-The JSON Schema that editors use is made from this file: `python -m kestrel.settings > configs/schema.json`.
+The JSON Schema that editors use is made from this file: `python -m kestrel.config.settings > configs/schema.json`.
 """
 
 from __future__ import annotations

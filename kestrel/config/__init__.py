@@ -1,0 +1,1 @@
+"""Settings: what a YAML file may say, and how it is checked, with file and line."""
