@@ -42,8 +42,8 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
             [f"model.adapter: publishes the run's own adapter, not {adapter}; leave it out: --model.adapter null"]
         )
 
-    from kestrel.hub import CARD, base_config, check_access, check_named, upload, validate_card
     from kestrel.publication import base_on_hub, collect, datasets_on_hub
+    from kestrel.upload import CARD, base_config, check_access, check_named, upload, validate_card
 
     files = collect(settings, repo_id, options.again)
     card = files[CARD]

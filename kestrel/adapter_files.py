@@ -12,8 +12,7 @@ from typing import Any
 from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
 from kestrel.config.settings import is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.hub import _clear_errors
-from kestrel.network import use_cache_without_network
+from kestrel.hub import plain_hub_errors, use_cache_without_network
 
 # All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
 TOKENIZER_FILES = (
@@ -140,7 +139,7 @@ def download_adapter(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     use_cache_without_network()
-    with _clear_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
+    with plain_hub_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
         else:

@@ -24,10 +24,11 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.disk import merged_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
+from kestrel.hub import plain_loading_errors
 from kestrel.loss import causal_lm_of, install
 from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
 from kestrel.prompt import Prompt
-from kestrel.tokenizer import clear_errors, load_tokenizer
+from kestrel.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -223,7 +224,7 @@ def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     from kestrel.model import device
 
     dtype = getattr(torch, settings.quantization.compute_dtype)
-    with clear_errors("merged weights", str(folder)):
+    with plain_loading_errors("merged weights", str(folder)):
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, device_map={"": str(device())}
         )

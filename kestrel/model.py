@@ -14,8 +14,8 @@ from kestrel.artifacts import read_json, sha256_of
 from kestrel.attention import use_fused_kernels
 from kestrel.config.settings import Lora, Model, Settings
 from kestrel.errors import KestrelError
+from kestrel.hub import plain_loading_errors
 from kestrel.quantization import Audit, audit, forbid_repacking, linear_layers, quantizable_layers
-from kestrel.tokenizer import clear_errors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -35,7 +35,7 @@ def load_config(settings: Model) -> PretrainedConfig:
     """The architecture of the base model."""
     from transformers import AutoConfig
 
-    with clear_errors("configuration", settings.name):
+    with plain_loading_errors("configuration", settings.name):
         return AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
@@ -82,7 +82,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     )
     # transformers (5.23) would have a repository without safetensors converted by a service on the Hub, unasked.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with clear_errors("weights", chosen.name), quantizable_layers():
+    with plain_loading_errors("weights", chosen.name), quantizable_layers():
         model = AutoModelForCausalLM.from_pretrained(
             chosen.name,
             revision=chosen.revision,

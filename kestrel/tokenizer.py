@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kestrel.config.settings import Model
-from kestrel.errors import KestrelError
-from kestrel.network import use_cache_without_network
+from kestrel.hub import plain_loading_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@contextmanager
-def clear_errors(what: str, name: str) -> Iterator[None]:
-    """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
-    from safetensors import SafetensorError
-
-    if not Path(name).exists():
-        use_cache_without_network()
-    try:
-        yield
-    except KestrelError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).exists():
-            advice = "the folder exists but cannot be used"
-        elif os.environ.get("HF_HUB_OFFLINE") == "1":
-            advice = "it is no local folder and HF_HUB_OFFLINE=1 forbids the network"
-        else:
-            advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
-        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first})") from error
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -54,7 +26,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
             "read, change and send whatever you can, your token of the Hub included",
             file=sys.stderr,
         )
-    with clear_errors("tokenizer", settings.name):
+    with plain_loading_errors("tokenizer", settings.name):
         if _is_plain_falcon(Path(settings.name)):
             from transformers import TokenizersBackend
 

@@ -14,8 +14,8 @@ from hub_server import TOKEN, Hub
 from publishing import BASE, REPO, ROOT, publishing, run
 
 from kestrel.artifacts import sealed
-from kestrel.hub import PUBLISHED_FILES
 from kestrel.model_card import check_metadata, plain
+from kestrel.upload import PUBLISHED_FILES
 
 
 def rows(path: Path) -> list[dict]:

@@ -15,7 +15,7 @@ from publishing import REPO, publishing, run, stopped_at_a_large_file
 import generate
 import publish
 from kestrel.artifacts import read_json, write_json
-from kestrel.hub import PUBLISHED_FILES
+from kestrel.upload import PUBLISHED_FILES
 
 
 def sent(hub: Hub) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kestrel.corpora.rows import SECTIONS, sections
 from kestrel.errors import KestrelError
-from kestrel.network import use_cache_without_network
+from kestrel.hub import use_cache_without_network
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
