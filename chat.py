@@ -18,13 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, UsageError
+from kestrel.runtime.command_line import run_script
 
 if TYPE_CHECKING:
     from kestrel.chat.speaker import Speaker
-    from kestrel.prompt import Prompt
+    from kestrel.prompt.prompt import Prompt
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     (
@@ -49,8 +49,8 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.chat.conversation import Conversation
     from kestrel.chat.terminal import Terminal
     from kestrel.model import load_config
-    from kestrel.prompt import Prompt
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
 
     # A long conversation loses its oldest turns in time, so that prompt and answer always fit the model's context.
     context = getattr(load_config(settings.model), "max_position_embeddings", None) or sys.maxsize

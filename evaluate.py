@@ -16,14 +16,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
+from kestrel.runtime.command_line import run_script
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.adapter_files import find_cached
-    from kestrel.artifacts import folder_atomically, write_json
-    from kestrel.disk import evaluation_bytes, room_for
     from kestrel.evaluation.alignment import line_up
     from kestrel.evaluation.extra import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
@@ -32,6 +30,8 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.scoring import evaluate_files, write_responses
     from kestrel.evaluation.tables import summary
     from kestrel.evaluation.trivial import replies_of_other_split
+    from kestrel.runtime.atomic import folder_atomically, write_json
+    from kestrel.runtime.disk_space import evaluation_bytes, room_for
 
     options = settings.evaluation
     run_dir = Path(settings.run_dir)

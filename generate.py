@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
+from kestrel.runtime.command_line import run_script
 
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel.artifacts import require_made
+    from kestrel.runtime.manifest import require_made
 
     run, chosen = Path(settings.run_dir), settings.generation
     remedy = f"python preprocess.py {options.again}"
@@ -32,18 +32,18 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from kestrel import processes, rendezvous
     from kestrel.adapter import prove_loaded
     from kestrel.answers import left_out, write_answers
-    from kestrel.artifacts import identity_of, sha256_of_json
     from kestrel.chosen_adapter import open_adapter
     from kestrel.dataset import load_split, open_dataset
-    from kestrel.disk import answers_bytes, require_room, room_for
     from kestrel.loss import install
     from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config
     from kestrel.persona_order import name_in_order
-    from kestrel.prompt import Prompt
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.runtime import distributed, rendezvous
+    from kestrel.runtime.disk_space import answers_bytes, require_room, room_for
+    from kestrel.runtime.manifest import identity_of, sha256_of_json
 
     rendezvous.join(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -76,7 +76,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             if order:
                 made_from["persona_order"] = order
             files[folder / f"{chosen.split}.{name_in_order(system, order)}.jsonl"] = (system, order, made_from)
-    missing = processes.decided_by_first(
+    missing = distributed.decided_by_first(
         lambda: [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
     )
     for path in files:
@@ -114,7 +114,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             bar.update(done)
             for done in shards:
                 bar.update(done - bar.n)
-        if not processes.is_first():
+        if not distributed.is_first():
             continue
         record(path, made_from, settings)
         print(f"wrote {path} in {time.monotonic() - began:.0f} s")
@@ -133,8 +133,8 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
 def recorded(folder: Path) -> dict[str, Any]:
     """What generations/manifest.json says of each file."""
-    from kestrel.artifacts import MANIFEST
     from kestrel.evaluation.provenance import recorded_generations
+    from kestrel.runtime.manifest import MANIFEST
 
     if not (folder / MANIFEST).exists():
         return {}
@@ -143,7 +143,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:
     """Whether a file of an earlier call is whole and is what this call would make."""
-    from kestrel.artifacts import sha256_of
+    from kestrel.runtime.manifest import sha256_of
 
     known = recorded(path.parent).get(path.name)
     return known is not None and path.exists() and known == {"sha256": sha256_of(path), "made_from": made_from}
@@ -151,7 +151,7 @@ def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:
 
 def record(made: Path, made_from: dict[str, Any], settings: Settings) -> None:
     """Adds a finished file to generations/manifest.json, keeping what it says of others that are still as they were."""
-    from kestrel.artifacts import sha256_of, write_manifest
+    from kestrel.runtime.manifest import sha256_of, write_manifest
 
     folder = made.parent
     kept = {

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
+from kestrel.runtime.command_line import run_script
 
 
 def _count(text: str) -> int:
@@ -32,15 +32,16 @@ OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "pr
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from kestrel.artifacts import folder_atomically, write_manifest
     from kestrel.cores import processes_for
     from kestrel.corpora import Tally, open_corpus
     from kestrel.corpora.splits import Splitter
     from kestrel.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
-    from kestrel.disk import dataset_bytes, room_for
     from kestrel.errors import KestrelError
-    from kestrel.prompt import Prompt
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.runtime.atomic import folder_atomically
+    from kestrel.runtime.disk_space import dataset_bytes, room_for
+    from kestrel.runtime.manifest import write_manifest
 
     data = settings.data
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
 from kestrel.errors import UsageError
+from kestrel.runtime.command_line import run_script
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "show the files and the card, send nothing"}),

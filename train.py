@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kestrel.command_line import run_script
 from kestrel.config.settings import Settings
+from kestrel.runtime.command_line import run_script
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "say what training will take, load no weights, write nothing"})
@@ -26,34 +26,25 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel.artifacts import require_made
+    from kestrel.runtime.manifest import require_made
 
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import (
-        callbacks,
-        checkpoints,
-        dry_run,
-        passes,
-        processes,
-        rendezvous,
-        sharding,
-        trainer_arguments,
-        training,
-    )
+    from kestrel import callbacks, checkpoints, dry_run, passes, sharding, trainer_arguments, training
     from kestrel.adapter import save_and_prove
-    from kestrel.artifacts import identity_of, sha256_of
     from kestrel.batching import steps_of_run
     from kestrel.dataset import lengths_of, load_split, open_dataset, supervised_of
-    from kestrel.disk import room_for, training_bytes
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
     from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config
-    from kestrel.plots import plot_loss
-    from kestrel.prompt import Prompt
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.runtime import distributed, rendezvous
+    from kestrel.runtime.disk_space import room_for, training_bytes
+    from kestrel.runtime.manifest import identity_of, sha256_of
+    from kestrel.runtime.training_log import plot_loss
     from kestrel.samples import sampler
-    from kestrel.tokenizer import load_tokenizer
 
     sharded = rendezvous.join(settings)
     if not options.dry_run:
@@ -80,7 +71,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     meaning = checkpoints.meaning_of(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
-    resume = processes.decided_by_first(
+    resume = distributed.decided_by_first(
         lambda: find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")
     )
 
@@ -148,7 +139,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         raise Interrupted(
             stop.received, f"stopped at step {trainer.state.global_step}; the same command goes on from there"
         )
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     seconds = time.monotonic() - began
 

@@ -33,8 +33,8 @@ def draw_objective() -> None:
     """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
     from kestrel.config.settings import Model
     from kestrel.dataset import dialogue_of, load_split
-    from kestrel.prompt import IGNORED, Prompt
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.prompt import IGNORED, Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
 
     rows = load_split(ROOT / "runs" / "quickstart" / "dataset", "test", "run make quickstart first")
     row = min(rows.select(range(min(50, len(rows)))), key=lambda row: len(row["input_ids"]))

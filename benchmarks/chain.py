@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.here:
         return run_here(options.here, options.arguments)
 
-    from kestrel.artifacts import git_commit, library_versions, write_json
+    from kestrel.runtime.atomic import write_json
+    from kestrel.runtime.manifest import git_commit, library_versions
 
     results: dict[str, Any] = {}
     for script in options.scripts:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.falcon_7b_shape import write_tokenizer
 from benchmarks.profiles import PROFILES, System, arguments, read_dialogues, script, write_dialogues
-from kestrel.artifacts import git_commit, library_versions, write_json
+from kestrel.runtime.atomic import write_json
+from kestrel.runtime.manifest import git_commit, library_versions
 
 _ALLOWED = 0.1
 

@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(options: argparse.Namespace, command: str) -> int:
     """Runs it, prints what it took, and writes the record."""
-    from kestrel.artifacts import git_commit, library_versions, write_json
+    from kestrel.runtime.atomic import write_json
+    from kestrel.runtime.manifest import git_commit, library_versions
 
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), options.text, options.replies, options.systems, options.resamples)

@@ -42,7 +42,6 @@ from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
 from kestrel import answers, generation
 from kestrel.answers import Question, questions_of, write_answers
-from kestrel.artifacts import git_commit, library_versions, write_json
 from kestrel.attention import stock_attention
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation
@@ -53,9 +52,11 @@ from kestrel.likelihood import Scored
 from kestrel.loss import install
 from kestrel.model import add_lora, load_base, load_config, skeleton_of
 from kestrel.prefix import computed
-from kestrel.prompt import Prompt, Rendered
+from kestrel.prompt.prompt import Prompt, Rendered
+from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.quantization import linear_layers
-from kestrel.tokenizer import load_tokenizer
+from kestrel.runtime.atomic import write_json
+from kestrel.runtime.manifest import git_commit, library_versions
 
 _CHECKED = 8  # replies
 # How far a chosen token's logit may lie below the best one, in standard deviations over the vocabulary, and how far a

@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(options: argparse.Namespace, command: str) -> int:
     """Measures one size after the other, prints what each took, and writes the records."""
-    from kestrel.artifacts import git_commit, library_versions, write_json
+    from kestrel.runtime.atomic import write_json
+    from kestrel.runtime.manifest import git_commit, library_versions
 
     for count in options.dialogues:
         work = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.work))

@@ -49,8 +49,8 @@ def one_process(options: argparse.Namespace) -> int:
 
     from benchmarks import systems
     from benchmarks.profiles import PROFILES
-    from kestrel.artifacts import write_json
     from kestrel.errors import KestrelError, ProofError
+    from kestrel.runtime.atomic import write_json
 
     profile = PROFILES[options.profile]
     work, model = options.work, options.model
@@ -74,7 +74,7 @@ def one_process(options: argparse.Namespace) -> int:
 
 def start(row: str, options: argparse.Namespace, work: Path, **more: Any) -> dict[str, Any]:
     """Runs one process and reads its result, or the end of what it said where it left none."""
-    from kestrel.artifacts import read_json
+    from kestrel.runtime.atomic import read_json
 
     given = {"row": row, "profile": options.profile, "text": options.text, "work": work, "layers": options.layers}
     given |= {"model": options.model or work / "model", **more}
@@ -123,8 +123,9 @@ def benchmark(options: argparse.Namespace, work: Path, command: str) -> list[str
     """
     from benchmarks.profiles import PROFILES
     from benchmarks.rows import row_of, table
-    from kestrel.artifacts import git_commit, library_versions, write_json
     from kestrel.errors import KestrelError
+    from kestrel.runtime.atomic import write_json
+    from kestrel.runtime.manifest import git_commit, library_versions
 
     systems = chosen(PROFILES[options.profile].systems, options.only)
     facts = start(_PREPARE, options, work)

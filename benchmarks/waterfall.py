@@ -32,13 +32,14 @@ from benchmarks import machine
 from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import read_dialogues
 from kestrel import elementwise, falcon, loss
-from kestrel.artifacts import git_commit, library_versions, write_json
 from kestrel.attention import stock_attention
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model import add_lora, load_base, skeleton_of
-from kestrel.prompt import IGNORED, Prompt, Rendered
+from kestrel.prompt.prompt import IGNORED, Prompt, Rendered
+from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.quantization import linear_layers
-from kestrel.tokenizer import load_tokenizer
+from kestrel.runtime.atomic import write_json
+from kestrel.runtime.manifest import git_commit, library_versions
 
 Batch = dict[str, torch.Tensor]
 _WARMUP = 3

@@ -34,7 +34,7 @@ SHOWN_KEYS = (
 
 def machine() -> str:
     """Processor, cores, versions, commit and date, in a line."""
-    from kestrel.artifacts import git_commit, library_versions
+    from kestrel.runtime.manifest import git_commit, library_versions
 
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),

@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.adapter_files import PROMPT, WEIGHTS
-from kestrel.artifacts import (
-    MANIFEST,
-    folder_atomically,
-    read_json,
-    read_manifest,
-    require_equal,
-    write_json,
-    write_manifest,
-)
 from kestrel.config.settings import Settings
-from kestrel.disk import adapter_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.likelihood import Scored, span_nll
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.atomic import folder_atomically, read_json, write_json
+from kestrel.runtime.disk_space import adapter_bytes, room_for, saying_disk_full
+from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, write_manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel

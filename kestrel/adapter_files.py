@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import MANIFEST, identity_of, read_json, read_manifest, sha256_of
 from kestrel.config.settings import is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_hub_errors, use_cache_without_network
+from kestrel.runtime.atomic import read_json
+from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
 # All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
 TOKENIZER_FILES = (

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kestrel import processes
-from kestrel.artifacts import write_atomically
 from kestrel.config.settings import Generation
 from kestrel.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
@@ -24,7 +22,9 @@ from kestrel.generation import Prompted, Response, answers_behind, by_the_librar
 from kestrel.likelihood import Scored, span_nll
 from kestrel.persona_order import reordered
 from kestrel.prefix import computed, continuation_nll
-from kestrel.prompt import Prompt, Rendered, Unrenderable
+from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
+from kestrel.runtime import distributed
+from kestrel.runtime.atomic import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -263,25 +263,25 @@ def write_answers(
     partial = path.with_name(f".{path.name}.partial")
     lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = processes.decided_by_first(lambda: _keep_complete_shards(partial, identity, dataset))
+    done = distributed.decided_by_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
     while done < len(dataset):
         ends = [done]
-        while len(ends) <= processes.count() and ends[-1] < len(dataset):
+        while len(ends) <= distributed.count() and ends[-1] < len(dataset):
             ends.append(ends[-1] + _shard(lengths[ends[-1] :], settings.tokens_per_step))
-        shard, mine = "", processes.number()
+        shard, mine = "", distributed.number()
         if mine < len(ends) - 1:
             rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
             answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
             shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
-        for end, lines in zip(ends[1:], processes.told_to_first(shard), strict=False):
+        for end, lines in zip(ends[1:], distributed.told_to_first(shard), strict=False):
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(lines + _mark(end, lines.encode()))
                 file.flush()
                 os.fsync(file.fileno())
         done = ends[-1]
         yield done
-    if not processes.is_first():
+    if not distributed.is_first():
         return
     with open(partial, encoding="utf-8") as file, write_atomically(path) as whole:
         next(file)

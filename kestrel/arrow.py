@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from kestrel.artifacts import sha256_of
 from kestrel.dialogue import Dialogue
-from kestrel.prompt import IGNORED, Rendered
+from kestrel.prompt.prompt import IGNORED, Rendered
+from kestrel.runtime.manifest import sha256_of
 
 _DATA = "data-00000-of-00001.arrow"
 _TEXT, _INTEGER = {"dtype": "string", "_type": "Value"}, {"dtype": "int32", "_type": "Value"}

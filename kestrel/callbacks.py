@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from kestrel import processes
-from kestrel.artifacts import write_atomically
 from kestrel.errors import Interrupted, ProofError
-from kestrel.process import on_signals, tell
+from kestrel.runtime import distributed
+from kestrel.runtime.atomic import write_atomically
+from kestrel.runtime.signals import on_signals, tell
 
 if TYPE_CHECKING:
     from kestrel.training import DialogueTrainer
@@ -201,7 +201,7 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if processes.has_failed():
+        if distributed.has_failed():
             raise Interrupted(number)  # the launcher ends the others of a run that has failed
         if self.received is not None:
             raise Interrupted(
@@ -219,7 +219,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         # The signal reaches several processes in different steps; they stop after the same one.
-        self.received = processes.greatest(self.received or 0) or None
+        self.received = distributed.greatest(self.received or 0) or None
         if self.received is not None:
             control.should_log = control.should_save = control.should_training_stop = True
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from kestrel.artifacts import MANIFEST, read_json, read_manifest, require_equal, write_manifest
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
+from kestrel.runtime.atomic import read_json
+from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, write_manifest
 
 _KIND = "checkpoint"
 _STATE = "trainer_state.json"

@@ -12,10 +12,10 @@ from typing import Any
 
 from kestrel.adapter import read_adapter
 from kestrel.adapter_files import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
-from kestrel.artifacts import MANIFEST, differences, require_equal
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.model import adapter_config
+from kestrel.runtime.manifest import MANIFEST, differences, require_equal
 
 _FIT = (
     "set the run's settings to the adapter's (of the base: model.name, and model.revision to its commit; of the prompt: "

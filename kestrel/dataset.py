@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kestrel.artifacts import MANIFEST, read_manifest, require_equal, write_json
 from kestrel.config.settings import Settings
 from kestrel.cores import in_order
 from kestrel.corpora.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.prompt import Prompt, Rendered, Unrenderable
+from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
+from kestrel.runtime.atomic import write_json
+from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
 
 if TYPE_CHECKING:
     import pyarrow as pa

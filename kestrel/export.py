@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.adapter import prove_loaded
-from kestrel.artifacts import MANIFEST, clear_beside, folder_atomically, identity_of, read_manifest, write_manifest
 from kestrel.chosen_adapter import open_adapter
 from kestrel.config.settings import Settings
 from kestrel.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.disk import merged_bytes, room_for, saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
 from kestrel.loss import causal_lm_of, install
 from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
-from kestrel.prompt import Prompt
-from kestrel.tokenizer import load_tokenizer
+from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.runtime.atomic import clear_beside, folder_atomically
+from kestrel.runtime.disk_space import merged_bytes, room_for, saying_disk_full
+from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from kestrel.likelihood import Scored
 from kestrel.loss import causal_lm_of
 from kestrel.model import check_context
 from kestrel.prefix import Prefixes, computed, is_shareable, memory_for_rows
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from kestrel import falcon
 from kestrel.elementwise import nll
 from kestrel.errors import KestrelError, ProofError
-from kestrel.prompt import IGNORED
+from kestrel.prompt.prompt import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kestrel import processes
-from kestrel.artifacts import read_json, write_json
 from kestrel.batching import even_batches_within, share_of
 from kestrel.config.settings import Settings, memory_bytes
 from kestrel.falcon import Recompute
 from kestrel.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
 from kestrel.model import device
+from kestrel.runtime import distributed
+from kestrel.runtime.atomic import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,7 +69,7 @@ def capacity(settings: Settings) -> int | None:
         return named
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process's context is there already
-    return processes.least(found if named is None else min(named, found))
+    return distributed.least(found if named is None else min(named, found))
 
 
 def stay_within(settings: Settings) -> None:
@@ -91,7 +91,7 @@ class Dialogues:
 
     def __init__(self, lengths: np.ndarray, supervised: np.ndarray, steps: Sequence[np.ndarray]):
         self._supervised = supervised
-        self._shares = [step[share_of(lengths[step], 0, processes.count())] for step in steps]
+        self._shares = [step[share_of(lengths[step], 0, distributed.count())] for step in steps]
         self._lengths = lengths
         used = np.unique(np.concatenate(self._shares))
         self.steps = len(steps)

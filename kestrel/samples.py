@@ -11,7 +11,7 @@ from kestrel.config.settings import Settings
 from kestrel.dataset import dialogue_of
 from kestrel.generation import respond
 from kestrel.model import check_context
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset

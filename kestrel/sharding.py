@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kestrel import processes
 from kestrel.config.settings import Settings
 from kestrel.errors import ProofError
 from kestrel.loss import causal_lm_of, install
 from kestrel.model import add_lora, device, load_base
+from kestrel.runtime import distributed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,7 +53,7 @@ def shard(model: PeftModel) -> str:
             module.quant_state = state  # where bitsandbytes (0.50) looks when the weight is a plain tensor
     kept = {p for p in model.parameters() if p.requires_grad}
     sharded = {p for p in layers.parameters() if not p.requires_grad}
-    mesh = init_device_mesh(device().type, (processes.count(),))
+    mesh = init_device_mesh(device().type, (distributed.count(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()) - sharded)
@@ -102,7 +102,7 @@ def whole_again(model: PeftModel, settings: Settings) -> PeftModel:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called on a model, so that no process can compute without the others."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
 

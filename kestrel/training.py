@@ -14,16 +14,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import Trainer
 
-from kestrel import processes
 from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.checkpoints import read_sealed, seal
 from kestrel.config.settings import Settings
 from kestrel.dataset import lengths_of
-from kestrel.disk import saying_disk_full
 from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes
-from kestrel.prompt import IGNORED
+from kestrel.prompt.prompt import IGNORED
+from kestrel.runtime import distributed
+from kestrel.runtime.disk_space import saying_disk_full
 from kestrel.sharding import is_sharded
 
 _COLUMNS = ["input_ids", "labels"]
@@ -127,7 +127,7 @@ class DialogueTrainer(Trainer):
             self._step_down(too_large)
             self.model.zero_grad()
             _restore(random)
-        processes.average_gradients([p for p in self.model.parameters() if p.requires_grad])
+        distributed.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return total
 
     def _backward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -195,7 +195,7 @@ class DialogueTrainer(Trainer):
 
     def _agree_on_passes(self) -> None:
         """The passes of the process with least memory, for all: a checkpoint records one size, from which all go on."""
-        least = processes.least(self._chosen.tokens_per_step)
+        least = distributed.least(self._chosen.tokens_per_step)
         if least < self._chosen.tokens_per_step:
             self._chosen = dataclasses.replace(self._chosen, tokens_per_step=least)
             tqdm.write(
@@ -233,7 +233,7 @@ class DialogueTrainer(Trainer):
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(self.eval_dataset)[mine]
         cuts = list(batches_within(lengths, self._chosen.tokens_per_step))
-        idle = processes.greatest(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
+        idle = distributed.greatest(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
         for cut in cuts:
             batch = collate([rows[int(mine[i])] for i in cut], self._pad_id)
             each = token_nll(self.model, self._on_device(batch))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.adapter_files import ADAPTER_FILES
-from kestrel.artifacts import MANIFEST, read_json
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_hub_errors, use_cache_without_network
+from kestrel.runtime.atomic import read_json
+from kestrel.runtime.manifest import MANIFEST
 
 CARD = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")

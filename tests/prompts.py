@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.prompt import Prompt, Rendered, Unrenderable
+from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDERS = {

@@ -16,22 +16,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kestrel import artifacts
-from kestrel.artifacts import (
-    MANIFEST,
-    clear_leftovers,
-    differences,
-    folder_atomically,
-    identity_of,
-    read_json,
-    read_manifest,
-    require_equal,
-    run_folder,
-    write_atomically,
-    write_json,
-    write_manifest,
-)
 from kestrel.errors import Interrupted, KestrelError
+from kestrel.runtime import manifest
+from kestrel.runtime.atomic import clear_leftovers, folder_atomically, read_json, write_atomically, write_json
+from kestrel.runtime.manifest import MANIFEST, differences, identity_of, read_manifest, require_equal, write_manifest
+from kestrel.runtime.run_folder import locked_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,7 +31,7 @@ def names(folder: Path) -> list[str]:
 
 def child(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts Python that prints a line when it is where it shall be killed."""
-    header = "import os, sys, time; from pathlib import Path; from kestrel.artifacts import *\n"
+    header = "import os, sys, time; from pathlib import Path; from kestrel.runtime.manifest import *\n"
     process = subprocess.Popen(
         [sys.executable, "-c", header + code, *arguments],
         cwd=ROOT,
@@ -101,7 +90,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
             raise OSError("no")
         replace(source, target)
 
-    monkeypatch.setattr(artifacts.os, "replace", fail_into_place)
+    monkeypatch.setattr(manifest.os, "replace", fail_into_place)
     with pytest.raises(OSError, match="no"), folder_atomically(path) as folder:
         (folder / "new").write_text("")
     assert names(path) == ["old"] and names(tmp_path) == ["dataset"]
@@ -136,7 +125,7 @@ def test_a_kill_leaves_the_old_or_the_new(tmp_path: Path, moment: str) -> None:
         (folder / "old").write_text("old")
     kill(child(KILLED_AT[moment], str(path)))
     assert len(names(tmp_path)) > 1 or len(names(path)) > 1, "the kill came too late to show anything"
-    with run_folder(str(tmp_path), "x: 1\n"):
+    with locked_run_folder(str(tmp_path), "x: 1\n"):
         pass
     assert names(tmp_path) == [".lock", "config.yaml", "dataset"]
     assert names(path) == (["new"] if moment == "after the renames" else ["old"])
@@ -157,28 +146,28 @@ def test_leftovers_are_cleared_at_every_depth(tmp_path: Path) -> None:
 
 
 def test_settings_that_were_refused_are_not_written(tmp_path: Path) -> None:
-    with run_folder(str(tmp_path / "run"), "a: 1\n"):
+    with locked_run_folder(str(tmp_path / "run"), "a: 1\n"):
         pass
-    with pytest.raises(KestrelError), run_folder(str(tmp_path / "run"), "a: 2\n"):
+    with pytest.raises(KestrelError), locked_run_folder(str(tmp_path / "run"), "a: 2\n"):
         raise KestrelError("made with other settings")
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
-    with pytest.raises(Interrupted), run_folder(str(tmp_path / "run"), "a: 3\n"):
+    with pytest.raises(Interrupted), locked_run_folder(str(tmp_path / "run"), "a: 3\n"):
         raise Interrupted(15)
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 3\n"
 
 
 def test_a_mistyped_run_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KestrelError), run_folder(str(tmp_path / "typo"), "a: 1\n"):
+    with pytest.raises(KestrelError), locked_run_folder(str(tmp_path / "typo"), "a: 1\n"):
         raise KestrelError("there is no dataset")
     assert not (tmp_path / "typo").exists()
-    with pytest.raises(KestrelError, match="cannot be made"), run_folder(str(tmp_path / ("x" * 300)), "a: 1\n"):
+    with pytest.raises(KestrelError, match="cannot be made"), locked_run_folder(str(tmp_path / ("x" * 300)), "a: 1\n"):
         pass
 
 
 def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(KestrelError, match="another run_dir"), run_folder(str(path), ""):
+        with pytest.raises(KestrelError, match="another run_dir"), locked_run_folder(str(path), ""):
             pass
 
 

@@ -19,7 +19,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
 from kestrel.loss import install
 from kestrel.prefix import Behind
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 PERSONA = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
 DIALOGUE = Dialogue("d", tuple(PERSONA), tuple(Turn(**turn) for turn in words(PERSONA)))

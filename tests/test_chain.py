@@ -90,7 +90,7 @@ def test_the_prompt_that_trained_is_the_prompt_that_generates(chain, assets):
 
     from kestrel.answers import questions_of
     from kestrel.dataset import load_split
-    from kestrel.prompt import Prompt
+    from kestrel.prompt.prompt import Prompt
 
     run, _ = chain
     prompt = Prompt(AutoTokenizer.from_pretrained(assets / "base"), "plain", 160)

@@ -18,7 +18,6 @@ from make_models import make_tokenizer
 
 import chat
 import preprocess
-from kestrel.artifacts import run_folder, sha256_of
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import changed
 from kestrel.chat.speaker import Speaker
@@ -27,7 +26,9 @@ from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.dataset import dialogue_of, load_split
 from kestrel.errors import KestrelError
 from kestrel.generation import respond
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.manifest import sha256_of
+from kestrel.runtime.run_folder import locked_run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
@@ -117,7 +118,7 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
 
     from kestrel.config.resolve import resolve
     from kestrel.model import load_adapter, load_base
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.tokenizer import load_tokenizer
 
     run, _ = resolve(str(trained.config), {})
     model = load_adapter(load_base(run)[0], trained.run / "adapter")
@@ -252,7 +253,7 @@ def test_it_needs_no_lock_and_leaves_the_run_as_it_was(talk, trained):
         return {str(path): sha256_of(path) for path in sorted(trained.run.rglob("*")) if path.is_file()}
 
     before = everything()
-    with run_folder(str(trained.run), (trained.run / "config.yaml").read_text(encoding="utf-8")):
+    with locked_run_folder(str(trained.run), (trained.run / "config.yaml").read_text(encoding="utf-8")):
         held = everything()
         assert "adapter> " in talk("hi !")
         assert everything() == held

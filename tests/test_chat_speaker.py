@@ -14,7 +14,7 @@ from kestrel.chat.speaker import Speaker, spoken
 from kestrel.config.settings import Generation, Lora
 from kestrel.generation import respond
 from kestrel.model import add_lora
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 
 @pytest.fixture(scope="module")

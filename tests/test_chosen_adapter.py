@@ -15,7 +15,8 @@ from test_disk import small_disk
 
 import generate
 import preprocess
-from kestrel.artifacts import files_below, read_json, sealed, write_json
+from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.manifest import files_below, sealed
 
 
 @pytest.fixture

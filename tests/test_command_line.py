@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kestrel.command_line import run_script
 from kestrel.config.keys import all_keys
 from kestrel.config.resolve import describe, resolve
 from kestrel.config.settings import Settings
 from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import Interrupted, KestrelError, UsageError
+from kestrel.runtime.command_line import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = "run_dir: r\ndata:\n  source: s\nmodel:\n  name: m\n"

@@ -29,7 +29,7 @@ from kestrel.corpora.splits import Splitter
 from kestrel.corpora.spool import dialogues_of
 from kestrel.dataset import write_split
 from kestrel.errors import KestrelError
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

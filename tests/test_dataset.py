@@ -21,7 +21,6 @@ from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
 from kestrel.arrow import first_rows
-from kestrel.artifacts import MANIFEST, files_below, sealed, write_manifest
 from kestrel.config.settings import Settings
 from kestrel.corpora.tally import Tally
 from kestrel.dataset import (
@@ -36,7 +35,8 @@ from kestrel.dataset import (
 )
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.prompt import IGNORED, Prompt
+from kestrel.prompt.prompt import IGNORED, Prompt
+from kestrel.runtime.manifest import MANIFEST, files_below, sealed, write_manifest
 
 COMMAND = "python preprocess.py --config a.yaml"
 WORDS = ["i", "have", "two", "dogs", "like", "cars", "hi", "how", "are", "you", "?", "1987", "Zoë", "👍"]

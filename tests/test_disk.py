@@ -13,9 +13,9 @@ import pytest
 from conftest import Experiment
 from test_faults import script, snapshot
 
-from kestrel import disk
 from kestrel.dataset import load_split
 from kestrel.errors import KestrelError
+from kestrel.runtime import disk_space
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_meanwhile(name, leave, prepared, trained, answered
         before = snapshot(small / "run")
         fill(small, leave)
         with monkeypatch.context() as patch:
-            patch.setattr(disk, "require_room", lambda *_: None)
+            patch.setattr(disk_space, "require_room", lambda *_: None)
             assert script(name).main(options) == 1
         said = capsys.readouterr().err
         assert f"{name}.py: the disk is full; what was finished is kept." in said and "need about" in said, said
@@ -115,26 +115,26 @@ def test_estimates_are_enough_and_not_extravagant(answered, trained, tmp_path):
     """Against what the scripts really wrote; where files are tiny, what is fixed weighs most."""
     sources = sorted(answered.source.glob("*.jsonl"))
     written = size_of(answered.run / "dataset")
-    assert written <= disk.dataset_bytes(sources, None) + 2**16
-    assert disk.dataset_bytes(sources, 1) < disk.dataset_bytes([*sources] * 1000, None)
+    assert written <= disk_space.dataset_bytes(sources, None) + 2**16
+    assert disk_space.dataset_bytes(sources, 1) < disk_space.dataset_bytes([*sources] * 1000, None)
 
     weights = 1280  # rank 4 on the query_key_value of two layers: 2 * 4 * (64 + 96)
     checkpoints = answered.run / "checkpoints"
     one = max(size_of(folder) for folder in checkpoints.iterdir())
-    estimate = disk.training_bytes(weights, 384, 8, 2, tmp_path)
+    estimate = disk_space.training_bytes(weights, 384, 8, 2, tmp_path)
     assert 3 * one + size_of(answered.run / "adapter") <= estimate <= 6 * one
-    assert disk.training_bytes(weights, 384, 8, 2, checkpoints) < estimate, "what is there will be replaced"
+    assert disk_space.training_bytes(weights, 384, 8, 2, checkpoints) < estimate, "what is there will be replaced"
 
     files = sorted((answered.run / "generations").glob("test.*.jsonl"))
     rows = load_split(answered.run / "dataset", "test", "")
-    estimate = disk.answers_bytes(rows, 8, len(files))
+    estimate = disk_space.answers_bytes(rows, 8, len(files))
     assert 1.5 * sum(file.stat().st_size for file in files) <= estimate <= 6 * sum(f.stat().st_size for f in files)
     assert script("evaluate").main(answered.copy_to(tmp_path / "run")) == 0
-    assert size_of(tmp_path / "run" / "evaluation") <= disk.evaluation_bytes(files)
+    assert size_of(tmp_path / "run" / "evaluation") <= disk_space.evaluation_bytes(files)
 
 
 @pytest.mark.parametrize(("size", "told"), [(100, "0 KiB"), (3 * 2**20, "3.0 MiB"), (5 * 2**30, "5.0 GiB")])
 def test_sizes_are_told_in_the_unit_that_fits(tmp_path, monkeypatch, size, told):
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, size - 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, size - 1))  # type: ignore[attr-defined]
     with pytest.raises(KestrelError, match=f"the files need about {told}"):
-        disk.require_room("the files", size, tmp_path / "not" / "yet")
+        disk_space.require_room("the files", size, tmp_path / "not" / "yet")

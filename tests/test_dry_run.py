@@ -13,11 +13,11 @@ from make_models import make_config
 
 import train
 from kestrel import dry_run
-from kestrel.artifacts import run_folder
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.loss import install
 from kestrel.memory import Pass
 from kestrel.passes import Dialogues, Plan
+from kestrel.runtime.run_folder import locked_run_folder
 from kestrel.stand_in import stand_in
 
 
@@ -44,7 +44,7 @@ def numbers_of(said: str) -> dict[str, float]:
 
 
 def test_it_says_what_training_takes_and_touches_nothing(without_weights, tmp_path, capsys):
-    with run_folder(str(tmp_path / "run"), ""):  # somebody trains there
+    with locked_run_folder(str(tmp_path / "run"), ""):  # somebody trains there
         before = files_of(tmp_path)
         assert train.main([*without_weights, "--training.device_memory", "24GiB"]) == 0
         assert files_of(tmp_path) == before

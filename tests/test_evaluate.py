@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from kestrel.artifacts import sha256_of, write_manifest
 from kestrel.persona_order import order_in_name
+from kestrel.runtime.manifest import sha256_of, write_manifest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kestrel.artifacts import identity_of, read_json, sha256_of, write_json, write_manifest
 from kestrel.errors import KestrelError
 from kestrel.evaluation.provenance import check_provenance
+from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.manifest import identity_of, sha256_of, write_manifest
 
 
 @pytest.fixture

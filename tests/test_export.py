@@ -13,8 +13,9 @@ from conftest import Experiment
 from test_disk import small_disk
 
 import publish
-from kestrel import disk, export
-from kestrel.artifacts import clear_beside, read_json
+from kestrel import export
+from kestrel.runtime import disk_space
+from kestrel.runtime.atomic import clear_beside, read_json
 
 
 def merging(experiment: Experiment, folder: Path, *more: str) -> list[str]:
@@ -136,7 +137,7 @@ def test_a_disk_without_room_is_told_before_a_weight_is_loaded(trained: Experime
 
 
 def test_a_disk_that_fills_up_leaves_nothing(trained: Experiment, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(disk, "require_room", lambda *_: None)
+    monkeypatch.setattr(disk_space, "require_room", lambda *_: None)
     with small_disk(tmp_path / "disk", 300) as small:
         assert publish.main(merging(trained, small / "merged")) == 1
         said = capsys.readouterr().err

@@ -10,7 +10,7 @@ from conftest import Experiment
 from hub_server import Hub
 from publishing import ROOT, run
 
-from kestrel.artifacts import read_json, write_json
+from kestrel.runtime.atomic import read_json, write_json
 
 CONFIG = "configs/falcon-7b-original.yaml"
 BASE, ADAPTER = "tiiuae/falcon-7b", "HarshBhati/Falcon-7b-FineTuned-weights"

@@ -15,7 +15,7 @@ from make_models import make_tokenizer, words, write_base, write_config, write_c
 
 from kestrel.answers import questions_of
 from kestrel.dataset import load_split
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from kestrel.errors import KestrelError
 from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
 from kestrel.loss import install
 from kestrel.model import add_lora
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 END = 11
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ import pytest
 from test_processes import ACCELERATE, PATIENCE, ROOT, RUN, begin, end, free_port
 
 from benchmarks.profiles import script
-from kestrel.artifacts import run_folder
 from kestrel.config.keys import all_keys
+from kestrel.runtime.run_folder import locked_run_folder
 
 
 @pytest.mark.parametrize("differing", ["settings", "folder"])
@@ -18,7 +18,7 @@ def test_machines_that_were_given_different_things_are_refused_on_both(prepared,
     script = tmp_path / "meet.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from kestrel import rendezvous\nfrom kestrel.command_line import run_script\n"
+        "from kestrel import rendezvous\nfrom kestrel.runtime.command_line import run_script\n"
         "rendezvous._SEEN_WITHIN = 1.0\n"
         "steps = lambda settings, options: print('met', rendezvous.join(settings))\n"
         "sys.exit(run_script('meet.py', '', steps, together=True))\n",
@@ -58,7 +58,7 @@ def test_the_others_say_nothing_leave_the_folder_alone_and_do_no_other_scripts_w
     with pytest.raises(SystemExit):
         train.main(["--help"])
     assert capsys.readouterr() == ("", "")
-    with run_folder(str(tmp_path / "run"), ""):
+    with locked_run_folder(str(tmp_path / "run"), ""):
         assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ from kestrel.dataset import load_split
 from kestrel.errors import ProofError
 from kestrel.likelihood import Scored, span_nll
 from kestrel.loss import install
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_generations_file_holds_the_references_and_candidates_likelihoods(traine
     from kestrel.config.resolve import resolve
     from kestrel.dataset import dialogue_of
     from kestrel.model import load_adapter, load_base
-    from kestrel.tokenizer import load_tokenizer
+    from kestrel.prompt.tokenizer import load_tokenizer
 
     arguments = trained.copy_to(tmp_path / "run")
     assert generate.main([*arguments, "--generation.candidates", "true", "--generation.systems", "adapter"]) == 0

@@ -16,7 +16,6 @@ from make_models import SPECIAL, make_model, make_tokenizer, words
 from make_tokenizers import unigram
 
 from kestrel.answers import answer, questions_of
-from kestrel.artifacts import read_json
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
@@ -25,7 +24,8 @@ from kestrel.evaluation.generations import Generations, Reply, read_generations
 from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
 from kestrel.loss import install
 from kestrel.persona_order import name_in_order, order_in_name, reordered
-from kestrel.prompt import Prompt, Unrenderable
+from kestrel.prompt.prompt import Prompt, Unrenderable
+from kestrel.runtime.atomic import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ("i have a dog .", "my favorite food is soup .", "i live in rome .")

@@ -18,7 +18,7 @@ from kestrel.likelihood import Scored, span_nll
 from kestrel.loss import install
 from kestrel.model import add_lora
 from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable
-from kestrel.prompt import Prompt
+from kestrel.prompt.prompt import Prompt
 
 SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
 NOT_SHARING = ["bloom", "mistral"]

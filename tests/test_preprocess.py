@@ -21,8 +21,8 @@ import preprocess
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Model
 from kestrel.dataset import load_split, open_dataset
-from kestrel.prompt import Prompt, tokenizer_fingerprint
-from kestrel.tokenizer import load_tokenizer
+from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
+from kestrel.prompt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["i", "like", "dogs", "cats", "cars", "music", "the", "sea", "and", "two", "old", "books", "you", "how", "what"]
@@ -265,7 +265,9 @@ def test_little_is_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     imported, by_library = done.stdout.splitlines()[-2:]
     assert imported == "imported: []"
-    assert by_library == "True", "transformers no longer imports torch: kestrel.tokenizer can leave the choice to it"
+    assert by_library == "True", (
+        "transformers no longer imports torch: kestrel.prompt.tokenizer can leave the choice to it"
+    )
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "gpt2"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kestrel.command_line import run_script
+from kestrel.runtime.command_line import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,7 +122,7 @@ def test_a_reader_that_closes_early(config: str) -> None:
 
 def test_a_terminal_of_another_encoding_ends_no_run(config: str) -> None:
     code = (
-        "from kestrel.command_line import run_script\n"
+        "from kestrel.runtime.command_line import run_script\n"
         f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: print('\\u2013'), ['--config', {config!r}]))"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
@@ -134,7 +134,7 @@ def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_pat
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n", encoding="utf-8")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from kestrel.command_line import run_script\n"
+        "from kestrel.runtime.command_line import run_script\n"
         f"raise SystemExit(run_script('x.py', 'X.', lambda s, a: __import__('slow'), ['--config', {config!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -146,7 +146,7 @@ def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> No
     code = (
         "import os, signal, sys\n"
         "from kestrel.callbacks import StopOnSignal\n"
-        "from kestrel.process import _Abandoned, prepare_output\n"
+        "from kestrel.runtime.signals import _Abandoned, prepare_output\n"
         "def trace(frame, event, argument):\n"
         "    if frame.f_code is _Abandoned.write.__code__:\n"
         "        sys.settrace(None)\n"

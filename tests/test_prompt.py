@@ -23,7 +23,7 @@ from prompts import (
 )
 
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.prompt import IGNORED, Prompt, Unrenderable
+from kestrel.prompt.prompt import IGNORED, Prompt, Unrenderable
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)

@@ -14,10 +14,10 @@ from hypothesis import given
 from prompts import ROOT, SLOW_START, dialogues, prompt_of, tokenizer
 from transformers import AutoTokenizer
 
-from kestrel.chat_template import ChatTemplate
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.prompt import Prompt, tokenizer_fingerprint
+from kestrel.prompt.chat_template import ChatTemplate
+from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
 
 
 @SLOW_START
@@ -172,7 +172,7 @@ def test_identity_is_stable_across_processes_and_saving(tmp_path: Path) -> None:
     for name in ("falcon", "byte level", "sentencepiece bpe", "wordpiece"):
         tokenizer(name).save_pretrained(str(tmp_path / name))
     code = (
-        "import sys; from pathlib import Path; from transformers import AutoTokenizer; from kestrel.prompt import Prompt\n"
+        "import sys; from pathlib import Path; from transformers import AutoTokenizer; from kestrel.prompt.prompt import Prompt\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    print(Prompt(AutoTokenizer.from_pretrained(path), 'plain', 64).identity()['sha256'])"
     )

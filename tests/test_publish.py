@@ -13,8 +13,8 @@ from conftest import Experiment
 from hub_server import TOKEN, Hub
 from publishing import BASE, REPO, ROOT, publishing, run
 
-from kestrel.artifacts import sealed
 from kestrel.model_card import check_metadata, plain
+from kestrel.runtime.manifest import sealed
 from kestrel.upload import PUBLISHED_FILES
 
 
@@ -84,9 +84,9 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     from kestrel.generation import respond
     from kestrel.loss import install
     from kestrel.model import load_adapter, load_base
-    from kestrel.prompt import Prompt
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.publication import EXAMPLE
-    from kestrel.tokenizer import load_tokenizer
 
     assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
     card = hub.repositories[REPO].files["README.md"].decode()

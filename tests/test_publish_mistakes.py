@@ -14,7 +14,7 @@ from publishing import REPO, publishing, run, stopped_at_a_large_file
 
 import generate
 import publish
-from kestrel.artifacts import read_json, write_json
+from kestrel.runtime.atomic import read_json, write_json
 from kestrel.upload import PUBLISHED_FILES
 
 

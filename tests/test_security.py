@@ -22,8 +22,9 @@ from conftest import Experiment
 import generate
 import preprocess
 import train
-from kestrel.artifacts import MANIFEST, files_below, read_json, sealed, write_json
 from kestrel.evaluation.extra import load_metrics
+from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.manifest import MANIFEST, files_below, sealed
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "kestrel").rglob("*.py")]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kestrel import words
-from kestrel.words import Words, cuts_at_blanks
+from kestrel.prompt import word_cache
+from kestrel.prompt.word_cache import Words, cuts_at_blanks
 
 ROOT = Path(__file__).resolve().parent.parent
 CUT = {
@@ -94,8 +94,8 @@ def test_words_that_are_known_are_not_tokenized_again(name: str) -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_MOST_WORDS", 50)
-    monkeypatch.setattr(words, "_MOST_LEADS", 20)
+    monkeypatch.setattr(word_cache, "_MOST_WORDS", 50)
+    monkeypatch.setattr(word_cache, "_MOST_LEADS", 20)
     memory = Words(plainly(tokenizer("falcon")))
     for number in range(30):
         texts = [f"{number}x{other} a{number} b{other} " + "c" * 1000 for other in range(10)]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kestrel.artifacts import write_atomically
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
+from kestrel.runtime.atomic import write_atomically
 
 System = Literal["adapter", "base"]
 

@@ -18,7 +18,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.generation import generation_config
 from kestrel.loss import causal_lm_of
-from kestrel.prompt import TOO_LONG, Prompt, Unrenderable
+from kestrel.prompt.prompt import TOO_LONG, Prompt, Unrenderable
 
 _LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a character of which bytes are still to come

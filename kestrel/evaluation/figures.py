@@ -13,7 +13,7 @@ from typing import Any
 from kestrel.evaluation.comparisons import NAMES
 from kestrel.evaluation.metrics import tokens_13a
 from kestrel.evaluation.scoring import Evaluation
-from kestrel.plots import read_log
+from kestrel.runtime.training_log import read_log
 
 # The light theme's colours; the SVG refers to them as CSS variables of these names, which the dark theme redefines.
 COLOURS = {

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import sha256_of
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 from kestrel.persona_order import order_in_name
+from kestrel.runtime.manifest import sha256_of
 
 SPLITS = ("train", "validation", "test")
 STOPPED_BY = ("eos", "length", "stop_string")

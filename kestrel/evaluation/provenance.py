@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.adapter_files import identity_of_folder
-from kestrel.artifacts import MANIFEST, identity_of, read_manifest, sha256_of
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
 from kestrel.persona_order import name_in_order, order_in_name
+from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
 
 def recorded_generations(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kestrel.artifacts import read_manifest
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import normalize_answer
+from kestrel.runtime.manifest import read_manifest
 
 TRIVIAL = {
     "copy_partner": "the partner's turn just before, copied",

@@ -41,7 +41,8 @@ from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
 from kestrel import cores
-from kestrel.artifacts import git_commit, library_versions, write_json
+from kestrel.runtime.atomic import write_json
+from kestrel.runtime.manifest import git_commit, library_versions
 
 _HITS = {"damage": "refused_with_a_message"}  # or else the result was the same
 FAULTS = ("kill", "signal", "damage")

@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kestrel.artifacts import git_commit
+from kestrel.runtime.manifest import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("preprocess", "train", "generate", "evaluate")

@@ -88,7 +88,7 @@ def config(data: bytes) -> None:
 
 def options(data: bytes) -> None:
     """Arguments, one a line, in front of a sound YAML file, through the whole command line."""
-    from kestrel.command_line import run_script
+    from kestrel.runtime.command_line import run_script
 
     sound = _file("sound.yaml", b"run_dir: r\ndata: {source: s}\nmodel: {name: m}\n")
     argv = [argument.decode("utf-8", "surrogateescape") for argument in data.split(b"\n")]
@@ -111,9 +111,9 @@ def _nothing(*arguments: Any) -> None:
 def artifacts(data: bytes) -> None:
     """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
     from kestrel import adapter, callbacks, checkpoints, dataset
-    from kestrel.artifacts import identity_of, read_manifest
     from kestrel.evaluation.provenance import check_provenance
-    from kestrel.plots import read_log
+    from kestrel.runtime.manifest import identity_of, read_manifest
+    from kestrel.runtime.training_log import read_log
 
     run = folder() / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -227,7 +227,7 @@ def partial_generations(data: bytes) -> None:
 def prompt(data: bytes) -> None:
     """Any text as persona and turns: rendered, never as a control token, the context of a turn a prefix of the whole."""
     from kestrel.dialogue import Turn
-    from kestrel.prompt import Prompt, Unrenderable
+    from kestrel.prompt.prompt import Prompt, Unrenderable
 
     tokenizer = _tokenizer()
     texts = [text for text in (part.strip() for part in data.decode("utf-8", "ignore").split("\n")) if text]

@@ -17,12 +17,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kestrel import not_installed, processes, rendezvous
+from kestrel import not_installed
 from kestrel.config.keys import all_keys
 from kestrel.config.resolve import describe, resolve
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError, UsageError
-from kestrel.process import on_signals, prepare_output
+from kestrel.runtime import distributed, rendezvous
+from kestrel.runtime.signals import on_signals, prepare_output
 
 
 def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def run_script(
         together: whether several processes share the work. Of other scripts' processes the first does it, and the rest
             leave at once.
     """
-    if not (together or processes.is_first()):
+    if not (together or distributed.is_first()):
         return 0
     debug = "--debug" in (sys.argv if argv is None else argv)
     run_dir = None
@@ -90,7 +91,7 @@ def run_script(
     try:
         parser = _parser(name, doc, options)
         try:
-            with processes.only_first_speaks():  # --help
+            with distributed.only_first_speaks():  # --help
                 arguments, unknown = parser.parse_known_args(argv)
         except argparse.ArgumentError as error:
             raise UsageError([str(error)]) from None
@@ -99,27 +100,29 @@ def run_script(
         flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
         settings, origin = resolve(arguments.config, overrides, unknown, flags)
         if arguments.print_config:
-            if processes.is_first():
+            if distributed.is_first():
                 print(describe(settings, origin), end="", flush=True)
             return 0
-        from kestrel.artifacts import run_folder
+        from kestrel.runtime.run_folder import locked_run_folder
 
         run_dir = settings.run_dir
         arguments.again = _typed_again(arguments.config, overrides)
         _quieten_libraries()
         dry = getattr(arguments, "dry_run", False)
         folder = (
-            run_folder(settings.run_dir, describe(settings, {})) if writes and not dry else contextlib.nullcontext()
+            locked_run_folder(settings.run_dir, describe(settings, {}))
+            if writes and not dry
+            else contextlib.nullcontext()
         )
-        with on_signals(), processes.only_first_speaks(), folder:
+        with on_signals(), distributed.only_first_speaks(), folder:
             if together and (warning := rendezvous.why_alone()):
                 print(f"warning: {warning}", file=sys.stderr)
             steps(settings, arguments)
-        processes.leave()
+        distributed.leave()
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
         status, message = _verdict(error, run_dir)
-        if told := processes.failure_to_tell(message):
+        if told := distributed.failure_to_tell(message):
             if debug and not isinstance(error, UsageError):
                 traceback.print_exc(file=errors)
             print(f"{name}: {_printable(told)}", file=errors, flush=True)
@@ -173,7 +176,7 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
             "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
             "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
         )
-    if processes.is_abandoned(error):
+    if distributed.is_abandoned(error):
         return 1, (
             "another process of this run ended without a word: killed, by the machine's lack of memory perhaps; the "
             "launcher says below which. The same command goes on"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from kestrel.errors import Interrupted
-from kestrel.processes import is_first
+from kestrel.runtime.distributed import is_first
 
 _AGAIN = "interrupted; run the same command again to go on"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from kestrel.artifacts import sha256_of_json
-from kestrel.chat_template import ChatTemplate
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.original_format import introduction, prompt_text
-from kestrel.words import Words, cuts_at_blanks
+from kestrel.prompt.chat_template import ChatTemplate
+from kestrel.prompt.original_format import introduction, prompt_text
+from kestrel.prompt.word_cache import Words, cuts_at_blanks
+from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

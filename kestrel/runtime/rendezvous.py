@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
-from kestrel.processes import count, decided_by_first, greatest, is_first, number
+from kestrel.runtime.distributed import count, decided_by_first, greatest, is_first, number
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -73,7 +73,8 @@ def join(settings: Settings) -> bool:
 
 def _require_alike(settings: Settings) -> None:
     """Refuses machines that were given different things, which would go wrong after hours, or in silence."""
-    from kestrel.artifacts import LEFT_BY_A_KILL, differences, library_versions
+    from kestrel.runtime.atomic import LEFT_BY_A_KILL
+    from kestrel.runtime.manifest import differences, library_versions
 
     folder = Path(settings.run_dir)
     installed = {name: version for name, version in library_versions().items() if name != "python"}

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import glob
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kestrel.errors import KestrelError
-from kestrel.lock import LOCK, locked
-from kestrel.processes import is_first
+from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.distributed import is_first
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-LEFT_BY_A_KILL = ".incomplete-"  # in the name of what is not finished yet; `clear_leftovers` removes it
 _SEAL = "manifest_sha256"
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
@@ -46,7 +41,7 @@ def library_versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """Commit of this checkout when it was first asked for, with `+changes` where the working tree differs; None outside
     of git."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -69,136 +64,6 @@ def sha256_of(path: Path) -> str:
 def sha256_of_json(value: Any) -> str:
     """Hex digest of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_below(folder: Path) -> None:
-    """Puts a folder's content on the disk, so that a power cut after its rename does not leave empty files."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            if not path.is_dir():  # which not every file system can
-                raise
-        finally:
-            os.close(descriptor)
-
-
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
-
-
-@contextmanager
-def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """An open file that appears under `path` when the block ends without an error, and not before.
-
-    Args:
-        path: of the file; its folder is made.
-        mode: "w" for UTF-8 text, "wb" for bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "incomplete")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            _flush(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends without an error; what stood there is replaced.
-
-    A process killed at any moment leaves the old folder or the new one: under `path`, or, between the two renames,
-    beside it, from where `run_folder` puts it back.
-
-    Raises:
-        KestrelError: a file stands there, which nobody may have meant to lose.
-    """
-    if path.exists() and not path.is_dir():
-        raise KestrelError(f"{path} is a file where a folder is to be made; move it away, or give another run_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = _beside(path, "incomplete"), _beside(path, "former")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _flush_below(temporary)
-        if path.exists():
-            os.replace(path, former)
-        os.replace(temporary, path)
-    finally:
-        if former.exists() and not path.exists():
-            os.replace(former, path)
-        shutil.rmtree(former, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Mends what killed processes left in a folder that no other process is writing to."""
-    _mend(sorted(folder.rglob(".*.former-*")), folder.rglob(f".*{LEFT_BY_A_KILL}*"))
-
-
-def clear_beside(path: Path) -> None:
-    """Mends what killed processes of this machine left of one artifact, in a folder that others may be writing to."""
-    beside = {what: path.parent.glob(f".{glob.escape(path.name)}.{what}-*") for what in ("former", "incomplete")}
-    dead = {what: [left for left in found if not _is_alive(left.name)] for what, found in beside.items()}
-    _mend(dead["former"], dead["incomplete"])
-
-
-def _is_alive(leftover: str) -> bool:
-    """Whether the process that `_beside` named a file after still runs, here or, who knows, elsewhere."""
-    number = leftover.rpartition("-")[2]
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, PermissionError):
-        return True
-    return True
-
-
-def _mend(formers: Iterable[Path], incomplete: Iterable[Path]) -> None:
-    formers = list(formers)
-    for former in formers:
-        path = former.with_name(former.name[1:].rpartition(".former-")[0])
-        if not path.exists():
-            os.replace(former, path)
-    for left in [*formers, *incomplete]:
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all. NaN and infinity are refused: they are no JSON."""
-    with write_atomically(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path: Path, remedy: str) -> Any:
-    """Reads JSON that a script of ours wrote.
-
-    Raises:
-        KestrelError: missing or damaged; `remedy` says what to do.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KestrelError(f"{path} does not exist; {remedy}") from None
-    except OSError as error:
-        raise KestrelError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise KestrelError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def files_below(folder: Path) -> dict[str, str]:
@@ -311,44 +176,3 @@ def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any],
     found = list(differences(recorded, expected))
     if found:
         raise KestrelError(f"{what} was made with other settings; {remedy}\n  " + "\n  ".join(found))
-
-
-@contextmanager
-def run_folder(run_dir: str, settings: str) -> Iterator[Path]:
-    """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
-
-    Of several processes of one run, the first holds the lock for all and makes the folder.
-
-    Raises:
-        KestrelError: another process holds the folder, or there cannot be one.
-    """
-    folder = Path(run_dir)
-    if not is_first():
-        yield folder
-        return
-    try:
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise KestrelError(f"run_dir {folder} is or lies below a file; give this run another run_dir") from None
-    except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ENOENT):
-            said = f"run_dir {str(folder)[:200]} cannot be made ({error.strerror}); give this run another run_dir"
-            raise KestrelError(said) from None
-        raise
-    with locked(folder):
-        clear_leftovers(folder)
-        accepted = False
-        try:
-            yield folder
-            accepted = True
-        except KeyboardInterrupt:
-            accepted = True
-            raise
-        finally:
-            # Settings that were refused are not what the folder was made with.
-            if accepted:
-                with write_atomically(folder / "config.yaml") as file:
-                    file.write(settings)
-            elif is_new and [path.name for path in folder.iterdir()] == [LOCK]:
-                shutil.rmtree(folder)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kestrel.artifacts import write_atomically
+from kestrel.runtime.atomic import write_atomically
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

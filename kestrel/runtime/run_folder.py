@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -15,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kestrel.errors import KestrelError
+from kestrel.runtime.atomic import clear_leftovers, write_atomically
+from kestrel.runtime.distributed import is_first
 
 LOCK = ".lock"
 BEAT = 5.0  # seconds between two signs of life of the process that holds a folder
@@ -109,3 +113,44 @@ def _shows_life(path: Path) -> bool:
             return True
         time.sleep(BEAT / 10)
     return False
+
+
+@contextmanager
+def locked_run_folder(run_dir: str, settings: str) -> Iterator[Path]:
+    """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
+
+    Of several processes of one run, the first holds the lock for all and makes the folder.
+
+    Raises:
+        KestrelError: another process holds the folder, or there cannot be one.
+    """
+    folder = Path(run_dir)
+    if not is_first():
+        yield folder
+        return
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise KestrelError(f"run_dir {folder} is or lies below a file; give this run another run_dir") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOENT):
+            said = f"run_dir {str(folder)[:200]} cannot be made ({error.strerror}); give this run another run_dir"
+            raise KestrelError(said) from None
+        raise
+    with locked(folder):
+        clear_leftovers(folder)
+        accepted = False
+        try:
+            yield folder
+            accepted = True
+        except KeyboardInterrupt:
+            accepted = True
+            raise
+        finally:
+            # Settings that were refused are not what the folder was made with.
+            if accepted:
+                with write_atomically(folder / "config.yaml") as file:
+                    file.write(settings)
+            elif is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""How a dialogue becomes tokens: the prompt formats, which tokens are supervised, and the tokenizer."""
