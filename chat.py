@@ -96,7 +96,7 @@ def given_persona(given: list[str]) -> tuple[str, ...]:
 
 def persona_of_dialogue(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> tuple[str, ...]:
     """The persona of --dialogue, or of the split's first dialogue."""
-    from kestrel.dataset import load_split, open_dataset
+    from kestrel.data.dataset import load_split, open_dataset
 
     remedy = f"python preprocess.py {options.again}"
     split = settings.generation.split

@@ -32,10 +32,10 @@ OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "pr
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from kestrel.cores import processes_for
-    from kestrel.corpora import Tally, open_corpus
-    from kestrel.corpora.splits import Splitter
-    from kestrel.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
+    from kestrel.data.cores import processes_for
+    from kestrel.data.corpus import Tally, open_corpus
+    from kestrel.data.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
+    from kestrel.data.splits import Splitter
     from kestrel.errors import KestrelError
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
@@ -132,7 +132,7 @@ def print_statistics(described: dict[str, Any]) -> None:
 
 def show(folder: Path, prompt: Any, count: int) -> None:
     """Prints dialogues as they stand in the dataset, supervised tokens in green or in [brackets]."""
-    from kestrel.arrow import first_rows
+    from kestrel.data.arrow import first_rows
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")

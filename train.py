@@ -34,7 +34,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel import callbacks, checkpoints, dry_run, passes, sharding, trainer_arguments, training
     from kestrel.adapter import save_and_prove
     from kestrel.batching import steps_of_run
-    from kestrel.dataset import lengths_of, load_split, open_dataset, supervised_of
+    from kestrel.data.dataset import lengths_of, load_split, open_dataset, supervised_of
     from kestrel.errors import Interrupted
     from kestrel.loss import collate, install, prove_loss
     from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config

@@ -32,7 +32,7 @@ WIDTH = 100.0  # of the drawing, in units of a hundredth of its width
 def draw_objective() -> None:
     """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
     from kestrel.config.settings import Model
-    from kestrel.dataset import dialogue_of, load_split
+    from kestrel.data.dataset import dialogue_of, load_split
     from kestrel.prompt.prompt import IGNORED, Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
 

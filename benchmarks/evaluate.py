@@ -78,7 +78,7 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
     Raises:
         KestrelError: it failed.
     """
-    from kestrel.corpora import Tally, open_corpus
+    from kestrel.data.corpus import Tally, open_corpus
     from kestrel.errors import KestrelError
 
     dialogues = list(open_corpus(text).read("train", Tally()))

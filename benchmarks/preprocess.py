@@ -43,7 +43,7 @@ class Words:
     """Draws sentences whose words are as frequent as in a text."""
 
     def __init__(self, text: str, seed: int):
-        from kestrel.corpora import Tally, open_corpus
+        from kestrel.data.corpus import Tally, open_corpus
 
         counts: Counter[str] = Counter()
         for dialogue in open_corpus(text).read("train", Tally()):

@@ -129,7 +129,7 @@ def script(name: str) -> ModuleType:
 
 def read_dialogues(text: str) -> list[Dialogue]:
     """The training dialogues of a source in any form that preprocess.py reads."""
-    from kestrel.corpora import Tally, open_corpus
+    from kestrel.data.corpus import Tally, open_corpus
 
     return list(open_corpus(text).read("train", Tally()))
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kestrel.config.settings import Generation
-from kestrel.dataset import dialogue_of, lengths_of
+from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import Prompted, Response, answers_behind, by_the_library, decodes_itself

@@ -18,7 +18,7 @@ import torch
 from kestrel.adapter import prove_loaded
 from kestrel.chosen_adapter import open_adapter
 from kestrel.config.settings import Settings
-from kestrel.dataset import dialogue_of, load_split, open_dataset
+from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond

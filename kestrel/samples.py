@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kestrel.config.settings import Settings
-from kestrel.dataset import dialogue_of
+from kestrel.data.dataset import dialogue_of
 from kestrel.generation import respond
 from kestrel.model import check_context
 from kestrel.prompt.prompt import Prompt

@@ -17,7 +17,7 @@ from transformers import Trainer
 from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.checkpoints import read_sealed, seal
 from kestrel.config.settings import Settings
-from kestrel.dataset import lengths_of
+from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes

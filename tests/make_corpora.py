@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kestrel.corpora import Tally, open_corpus
+from kestrel.data.corpus import Tally, open_corpus
 from kestrel.dialogue import Dialogue, Turn
 
 PERSONA = ["i like tea .", "i have two dogs ."]

@@ -89,7 +89,7 @@ def test_the_prompt_that_trained_is_the_prompt_that_generates(chain, assets):
     from transformers import AutoTokenizer
 
     from kestrel.answers import questions_of
-    from kestrel.dataset import load_split
+    from kestrel.data.dataset import load_split
     from kestrel.prompt.prompt import Prompt
 
     run, _ = chain

@@ -23,7 +23,7 @@ from kestrel.chat.sampling import changed
 from kestrel.chat.speaker import Speaker
 from kestrel.chat.terminal import readable
 from kestrel.config.settings import Generation, Settings, conflicts
-from kestrel.dataset import dialogue_of, load_split
+from kestrel.data.dataset import dialogue_of, load_split
 from kestrel.errors import KestrelError
 from kestrel.generation import respond
 from kestrel.prompt.prompt import Prompt

@@ -21,13 +21,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kestrel import cores
-from kestrel.cores import in_order, processes_for
-from kestrel.corpora import Tally, open_corpus, reading
-from kestrel.corpora.reading import Reading
-from kestrel.corpora.splits import Splitter
-from kestrel.corpora.spool import dialogues_of
-from kestrel.dataset import write_split
+from kestrel.data import cores, reading
+from kestrel.data.cores import in_order, processes_for
+from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.dataset import write_split
+from kestrel.data.reading import Reading
+from kestrel.data.splits import Splitter
+from kestrel.data.spool import dialogues_of
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
 

@@ -25,7 +25,7 @@ from make_corpora import (
     write,
 )  # fmt: skip
 
-from kestrel.corpora import FORMATS, open_corpus
+from kestrel.data.corpus import FORMATS, open_corpus
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_corpora import CYNAPTICS, LAYOUTS, OWN, PERSONA, parlai, read, steps, write
 
-from kestrel.corpora import FORMATS, lines, open_corpus
-from kestrel.corpora.repair import normalised
+from kestrel.data import lines
+from kestrel.data.corpus import FORMATS, open_corpus
+from kestrel.data.repair import normalised
 from kestrel.errors import KestrelError
 
 ROOT = Path(__file__).parents[1]

@@ -20,10 +20,9 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerFast
 
-from kestrel.arrow import first_rows
 from kestrel.config.settings import Settings
-from kestrel.corpora.tally import Tally
-from kestrel.dataset import (
+from kestrel.data.arrow import first_rows
+from kestrel.data.dataset import (
     SplitStatistics,
     dialogue_of,
     lengths_of,
@@ -33,6 +32,7 @@ from kestrel.dataset import (
     write_split,
     write_statistics,
 )
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt

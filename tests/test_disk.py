@@ -13,7 +13,7 @@ import pytest
 from conftest import Experiment
 from test_faults import script, snapshot
 
-from kestrel.dataset import load_split
+from kestrel.data.dataset import load_split
 from kestrel.errors import KestrelError
 from kestrel.runtime import disk_space
 

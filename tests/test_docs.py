@@ -13,7 +13,7 @@ from make_models import write_base, write_config
 
 import preprocess
 from kestrel.config.keys import all_keys
-from kestrel.corpora import Tally, open_corpus
+from kestrel.data.corpus import Tally, open_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_DATA = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")

@@ -264,7 +264,7 @@ def test_no_permission(trained, tmp_path, capsys, monkeypatch):
     def refuse(*arguments, **more):
         raise PermissionError(errno.EACCES, "Permission denied", "some/file")
 
-    monkeypatch.setattr("kestrel.dataset.open_dataset", refuse)
+    monkeypatch.setattr("kestrel.data.dataset.open_dataset", refuse)
     assert script("train").main(Desk(trained, tmp_path).options) == 1
     assert "no permission to write: some/file" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ import pytest
 from make_models import make_tokenizer, words, write_base, write_config, write_corpus
 
 from kestrel.answers import questions_of
-from kestrel.dataset import load_split
+from kestrel.data.dataset import load_split
 from kestrel.prompt.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model
 
-from kestrel.dataset import load_split
+from kestrel.data.dataset import load_split
 from kestrel.errors import ProofError
 from kestrel.likelihood import Scored, span_nll
 from kestrel.loss import install
@@ -82,7 +82,7 @@ def test_generations_file_holds_the_references_and_candidates_likelihoods(traine
     """Every number of the file recomputed from its text: prompt, reference and candidates rendered anew."""
     import generate
     from kestrel.config.resolve import resolve
-    from kestrel.dataset import dialogue_of
+    from kestrel.data.dataset import dialogue_of
     from kestrel.model import load_adapter, load_base
     from kestrel.prompt.tokenizer import load_tokenizer
 

@@ -24,7 +24,7 @@ from kestrel import passes, trainer_arguments, training
 from kestrel.adapter import WEIGHTS
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Data, Lora, Model, Settings, Training
-from kestrel.dataset import lengths_of, load_split, supervised_of
+from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
 from kestrel.loss import install, token_nll
 from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass

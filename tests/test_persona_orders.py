@@ -222,7 +222,7 @@ def test_each_order_has_a_file_and_the_given_one_does_not_change(trained, tmp_pa
 
 def test_what_a_file_lacks_is_counted(trained, tmp_path):
     from kestrel.answers import left_out
-    from kestrel.dataset import load_split
+    from kestrel.data.dataset import load_split
 
     dataset = load_split(trained.run / "dataset", "test", "")
     keys = [(row["dialogue_id"], i) for row in dataset for i, t in enumerate(row["turns"]) if t["speaker"] == "self"]

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import preprocess
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Model
-from kestrel.dataset import load_split, open_dataset
+from kestrel.data.dataset import load_split, open_dataset
 from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
 from kestrel.prompt.tokenizer import load_tokenizer
 

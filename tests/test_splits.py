@@ -14,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kestrel.corpora import Tally, open_corpus, spool
-from kestrel.corpora.repair import persona_key
-from kestrel.corpora.splits import MIXED, PARTNER_HELD, TOO_MANY, Splitter
+from kestrel.data import spool
+from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.repair import persona_key
+from kestrel.data.splits import MIXED, PARTNER_HELD, TOO_MANY, Splitter
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
@@ -211,7 +212,7 @@ def test_the_same_in_another_process(tmp_path: Path) -> None:
     source = save(tmp_path / "data.jsonl", [line(number, number % 30) for number in range(90)])
     here = [[each.dialogue_id for each in dialogues] for _, dialogues, _ in read(Splitter(open_corpus(source)))]
     code = (
-        "import sys, json\nfrom kestrel.corpora import *\nfrom kestrel.corpora.splits import Splitter\n"
+        "import sys, json\nfrom kestrel.data.corpus import *\nfrom kestrel.data.splits import Splitter\n"
         "s = Splitter(open_corpus(sys.argv[1]))\n"
         "print(json.dumps([[d.dialogue_id for d in s.read(split, Tally())] for split in s.splits]))"
     )

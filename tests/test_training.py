@@ -198,7 +198,7 @@ def test_recomputation_gives_identical_gradients_with_dropout(architecture):
 def test_each_token_of_a_step_weighs_the_same(prepared):
     """The gradient of a step cut into many passes is that of the mean over all of its supervised tokens."""
     from kestrel.config.resolve import resolve
-    from kestrel.dataset import load_split
+    from kestrel.data.dataset import load_split
 
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120", "training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")

@@ -40,7 +40,7 @@ from faults.forks import SCRIPTS, Ended, Forks, Moment
 from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
-from kestrel import cores
+from kestrel.data import cores
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 

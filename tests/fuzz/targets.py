@@ -20,8 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kestrel.corpora import FORMATS, Tally, open_corpus
-from kestrel.corpora.splits import Splitter
+from kestrel.data.corpus import FORMATS, Tally, open_corpus
+from kestrel.data.splits import Splitter
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
@@ -110,7 +110,8 @@ def _nothing(*arguments: Any) -> None:
 
 def artifacts(data: bytes) -> None:
     """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
-    from kestrel import adapter, callbacks, checkpoints, dataset
+    from kestrel import adapter, callbacks, checkpoints
+    from kestrel.data import dataset
     from kestrel.evaluation.provenance import check_provenance
     from kestrel.runtime.manifest import identity_of, read_manifest
     from kestrel.runtime.training_log import read_log

@@ -17,11 +17,11 @@ from typing import NoReturn
 
 import numpy as np
 
-from kestrel.corpora import Corpus
-from kestrel.corpora.reading import Reading
-from kestrel.corpora.repair import stable_hash
-from kestrel.corpora.spool import dialogues_of
-from kestrel.corpora.tally import Tally
+from kestrel.data.corpus import Corpus
+from kestrel.data.reading import Reading
+from kestrel.data.repair import stable_hash
+from kestrel.data.spool import dialogues_of
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 

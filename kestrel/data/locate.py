@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kestrel.corpora.rows import SECTIONS, sections
+from kestrel.data.rows import SECTIONS, sections
 from kestrel.errors import KestrelError
 from kestrel.hub import use_cache_without_network
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kestrel.corpora.repair import Draft, Utterance
-from kestrel.corpora.rows import rows
-from kestrel.corpora.tally import Tally
+from kestrel.data.repair import Draft, Utterance
+from kestrel.data.rows import rows
+from kestrel.data.tally import Tally
 
 # The sentences are joined by ". ", after a full stop of their own or not, or by nothing after " ."
 _BETWEEN_SENTENCES = re.compile(

@@ -20,9 +20,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kestrel.corpora.repair import Draft, Utterance
-from kestrel.corpora.rows import rows
-from kestrel.corpora.tally import Tally
+from kestrel.data.repair import Draft, Utterance
+from kestrel.data.rows import rows
+from kestrel.data.tally import Tally
 
 PERSONAS = ("user 1 personas", "user 2 personas")
 CONVERSATION = "Best Generated Conversation"

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from kestrel.corpora.huggingface import assemble
-from kestrel.corpora.repair import Draft, stable_hash
-from kestrel.corpora.rows import rows
-from kestrel.corpora.tally import Tally
+from kestrel.data.formats.huggingface import assemble
+from kestrel.data.repair import Draft, stable_hash
+from kestrel.data.rows import rows
+from kestrel.data.tally import Tally
 from kestrel.errors import KestrelError
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kestrel.corpora.repair import Draft, Utterance, persona_key, stable_hash
-from kestrel.corpora.rows import Row, rows
-from kestrel.corpora.tally import Tally
+from kestrel.data.repair import Draft, Utterance, persona_key, stable_hash
+from kestrel.data.rows import Row, rows
+from kestrel.data.tally import Tally
 from kestrel.errors import KestrelError
 
 _TAGGED = re.compile(r"\s*Persona ([AB])\s*:(.*)", re.DOTALL)

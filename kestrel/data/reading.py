@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kestrel.cores import in_order
-from kestrel.corpora import Corpus
-from kestrel.corpora.repair import Draft, Utterance, finish, persona_key, stable_hash
-from kestrel.corpora.spool import Spool, counted_before, counted_of, record_of, tally_of
-from kestrel.corpora.tally import Tally
+from kestrel.data.cores import in_order
+from kestrel.data.corpus import Corpus
+from kestrel.data.repair import Draft, Utterance, finish, persona_key, stable_hash
+from kestrel.data.spool import Spool, counted_before, counted_of, record_of, tally_of
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 

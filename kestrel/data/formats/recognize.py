@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kestrel.corpora import cynaptics, huggingface, kaggle, own, parlai, synthetic, truecased
-from kestrel.corpora.rows import container, rows
+from kestrel.data.formats import cynaptics, huggingface, kaggle, own, parlai, synthetic, truecased
+from kestrel.data.rows import container, rows
 from kestrel.errors import KestrelError
 
 READERS = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kestrel.corpora.lines import text_lines
-from kestrel.corpora.repair import Draft, Utterance, opening, persona_key, stable_hash
-from kestrel.corpora.tally import Tally
+from kestrel.data.lines import text_lines
+from kestrel.data.repair import Draft, Utterance, opening, persona_key, stable_hash
+from kestrel.data.tally import Tally
 from kestrel.errors import KestrelError
 
 OWN = "your persona:"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kestrel.corpora.tally import Tally
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Speaker, Turn
 
 _IN_MEMORY = 4 * 2**20  # bytes; a small source needs no file

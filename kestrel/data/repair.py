@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import islice
 from typing import NamedTuple
 
-from kestrel.corpora.tally import Tally
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Speaker, Turn
 
 # Long enough to tell conversations apart, short enough that both owners' versions of one conversation agree: the

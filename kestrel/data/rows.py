@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from kestrel.corpora.lines import LONGEST_LINE, head, text_lines
+from kestrel.data.lines import LONGEST_LINE, head, text_lines
 from kestrel.errors import KestrelError
 
 Container = Literal["parquet", "json", "jsonl", "csv", "numbered"]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kestrel.config.settings import Settings
-from kestrel.cores import in_order
-from kestrel.corpora.tally import Tally
+from kestrel.data.cores import in_order
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
@@ -104,7 +104,7 @@ def write_split(
         processes: how many render.
         progress: told how many dialogues came to the ones before.
     """
-    from kestrel.arrow import SplitWriter
+    from kestrel.data.arrow import SplitWriter
 
     statistics = SplitStatistics()
     with SplitWriter(folder) as writer:
@@ -118,7 +118,7 @@ def write_split(
 
 
 def _rendered(batch: Batch, prompt: Prompt) -> tuple[pa.RecordBatch | None, SplitStatistics, Tally]:
-    from kestrel.arrow import rows_of
+    from kestrel.data.arrow import rows_of
 
     statistics, tally = SplitStatistics(), Tally()
     dialogues = list(batch.dialogues(tally))

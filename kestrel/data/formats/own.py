@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kestrel.corpora.repair import Draft, Utterance
-from kestrel.corpora.rows import Row, rows
-from kestrel.corpora.tally import Tally
+from kestrel.data.repair import Draft, Utterance
+from kestrel.data.rows import Row, rows
+from kestrel.data.tally import Tally
 from kestrel.errors import KestrelError
 
 

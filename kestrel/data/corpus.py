@@ -1,6 +1,6 @@
-"""The corpora room: every published form of Persona-Chat, and Kestrel's own, as a stream of dialogues.
+"""Every published form of Persona-Chat, and Kestrel's own, as a stream of dialogues.
 
-    from kestrel.corpora.splits import Splitter
+    from kestrel.data.splits import Splitter
 
     corpus = open_corpus("train_self_original.txt")
     splitter = Splitter(corpus)
@@ -23,10 +23,10 @@ from typing import NoReturn
 
 import numpy as np
 
-from kestrel.corpora.locate import Part, locate
-from kestrel.corpora.repair import Draft, finish, stable_hash
-from kestrel.corpora.sniff import FORMATS, READERS, resolve
-from kestrel.corpora.tally import Tally
+from kestrel.data.formats.recognize import FORMATS, READERS, resolve
+from kestrel.data.locate import Part, locate
+from kestrel.data.repair import Draft, finish, stable_hash
+from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
