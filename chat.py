@@ -48,7 +48,7 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
 
     from kestrel.chat.conversation import Conversation
     from kestrel.chat.terminal import Terminal
-    from kestrel.model import load_config
+    from kestrel.model.base import load_config
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
 
@@ -116,8 +116,8 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
     from kestrel.adapter import prove_loaded
     from kestrel.chat.speaker import Speaker
     from kestrel.chosen_adapter import open_adapter
-    from kestrel.loss import install
-    from kestrel.model import base_identity, load_adapter, load_base, load_config
+    from kestrel.model.base import base_identity, load_adapter, load_base, load_config
+    from kestrel.model.loss import install
 
     if "adapter" not in settings.generation.systems:
         model, audit = load_base(settings)

@@ -36,8 +36,8 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.answers import left_out, write_answers
     from kestrel.chosen_adapter import open_adapter
     from kestrel.data.dataset import load_split, open_dataset
-    from kestrel.loss import install
-    from kestrel.model import base_identity, check_context, load_adapter, load_base, load_config
+    from kestrel.model.base import base_identity, check_context, load_adapter, load_base, load_config
+    from kestrel.model.loss import install
     from kestrel.persona_order import name_in_order
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer

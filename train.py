@@ -36,8 +36,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.batching import steps_of_run
     from kestrel.data.dataset import lengths_of, load_split, open_dataset, supervised_of
     from kestrel.errors import Interrupted
-    from kestrel.loss import collate, install, prove_loss
-    from kestrel.model import add_lora, base_identity, check_context, device, load_base, load_config
+    from kestrel.model.base import add_lora, base_identity, check_context, device, load_base, load_config
+    from kestrel.model.loss import collate, install, prove_loss
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.runtime import distributed, rendezvous

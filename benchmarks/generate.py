@@ -42,19 +42,19 @@ from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
 from kestrel import answers, generation
 from kestrel.answers import Question, questions_of, write_answers
-from kestrel.attention import stock_attention
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation
 from kestrel.decoding import decode
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
-from kestrel.likelihood import Scored
-from kestrel.loss import install
-from kestrel.model import add_lora, load_base, load_config, skeleton_of
+from kestrel.model.base import add_lora, load_base, load_config, skeleton_of
+from kestrel.model.kernels.attention import stock_attention
+from kestrel.model.likelihood import Scored
+from kestrel.model.loss import install
+from kestrel.model.quantization import linear_layers
 from kestrel.prefix import computed
 from kestrel.prompt.prompt import Prompt, Rendered
 from kestrel.prompt.tokenizer import load_tokenizer
-from kestrel.quantization import linear_layers
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 

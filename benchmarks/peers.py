@@ -1,6 +1,6 @@
 """The peers: TRL's SFTTrainer and the original project's recipe, over a base that really is in 4 bit.
 
-transformers alone would quantize none of Falcon's layers (kestrel/quantization.py), and a comparison with a peer that
+transformers alone would quantize none of Falcon's layers (kestrel/model/quantization.py), and a comparison with a peer that
 computes in 16 bit would say nothing. Everything else is theirs: attention, loss, batches.
 """
 
@@ -25,8 +25,8 @@ from transformers import (
 from benchmarks.agreement import Row
 from benchmarks.profiles import LEARNING_RATE, LORA, MAX_LENGTH, System
 from kestrel.config.settings import Model, Quantization
-from kestrel.model import device, load_config, skeleton_of
-from kestrel.quantization import audit, forbid_repacking, quantizable_layers
+from kestrel.model.base import device, load_config, skeleton_of
+from kestrel.model.quantization import audit, forbid_repacking, quantizable_layers
 
 
 def load_base(folder: Path, dtype: str) -> torch.nn.Module:

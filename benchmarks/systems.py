@@ -32,8 +32,8 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
         Facts for the record: device, matrix rate in FLOP/s, sizes of model and data.
     """
     from kestrel.config.settings import Model
-    from kestrel.model import load_config, skeleton_of
-    from kestrel.quantization import linear_layers
+    from kestrel.model.base import load_config, skeleton_of
+    from kestrel.model.quantization import linear_layers
 
     dtype = machine.compute_dtype()
     size = machine.matrix_size()

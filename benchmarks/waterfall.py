@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from benchmarks import machine
 from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import read_dialogues
-from kestrel import elementwise, falcon, loss
-from kestrel.attention import stock_attention
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.model import add_lora, load_base, skeleton_of
+from kestrel.model import falcon, loss
+from kestrel.model.base import add_lora, load_base, skeleton_of
+from kestrel.model.kernels import elementwise
+from kestrel.model.kernels.attention import stock_attention
+from kestrel.model.quantization import linear_layers
 from kestrel.prompt.prompt import IGNORED, Prompt, Rendered
 from kestrel.prompt.tokenizer import load_tokenizer
-from kestrel.quantization import linear_layers
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 

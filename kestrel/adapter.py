@@ -11,7 +11,7 @@ import torch
 from kestrel.adapter_files import PROMPT, WEIGHTS
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, ProofError
-from kestrel.likelihood import Scored, span_nll
+from kestrel.model.likelihood import Scored, span_nll
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import folder_atomically, read_json, write_json
 from kestrel.runtime.disk_space import adapter_bytes, room_for, saying_disk_full

@@ -19,7 +19,7 @@ from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import Prompted, Response, answers_behind, by_the_library, decodes_itself
-from kestrel.likelihood import Scored, span_nll
+from kestrel.model.likelihood import Scored, span_nll
 from kestrel.persona_order import reordered
 from kestrel.prefix import computed, continuation_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable

@@ -14,7 +14,7 @@ from kestrel.adapter import read_adapter
 from kestrel.adapter_files import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.model import adapter_config
+from kestrel.model.base import adapter_config
 from kestrel.runtime.manifest import MANIFEST, differences, require_equal
 
 _FIT = (

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kestrel.config.settings import Generation
-from kestrel.loss import causal_lm_of
+from kestrel.model.loss import causal_lm_of
 from kestrel.prefix import Behind
 
 _LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said

@@ -9,9 +9,9 @@ import torch
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.loss import install, token_nll
 from kestrel.memory import GIB, Estimator, Pass
-from kestrel.model import device
+from kestrel.model.base import device
+from kestrel.model.loss import install, token_nll
 from kestrel.passes import Dialogues, Plan, capacity, choose, without_estimate
 from kestrel.stand_in import stand_in
 

@@ -23,8 +23,8 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
-from kestrel.loss import causal_lm_of, install
-from kestrel.model import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
+from kestrel.model.base import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
+from kestrel.model.loss import causal_lm_of, install
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import clear_beside, folder_atomically
@@ -222,7 +222,7 @@ def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     """What anybody loads from the folder."""
     from transformers import AutoModelForCausalLM
 
-    from kestrel.model import device
+    from kestrel.model.base import device
 
     dtype = getattr(torch, settings.quantization.compute_dtype)
     with plain_loading_errors("merged weights", str(folder)):

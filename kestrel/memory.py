@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import masking_utils
 
-from kestrel import attention, elementwise, falcon
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.loss import causal_lm_of, install, token_nll
-from kestrel.model import skeleton_of
-from kestrel.quantization import footprint_bytes, linear_layers
+from kestrel.model import falcon
+from kestrel.model.base import skeleton_of
+from kestrel.model.kernels import attention, elementwise
+from kestrel.model.loss import causal_lm_of, install, token_nll
+from kestrel.model.quantization import footprint_bytes, linear_layers
 from kestrel.stand_in import stand_in
 
 if TYPE_CHECKING:

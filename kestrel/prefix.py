@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kestrel.batching import batches_within
-from kestrel.likelihood import Scored, spans_of, with_labels
-from kestrel.loss import causal_lm_of, nll_of_hidden
+from kestrel.model.likelihood import Scored, spans_of, with_labels
+from kestrel.model.loss import causal_lm_of, nll_of_hidden
 
 # What a position of a pass without gradient takes at most, in hidden states: the layer's input, norm, fused projection,
 # attention, and an MLP of four times the width before and after its activation, some of them in float32 for LoRA.

@@ -14,8 +14,8 @@ from torch import nn
 
 from kestrel.config.settings import Settings
 from kestrel.errors import ProofError
-from kestrel.loss import causal_lm_of, install
-from kestrel.model import add_lora, device, load_base
+from kestrel.model.base import add_lora, device, load_base
+from kestrel.model.loss import causal_lm_of, install
 from kestrel.runtime import distributed
 
 if TYPE_CHECKING:

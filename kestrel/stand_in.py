@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kestrel.attention import use_fused_kernels
 from kestrel.config.settings import Quantization, Settings
-from kestrel.model import add_lora
-from kestrel.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
+from kestrel.model.base import add_lora
+from kestrel.model.kernels.attention import use_fused_kernels
+from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel

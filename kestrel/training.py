@@ -19,7 +19,7 @@ from kestrel.checkpoints import read_sealed, seal
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
-from kestrel.loss import collate, token_nll
+from kestrel.model.loss import collate, token_nll
 from kestrel.passes import Plan, remedies, write_passes
 from kestrel.prompt.prompt import IGNORED
 from kestrel.runtime import distributed

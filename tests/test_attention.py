@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.profiler import profile
 from transformers import FalconConfig, FalconForCausalLM
 
-from kestrel import attention
-from kestrel.attention import causal_attention, stock_attention, use_fused_kernels
+from kestrel.model.kernels import attention
+from kestrel.model.kernels.attention import causal_attention, stock_attention, use_fused_kernels
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,9 @@ def test_the_fused_kernel_runs(falcon: FalconForCausalLM) -> None:
 
 def test_stock_falcon_misses_the_fused_kernel(falcon: FalconForCausalLM) -> None:
     with stock_attention():
-        assert "flash_attention" not in _kernels(falcon), "torch now takes unequal heads: kestrel/attention.py can go"
+        assert "flash_attention" not in _kernels(falcon), (
+            "torch now takes unequal heads: kestrel/model/kernels/attention.py can go"
+        )
 
 
 def test_generation_is_the_same(falcon: FalconForCausalLM) -> None:
@@ -124,7 +126,7 @@ def test_kernels_are_plain_products(
 ) -> None:
     """In Triton's interpreter, which does not know bfloat16: output and gradients, of strided queries, keys and values."""
     pytest.importorskip("triton")
-    from kestrel import attention_gpu
+    from kestrel.model.kernels import attention_gpu
 
     random = torch.Generator().manual_seed(0)
     fused = torch.randn(batch, length, heads + 2, size, generator=random)

@@ -17,7 +17,7 @@ from kestrel.answers import questions_of
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
-from kestrel.loss import install
+from kestrel.model.loss import install
 from kestrel.prefix import Behind
 from kestrel.prompt.prompt import Prompt
 

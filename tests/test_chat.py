@@ -117,7 +117,7 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
     assert f"base> {readable(replies[2]['text'])}\n" in printed
 
     from kestrel.config.resolve import resolve
-    from kestrel.model import load_adapter, load_base
+    from kestrel.model.base import load_adapter, load_base
     from kestrel.prompt.tokenizer import load_tokenizer
 
     run, _ = resolve(str(trained.config), {})

@@ -14,8 +14,8 @@ from make_models import make_config
 import train
 from kestrel import dry_run
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.loss import install
 from kestrel.memory import Pass
+from kestrel.model.loss import install
 from kestrel.passes import Dialogues, Plan
 from kestrel.runtime.run_folder import locked_run_folder
 from kestrel.stand_in import stand_in

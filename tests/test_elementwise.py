@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from kestrel import elementwise, elementwise_gpu
+from kestrel.model.kernels import elementwise, elementwise_gpu
 
 
 def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from make_models import make_model, write_base
 from torch import nn
 
-from kestrel import falcon
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.elementwise import DenseWeight, rotate
 from kestrel.errors import KestrelError
-from kestrel.loss import causal_lm_of, collate, install, token_nll
-from kestrel.model import add_lora, load_base
+from kestrel.model import falcon
+from kestrel.model.base import add_lora, load_base
+from kestrel.model.kernels.elementwise import DenseWeight, rotate
+from kestrel.model.loss import causal_lm_of, collate, install, token_nll
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 

@@ -17,8 +17,8 @@ from make_tokenizers import sentencepiece_like, unigram, wordpiece
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
 from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
-from kestrel.loss import install
-from kestrel.model import add_lora
+from kestrel.model.base import add_lora
+from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
 END = 11

@@ -12,8 +12,8 @@ from make_models import make_model
 
 from kestrel.data.dataset import load_split
 from kestrel.errors import ProofError
-from kestrel.likelihood import Scored, span_nll
-from kestrel.loss import install
+from kestrel.model.likelihood import Scored, span_nll
+from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
 
@@ -83,7 +83,7 @@ def test_generations_file_holds_the_references_and_candidates_likelihoods(traine
     import generate
     from kestrel.config.resolve import resolve
     from kestrel.data.dataset import dialogue_of
-    from kestrel.model import load_adapter, load_base
+    from kestrel.model.base import load_adapter, load_base
     from kestrel.prompt.tokenizer import load_tokenizer
 
     arguments = trained.copy_to(tmp_path / "run")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import kestrel.loss
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from make_models import make_model
 
-import kestrel.loss
 from kestrel.batching import batches_within
 from kestrel.config.settings import Lora
 from kestrel.errors import ProofError
-from kestrel.loss import collate, install, prove_loss, token_nll
-from kestrel.model import add_lora
+from kestrel.model.base import add_lora
+from kestrel.model.loss import collate, install, prove_loss, token_nll
 
 END = 11  # end token and padding at once, as for Falcon
 

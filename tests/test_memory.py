@@ -11,13 +11,15 @@ import torch
 from make_models import make_config, make_model
 from torch.nn import functional
 
-from kestrel import attention, elementwise, falcon, memory
-from kestrel import loss as loss_room
+from kestrel import memory
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.loss import causal_lm_of, install, token_nll
 from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
-from kestrel.model import add_lora
-from kestrel.quantization import expected_footprint_bytes
+from kestrel.model import falcon
+from kestrel.model import loss as loss_room
+from kestrel.model.base import add_lora
+from kestrel.model.kernels import attention, elementwise
+from kestrel.model.loss import causal_lm_of, install, token_nll
+from kestrel.model.quantization import expected_footprint_bytes
 from kestrel.stand_in import stand_in
 
 TARGETS = {

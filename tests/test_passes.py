@@ -26,9 +26,9 @@ from kestrel.config.resolve import resolve
 from kestrel.config.settings import Data, Lora, Model, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
-from kestrel.loss import install, token_nll
 from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass
-from kestrel.model import add_lora
+from kestrel.model.base import add_lora
+from kestrel.model.loss import install, token_nll
 from kestrel.passes import Dialogues, Plan, choose
 
 # -- choosing ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import line_up
 from kestrel.evaluation.generations import Generations, Reply, read_generations
 from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
-from kestrel.loss import install
+from kestrel.model.loss import install
 from kestrel.persona_order import name_in_order, order_in_name, reordered
 from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.runtime.atomic import read_json

@@ -14,9 +14,9 @@ from kestrel.answers import _shard, answer, questions_of
 from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation import decodes_itself, respond
-from kestrel.likelihood import Scored, span_nll
-from kestrel.loss import install
-from kestrel.model import add_lora
+from kestrel.model.base import add_lora
+from kestrel.model.likelihood import Scored, span_nll
+from kestrel.model.loss import install
 from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable
 from kestrel.prompt.prompt import Prompt
 

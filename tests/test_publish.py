@@ -82,8 +82,8 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
 def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
     from kestrel.config.resolve import resolve
     from kestrel.generation import respond
-    from kestrel.loss import install
-    from kestrel.model import load_adapter, load_base
+    from kestrel.model.base import load_adapter, load_base
+    from kestrel.model.loss import install
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.publication import EXAMPLE

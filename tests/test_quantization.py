@@ -12,9 +12,9 @@ from make_models import write_base
 import kestrel.model
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.errors import KestrelError, ProofError
-from kestrel.loss import collate, install, token_nll
-from kestrel.model import add_lora, load_base, skeleton_of
-from kestrel.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
+from kestrel.model.base import add_lora, load_base, skeleton_of
+from kestrel.model.loss import collate, install, token_nll
+from kestrel.model.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
 
 ARCHITECTURES = ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"]
 

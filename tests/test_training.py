@@ -17,8 +17,8 @@ import train
 from kestrel import callbacks, trainer_arguments, training
 from kestrel.adapter import WEIGHTS
 from kestrel.config.settings import Lora
-from kestrel.loss import collate, install, token_nll
-from kestrel.model import add_lora, load_adapter, load_base
+from kestrel.model.base import add_lora, load_adapter, load_base
+from kestrel.model.loss import collate, install, token_nll
 from kestrel.passes import Plan
 
 

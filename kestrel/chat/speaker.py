@@ -17,7 +17,7 @@ from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.generation import generation_config
-from kestrel.loss import causal_lm_of
+from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import TOO_LONG, Prompt, Unrenderable
 
 _LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it

@@ -172,7 +172,7 @@ def _prompt() -> Any:
 
 def adapter_config(data: bytes) -> None:
     """A foreign adapter_config.json: refused, or plain LoRA of the kind that Kestrel writes."""
-    from kestrel.model import adapter_config as read_config
+    from kestrel.model.base import adapter_config as read_config
 
     _file("adapter_config.json", data)
     read = read_config(folder())

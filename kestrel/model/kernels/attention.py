@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kestrel import elementwise
+from kestrel.model.kernels import elementwise
 
 _BLOCK = 64  # queries that meet the same keys
 
@@ -59,7 +59,7 @@ def _fused(query: torch.Tensor) -> Any:
     """The module of kernels for such queries, or None."""
     if not query.is_cuda or elementwise._fused(query) is None:
         return None
-    from kestrel import attention_gpu
+    from kestrel.model.kernels import attention_gpu
 
     return attention_gpu if attention_gpu.computes(query) else None
 

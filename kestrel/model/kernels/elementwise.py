@@ -25,7 +25,7 @@ def _fused(x: Tensor) -> Any:
     """The module of kernels for this tensor's device, or None."""
     if not (x.is_cuda and _has_triton()):
         return None
-    from kestrel import elementwise_gpu
+    from kestrel.model.kernels import elementwise_gpu
 
     return elementwise_gpu
 

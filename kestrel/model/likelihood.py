@@ -10,7 +10,7 @@ import torch
 
 from kestrel.batching import batches_within
 from kestrel.errors import ProofError
-from kestrel.loss import NOT_FINITE, collate, token_nll
+from kestrel.model.loss import NOT_FINITE, collate, token_nll
 from kestrel.prompt.prompt import IGNORED
 
 

@@ -23,8 +23,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kestrel.attention import causal_attention
-from kestrel.elementwise import DenseWeight, add_dropout_, dropout, gelu, gelu_backward_, norm, norm_backward, rotate
+from kestrel.model.kernels.attention import causal_attention
+from kestrel.model.kernels.elementwise import (
+    DenseWeight,
+    add_dropout_,
+    dropout,
+    gelu,
+    gelu_backward_,
+    norm,
+    norm_backward,
+    rotate,
+)
 
 Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from kestrel.attention import use_fused_kernels
 from kestrel.config.settings import Lora, Model, Settings
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_loading_errors
-from kestrel.quantization import Audit, audit, forbid_repacking, linear_layers, quantizable_layers
+from kestrel.model.kernels.attention import use_fused_kernels
+from kestrel.model.quantization import Audit, audit, forbid_repacking, linear_layers, quantizable_layers
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import sha256_of
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kestrel import falcon
-from kestrel.elementwise import nll
 from kestrel.errors import KestrelError, ProofError
+from kestrel.model import falcon
+from kestrel.model.kernels.elementwise import nll
 from kestrel.prompt.prompt import IGNORED
 
 if TYPE_CHECKING:
