@@ -113,10 +113,11 @@ def persona_of_dialogue(settings: Settings, options: argparse.Namespace, prompt:
 
 def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Speaker:
     """The base and, if it is to talk, the adapter, proven to be the ones that were trained with this prompt."""
-    from kestrel.adapter import prove_loaded
+    from kestrel.adapter.lora import load_adapter
+    from kestrel.adapter.open import open_adapter
+    from kestrel.adapter.proof import prove_loaded
     from kestrel.chat.speaker import Speaker
-    from kestrel.chosen_adapter import open_adapter
-    from kestrel.model.base import base_identity, load_adapter, load_base, load_config
+    from kestrel.model.base import base_identity, load_base, load_config
     from kestrel.model.loss import install
 
     if "adapter" not in settings.generation.systems:

@@ -21,7 +21,7 @@ from kestrel.runtime.command_line import run_script
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
-    from kestrel.adapter_files import find_cached
+    from kestrel.adapter.source import find_cached
     from kestrel.evaluation.alignment import line_up
     from kestrel.evaluation.extra import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations

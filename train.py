@@ -32,11 +32,12 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
     from kestrel import callbacks, checkpoints, dry_run, passes, sharding, trainer_arguments, training
-    from kestrel.adapter import save_and_prove
+    from kestrel.adapter.lora import add_lora
+    from kestrel.adapter.proof import save_and_prove
     from kestrel.batching import steps_of_run
     from kestrel.data.dataset import lengths_of, load_split, open_dataset, supervised_of
     from kestrel.errors import Interrupted
-    from kestrel.model.base import add_lora, base_identity, check_context, device, load_base, load_config
+    from kestrel.model.base import base_identity, check_context, device, load_base, load_config
     from kestrel.model.loss import collate, install, prove_loss
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer

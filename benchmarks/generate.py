@@ -41,13 +41,14 @@ from benchmarks import machine
 from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
 from kestrel import answers, generation
+from kestrel.adapter.lora import add_lora
 from kestrel.answers import Question, questions_of, write_answers
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation
 from kestrel.decoding import decode
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
-from kestrel.model.base import add_lora, load_base, load_config, skeleton_of
+from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import Scored
 from kestrel.model.loss import install

@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from benchmarks import machine
 from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import read_dialogues
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model import falcon, loss
-from kestrel.model.base import add_lora, load_base, skeleton_of
+from kestrel.model.base import load_base, skeleton_of
 from kestrel.model.kernels import elementwise
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.quantization import linear_layers

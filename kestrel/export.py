@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.adapter import prove_loaded
-from kestrel.chosen_adapter import open_adapter
+from kestrel.adapter.lora import adapter_config, load_adapter
+from kestrel.adapter.open import open_adapter
+from kestrel.adapter.proof import prove_loaded
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
-from kestrel.model.base import adapter_config, base_identity, load_adapter, load_base, load_config, skeleton_of
+from kestrel.model.base import base_identity, load_base, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of, install
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer

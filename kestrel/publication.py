@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter_files import ADAPTER_FILES, CONFIG, PROMPT
+from kestrel.adapter.source import ADAPTER_FILES, CONFIG, PROMPT
 from kestrel.config.resolve import describe
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.dialogue import Dialogue, Turn

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Settings
 from kestrel.errors import ProofError
-from kestrel.model.base import add_lora, device, load_base
+from kestrel.model.base import device, load_base
 from kestrel.model.loss import causal_lm_of, install
 from kestrel.runtime import distributed
 

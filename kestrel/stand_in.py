@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Quantization, Settings
-from kestrel.model.base import add_lora
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter_files import ADAPTER_FILES
+from kestrel.adapter.source import ADAPTER_FILES
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_hub_errors, use_cache_without_network
 from kestrel.runtime.atomic import read_json

@@ -116,8 +116,9 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
     assert f"adapter> {readable(replies[0]['text'])}\n" in printed
     assert f"base> {readable(replies[2]['text'])}\n" in printed
 
+    from kestrel.adapter.lora import load_adapter
     from kestrel.config.resolve import resolve
-    from kestrel.model.base import load_adapter, load_base
+    from kestrel.model.base import load_base
     from kestrel.prompt.tokenizer import load_tokenizer
 
     run, _ = resolve(str(trained.config), {})

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 
+from kestrel.adapter.lora import add_lora
 from kestrel.chat.speaker import Speaker, spoken
 from kestrel.config.settings import Generation, Lora
 from kestrel.generation import respond
-from kestrel.model.base import add_lora
 from kestrel.prompt.prompt import Prompt
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from make_models import make_model, write_base
 from torch import nn
 
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.errors import KestrelError
 from kestrel.model import falcon
-from kestrel.model.base import add_lora, load_base
+from kestrel.model.base import load_base
 from kestrel.model.kernels.elementwise import DenseWeight, rotate
 from kestrel.model.loss import causal_lm_of, collate, install, token_nll
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 from make_tokenizers import sentencepiece_like, unigram, wordpiece
 
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
 from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
-from kestrel.model.base import add_lora
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 

@@ -81,9 +81,10 @@ def test_a_likelihood_that_is_not_finite_is_refused():
 def test_generations_file_holds_the_references_and_candidates_likelihoods(trained, tmp_path):
     """Every number of the file recomputed from its text: prompt, reference and candidates rendered anew."""
     import generate
+    from kestrel.adapter.lora import load_adapter
     from kestrel.config.resolve import resolve
     from kestrel.data.dataset import dialogue_of
-    from kestrel.model.base import load_adapter, load_base
+    from kestrel.model.base import load_base
     from kestrel.prompt.tokenizer import load_tokenizer
 
     arguments = trained.copy_to(tmp_path / "run")

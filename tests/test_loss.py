@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model
 
+from kestrel.adapter.lora import add_lora
 from kestrel.batching import batches_within
 from kestrel.config.settings import Lora
 from kestrel.errors import ProofError
-from kestrel.model.base import add_lora
 from kestrel.model.loss import collate, install, prove_loss, token_nll
 
 END = 11  # end token and padding at once, as for Falcon

@@ -12,11 +12,11 @@ from make_models import make_config, make_model
 from torch.nn import functional
 
 from kestrel import memory
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
 from kestrel.model import falcon
 from kestrel.model import loss as loss_room
-from kestrel.model.base import add_lora
 from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import causal_lm_of, install, token_nll
 from kestrel.model.quantization import expected_footprint_bytes

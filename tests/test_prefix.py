@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words
 
+from kestrel.adapter.lora import add_lora
 from kestrel.answers import _shard, answer, questions_of
 from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation import decodes_itself, respond
-from kestrel.model.base import add_lora
 from kestrel.model.likelihood import Scored, span_nll
 from kestrel.model.loss import install
 from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable

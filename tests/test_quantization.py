@@ -10,9 +10,10 @@ import torch
 from make_models import write_base
 
 import kestrel.model
+from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.errors import KestrelError, ProofError
-from kestrel.model.base import add_lora, load_base, skeleton_of
+from kestrel.model.base import load_base, skeleton_of
 from kestrel.model.loss import collate, install, token_nll
 from kestrel.model.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
 

@@ -18,7 +18,7 @@ from make_models import write_base
 
 import train
 from kestrel import callbacks
-from kestrel.adapter import WEIGHTS
+from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parent.parent

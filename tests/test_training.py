@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from kestrel import callbacks, trainer_arguments, training
-from kestrel.adapter import WEIGHTS
+from kestrel.adapter.lora import add_lora, load_adapter
+from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.settings import Lora
-from kestrel.model.base import add_lora, load_adapter, load_base
+from kestrel.model.base import load_base
 from kestrel.model.loss import collate, install, token_nll
 from kestrel.passes import Plan
 
@@ -300,7 +301,7 @@ def test_a_base_with_an_infinite_weight_is_refused(prepared, tmp_path, capsys):
 
 def test_saved_adapter_is_the_trained_one(trained):
     """From the files alone: the fixed dialogue's likelihood is the one that training recorded."""
-    from kestrel.adapter import canary_nll
+    from kestrel.adapter.proof import canary_nll
     from kestrel.config.resolve import resolve
 
     settings, _ = resolve(str(trained.config), {}, [])
@@ -339,10 +340,10 @@ def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(prepared, tmp_pat
                     parameter.data.zero_()
             return save_and_prove(model, *more)
 
-        from kestrel import adapter
+        from kestrel.adapter.proof import proof
 
-        save_and_prove = adapter.save_and_prove
-        monkeypatch.setattr(adapter, "save_and_prove", forget)
+        save_and_prove = proof.save_and_prove
+        monkeypatch.setattr(proof, "save_and_prove", forget)
         assert real
     else:
         monkeypatch.setattr(PeftModel, "save_pretrained", save)

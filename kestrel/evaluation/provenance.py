@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter_files import identity_of_folder
+from kestrel.adapter.source import identity_of_folder
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
 from kestrel.persona_order import name_in_order, order_in_name

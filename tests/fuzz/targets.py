@@ -110,7 +110,8 @@ def _nothing(*arguments: Any) -> None:
 
 def artifacts(data: bytes) -> None:
     """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
-    from kestrel import adapter, callbacks, checkpoints
+    from kestrel import callbacks, checkpoints
+    from kestrel.adapter.proof import proof
     from kestrel.data import dataset
     from kestrel.evaluation.provenance import check_provenance
     from kestrel.runtime.manifest import identity_of, read_manifest
@@ -140,7 +141,7 @@ def artifacts(data: bytes) -> None:
         *(partial(read_manifest, artifact, kind, "mend it") for kind in ("dataset", "adapter", "generations")),
         lambda: identity_of(read_manifest(artifact, "dataset", "mend it", check_files=False)),
         lambda: dataset.open_dataset(_settings(run), _prompt(), "preprocess"),
-        lambda: adapter.read_adapter(artifact, IDENTITY, QUANTIZATION, BASE, "train"),
+        lambda: proof.read_adapter(artifact, IDENTITY, QUANTIZATION, BASE, "train"),
         lambda: checkpoints.newest_sound(run, MEANING, "train"),
         lambda: checkpoints.sound(artifact, MEANING, "train"),
         lambda: callbacks.evaluations_without_progress(checkpoints.history(artifact)),
@@ -172,7 +173,7 @@ def _prompt() -> Any:
 
 def adapter_config(data: bytes) -> None:
     """A foreign adapter_config.json: refused, or plain LoRA of the kind that Kestrel writes."""
-    from kestrel.model.base import adapter_config as read_config
+    from kestrel.adapter.lora import adapter_config as read_config
 
     _file("adapter_config.json", data)
     read = read_config(folder())

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter import read_adapter
-from kestrel.adapter_files import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
+from kestrel.adapter.lora import adapter_config
+from kestrel.adapter.proof import read_adapter
+from kestrel.adapter.source import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.model.base import adapter_config
 from kestrel.runtime.manifest import MANIFEST, differences, require_equal
 
 _FIT = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.adapter_files import PROMPT, WEIGHTS
+from kestrel.adapter.source import PROMPT, WEIGHTS
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, ProofError
 from kestrel.model.likelihood import Scored, span_nll
