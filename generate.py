@@ -35,11 +35,11 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.adapter.lora import load_adapter
     from kestrel.adapter.open import open_adapter
     from kestrel.adapter.proof import prove_loaded
-    from kestrel.answers import left_out, write_answers
     from kestrel.data.dataset import load_split, open_dataset
+    from kestrel.generation.answers import left_out, write_answers
+    from kestrel.generation.files import name_in_order
     from kestrel.model.base import base_identity, check_context, load_base, load_config
     from kestrel.model.loss import install
-    from kestrel.persona_order import name_in_order
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.runtime import distributed, rendezvous

@@ -40,20 +40,21 @@ import torch
 from benchmarks import machine
 from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
-from kestrel import answers, generation
 from kestrel.adapter.lora import add_lora
-from kestrel.answers import Question, questions_of, write_answers
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation
-from kestrel.decoding import decode
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
+from kestrel.generation import answers
+from kestrel.generation.answers import Question, questions_of, write_answers
+from kestrel.generation.decoding import decode
+from kestrel.generation.prefix_cache import computed
+from kestrel.generation.respond import respond
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import Scored
 from kestrel.model.loss import install
 from kestrel.model.quantization import linear_layers
-from kestrel.prefix import computed
 from kestrel.prompt.prompt import Prompt, Rendered
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import write_json
@@ -159,7 +160,7 @@ def time_kestrel(model: Any, prompt: Prompt, rows: list[dict[str, Any]], setting
 
     spent = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
     prefill = watched(computed, spent, "prefill_seconds")
-    decoding = watched(generation.answers_behind, spent, "decode_seconds")
+    decoding = watched(respond.answers_behind, spent, "decode_seconds")
     machine.reset_peak_memory()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -187,7 +188,7 @@ def time_stock(
         machine.synchronize()
         began = time.perf_counter()
         for first in firsts:
-            generation._generate(model, prompt, contexts[int(first) : int(first) + size], settings)
+            respond._generate(model, prompt, contexts[int(first) : int(first) + size], settings)
         machine.synchronize()
     timed = time.perf_counter() - began
     replies = size * len(firsts)

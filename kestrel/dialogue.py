@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 Speaker = Literal["partner", "self"]
@@ -43,3 +46,24 @@ class Dialogue:
         for index, turn in enumerate(self.turns):
             if turn.speaker == "self":
                 yield index, turn.text
+
+
+def reordered(dialogue: Dialogue, seed: int, order: int) -> Dialogue:
+    """The dialogue with its persona's sentences shuffled.
+
+    Args:
+        seed: of the run.
+        order: 0 is the order as given. The shuffle of any other number depends on seed, dialogue and number alone, so
+            that it is the same in every process and whichever other orders are asked for.
+
+    Returns:
+        An order that reads otherwise than the given one; the dialogue itself where fewer than two sentences differ.
+    """
+    if order == 0 or len(set(dialogue.persona)) < 2:
+        return dialogue
+    digest = hashlib.sha256(json.dumps([seed, dialogue.dialogue_id, order]).encode()).digest()
+    generator = random.Random(int.from_bytes(digest, "big"))
+    persona = list(dialogue.persona)
+    while tuple(persona) == dialogue.persona:
+        generator.shuffle(persona)
+    return replace(dialogue, persona=tuple(persona))

@@ -22,7 +22,7 @@ from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
-from kestrel.generation import Response, generation_config, respond
+from kestrel.generation.respond import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
 from kestrel.model.base import base_identity, load_base, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of, install

@@ -9,7 +9,7 @@ import torch
 
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of
-from kestrel.generation import respond
+from kestrel.generation.respond import respond
 from kestrel.model.base import check_context
 from kestrel.prompt.prompt import Prompt
 

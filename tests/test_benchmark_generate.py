@@ -13,12 +13,12 @@ from make_models import make_model, make_tokenizer, words
 
 from benchmarks.generate import check, rows_of
 from benchmarks.profiles import ROOT
-from kestrel.answers import questions_of
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
+from kestrel.generation.answers import questions_of
+from kestrel.generation.prefix_cache import Behind
 from kestrel.model.loss import install
-from kestrel.prefix import Behind
 from kestrel.prompt.prompt import Prompt
 
 PERSONA = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]

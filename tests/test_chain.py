@@ -88,8 +88,8 @@ def test_the_prompt_that_trained_is_the_prompt_that_generates(chain, assets):
     """Token for token: each prompt is the training sequence up to its reply."""
     from transformers import AutoTokenizer
 
-    from kestrel.answers import questions_of
     from kestrel.data.dataset import load_split
+    from kestrel.generation.answers import questions_of
     from kestrel.prompt.prompt import Prompt
 
     run, _ = chain

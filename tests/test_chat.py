@@ -25,7 +25,7 @@ from kestrel.chat.terminal import readable
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split
 from kestrel.errors import KestrelError
-from kestrel.generation import respond
+from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.manifest import sha256_of
 from kestrel.runtime.run_folder import locked_run_folder

@@ -13,7 +13,7 @@ from make_models import make_model, make_tokenizer
 from kestrel.adapter.lora import add_lora
 from kestrel.chat.speaker import Speaker, spoken
 from kestrel.config.settings import Generation, Lora
-from kestrel.generation import respond
+from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt
 
 

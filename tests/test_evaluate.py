@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from kestrel.persona_order import order_in_name
+from kestrel.generation.files import order_in_name
 from kestrel.runtime.manifest import sha256_of, write_manifest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"

@@ -75,7 +75,7 @@ def test_generation_rows_of_any_json(row):
 
 def whole_partial() -> bytes:
     """What generate.py has written after three shards, without the header."""
-    from kestrel.answers import _mark
+    from kestrel.generation.answers import _mark
 
     content = ""
     for done in (32, 40, 64):
@@ -87,7 +87,7 @@ def whole_partial() -> bytes:
 @settings(few, max_examples=200)
 @given(st.integers(0, 2**20), st.integers(0, 7), st.booleans())
 def test_a_damaged_partial_file_is_gone_on_from_before_the_damage(position, bit, cut):
-    from kestrel.answers import _keep_complete_shards
+    from kestrel.generation.answers import _keep_complete_shards
 
     sound = whole_partial()
     at = position % len(sound)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from make_models import make_tokenizer, words, write_base, write_config, write_corpus
 
-from kestrel.answers import questions_of
 from kestrel.data.dataset import load_split
+from kestrel.generation.answers import questions_of
 from kestrel.prompt.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

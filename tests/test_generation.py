@@ -17,7 +17,7 @@ from make_tokenizers import sentencepiece_like, unigram, wordpiece
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
-from kestrel.generation import Prompted, _StopStrings, by_the_library, respond
+from kestrel.generation.respond import Prompted, _StopStrings, by_the_library, respond
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 

@@ -15,15 +15,15 @@ from hypothesis import given
 from make_models import SPECIAL, make_model, make_tokenizer, words
 from make_tokenizers import unigram
 
-from kestrel.answers import answer, questions_of
 from kestrel.config.settings import Generation
-from kestrel.dialogue import Dialogue, Turn
+from kestrel.dialogue import Dialogue, Turn, reordered
 from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import line_up
 from kestrel.evaluation.generations import Generations, Reply, read_generations
 from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
+from kestrel.generation.answers import answer, questions_of
+from kestrel.generation.files import name_in_order, order_in_name
 from kestrel.model.loss import install
-from kestrel.persona_order import name_in_order, order_in_name, reordered
 from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.runtime.atomic import read_json
 
@@ -54,7 +54,7 @@ def test_orders_depend_on_seed_dialogue_and_number():
 
 def test_orders_are_the_same_in_another_process():
     program = (
-        "from kestrel.dialogue import Dialogue; from kestrel.persona_order import reordered\n"
+        "from kestrel.dialogue import Dialogue; from kestrel.generation.files import reordered\n"
         "print(*(''.join(reordered(Dialogue('d', tuple('abcdef'), ()), 3, k).persona) for k in range(4)))"
     )
     printed = {
@@ -221,8 +221,8 @@ def test_each_order_has_a_file_and_the_given_one_does_not_change(trained, tmp_pa
 
 
 def test_what_a_file_lacks_is_counted(trained, tmp_path):
-    from kestrel.answers import left_out
     from kestrel.data.dataset import load_split
+    from kestrel.generation.answers import left_out
 
     dataset = load_split(trained.run / "dataset", "test", "")
     keys = [(row["dialogue_id"], i) for row in dataset for i, t in enumerate(row["turns"]) if t["speaker"] == "self"]

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words
 
 from kestrel.adapter.lora import add_lora
-from kestrel.answers import _shard, answer, questions_of
 from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.generation import decodes_itself, respond
+from kestrel.generation.answers import _shard, answer, questions_of
+from kestrel.generation.prefix_cache import Prefixes, computed, continuation_nll, is_shareable
+from kestrel.generation.respond import decodes_itself, respond
 from kestrel.model.likelihood import Scored, span_nll
 from kestrel.model.loss import install
-from kestrel.prefix import Prefixes, computed, continuation_nll, is_shareable
 from kestrel.prompt.prompt import Prompt
 
 SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
@@ -87,7 +87,7 @@ def test_rows_are_those_of_the_plain_way(models, prompt, architecture, as_base, 
     with disabled:
         large = answer(model, prompt, asked, chosen, 0)
         small = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 130}), 0)
-        monkeypatch.setattr("kestrel.answers.decodes_itself", lambda *_: False)
+        monkeypatch.setattr("kestrel.generation.answers.decodes_itself", lambda *_: False)
         plain = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 1}), 0)
     for expected, *found in zip(plain, large, small, strict=True):
         for row in found:

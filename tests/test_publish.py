@@ -82,7 +82,7 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
 def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
     from kestrel.adapter.lora import load_adapter
     from kestrel.config.resolve import resolve
-    from kestrel.generation import respond
+    from kestrel.generation.respond import respond
     from kestrel.model.base import load_base
     from kestrel.model.loss import install
     from kestrel.prompt.prompt import Prompt

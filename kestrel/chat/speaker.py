@@ -16,7 +16,7 @@ from kestrel.chat.conversation import Exchange, System
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.generation import generation_config
+from kestrel.generation.respond import generation_config
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import TOO_LONG, Prompt, Unrenderable
 

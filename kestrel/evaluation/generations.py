@@ -13,7 +13,7 @@ from typing import Any
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
-from kestrel.persona_order import order_in_name
+from kestrel.generation.files import order_in_name
 from kestrel.runtime.manifest import sha256_of
 
 SPLITS = ("train", "validation", "test")

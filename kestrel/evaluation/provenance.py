@@ -9,7 +9,7 @@ from typing import Any
 from kestrel.adapter.source import identity_of_folder
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import names_of
-from kestrel.persona_order import name_in_order, order_in_name
+from kestrel.generation.files import name_in_order, order_in_name
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
 

@@ -214,7 +214,7 @@ def evaluation(data: bytes) -> None:
 
 def partial_generations(data: bytes) -> None:
     """What a killed generate.py left behind a header that still fits."""
-    from kestrel.answers import _keep_complete_shards
+    from kestrel.generation.answers import _keep_complete_shards
 
     rows: Any = range(64)
     header = json.dumps({"identity": "i", "dialogues": 64}).encode() + b"\n"

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kestrel.config.settings import Generation
+from kestrel.generation.prefix_cache import Behind
 from kestrel.model.loss import causal_lm_of
-from kestrel.prefix import Behind
 
 _LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said
 _WORTH_LEAVING_OUT = 0.8  # share of rows still speaking at which the others are worth a copy of the rest

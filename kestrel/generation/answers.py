@@ -16,12 +16,11 @@ import torch
 
 from kestrel.config.settings import Generation
 from kestrel.data.dataset import dialogue_of, lengths_of
-from kestrel.dialogue import Dialogue
+from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
-from kestrel.generation import Prompted, Response, answers_behind, by_the_library, decodes_itself
+from kestrel.generation.prefix_cache import computed, continuation_nll
+from kestrel.generation.respond import Prompted, Response, answers_behind, by_the_library, decodes_itself
 from kestrel.model.likelihood import Scored, span_nll
-from kestrel.persona_order import reordered
-from kestrel.prefix import computed, continuation_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
@@ -74,7 +73,7 @@ def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt, seed: int = 0, 
     longer than prompt.max_length are left out.
 
     Args:
-        seed, order: of the persona's sentences, as of `persona_order.reordered`.
+        seed, order: of the persona's sentences, as of `dialogue.reordered`.
 
     Raises:
         ProofError: the prompt renders a dialogue, as given, otherwise than the dataset holds it.

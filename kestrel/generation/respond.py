@@ -12,11 +12,11 @@ import torch
 
 from kestrel.batching import batches_within
 from kestrel.config.settings import Generation
-from kestrel.decoding import decode
+from kestrel.generation.decoding import decode
+from kestrel.generation.prefix_cache import Prefixes, computed, is_shareable, memory_for_rows
 from kestrel.model.base import check_context
 from kestrel.model.likelihood import Scored
 from kestrel.model.loss import causal_lm_of
-from kestrel.prefix import Prefixes, computed, is_shareable, memory_for_rows
 from kestrel.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
