@@ -31,7 +31,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, dry_run, passes, sharding, trainer_arguments, training
+    from kestrel import callbacks, checkpoints, sharding, trainer_arguments, training
     from kestrel.adapter.lora import add_lora
     from kestrel.adapter.proof import save_and_prove
     from kestrel.batching import steps_of_run
@@ -39,6 +39,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.errors import Interrupted
     from kestrel.model.base import base_identity, check_context, device, load_base, load_config
     from kestrel.model.loss import collate, install, prove_loss
+    from kestrel.planning import dry_run, passes
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.runtime import distributed, rendezvous

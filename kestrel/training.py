@@ -20,7 +20,7 @@ from kestrel.config.settings import Settings
 from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.model.loss import collate, token_nll
-from kestrel.passes import Plan, remedies, write_passes
+from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.prompt.prompt import IGNORED
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import saying_disk_full

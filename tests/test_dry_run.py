@@ -12,13 +12,13 @@ import torch
 from make_models import make_config
 
 import train
-from kestrel import dry_run
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.memory import Pass
 from kestrel.model.loss import install
-from kestrel.passes import Dialogues, Plan
+from kestrel.planning import dry_run
+from kestrel.planning.memory import Pass
+from kestrel.planning.passes import Dialogues, Plan
+from kestrel.planning.random_base import stand_in
 from kestrel.runtime.run_folder import locked_run_folder
-from kestrel.stand_in import stand_in
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -11,16 +11,16 @@ import torch
 from make_models import make_config, make_model
 from torch.nn import functional
 
-from kestrel import memory
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.memory import GIB, CannotEstimate, Estimator, Pass
 from kestrel.model import falcon
 from kestrel.model import loss as loss_room
 from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import causal_lm_of, install, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
-from kestrel.stand_in import stand_in
+from kestrel.planning import memory
+from kestrel.planning.memory import GIB, CannotEstimate, Estimator, Pass
+from kestrel.planning.random_base import stand_in
 
 TARGETS = {
     "falcon": ["query_key_value"], "llama": ["q_proj", "v_proj"], "qwen2": "all-linear",

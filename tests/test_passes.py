@@ -20,16 +20,17 @@ from test_resume import die_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kestrel import passes, trainer_arguments, training
+from kestrel import trainer_arguments, training
 from kestrel.adapter.lora import add_lora
 from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Data, Lora, Model, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
-from kestrel.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.model.loss import install, token_nll
-from kestrel.passes import Dialogues, Plan, choose
+from kestrel.planning import passes
+from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
+from kestrel.planning.passes import Dialogues, Plan, choose
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 

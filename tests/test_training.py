@@ -20,7 +20,7 @@ from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.settings import Lora
 from kestrel.model.base import load_base
 from kestrel.model.loss import collate, install, token_nll
-from kestrel.passes import Plan
+from kestrel.planning.passes import Plan
 
 
 def log_of(run: Path) -> list[dict]:

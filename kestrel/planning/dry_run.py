@@ -9,11 +9,11 @@ import torch
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.memory import GIB, Estimator, Pass
 from kestrel.model.base import device
 from kestrel.model.loss import install, token_nll
-from kestrel.passes import Dialogues, Plan, capacity, choose, without_estimate
-from kestrel.stand_in import stand_in
+from kestrel.planning.memory import GIB, Estimator, Pass
+from kestrel.planning.passes import Dialogues, Plan, capacity, choose, without_estimate
+from kestrel.planning.random_base import stand_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

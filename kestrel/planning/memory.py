@@ -28,7 +28,7 @@ from kestrel.model.base import skeleton_of
 from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import causal_lm_of, install, token_nll
 from kestrel.model.quantization import footprint_bytes, linear_layers
-from kestrel.stand_in import stand_in
+from kestrel.planning.random_base import stand_in
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

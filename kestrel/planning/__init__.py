@@ -1,0 +1,1 @@
+"""What a run will take: memory, passes that fit the device, the dry run."""
