@@ -23,13 +23,13 @@ from kestrel.runtime.command_line import run_script
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.adapter.source import find_cached
     from kestrel.evaluation.alignment import line_up
-    from kestrel.evaluation.extra import extra_scores, load_metrics
+    from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.provenance import check_provenance
     from kestrel.evaluation.report import write_report
     from kestrel.evaluation.scoring import evaluate_files, write_responses
     from kestrel.evaluation.tables import summary
-    from kestrel.evaluation.trivial import replies_of_other_split
+    from kestrel.evaluation.trivial_systems import replies_of_other_split
     from kestrel.runtime.atomic import folder_atomically, write_json
     from kestrel.runtime.disk_space import evaluation_bytes, room_for
 

@@ -5,9 +5,9 @@ import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
+from kestrel.evaluation.bootstrap import Bootstrap, resampled_sums
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import f1_score, reply_statistics
-from kestrel.evaluation.statistics import Bootstrap, resampled_sums
 
 
 def corpus(seed: int, dialogues: int = 9) -> list[Reply]:

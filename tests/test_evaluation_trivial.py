@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kestrel.dialogue import Turn
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import f1_score
-from kestrel.evaluation.trivial import TRIVIAL, best_constant, best_words, trivial_replies
+from kestrel.evaluation.trivial_systems import TRIVIAL, best_constant, best_words, trivial_replies
 
 WORDS = ["i", "am", "you", "like", "dogs", "cats", "the", "a", ".", "and", "fun"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(" ".join)

@@ -9,9 +9,9 @@ import pytest
 from browsers import chromium, requested
 
 from kestrel.dialogue import Turn
-from kestrel.evaluation.browse import sample_dialogues
 from kestrel.evaluation.generations import Generations, Reply
 from kestrel.evaluation.report import escape_markdown, write_report
+from kestrel.evaluation.sample_dialogues import sample_dialogues
 from kestrel.evaluation.scoring import Evaluation, evaluate_files
 
 ATTACKS = [

@@ -22,7 +22,7 @@ from conftest import Experiment
 import generate
 import preprocess
 import train
-from kestrel.evaluation.extra import load_metrics
+from kestrel.evaluation.evaluate_library import load_metrics
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import MANIFEST, files_below, sealed
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import Generations
-from kestrel.evaluation.trivial import TRIVIAL
+from kestrel.evaluation.trivial_systems import TRIVIAL
 
 
 def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import Array, tokens_13a
-from kestrel.evaluation.statistics import Bootstrap
 
 _LENGTH_BINS = ((1, 5), (6, 8), (9, 11), (12, 14), (15, 19), (20, None))
 _LAST_REPLY = 8  # replies of this number and later share a bin

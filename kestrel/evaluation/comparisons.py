@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kestrel.evaluation.statistics import Bootstrap
+from kestrel.evaluation.bootstrap import Bootstrap
 
 NAMES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "f1": "F1"}
 SIGNIFICANT = 0.05

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kestrel.evaluation.browse import SampleDialogue, sample_dialogues
 from kestrel.evaluation.figures import COLOURS, Figure, all_figures, colour_names
+from kestrel.evaluation.sample_dialogues import SampleDialogue, sample_dialogues
 from kestrel.evaluation.scoring import Evaluation
 from kestrel.evaluation.tables import ORDERS_LEGEND, ORDERS_TITLE, PROPERTIES_LEGEND, Table, all_tables
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kestrel import __version__
+from kestrel.evaluation.bootstrap import PAIRED_TEST, Bootstrap, point_scores
 from kestrel.evaluation.breakdown import by_length, by_reply
 from kestrel.evaluation.comparisons import best_trivial, paired_tests, spread_over_seeds, verdicts
 from kestrel.evaluation.generations import OPTIONAL, Generations, Reply
@@ -26,8 +27,7 @@ from kestrel.evaluation.metrics import (
     rouge_signature,
 )
 from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
-from kestrel.evaluation.statistics import PAIRED_TEST, Bootstrap, point_scores
-from kestrel.evaluation.trivial import trivial_replies
+from kestrel.evaluation.trivial_systems import trivial_replies
 
 _FEW_DIALOGUES = 30
 

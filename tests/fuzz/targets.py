@@ -197,9 +197,9 @@ def generations(data: bytes) -> None:
 def evaluation(data: bytes) -> None:
     """A generation file that can be read, scored and reported."""
     from kestrel.evaluation.alignment import line_up
-    from kestrel.evaluation.browse import sample_dialogues
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.report import as_html, as_markdown
+    from kestrel.evaluation.sample_dialogues import sample_dialogues
     from kestrel.evaluation.scoring import evaluate_files
     from kestrel.evaluation.tables import summary
 
