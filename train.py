@@ -31,7 +31,6 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
     require_made(run / "dataset", "dataset", f"make it with: {remedy}")
 
-    from kestrel import callbacks, checkpoints, sharding, trainer_arguments, training
     from kestrel.adapter.lora import add_lora
     from kestrel.adapter.proof import save_and_prove
     from kestrel.batching import steps_of_run
@@ -46,11 +45,13 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.disk_space import room_for, training_bytes
     from kestrel.runtime.manifest import identity_of, sha256_of
     from kestrel.runtime.training_log import plot_loss
-    from kestrel.samples import sampler
+    from kestrel.training import arguments, callbacks, checkpoints, sharding
+    from kestrel.training.samples import sampler
+    from kestrel.training.trainer import DialogueTrainer
 
     sharded = rendezvous.join(settings)
     if not options.dry_run:
-        trainer_arguments.check_machine(settings.training.report_to, settings.training.optimizer)
+        arguments.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     train_rows = load_split(dataset_folder, "train", remedy)
@@ -103,13 +104,13 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
 
     stop = callbacks.StopOnSignal()
     answers = sampler(model, prompt, validation_rows, settings)  # the first process makes them, alone
-    trainer = training.DialogueTrainer(
+    trainer = DialogueTrainer(
         settings,
         steps,
         meaning,
         chosen,
         model=model,
-        args=trainer_arguments.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
+        args=arguments.arguments_for(settings, len(steps), run / "checkpoints", device().type == "cuda"),
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         processing_class=prompt.tokenizer,
@@ -123,7 +124,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
             callbacks.Guard(lambda: trainer),  # last: it looks before whatever the others ask for
         ],
     )
-    trainer_arguments.silence(trainer)
+    arguments.silence(trainer)
     if device().type == "cuda":
         trainer.rehearse()
     began = time.monotonic()
@@ -178,8 +179,8 @@ def peak_memory() -> str:
 
 def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], command: str) -> Path | None:
     """The checkpoint to go on from; others that are damaged or no longer wanted are removed."""
-    from kestrel import checkpoints
     from kestrel.errors import KestrelError
+    from kestrel.training import checkpoints
 
     choice = settings.training.resume
     anew = f"{command} --training.resume never"

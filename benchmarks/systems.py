@@ -103,12 +103,12 @@ def _kestrel(
     system: System, work: Path, model: Path, rows: list[Row], checked: list[Row], dtype: str
 ) -> dict[str, Any]:
     """preprocess.py and train.py as a user runs them; only the Trainer's `train` is watched."""
-    from kestrel import training
+    from kestrel.training.trainer import DialogueTrainer
 
     found: dict[str, Any] = {}
-    own_train: Callable[..., Any] = training.DialogueTrainer.train
+    own_train: Callable[..., Any] = DialogueTrainer.train
 
-    def train(trainer: training.DialogueTrainer, *given: Any, **named: Any) -> Any:
+    def train(trainer: DialogueTrainer, *given: Any, **named: Any) -> Any:
         def loss(rows: list[Row]) -> torch.Tensor:
             arrays = [{name: np.asarray(row[name]) for name in ("input_ids", "labels")} for row in rows]
             return trainer.training_step(trainer.model, trainer._step_of(arrays))
@@ -132,7 +132,7 @@ def _kestrel(
         found.update(watch.readings())
         return result
 
-    training.DialogueTrainer.train = train
+    DialogueTrainer.train = train
     argv = arguments(work, model, system, dtype)
     run_script("preprocess", argv)
     run_script("train", argv)

@@ -20,7 +20,6 @@ from test_resume import die_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from kestrel import trainer_arguments, training
 from kestrel.adapter.lora import add_lora
 from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.resolve import resolve
@@ -31,6 +30,8 @@ from kestrel.model.loss import install, token_nll
 from kestrel.planning import passes
 from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.planning.passes import Dialogues, Plan, choose
+from kestrel.training import arguments
+from kestrel.training.trainer import DialogueTrainer
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, tokens: int, of_rows: int = 1) -> l
             raise torch.OutOfMemoryError("CUDA out of memory")
         return value
 
-    monkeypatch.setattr(training, "token_nll", nll)
+    monkeypatch.setattr("kestrel.training.trainer.token_nll", nll)
     return failed
 
 
@@ -219,16 +220,16 @@ def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def trainer_for(prepared: Any, budget: int) -> training.DialogueTrainer:
+def trainer_for(prepared: Any, budget: int) -> DialogueTrainer:
     settings, _ = resolve(str(prepared.config), {"training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.1), seed=0)
     install(model)
-    return training.DialogueTrainer(
+    return DialogueTrainer(
         settings, np.array_split(np.arange(len(rows)), 3), {}, Plan(budget, "none"),
         model=model, train_dataset=rows, eval_dataset=rows,
         processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
-        args=trainer_arguments.arguments_for(settings, 3, prepared.run.parent / "unused", on_gpu=False),
+        args=arguments.arguments_for(settings, 3, prepared.run.parent / "unused", on_gpu=False),
     )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_a_signal_during_an_import_ends_the_process_plainly(config: str, tmp_pat
 def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> None:
     code = (
         "import os, signal, sys\n"
-        "from kestrel.callbacks import StopOnSignal\n"
+        "from kestrel.training.callbacks import StopOnSignal\n"
         "from kestrel.runtime.signals import _Abandoned, prepare_output\n"
         "def trace(frame, event, argument):\n"
         "    if frame.f_code is _Abandoned.write.__code__:\n"

@@ -17,9 +17,9 @@ from conftest import Experiment
 from make_models import write_base
 
 import train
-from kestrel import callbacks
 from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.resolve import resolve
+from kestrel.training import callbacks
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["--training.max_steps", "20", "--training.evaluations", "5", "--training.logging_steps", "2"]

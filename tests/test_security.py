@@ -256,7 +256,7 @@ def test_nothing_here_unpacks_unpickles_or_evaluates():
     # One imports the error by which torch refuses to unpickle; the others keep dialogues in a file without a name, and
     # hand them to processes that were forked for it.
     marshalled = {"kestrel/data/spool.py": "marshal", "kestrel/data/reading.py": "marshal"}
-    expected = {"kestrel/checkpoints.py": "pickle", **marshalled}
+    expected = {"kestrel/training/checkpoints.py": "pickle", **marshalled}
     assert len(SOURCES) > 40
     assert {line.partition(":")[0]: line.rpartition(" ")[2] for line in found} == expected, found
 

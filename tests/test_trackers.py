@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Tracker
-from kestrel.trackers import check_trackers, told_of
+from kestrel.training.trackers import check_trackers, told_of
 
 FEW = ["--training.max_steps", "2", "--training.evaluations", "1", "--training.samples", "0"]
 

@@ -14,13 +14,14 @@ from make_models import make_model
 from safetensors.torch import load_file, save_file
 
 import train
-from kestrel import callbacks, trainer_arguments, training
 from kestrel.adapter.lora import add_lora, load_adapter
 from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.settings import Lora
 from kestrel.model.base import load_base
 from kestrel.model.loss import collate, install, token_nll
 from kestrel.planning.passes import Plan
+from kestrel.training import arguments, callbacks
+from kestrel.training.trainer import DialogueTrainer
 
 
 def log_of(run: Path) -> list[dict]:
@@ -88,7 +89,7 @@ def worsen(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             evaluations.append(None)
         return token_nll(model, batch) + max(0, len(evaluations) - after)
 
-    monkeypatch.setattr(training, "token_nll", nll)
+    monkeypatch.setattr("kestrel.training.trainer.token_nll", nll)
 
 
 def test_adapter_moved_and_is_the_best_checkpoint(trained, prepared, tmp_path, monkeypatch):
@@ -206,10 +207,10 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.0), seed=0)
     install(model)
     chosen = np.arange(7)
-    trainer = training.DialogueTrainer(
+    trainer = DialogueTrainer(
         settings, [chosen], {}, Plan(120, "none"), model=model, train_dataset=rows, eval_dataset=rows,
         processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
-        args=trainer_arguments.arguments_for(settings, 1, prepared.run.parent / "unused", on_gpu=False),
+        args=arguments.arguments_for(settings, 1, prepared.run.parent / "unused", on_gpu=False),
     )  # fmt: skip
     step = next(iter(trainer.get_train_dataloader()))
     assert len(step["forward_passes"]) > 3
@@ -239,7 +240,7 @@ def stopped(capsys, arguments: list[str]) -> str:
 
 
 def test_zero_gradient_stops_the_first_step(prepared, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "token_nll", lambda model, batch: token_nll(model, batch) * 0)
+    monkeypatch.setattr("kestrel.training.trainer.token_nll", lambda model, batch: token_nll(model, batch) * 0)
     said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
     assert "the first step's gradient is zero" in said
     assert not (tmp_path / "run" / "adapter").exists()
@@ -259,7 +260,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_dialogues(prepared, tmp_pa
         return token_nll(model, batch) * (value if len(calls) == 4 and model.training else 1.0)
 
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.evaluations", "1"]
-    monkeypatch.setattr(training, "token_nll", poisoned)
+    monkeypatch.setattr("kestrel.training.trainer.token_nll", poisoned)
     said = stopped(capsys, arguments)
     assert "the gradient of step 4 is not finite; its dialogues are train-" in said
     assert said.count("train-") == 4

@@ -110,12 +110,12 @@ def _nothing(*arguments: Any) -> None:
 
 def artifacts(data: bytes) -> None:
     """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
-    from kestrel import callbacks, checkpoints
     from kestrel.adapter.proof import proof
     from kestrel.data import dataset
     from kestrel.evaluation.provenance import check_provenance
     from kestrel.runtime.manifest import identity_of, read_manifest
     from kestrel.runtime.training_log import read_log
+    from kestrel.training import callbacks, checkpoints
 
     run = folder() / "run"
     shutil.rmtree(run, ignore_errors=True)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from transformers import Trainer
 
 from kestrel.batching import batches_within, even_batches_within, share_of
-from kestrel.checkpoints import read_sealed, seal
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
@@ -24,7 +23,8 @@ from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.prompt.prompt import IGNORED
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import saying_disk_full
-from kestrel.sharding import is_sharded
+from kestrel.training.checkpoints import read_sealed, seal
+from kestrel.training.sharding import is_sharded
 
 _COLUMNS = ["input_ids", "labels"]
 _DIVERGED = 500.0  # nats a token; guessing among 65,024 words costs 11

@@ -20,7 +20,7 @@ from kestrel.runtime.atomic import write_atomically
 from kestrel.runtime.signals import on_signals, tell
 
 if TYPE_CHECKING:
-    from kestrel.training import DialogueTrainer
+    from kestrel.training.trainer import DialogueTrainer
 
 
 class Guard(TrainerCallback):

@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.trackers import TrackedArguments, check_trackers, keep_paths_back, naming, told_of
+from kestrel.training.trackers import TrackedArguments, check_trackers, keep_paths_back, naming, told_of
 
 
 def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:

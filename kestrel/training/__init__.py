@@ -1,0 +1,1 @@
+"""The optimization: the Trainer and what it calls, checkpoints, sharding, samples, trackers."""
