@@ -30,7 +30,7 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
     if options.merge is not None:
         if options.dry_run:
             raise UsageError(["--merge: sends nothing, so there is no --dry-run of it; leave one out"])
-        from kestrel.export import merge
+        from kestrel.publishing.merge import merge
 
         merge(settings, Path(options.merge), options.again)
         return
@@ -42,8 +42,8 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
             [f"model.adapter: publishes the run's own adapter, not {adapter}; leave it out: --model.adapter null"]
         )
 
-    from kestrel.publication import base_on_hub, collect, datasets_on_hub
-    from kestrel.upload import CARD, base_config, check_access, check_named, upload, validate_card
+    from kestrel.publishing.contents import base_on_hub, collect, datasets_on_hub
+    from kestrel.publishing.upload import CARD, base_config, check_access, check_named, upload, validate_card
 
     files = collect(settings, repo_id, options.again)
     card = files[CARD]

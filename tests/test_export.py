@@ -13,7 +13,7 @@ from conftest import Experiment
 from test_disk import small_disk
 
 import publish
-from kestrel import export
+from kestrel.publishing import merge
 from kestrel.runtime import disk_space
 from kestrel.runtime.atomic import clear_beside, read_json
 
@@ -46,7 +46,7 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
 
 
 def test_weights_come_in_shards_that_load(trained: Experiment, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "_SHARD", "200KB")
+    monkeypatch.setattr(merge, "_SHARD", "200KB")
     folder = tmp_path / "merged"
     assert publish.main(merging(trained, folder)) == 0
     assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
@@ -63,7 +63,7 @@ def test_a_merge_into_another_base_is_caught_and_leaves_nothing(
         base = AutoModelForCausalLM.from_pretrained(settings.model.name, dtype=torch.float32)
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
 
-    monkeypatch.setattr(export, "_merged", usual)
+    monkeypatch.setattr(merge, "_merged", usual)
     folder = tmp_path / "merged"
     assert publish.main(merging(trained, folder)) == 1
     assert "not the adapter on its base" in capsys.readouterr().err
@@ -76,12 +76,12 @@ def test_bfloat16_is_told_from_a_wrong_merge() -> None:
     logits, noise = torch.randn(32, 100), torch.randn(32, 100)
 
     def apart(share: float) -> tuple[float, int]:
-        after = export.Behaviour(logits + share * noise * logits.norm() / noise.norm(), [])
-        return export.compare(export.Behaviour(logits, []), after, "bfloat16")
+        after = merge.Behaviour(logits + share * noise * logits.norm() / noise.norm(), [])
+        return merge.compare(merge.Behaviour(logits, []), after, "bfloat16")
 
     assert apart(0.008)[0] == pytest.approx(0.008, rel=1e-3)
     for wrong in (0.08, float("nan")):
-        with pytest.raises(export.ProofError, match="nothing was written"):
+        with pytest.raises(merge.ProofError, match="nothing was written"):
             apart(wrong)
 
 
@@ -149,7 +149,7 @@ def test_memory_that_is_too_small_gets_advice_for_a_merge(trained: Experiment, t
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(export, "_merged", exhausted)
+    monkeypatch.setattr(merge, "_merged", exhausted)
     assert publish.main(merging(trained, tmp_path / "merged")) == 1
     said = capsys.readouterr().err
     assert "CUDA_VISIBLE_DEVICES=" in said and "tokens_per_step" not in said and list(tmp_path.iterdir()) == []

@@ -13,9 +13,9 @@ from conftest import Experiment
 from hub_server import TOKEN, Hub
 from publishing import BASE, REPO, ROOT, publishing, run
 
-from kestrel.model_card import check_metadata, plain
+from kestrel.publishing.model_card import check_metadata, plain
+from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.manifest import sealed
-from kestrel.upload import PUBLISHED_FILES
 
 
 def rows(path: Path) -> list[dict]:
@@ -87,7 +87,7 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     from kestrel.model.loss import install
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
-    from kestrel.publication import EXAMPLE
+    from kestrel.publishing.contents import EXAMPLE
 
     assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
     card = hub.repositories[REPO].files["README.md"].decode()

@@ -14,8 +14,8 @@ from publishing import REPO, publishing, run, stopped_at_a_large_file
 
 import generate
 import publish
+from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
-from kestrel.upload import PUBLISHED_FILES
 
 
 def sent(hub: Hub) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kestrel.export import serving
+from kestrel.publishing.merge import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md"]

@@ -242,7 +242,7 @@ python convert_hf_to_gguf.py {folder} --outfile model.gguf && llama-server -m mo
 
 def readme(prompt: Prompt, settings: Settings, said: str) -> str:
     """How to serve the model, and what of that was tried."""
-    from kestrel.publication import example_prompt
+    from kestrel.publishing.contents import example_prompt
 
     text = "".join(example_prompt(prompt)[0])
     return f"""# A merged model

@@ -18,12 +18,12 @@ from kestrel.config.resolve import describe
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.model_card import Facts, model_card
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.publishing.model_card import Facts, model_card
+from kestrel.publishing.upload import CARD, base_config
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, require_equal, require_made, sealed
-from kestrel.upload import CARD, base_config
 
 EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
 # Of the settings, what decided the training and must be as it was then; the rest may have changed since.
