@@ -23,7 +23,7 @@ from kestrel.errors import KestrelError, UsageError
 from kestrel.runtime.command_line import run_script
 
 if TYPE_CHECKING:
-    from kestrel.chat.speaker import Speaker
+    from kestrel.chat.streaming import Speaker
     from kestrel.prompt.prompt import Prompt
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -60,7 +60,7 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     speaker = load(settings, options, prompt)
     torch.manual_seed(settings.seed)
     if options.web:
-        from kestrel.chat.web import serve
+        from kestrel.chat.server import serve
 
         port = 7860 if options.port is None else options.port
         serve(speaker, persona, settings.generation, options.host or "127.0.0.1", port)
@@ -116,7 +116,7 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
     from kestrel.adapter.lora import load_adapter
     from kestrel.adapter.open import open_adapter
     from kestrel.adapter.proof import prove_loaded
-    from kestrel.chat.speaker import Speaker
+    from kestrel.chat.streaming import Speaker
     from kestrel.model.base import base_identity, load_base, load_config
     from kestrel.model.loss import install
 

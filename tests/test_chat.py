@@ -20,7 +20,7 @@ import chat
 import preprocess
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import changed
-from kestrel.chat.speaker import Speaker
+from kestrel.chat.streaming import Speaker
 from kestrel.chat.terminal import readable
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 
 from kestrel.adapter.lora import add_lora
-from kestrel.chat.speaker import Speaker, spoken
+from kestrel.chat.streaming import Speaker, spoken
 from kestrel.config.settings import Generation, Lora
 from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt

@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 
 import chat
 from kestrel.chat.conversation import Conversation
-from kestrel.chat.web import is_loopback
+from kestrel.chat.server import is_loopback
 from kestrel.config.settings import Generation
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ import gradio as gr
 
 from kestrel.chat import transcript
 from kestrel.chat.conversation import Conversation, Exchange, System, sentences
-from kestrel.chat.speaker import EMPTY, Speaker
+from kestrel.chat.streaming import EMPTY, Speaker
 from kestrel.config.settings import Generation
 from kestrel.errors import KestrelError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kestrel.chat.conversation import Conversation, Exchange, System, read_persona, save, sentences
 from kestrel.chat.sampling import changed, described
-from kestrel.chat.speaker import EMPTY, Speaker
+from kestrel.chat.streaming import EMPTY, Speaker
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
 

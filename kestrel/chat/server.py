@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kestrel.chat.speaker import Speaker
+from kestrel.chat.streaming import Speaker
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
 
