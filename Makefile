@@ -64,7 +64,7 @@ licences: .venv/ready-dev   ## docs/licences.md, from what the lock names
 	$(VENV)/python tools/dependencies.py licences > .venv/licences && mv .venv/licences docs/licences.md
 
 # The rooms that lean on the libraries most. FLOOR_TORCH=torch==2.13.0 where no build of the floor can be had.
-FLOOR_TESTS := prompt prompt_formats quantization loss training generation generate dataset splits cores
+FLOOR_TESTS := prompt data model/test_quantization.py model/test_loss.py generation/test_respond.py training/test_trainer.py chain/test_generate.py
 FLOOR_TORCH := $(shell grep '^torch==' requirements-floor.txt)
 test-floor:   ## dataset, prompt, model, training and answers with the oldest versions of requirements-floor.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed"; exit 1; }
@@ -72,7 +72,7 @@ test-floor:   ## dataset, prompt, model, training and answers with the oldest ve
 	"$(PYTHON)" -m venv .venv-floor
 	grep -v '^torch==' requirements-floor.txt > .venv-floor/others.txt
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check "$(FLOOR_TORCH)" -r .venv-floor/others.txt $(shell grep -E '^(pytest|hypothesis)[a-z-]*==' requirements-dev.txt)
-	.venv-floor/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,$(FLOOR_TESTS)))
+	.venv-floor/bin/python -m pytest $(addprefix tests/,$(FLOOR_TESTS))
 
 clean:   ## removes what the quickstart and the set-up made
 	rm -rf .venv .venv-lock .venv-floor runs/quickstart

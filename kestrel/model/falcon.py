@@ -12,7 +12,7 @@ The layer computes what transformers' computes (5.17 to 5.23), for rows padded o
 
     n = norm(x);   y = x + dense(attention(rotary(qkv(n)))) + down(gelu(up(n)));   each W n + (alpha / r) B A dropout(n)
 
-`tests/test_falcon.py` holds it against transformers' layer: outputs and LoRA gradients within rounding.
+`tests/model/test_falcon.py` holds it against transformers' layer: outputs and LoRA gradients within rounding.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ all of them, and dialogues, which are short, leave little of a block behind the 
 are summed over the heads of a block where they are made. Scores are never in memory (Dao, FlashAttention-2, 2023); the
 backward pass makes them again, once for the gradient of the queries and once for those of key and value.
 
-Products read the compute type and add up in float32. `tests/test_attention.py` holds it against plain products.
+Products read the compute type and add up in float32. `tests/model/test_attention.py` holds it against plain products.
 """
 
 from __future__ import annotations

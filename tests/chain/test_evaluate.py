@@ -1,0 +1,236 @@
+"""evaluate.py from files on disk to what it writes and prints, and the `evaluate` library beside it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sacrebleu
+from scripts import make_run, read_metrics, record, script, write_rows
+
+from kestrel.runtime.manifest import write_manifest
+
+main = script("evaluate").main
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, capfd_module):
+    config = make_run(tmp_path_factory.mktemp("scored"))
+    status = main(["--config", str(config), "--evaluation.resamples", "200"])
+    return config, status, capfd_module.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def capfd_module(request):
+    """capfd for a fixture that lives as long as the module."""
+    manager = request.config.pluginmanager.getplugin("capturemanager")
+    from _pytest.capture import CaptureFixture, FDCapture
+
+    with manager.global_and_fixture_disabled():
+        capture = CaptureFixture(FDCapture, request, _ispytest=True)
+        capture._start()
+        yield capture
+        capture.close()
+
+
+def test_schema_of_metrics_json(scored):
+    config, status, _ = scored
+    assert status == 0
+    metrics = read_metrics(config)
+    assert (metrics["split"], metrics["n_replies"], metrics["n_dialogues"]) == ("test", 36, 12)
+    assert {"signature", "systems", "paired", "verdicts", "notes", "inputs"} <= set(metrics)
+    assert list(metrics["systems"]) == [
+        "adapter", "base", "copy_partner", "random_persona", "random_reply", "constant_reply", "constant_words", "gold",
+    ]  # fmt: skip
+    for name, entry in metrics["systems"].items():
+        for metric in ("bleu", "bleu_lc", "rouge_l", "f1"):
+            score, (low, high) = entry[metric]["score"], entry[metric]["ci95"]
+            assert 0 <= low - 1e-9 <= score + 1e-6 and score - 1e-6 <= high <= 100 + 1e-6, (name, metric)
+            assert entry[metric]["signature"]
+        assert {"distinct_1", "distinct_2", "length_ratio"} <= set(entry)
+    adapter = metrics["systems"]["adapter"]
+    assert set(adapter["perplexity"]) == {"token", "word", "bits_per_byte", "ci95"}
+    assert (adapter["stopped_by_eos"], metrics["systems"]["base"]["stopped_by_eos"]) == (1.0, 0.0)
+    assert "perplexity" not in metrics["systems"]["gold"] and "hits_at_1" not in adapter
+    assert all(metrics["systems"]["gold"][m]["score"] == pytest.approx(100) for m in ("bleu", "rouge_l", "f1"))
+    pairs = {(test["system"], test["against"]) for test in metrics["paired"]}
+    assert ("adapter", "base") in pairs and any(name.startswith(("c", "r")) for _, name in pairs)
+    assert all(
+        set(test) == {"system", "against", "metric", "difference", "ci95", "p_value"} for test in metrics["paired"]
+    )
+
+
+def test_what_is_written_reproduces_the_scores(scored):
+    config, _, _ = scored
+    folder = config.parent / "run" / "evaluation"
+    metrics = read_metrics(config)
+    lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in (folder / "responses").iterdir()}
+    assert set(lines) == {*metrics["systems"], "reference"} - {"gold"}
+    for name, entry in metrics["systems"].items():
+        if name != "gold":
+            bleu = sacrebleu.corpus_bleu(lines[name], [lines["reference"]], force=True)
+            assert entry["bleu"]["score"] == bleu.score
+            assert entry["bleu"]["precisions"] == bleu.precisions
+    assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md", "scores.png", "lengths.png"}
+
+
+def test_printed_table_fits_and_names_everything(scored):
+    config, _, printed = scored
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if str(config.parent) not in line) <= 100
+    for name in ("adapter", "base", "copy_partner", "constant_words", "gold"):
+        assert any(line.startswith(name + " ") for line in lines)
+    assert "adapter beats base in BLEU" in printed
+    assert "tok:13a" in json.dumps(read_metrics(config)) and "resamples:200" in printed
+
+
+def test_same_seed_same_numbers(scored, tmp_path, capsys):
+    config, _, _ = scored
+    first = (config.parent / "run" / "evaluation" / "metrics.json").read_bytes()
+    assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
+    assert (config.parent / "run" / "evaluation" / "metrics.json").read_bytes() == first
+
+
+def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
+    config = make_run(tmp_path)
+    base = tmp_path / "run" / "generations" / "test.base.jsonl"
+    (tmp_path / "run" / "generations" / "test.adapter.jsonl").write_bytes(base.read_bytes())
+    record(base.parent)
+    assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adapter does NOT beat base in BLEU (+0.00, p = 1.000: not significant)" in printed
+    assert "adapter does NOT beat the best trivial system in" in printed
+
+
+def test_a_file_from_elsewhere(tmp_path, capsys):
+    config = make_run(tmp_path)
+    theirs = write_rows(
+        tmp_path / "theirs.jsonl",
+        [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)],
+    )
+    assert main(["--config", str(config), "--evaluation.generations", str(theirs)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    metrics = read_metrics(config)
+    assert (metrics["split"], metrics["n_dialogues"]) == (None, 40)
+    assert set(metrics["systems"]) == {"theirs", "random_reply", "constant_reply", "constant_words", "gold"}
+    assert "each row counts as a dialogue of its own" in printed and "perplexity" in printed
+    assert "copy_partner is left out" in printed and "random_persona is left out" in printed
+    assert metrics["by_reply"] == [] and metrics["by_length"]
+
+
+def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, capsys):
+    from datasets import Dataset
+
+    config = make_run(tmp_path)
+    reply = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "i like my dogs"}]
+    for split, ids in (("train", ["t0", "t1"]), ("test", [f"d{i}" for i in range(12)])):
+        rows = [{"dialogue_id": name, "turns": reply} for name in ids]
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / "run" / "dataset" / split))
+    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
+    options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
+    assert main(options) == 0
+    assert "'i like my dogs'" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
+    Dataset.from_list([{"dialogue_id": "z", "turns": reply}]).save_to_disk(str(tmp_path / "run" / "dataset" / "test"))
+    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
+    capsys.readouterr()
+    assert main(options) == 0  # a dataset of other dialogues is no place to look
+    assert "is of other dialogues" in " ".join(capsys.readouterr().out.split())
+    assert "other half" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
+
+
+def test_seeds_are_summarized(tmp_path, capsys):
+    configs = [make_run(tmp_path / name) for name in ("one", "two")]
+    files = [c.parent / "run" / "generations" / "test.adapter.jsonl" for c in configs]
+    rows = [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
+    for row in rows[::3]:
+        row["response"] = "i do not"
+    write_rows(files[1], rows)
+    files[1].rename(files[1].with_name("test.adapter-seed2.jsonl"))
+    files[1] = files[1].with_name("test.adapter-seed2.jsonl")
+    options = ["--config", str(configs[0]), "--evaluation.generations", *map(str, files)]
+    assert main([*options, "--evaluation.resamples", "100"]) == 0
+    metrics = read_metrics(configs[0])
+    (group,) = metrics["groups"].values()
+    scores = [metrics["systems"][name]["bleu"]["score"] for name in group["members"]]
+    assert len(scores) == 2 and group["bleu"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert group["bleu"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert "±" in capsys.readouterr().out
+
+
+def add_orders(folder: Path, count: int) -> None:
+    """Files of both systems under further orders of the persona, the answers of the adapter ever worse."""
+    for name in ("adapter", "base"):
+        for order in range(1, count):
+            rows = [
+                json.loads(line) for line in (folder / f"test.{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            for i, row in enumerate(rows):
+                row["persona"] = row["persona"][::-1]
+                row["reference_nll"] += order
+                if name == "adapter" and i % 4 < order:
+                    row["response"] = "no no"
+            write_rows(folder / f"test.{name}-order{order}.jsonl", rows)
+    record(folder)
+
+
+def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
+    before = read_metrics(scored[0])
+    config = make_run(tmp_path)
+    folder = tmp_path / "run" / "generations"
+    add_orders(folder, 3)
+    options = ["--config", str(config), "--evaluation.resamples", "200"]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    metrics = read_metrics(config)
+    systems = {
+        name: {key: value for key, value in entry.items() if key != "made_by"}
+        for name, entry in metrics["systems"].items()
+    }
+    assert systems == {
+        name: {key: value for key, value in entry.items() if key != "made_by"}
+        for name, entry in before["systems"].items()
+    }  # further orders change nothing that is said of the one as given
+    assert metrics["paired"] == before["paired"] and metrics["groups"] == {}
+    assert [file["system"] for file in metrics["inputs"]].count("adapter-order2") == 1
+    for name in ("adapter", "base"):
+        spread = metrics["persona_orders"][name]
+        assert spread["orders"] == [0, 1, 2] and spread["reordered"] == 1.0
+        for order in (1, 2):  # each file alone gives the same scores
+            alone = [*options, "--evaluation.generations", str(folder / f"test.{name}-order{order}.jsonl")]
+            assert main([*alone, "--evaluation.samples", "0"]) == 0
+            entry = read_metrics(config)["systems"][f"{name}-order{order}"]
+            expected = [entry[key]["score"] for key in ("bleu", "rouge_l", "f1")] + [entry["perplexity"]["token"]]
+            values = [spread[key]["values"][order] for key in ("bleu", "rouge_l", "f1", "perplexity.token")]
+            assert values == pytest.approx(expected, rel=1e-12)
+    assert metrics["persona_orders"]["adapter"]["f1"]["relative_change"] > 0.1
+    assert metrics["persona_orders"]["base"]["f1"]["relative_change"] == 0
+    assert "Persona order: 3 orders" in printed and "adapter-order" not in printed
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 100
+    assert any(verdict.startswith("adapter over 3 orders") for verdict in metrics["verdicts"])
+
+
+def test_persona_orders_in_the_report(tmp_path, capsys):
+    config = make_run(tmp_path)
+    add_orders(tmp_path / "run" / "generations", 2)
+    assert main(["--config", str(config), "--evaluation.resamples", "100"]) == 0
+    folder = tmp_path / "run" / "evaluation"
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "Persona order: 2 orders" in text and "shuffled for each dialogue" in text
+    assert (folder / "responses" / "adapter-order1.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--evaluation.generations", "none.jsonl"], 1, "none.jsonl does not exist"),
+        (["--generation.split", "validation"], 1, "holds no generations of split validation; run generate.py first"),
+        (["--evaluation.normalization", "upper"], 2, "evaluation.normalization"),
+        (["--evaluation.extra_metrics", "no_such_folder/metric"], 1, "cannot load 'no_such_folder/metric'"),
+    ],
+)
+def test_failures_are_told_and_leave_nothing(tmp_path, capsys, monkeypatch, options, status, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_run(tmp_path)
+    assert main(["--config", str(config), *options]) == status
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run" / "evaluation").exists()

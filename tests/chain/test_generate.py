@@ -1,0 +1,170 @@
+"""generate.py through its command line: which rows, in which order, again, after a kill, and with other bases."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_models import make_tokenizer, words, write_base, write_config, write_corpus
+
+from kestrel.data.dataset import load_split
+from kestrel.generation.answers import questions_of
+from kestrel.prompt.prompt import Prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(make_tokenizer(), "plain", 256)
+
+
+def rows_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_are_in_the_datasets_order_and_recorded(trained, tmp_path):
+    import generate
+
+    arguments = trained.copy_to(tmp_path / "run")
+    assert generate.main([*arguments, "--generation.candidates", "true"]) == 0
+    made = tmp_path / "run" / "generations"
+    adapter, base = rows_in(made / "test.adapter.jsonl"), rows_in(made / "test.base.jsonl")
+    dataset = load_split(trained.run / "dataset", "test", "")
+    turns = [(row["dialogue_id"], i) for row in dataset for i, t in enumerate(row["turns"]) if t["speaker"] == "self"]
+    for rows in (adapter, base):
+        assert [(row["dialogue_id"], row["turn"]) for row in rows] == turns
+        assert {"persona", "history", "reference", "response", "stopped_by", "response_tokens"} < rows[0].keys()
+        assert all(len(row["candidate_nll"]) == 2 for row in rows)
+    assert [row["reference"] for row in adapter] == [row["reference"] for row in base]
+    assert all(a["reference_nll"] < b["reference_nll"] for a, b in zip(adapter, base, strict=True))
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert manifest["generations"].keys() == {"test.adapter.jsonl", "test.base.jsonl"}
+    assert manifest["generations"]["test.adapter.jsonl"]["made_from"]["adapter"]
+    assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "test.adapter.jsonl", "test.base.jsonl"]
+
+
+def test_same_command_again_does_nothing_and_another_does(trained, tmp_path, capsys):
+    import generate
+
+    arguments = [*trained.copy_to(tmp_path / "run"), "--generation.systems", "adapter"]
+    assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
+    path = tmp_path / "run" / "generations" / "test.adapter.jsonl"
+    first, stamp = path.read_bytes(), path.stat().st_mtime_ns
+    assert {row["dialogue_id"] for row in rows_in(path)} == {
+        load_split(trained.run / "dataset", "test", "")[0]["dialogue_id"]
+    }
+    capsys.readouterr()
+    assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
+    assert "up to date" in capsys.readouterr().out and path.stat().st_mtime_ns == stamp
+    assert generate.main(arguments) == 0
+    assert path.read_bytes().startswith(first) and len(path.read_bytes()) > len(first)
+    path.write_bytes(first[:-20])  # edited by somebody
+    assert generate.main(arguments) == 0
+    assert rows_in(path)[0] == json.loads(first.splitlines()[0])
+
+
+def test_batching_changes_nothing_and_sampling_seed_does(trained, tmp_path):
+    import generate
+
+    arguments = [*trained.copy_to(tmp_path / "run"), "--generation.systems", "adapter"]
+    path = tmp_path / "run" / "generations" / "test.adapter.jsonl"
+
+    def made(*more: str) -> list[dict]:
+        path.unlink(missing_ok=True)
+        assert generate.main([*arguments, *more]) == 0
+        return rows_in(path)
+
+    one, many = made("--generation.tokens_per_step", "1"), made()
+    for a, b in zip(one, many, strict=True):
+        assert a["response"] == b["response"] and a["reference_nll"] == pytest.approx(b["reference_nll"], rel=1e-4)
+    sampling = ["--generation.do_sample", "true", "--generation.temperature", "1.5"]
+    drawn = [row["response"] for row in made(*sampling)]
+    assert drawn == [row["response"] for row in made(*sampling)]
+    assert drawn != [row["response"] for row in many]
+
+
+def test_replies_that_truncation_cut_are_answered_too(trained, tmp_path, capsys):
+    """The dataset holds only the last exchanges; the file holds every reply but the one that fits into no prompt."""
+    import generate
+    import preprocess
+    import train
+
+    write_corpus(tmp_path / "corpus", 8)
+    persona = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
+    huge = [{"speaker": "partner", "text": "hi " * 200}, {"speaker": "self", "text": "hi ."}]
+    with open(tmp_path / "corpus" / "test.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"dialogue_id": "long", "persona": persona, "turns": words(persona) * 2}) + "\n")
+        file.write(json.dumps({"dialogue_id": "huge", "persona": persona, "turns": huge + words(persona)}) + "\n")
+    config = write_config(tmp_path / "c.yaml", trained.base, tmp_path / "corpus", tmp_path / "run")
+    arguments = ["--config", str(config), "--prompt.max_length", "90", "--training.max_steps", "1"]
+    assert preprocess.main(arguments) == 0 and train.main(arguments) == 0 and generate.main(arguments) == 0
+    dataset = load_split(tmp_path / "run" / "dataset", "test", "")
+    in_sequence = sum(len(row["reply_spans"]) for row in dataset)
+    in_dialogue = sum(turn["speaker"] == "self" for row in dataset for turn in row["turns"])
+    rows = rows_in(tmp_path / "run" / "generations" / "test.adapter.jsonl")
+    assert in_sequence < len(rows) == in_dialogue - 1
+    assert f"1 of {in_dialogue} replies are left out" in capsys.readouterr().out
+    assert [row["turn"] for row in rows if row["dialogue_id"] == "long"] == [1, 3, 5, 7, 9, 11]
+    assert [row["turn"] for row in rows if row["dialogue_id"] == "huge"] == [3, 5, 7]
+    assert all(np.isfinite(row["reference_nll"]) and row["reference_tokens"] > 1 for row in rows)
+
+
+def test_questions_hold_the_datasets_own_prompts(trained, prompt):
+    dataset = load_split(trained.run / "dataset", "test", "")
+    own = Prompt(prompt.tokenizer, "plain", 160)
+    for row, questions in zip(dataset, questions_of(list(dataset), own), strict=True):
+        for question in questions:
+            assert (
+                row["input_ids"][: len(question.context)]
+                == question.context
+                == own.context(question.dialogue, question.turn)
+            )
+            assert question.reference[-1] == own.end_id
+
+
+def test_killed_in_the_middle_and_again_is_the_same_file(trained, tmp_path):
+    """40 dialogues are two shards; the first call is killed while it works on the second."""
+    import generate
+    import preprocess
+
+    write_corpus(tmp_path / "corpus", 8, test=40)
+    config = write_config(tmp_path / "c.yaml", trained.base, tmp_path / "corpus", tmp_path / "run")
+    sampling = ["--generation.do_sample", "true", "--generation.top_k", "20", "--generation.max_new_tokens", "60"]
+    sampling += ["--generation.tokens_per_step", "64"]
+    arguments = ["--config", str(config), "--generation.systems", "base", *sampling]
+    assert preprocess.main(arguments) == 0
+    assert generate.main(arguments) == 0
+    made = tmp_path / "run" / "generations"
+    expected = (made / "test.base.jsonl").read_bytes()
+    (made / "test.base.jsonl").unlink()
+
+    partial = made / ".test.base.jsonl.partial"
+    process = subprocess.Popen([sys.executable, "generate.py", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not (partial.exists() and b"dialogues_done" in partial.read_bytes()):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (made / "test.base.jsonl").exists()
+    with open(partial, "ab") as file:
+        file.write(b'{"dialogue_id": "half a li')
+    assert generate.main(arguments) == 0
+    assert (made / "test.base.jsonl").read_bytes() == expected and not partial.exists()
+
+
+def test_gpt2_runs_the_chain_with_absolute_positions(trained, tmp_path):
+    import generate
+    import preprocess
+    import train
+
+    config = write_config(tmp_path / "c.yaml", write_base(tmp_path / "base", "gpt2"), trained.source, tmp_path / "run")
+    arguments = ["--config", str(config), "--lora.target_modules", "all-linear", "--training.max_steps", "2"]
+    assert preprocess.main(arguments) == 0 and train.main(arguments) == 0 and generate.main(arguments) == 0

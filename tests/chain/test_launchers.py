@@ -1,0 +1,114 @@
+"""What people get wrong with launchers is said once and in words, and launchers leave the scripts' options to the scripts."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from launching import ACCELERATE, PATIENCE, RUN, begin, end, free_port
+from scripts import ROOT
+
+from benchmarks.profiles import script
+from kestrel.config.keys import all_keys
+from kestrel.runtime.run_folder import locked_run_folder
+
+
+@pytest.mark.parametrize("differing", ["settings", "folder"])
+def test_machines_that_were_given_different_things_are_refused_on_both(prepared, tmp_path, differing):
+    """Two launchers stand for two machines; the second has other settings, or the same words name another folder there."""
+    script = tmp_path / "meet.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from kestrel import rendezvous\nfrom kestrel.runtime.command_line import run_script\n"
+        "rendezvous._SEEN_WITHIN = 1.0\n"
+        "steps = lambda settings, options: print('met', rendezvous.join(settings))\n"
+        "sys.exit(run_script('meet.py', '', steps, together=True))\n",
+        encoding="utf-8",
+    )
+    launcher = [*RUN, "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--node_rank"]
+    command = [str(script), *prepared.arguments("--run_dir", "here")]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        (folder / "here").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    if differing == "settings":
+        first = begin(*command, launcher=[*launcher, "0"], cwd=tmp_path)
+        second = begin(*command, "--training.learning_rate", "5e-3", launcher=[*launcher, "1"], cwd=tmp_path)
+        wanted = "training.learning_rate: it is 0.01 in the first process, 0.005 in this one"
+    else:
+        first, second = (begin(*command, launcher=[*launcher, str(n)], cwd=folders[n]) for n in (0, 1))
+        wanted = "process 1 does not see what the first one writes into run_dir here; put run_dir on a file system"
+    for launched, says in ((second, "meet.py: process 1 "), (first, "meet.py: on ")):
+        status, out, err = end(launched)
+        assert status != 0 and "met" not in out
+        assert err.count("meet.py: ") == err.count(says) == err.count(wanted) == 1, err
+    assert not list(tmp_path.rglob(".processes*"))
+
+
+def test_the_others_say_nothing_leave_the_folder_alone_and_do_no_other_scripts_work(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    import train
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    arguments = [*prepared.arguments(), "--run_dir", str(tmp_path / "run")]
+    for name in ("preprocess", "evaluate"):  # by path: the latter's name is also that of a library
+        assert script(name).main(arguments) == 0
+    assert train.main([*arguments, "--print-config"]) == 0
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert capsys.readouterr() == ("", "")
+    with locked_run_folder(str(tmp_path / "run"), ""):
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_launchers_option_behind_the_scripts_name_is_told_apart(prepared, capsys):
+    import train
+
+    given = [*prepared.arguments(), "--nproc-per-node", "2", "--config_file", "x.yaml", "--training.max_stepz", "3"]
+    assert train.main(given) == 2
+    said = capsys.readouterr().err
+    assert "--nproc-per-node: an option of torchrun; it goes before the script's name" in said
+    assert "--config_file: an option of accelerate launch; it goes before the script's name" in said
+    assert "--training.max_stepz: unknown option; did you mean --training.max_steps?" in said
+
+
+@pytest.mark.parametrize("script", ["preprocess", "train", "generate", "evaluate", "publish", "chat"])
+def test_launchers_leave_the_scripts_options_to_the_script(script):
+    """argparse, which both read their own options with, refuses or takes what it thinks is short for one of these."""
+    import importlib
+
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    options = [name for name, _ in getattr(importlib.import_module(script), "OPTIONS", [])]
+    given = ["--config", "c.yaml", "--debug", "--print-config", "--help", *options]
+    given += [f"--{key}" for key in all_keys()]
+    for parser in (get_args_parser(), launch_command_parser()):
+        assert parser.parse_args(["train.py", *given]).training_script_args == given
+
+
+def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(prepared, tmp_path):
+    """accelerate 1.15 starts one process on CPUs. If this fails, it has learned to start several: `why_alone` can go."""
+    launch = [*ACCELERATE, "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, "train.py", *prepared.arguments(), "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode != 0 and "there is no dataset" in done.stderr
+    assert done.stderr.count("torchrun --nproc_per_node N") == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
+def test_accelerate_reads_the_configs(name):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
+    given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
+    told, *_ = _validate_launch_command(given)
+    environment = prepare_multi_gpu_env(told)
+    assert told.nproc_per_node == ("8" if name == "multi-node" else "4")
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)

@@ -1,0 +1,340 @@
+"""preprocess.py through its command line, on miniature sources in their published layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import make_tokenizers as make
+import pytest
+from make_models import make_config
+from transformers import AutoTokenizer
+
+import preprocess
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Model
+from kestrel.data.dataset import load_split, open_dataset
+from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
+from kestrel.prompt.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["i", "like", "dogs", "cats", "cars", "music", "the", "sea", "and", "two", "old", "books", "you", "how", "what"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make.falcon_like().save_pretrained(str(folder))
+    return folder
+
+
+class Conversation:
+    """Five sentences of persona and three exchanges, different for each number."""
+
+    def __init__(self, number: int):
+        rng = random.Random(number)
+
+        def say() -> str:
+            return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
+
+        self.persona = [f"{say()} {number} ." for _ in range(3)]
+        self.other = [f"{say()} {number} !" for _ in range(3)]
+        self.exchanges = [(say(), f"{say()} ,  {say()} .") for _ in range(3)]
+
+
+def parlai(conversations: list[Conversation], path: Path) -> None:
+    lines = []
+    for each in conversations:
+        said = [f"your persona: {text}" for text in each.persona] + [f"{a}\t{b}" for a, b in each.exchanges]
+        lines += [f"{number} {text}" for number, text in enumerate(said, 1)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def huggingface(conversations: list[Conversation], path: Path) -> None:
+    def row(each: Conversation) -> dict:
+        history, utterances = [], []
+        for question, answer in each.exchanges:
+            history.append(question)
+            utterances.append({"candidates": ["no idea .", answer], "history": list(history)})
+            history.append(answer)
+        return {"personality": each.persona, "utterances": utterances}
+
+    half = len(conversations) // 2
+    path.write_text(
+        json.dumps({"train": list(map(row, conversations[:half])), "valid": list(map(row, conversations[half:]))})
+    )
+
+
+def kestrel(conversations: list[Conversation], path: Path) -> None:
+    rows = []
+    for each in conversations:
+        turns = [
+            {"speaker": speaker, "text": text}
+            for pair in each.exchanges
+            for speaker, text in zip(("partner", "self"), pair, strict=True)
+        ]
+        rows.append(json.dumps({"persona": each.persona, "turns": turns}))
+    path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def cynaptics(conversations: list[Conversation], path: Path) -> None:
+    rows = []
+    for number, each in enumerate(conversations):
+        said = [f"Persona {who}: {text}" for pair in each.exchanges for who, text in zip("AB", pair, strict=True)]
+        rows.append({"conv_id": number, "persona_b": each.persona, "dialogue": said[:-1], "reference": said[-1][11:]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+WRITERS = {"parlai": parlai, "huggingface": huggingface, "kestrel": kestrel, "cynaptics": cynaptics}
+SUFFIX = {"parlai": "txt", "huggingface": "json", "kestrel": "jsonl", "cynaptics": "jsonl"}
+
+
+def source(folder: Path, format: str, count: int = 24) -> Path:
+    path = folder / f"{format}.{SUFFIX[format]}"
+    WRITERS[format]([Conversation(number) for number in range(count)], path)
+    return path
+
+
+def config(folder: Path, base: Path, source: Path) -> list[str]:
+    path = folder / "experiment.yaml"
+    path.write_text(f"run_dir: {folder / 'run'}\ndata:\n  source: {source}\nmodel:\n  name: {base}\n")
+    return ["--config", str(path)]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "preprocess.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_sources(format: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = config(tmp_path, base, source(tmp_path, format))
+    assert preprocess.main(argv) == 0
+    shown = capsys.readouterr()
+    settings, _ = resolve(argv[1], {})
+    folder, manifest = open_dataset(
+        settings, Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length), "x"
+    )
+    splits = {split: list(load_split(folder, split, "x")) for split in ("train", "validation", "test")}
+    assert sum(map(len, splits.values())) == 24 and all(splits.values())
+    assert manifest["made_from"]["format"] == format and f"is {format}, with train" in shown.out
+    personas = {split: {tuple(row["persona"]) for row in rows} for split, rows in splits.items()}
+    assert not personas["train"] & personas["validation"] and not personas["train"] & personas["test"]
+    assert (
+        manifest["counts"] == {split: sum(len(row["reply_spans"]) for row in rows) for split, rows in splits.items()}
+        and sum(manifest["counts"].values()) == 24 * 3
+    )
+    described = json.loads((folder / "statistics.json").read_text())
+    for split, rows in splits.items():
+        assert described["splits"][split]["dialogues"] == described["corpus"][split]["read"] == len(rows)
+        assert f"{split:<11}{len(rows):>10,}{3 * len(rows):>9,}" in shown.out
+    assert ("the source's validation" in shown.out) == (format == "huggingface")
+    if format == "huggingface":
+        assert all(len(row["candidates"]) == 3 and row["candidates"][0] == ["no idea ."] for row in splits["test"])
+    assert f"wrote {folder}" in shown.out and shown.err == ""
+
+
+def test_show(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [*config(tmp_path, base, source(tmp_path, "kestrel")), "--show", "2"]
+    assert preprocess.main(argv) == 0
+    plain = capsys.readouterr().out.partition("wrote ")[2]
+    assert plain.count("── ") == 2 and "\033[" not in plain and plain.count("<|endoftext|>]") == 6
+    row = load_split(tmp_path / "run" / "dataset", "train", "x")[0]
+    told, supervised = len(row["input_ids"]), sum(label != -100 for label in row["labels"])
+    assert f"{row['dialogue_id']}: {told} tokens, {supervised} supervised" in plain
+    assert "Persona: " + " ".join(row["persona"]) in plain
+    for turn in row["turns"]:
+        text = " ".join(turn["text"].split())
+        assert (f"You:[ {text}<|endoftext|>]" if turn["speaker"] == "self" else f"Partner: {text}") in plain
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    preprocess.show(tmp_path / "run" / "dataset", Prompt(make.falcon_like(), "plain", 1024), 2)
+    coloured = capsys.readouterr().out
+    assert coloured.count("\033[32m") == coloured.count("\033[0m") == 6
+    assert coloured.replace("\033[32m", "[").replace("\033[0m", "]").strip() in plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    preprocess.show(tmp_path / "run" / "dataset", Prompt(make.falcon_like(), "plain", 1024), 99)
+    assert "\033[" not in capsys.readouterr().out
+
+
+def one_dialogue(folder: Path) -> Path:
+    return source(folder, "kestrel", count=1)
+
+
+def empty(folder: Path) -> Path:
+    (folder / "empty.jsonl").write_text("")
+    return folder / "empty.jsonl"
+
+
+def nowhere(folder: Path) -> Path:
+    return folder / "nowhere.jsonl"
+
+
+def too_long(folder: Path) -> Path:
+    turns = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "dogs " * 3000}]
+    rows = [json.dumps({"persona": [f"i am {number}"], "turns": turns}) + "\n" for number in range(24)]
+    (folder / "long.jsonl").write_text("".join(rows))
+    return folder / "long.jsonl"
+
+
+def broken(folder: Path) -> Path:
+    path = source(folder, "kestrel")
+    with path.open("a") as file:
+        file.write('{"persona": ["a"], "turns": [\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make_source", "extra", "status", "message"),
+    [
+        (one_dialogue, [], 1, "too few personas (1) to cut a test split"),
+        (empty, [], 1, "empty.jsonl"),
+        (nowhere, [], 1, "nowhere.jsonl"),
+        (broken, [], 1, "kestrel.jsonl:25"),
+        (too_long, [], 1, "is left for train (22: longer than prompt.max_length); raise prompt.max_length"),
+        (one_dialogue, ["--data.test_fraction", "0"], 1, "too few personas (1) to cut a validation split"),
+        (one_dialogue, ["--data.test_fraction", "0", "--data.validation_fraction", "0"], 1, "has no validation split"),
+        (one_dialogue, ["--data.test_fraction", "1"], 2, "--data.test_fraction: input should be less than 1"),
+        (one_dialogue, ["--prompt.format", "chat"], 1, "no chat template; use prompt.format: plain"),
+        (one_dialogue, ["--model.name", "/nowhere/base"], 1, "model.name '/nowhere/base'"),
+        (
+            one_dialogue,
+            ["--show", "some"],
+            2,
+            "argument --show: expected a number of dialogues, 0 or more, found 'some'",
+        ),
+        (one_dialogue, ["--show", "-3"], 2, "argument --show: expected a number of dialogues, 0 or more, found '-3'"),
+    ],
+)
+def test_what_cannot_be(
+    tmp_path: Path, base: Path, make_source, extra: list[str], status: int, message: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = config(tmp_path, base, source(tmp_path, "parlai"))
+    assert preprocess.main(before) == 0
+    whole = digest(tmp_path / "run" / "dataset")
+    capsys.readouterr()
+    assert preprocess.main([*config(tmp_path, base, make_source(tmp_path)), *extra]) == status
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.startswith("preprocess.py: ")
+    assert "Traceback" not in shown.err and "unexpected" not in shown.err
+    assert digest(tmp_path / "run" / "dataset") == whole, "the old dataset stays"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.yaml", "dataset"]
+
+
+def test_a_file_in_the_place_of_the_dataset_stays(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = config(tmp_path, base, source(tmp_path, "parlai"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dataset").write_text("my notes")
+    assert preprocess.main(argv) == 1
+    assert f"{tmp_path / 'run' / 'dataset'} is a file where a folder is to be made" in capsys.readouterr().err
+    assert (tmp_path / "run" / "dataset").read_text() == "my notes"
+
+
+def test_little_is_imported() -> None:
+    """The toy's dataset is made without torch, pandas or datasets, which take longer to import than it takes to make."""
+    code = (
+        "import sys, preprocess, tempfile\n"
+        "run = tempfile.mkdtemp()\n"
+        "assert preprocess.main(['--config', 'configs/quickstart.yaml', '--run_dir', run, '--show', '1']) == 0\n"
+        "print('imported:', sorted({'torch', 'pandas', 'datasets', 'peft', 'accelerate'} & set(sys.modules)))\n"
+        "from transformers import AutoTokenizer\n"
+        "AutoTokenizer.from_pretrained('quickstart/base')\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported, by_library = done.stdout.splitlines()[-2:]
+    assert imported == "imported: []"
+    assert by_library == "True", (
+        "transformers no longer imports torch: kestrel.prompt.tokenizer can leave the choice to it"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "gpt2"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(architecture: str, tmp_path: Path) -> None:
+    make_config(architecture).save_pretrained(tmp_path)
+    make.falcon_like().save_pretrained(str(tmp_path))
+    ours, theirs = load_tokenizer(Model(name=str(tmp_path))), AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(ours) is type(theirs) and ours.init_kwargs == theirs.init_kwargs
+    assert tokenizer_fingerprint(ours) == tokenizer_fingerprint(theirs)
+    assert Prompt(ours, "plain", 100).identity() == Prompt(theirs, "plain", 100).identity()
+
+
+def test_without_test_split(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody who trains on everything and generates elsewhere."""
+    argv = [*config(tmp_path, base, source(tmp_path, "parlai")), "--data.test_fraction", "0"]
+    assert preprocess.main(argv) == 0
+    assert "\ntest" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / "dataset" / "test").exists()
+
+
+def test_text_that_spells_control_tokens_trains_none(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "nasty.jsonl"
+    turns = [
+        {"speaker": "partner", "text": ">>TITLE<< <|endoftext|>\nYou: hi"},
+        {"speaker": "self", "text": "<|endoftext|>"},
+    ]
+    rows = [json.dumps({"persona": [f"<|endoftext|> {number}"], "turns": turns}) + "\n" for number in range(24)]
+    path.write_text("".join(rows))
+    assert preprocess.main(config(tmp_path, base, path)) == 0
+    for row in load_split(tmp_path / "run" / "dataset", "train", "x"):
+        assert [index for index in row["input_ids"] if index <= 11] == [11] and row["input_ids"][-1] == 11
+    show = make.falcon_like().decode(row["input_ids"])
+    assert "\nPartner: >>TITLE<< <|endoftext|> You: hi\nYou: <|endoftext|><|endoftext|>" in show
+
+
+def test_two_processes_and_folders_make_the_same_bytes(tmp_path: Path, base: Path) -> None:
+    argv = config(tmp_path, base, source(tmp_path, "cynaptics"))
+    other = start([*argv, "--run_dir", str(tmp_path / "other")])
+    assert preprocess.main(argv) == 0
+    _, errors = other.communicate()
+    assert other.returncode == 0, errors
+    one, two = (digest(tmp_path / name / "dataset") for name in ("run", "other"))
+    one.pop("manifest.json"), two.pop("manifest.json")
+    assert len(one) == 10 and one == two
+    # The manifest names the checkout as well, and somebody may commit while a test runs.
+    manifests = [json.loads((tmp_path / name / "dataset" / "manifest.json").read_text()) for name in ("run", "other")]
+    assert manifests[0] | {"git_commit": ""} == manifests[1] | {"git_commit": ""}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_stopped_midway(how: signal.Signals, tmp_path: Path, base: Path) -> None:
+    argv = config(tmp_path, base, source(tmp_path, "parlai"))
+    assert preprocess.main(argv) == 0
+    run = tmp_path / "run"
+    whole = digest(run / "dataset")
+    process = start(config(tmp_path, base, source(tmp_path, "kestrel", count=5000)))
+    deadline = time.monotonic() + 60
+    while not list(run.glob(".dataset.incomplete-*/train/*.arrow")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate()
+    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), errors
+    assert digest(run / "dataset") == whole
+    assert len(list(run.glob(".dataset.incomplete-*"))) == (how == signal.SIGKILL)
+    if how == signal.SIGKILL:
+        assert preprocess.main(config(tmp_path, base, tmp_path / "parlai.txt")) == 0
+        assert sorted(os.listdir(run)) == [".lock", "config.yaml", "dataset"]
+        assert digest(run / "dataset") == whole
+    else:
+        assert "Traceback" not in errors and "interrupted" in errors

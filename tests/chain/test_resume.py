@@ -1,0 +1,323 @@
+"""An interrupted run that goes on ends where one that was never interrupted does, to the bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Experiment
+from make_models import write_base
+from scripts import die_after
+
+import train
+from kestrel.adapter.proof import WEIGHTS
+from kestrel.config.resolve import resolve
+from kestrel.training import callbacks
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = ["--training.max_steps", "20", "--training.evaluations", "5", "--training.logging_steps", "2"]
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """What must not depend on interruptions."""
+    names = (f"adapter/{WEIGHTS}", "logs/training.jsonl", "samples.jsonl")
+    return {name: (run / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def whole(prepared: Experiment, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The results of LONG without an interruption; dropout is on."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main([*prepared.copy_to(run), *LONG]) == 0
+    return results(run)
+
+
+def interrupt(arguments: list[str], number: int, when: Callable[[], bool]) -> tuple[int, str]:
+    """Runs train.py in a process of its own and sends it a signal. Returns its exit status and output."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def steps_logged(run: Path) -> int:
+    log = run / "logs" / "training.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def test_killed_between_checkpoints_and_again(prepared, whole, tmp_path):
+    """Killed at a moment that differs from run to run; where it fails, the step it was killed at is in the message."""
+    arguments = [*prepared.copy_to(tmp_path / "run"), *LONG]
+    step = random.SystemRandom().randrange(6, 16)
+    status, output = interrupt(arguments, signal.SIGKILL, lambda: steps_logged(tmp_path / "run") >= step)
+    assert status == -signal.SIGKILL, output
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert train.main(arguments) == 0
+    assert results(tmp_path / "run") == whole, f"killed after step {step}"
+
+
+@pytest.fixture(scope="module")
+def begun(prepared: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of LONG that was killed in step 15; its checkpoints are of steps 8 and 12."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    arguments = [*prepared.copy_to(run), *LONG]
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 15)
+        assert train.main(arguments) == 1
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["checkpoint-12", "checkpoint-8"]
+    return run
+
+
+def copy_of(begun: Path, prepared: Experiment, run: Path) -> list[str]:
+    shutil.copytree(begun, run)
+    return [*prepared.arguments("--run_dir", str(run)), *LONG]
+
+
+@pytest.mark.parametrize("step", [1, 5, 20])
+def test_ended_at_the_first_and_last_step_and_around_a_checkpoint(prepared, whole, tmp_path, monkeypatch, step):
+    arguments = [*prepared.copy_to(tmp_path / "run"), *LONG]
+    with monkeypatch.context() as patch:
+        die_after(patch, step)
+        assert train.main(arguments) == 1
+    assert train.main(arguments) == 0
+    assert results(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [3, 8])
+def test_stopped_by_a_signal_and_again(prepared, whole, tmp_path, monkeypatch, capsys, number, step):
+    arguments = [*prepared.copy_to(tmp_path / "run"), *LONG]
+    with monkeypatch.context() as patch:
+        die_after(patch, step, number)
+        assert train.main(arguments) == 128 + number
+    assert f"stopped at step {step}; the same command goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert train.main(arguments) == 0
+    assert results(tmp_path / "run")[f"adapter/{WEIGHTS}"] == whole[f"adapter/{WEIGHTS}"]
+
+
+def test_two_signals_stop_at_once(prepared, tmp_path, monkeypatch, capsys):
+    arguments = [*prepared.copy_to(tmp_path / "run"), *LONG]
+    own = callbacks.Guard.on_pre_optimizer_step
+
+    def twice(self, args, state, control, **extra):
+        own(self, args, state, control, **extra)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(callbacks.Guard, "on_pre_optimizer_step", twice)
+    assert train.main(arguments) == 130
+    assert "stopped at once" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_goes_on_from_the_newest(prepared, begun, whole, tmp_path, capsys):
+    assert train.main(copy_of(begun, prepared, tmp_path / "run")) == 0
+    assert "going on from" in (said := capsys.readouterr()).out and "checkpoint-12" in said.out and said.err == ""
+    assert results(tmp_path / "run") == whole
+
+
+FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "adapter_config.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(prepared, begun, tmp_path, capsys, name, damage):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(begun / "checkpoints", folder)
+    meaning = json.loads((folder / "checkpoint-12" / "manifest.json").read_text())["settings"]
+    damaged = folder / "checkpoint-12" / name
+    content = damaged.read_bytes()
+    if damage == "missing":
+        damaged.unlink()
+    elif damage == "truncated":
+        damaged.write_bytes(content[: len(content) // 2])
+    else:
+        damaged.write_bytes(bytes([content[0] ^ 4]) + content[1:])
+    settings, _ = resolve(str(prepared.config), {}, [])
+    assert train.find_checkpoint(settings, folder, meaning, "python train.py") == folder / "checkpoint-8"
+    said = capsys.readouterr()
+    assert "warning: " in said.err and "checkpoint-12" in said.err
+    assert "going on from" in said.out and "checkpoint-8" in said.out
+    assert not damaged.parent.exists()  # it will be written again
+
+
+def test_after_damage_the_result_is_the_same(prepared, begun, whole, tmp_path, capsys):
+    arguments = copy_of(begun, prepared, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-12" / "optimizer.pt").write_bytes(b"")
+    assert train.main(arguments) == 0
+    assert "is damaged or was edited" in capsys.readouterr().err
+    assert results(tmp_path / "run") == whole
+
+
+def test_all_checkpoints_damaged_begins_anew(prepared, begun, whole, tmp_path, capsys):
+    arguments = copy_of(begun, prepared, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/rng_state.pth"):
+        path.unlink()
+    assert train.main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.err.count("warning: ") == 2 and "going on" not in said.out
+    assert results(tmp_path / "run") == whole
+
+
+def test_a_checkpoint_whose_best_one_is_damaged_is_not_used(prepared, tmp_path, monkeypatch, capsys):
+    """The best adapter may have to come from there in the end; without it the last one would be taken in silence."""
+    from scripts import worsen
+
+    arguments = [*prepared.copy_to(tmp_path / "run"), "--training.max_steps", "12", "--training.evaluations", "3"]
+    with monkeypatch.context() as patch:
+        worsen(patch, after=1)
+        die_after(patch, 11)
+        assert train.main(arguments) == 1
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    (checkpoints / "checkpoint-4" / WEIGHTS).write_bytes(b"damaged")
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "checkpoint-8 needs it and is passed over" in said.err and "going on from" not in said.out
+
+
+def test_early_stopping_counts_across_an_interruption(prepared, tmp_path, monkeypatch):
+    arguments = ["--training.max_steps", "20", "--training.evaluations", "10", "--training.early_stopping", "2"]
+    logs = []
+    for name in ("whole", "interrupted"):
+        run = tmp_path / name
+        command = [*prepared.copy_to(run), *arguments]
+        for evaluations_before, until in ((0, 7), (3, None)) if name == "interrupted" else ((0, None),):
+            with monkeypatch.context() as patch:
+                from scripts import worsen
+
+                worsen(patch, after=2 - evaluations_before)
+                if until:
+                    die_after(patch, until)
+                assert train.main(command) == (1 if until else 0)
+        logs.append(results(run))
+    assert logs[0] == logs[1]
+    assert steps_logged(tmp_path / "whole") == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (["--lora.alpha", "9"], "lora.alpha"),
+        (["--lora.r", "8"], "lora.r"),
+        (["--training.weight_decay", "0.1"], "training.weight_decay"),
+        (["--lora.dropout", "0.2"], "lora.dropout"),
+        (["--training.learning_rate", "2e-2"], "training.learning_rate"),
+        (["--training.batch_size", "5"], "training.batch_size"),
+        (["--training.max_steps", "21"], "training.steps"),
+        (["--quantization.double_quant", "false"], "quantization.double_quant"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(prepared, begun, tmp_path, capsys, change, field):
+    arguments = copy_of(begun, prepared, tmp_path / "run")
+    assert train.main([*arguments, *change]) == 1
+    said = capsys.readouterr().err
+    assert f"{field}: it was " in said and "--training.resume never" in said
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_other_data_or_another_base_are_not_gone_on_with(prepared, begun, tmp_path, capsys):
+    import preprocess
+
+    arguments = copy_of(begun, prepared, tmp_path / "run")
+    fewer = [*arguments, "--data.max_dialogues", "12"]
+    assert preprocess.main(fewer) == 0
+    assert train.main(fewer) == 1
+    assert "dataset: it was " in capsys.readouterr().err
+    assert preprocess.main(arguments) == 0
+    other = [*arguments, "--model.name", str(write_base(tmp_path / "other", seed=1))]
+    assert train.main(other) == 1
+    assert "base.files.model.safetensors: it was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change", [["--training.logging_steps", "1"], ["--training.tokens_per_step", "300"], ["--training.samples", "0"]]
+)
+def test_what_does_not_shape_the_weights_may_change(prepared, begun, tmp_path, capsys, change):
+    assert train.main([*copy_of(begun, prepared, tmp_path / "run"), *change]) == 0
+    assert "checkpoint-12" in capsys.readouterr().out
+
+
+def test_never_begins_anew_and_a_folder_is_taken_at_its_word(prepared, begun, whole, tmp_path, capsys):
+    arguments = copy_of(begun, prepared, tmp_path / "run")
+    assert train.main([*arguments, "--training.resume", str(tmp_path / "run/checkpoints/checkpoint-8")]) == 0
+    assert "checkpoint-8" in capsys.readouterr().out
+    assert results(tmp_path / "run") == whole
+    for wrong in ("nowhere", str(tmp_path), str(begun / "checkpoints" / "checkpoint-8")):
+        assert train.main([*arguments, "--training.resume", wrong]) == 1
+        assert f"{wrong} is no checkpoint of this run" in capsys.readouterr().err
+    assert train.main([*arguments, "--training.resume", "never"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert results(tmp_path / "run") == whole
+
+
+def test_a_run_may_be_moved(prepared, begun, whole, tmp_path, monkeypatch):
+    """Checkpoints name the best one by its path; the folder it lay in is gone."""
+    arguments = copy_of(begun, prepared, tmp_path / "elsewhere" / "run")
+    for path in (tmp_path / "elsewhere" / "run" / "checkpoints").glob("*/trainer_state.json"):
+        assert str(begun) in path.read_text()
+    hidden = begun.with_name("hidden")
+    begun.rename(hidden)
+    try:
+        assert train.main(arguments) == 0
+    finally:
+        hidden.rename(begun)
+    assert results(tmp_path / "elsewhere" / "run") == whole
+
+
+def test_a_finished_run_that_was_moved_keeps_its_best_adapter(prepared, tmp_path, monkeypatch):
+    """No step is left to save a checkpoint in, so nothing but the recorded step says where the best one lies."""
+    from scripts import worsen
+
+    with monkeypatch.context() as patch:
+        worsen(patch, after=1)
+        assert train.main([*prepared.copy_to(tmp_path / "one"), *LONG]) == 0
+    best = results(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert train.main([*prepared.arguments("--run_dir", str(tmp_path / "two")), *LONG]) == 0
+    assert results(tmp_path / "two") == best
+
+
+def test_same_seed_same_bits(trained, tmp_path):
+    """The four scripts from nothing, twice: dataset, adapter, log, generations and scores agree to the bit."""
+    from scripts import script
+
+    run, made = tmp_path / "run", []
+    arguments = [*trained.arguments("--run_dir", str(run)), "--generation.do_sample", "--evaluation.resamples", "100"]
+    for _ in range(2):
+        for step in ("preprocess", "train", "generate", "evaluate"):
+            assert script(step).main(arguments) == 0
+        files = [path for path in run.rglob("*") if path.suffix in (".arrow", ".safetensors", ".jsonl", ".md", ".txt")]
+        files += [run / "evaluation" / "metrics.json", run / "dataset" / "statistics.json"]
+        made.append({path.relative_to(run): path.read_bytes() for path in files})
+        shutil.rmtree(run)
+    assert len(made[0]) > 15 and made[0] == made[1]
+
+
+@pytest.mark.parametrize("evaluations", ["2", "8"])
+def test_evaluations_do_not_disturb_the_training(prepared, tmp_path, evaluations):
+    """Nothing random is drawn in them; so a run may be gone on with more of them or fewer."""
+    last = []
+    for number in ("4", evaluations):
+        run = tmp_path / number
+        assert train.main([*prepared.copy_to(run), "--training.evaluations", number]) == 0
+        last.append((run / "checkpoints" / "checkpoint-8" / WEIGHTS).read_bytes())
+    assert last[0] == last[1]

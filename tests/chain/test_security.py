@@ -1,0 +1,301 @@
+"""What SECURITY.md promises: nothing that is read can run code, leave its folder, steer the terminal, or leak a token."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Experiment
+
+import generate
+import preprocess
+import train
+from kestrel.evaluation.evaluate_library import load_metrics
+from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.manifest import MANIFEST, files_below, sealed
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "kestrel").rglob("*.py")]
+TOKEN = "hf_PlantedTokenThatMustNotAppearAnywhere"
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def sprung(tmp_path: Path) -> Path:
+    """The folder that exists once something planted has run; a plain unpickling does run it."""
+    folder = tmp_path / "sprung"
+    pickle.loads(pickle.dumps(Planted(folder)))
+    assert folder.is_dir()
+    folder.rmdir()
+    return folder
+
+
+def plant(path: Path, sprung: Path, as_torch: bool = True) -> None:
+    """Writes a file that runs code wherever it is unpickled, as torch writes one or as plain pickle."""
+    if as_torch:
+        torch.save({"state": Planted(sprung)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Planted(sprung)))
+
+
+def describe_anew(folder: Path) -> None:
+    """Makes a manifest fit what somebody put into a folder: whoever can change files can hash them too."""
+    manifest = read_json(folder / MANIFEST, "")
+    write_json(folder / MANIFEST, sealed({**manifest, "files": files_below(folder)}))
+
+
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_a_base_of_pickled_weights_is_refused(prepared: Experiment, tmp_path, sprung, capsys, as_torch):
+    base = shutil.copytree(prepared.base, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    plant(base / "pytorch_model.bin", sprung, as_torch)
+    arguments = prepared.copy_to(tmp_path / "run")
+    assert train.main([*arguments, "--model.name", str(base)]) == 1
+    assert "cannot load the weights of model.name" in capsys.readouterr().err
+    assert not sprung.exists()
+
+
+def test_an_adapter_of_pickled_weights_is_refused(trained: Experiment, tmp_path, sprung, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    (adapter / "adapter_model.safetensors").unlink()
+    plant(adapter / "adapter_model.bin", sprung)
+    describe_anew(adapter)
+    assert generate.main(arguments) == 1
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+    assert not sprung.exists()
+
+
+def test_what_an_adapter_would_have_peft_import_is_refused(trained: Experiment, tmp_path, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    config = tmp_path / "run" / "adapter" / "adapter_config.json"
+    hostile = {"megatron_config": {"a": 1}, "megatron_core": "this", "layer_replication": [[0, 1], [0, 1]]}
+    for name, value in hostile.items():
+        kept = config.read_text()
+        write_json(config, {**json.loads(kept), name: value})
+        describe_anew(config.parent)
+        assert generate.main(arguments) == 1, name
+        assert f"{name} is" in capsys.readouterr().err
+        config.write_text(kept)
+    assert "this" not in sys.modules
+    describe_anew(config.parent)
+    assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_pickles_in_a_checkpoint_run_nothing(trained: Experiment, tmp_path, sprung, capsys, name):
+    """Sealed, as in a run folder from a stranger; torch's own restricted unpickler is all that reads them then."""
+    arguments = trained.copy_to(tmp_path / "run")
+    *_, newest, last = checkpoints_of(tmp_path / "run")
+    shutil.rmtree(last)  # at the end of a run there is no random state to go on with
+    assert (newest / name).is_file()
+    plant(newest / name, sprung)
+    describe_anew(newest)
+    status = train.main(arguments)
+    said = capsys.readouterr().err
+    assert not sprung.exists()
+    # What is not read at all cannot hurt either.
+    assert (status, "begin anew" in said) == ((0, False) if name == "training_args.bin" else (1, True)), said
+
+
+def test_a_checkpoint_that_was_changed_is_passed_over(trained: Experiment, tmp_path, sprung, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    plant(checkpoints_of(tmp_path / "run")[-1] / "optimizer.pt", sprung)
+    assert train.main(arguments) == 0
+    assert "optimizer.pt is damaged or was edited" in capsys.readouterr().err
+    assert not sprung.exists()
+
+
+def test_a_checkpoint_from_elsewhere_is_not_gone_on_from(trained: Experiment, tmp_path, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    downloaded = shutil.copytree(checkpoints_of(tmp_path / "run")[-1], tmp_path / "downloaded" / "checkpoint-8")
+    assert train.main([*arguments, "--training.resume", str(downloaded)]) == 1
+    assert "is no checkpoint of this run" in capsys.readouterr().err
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> tuple[int, str]:
+    """A script in a process of its own. Returns its exit status and all that it printed."""
+    done = subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_code_of_a_model_runs_only_when_asked_to_and_told(prepared: Experiment, tmp_path, sprung):
+    base = shutil.copytree(prepared.base, tmp_path / "base")
+    (base / "planted.py").write_text(
+        f"import os\nos.mkdir({str(sprung)!r})\n"
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = read_json(base / "tokenizer_config.json", "")
+    write_json(
+        base / "tokenizer_config.json",
+        {**config, "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "planted.Own"]}},
+    )
+    arguments = [*prepared.arguments("--run_dir", str(tmp_path / "run")), "--model.name", str(base)]
+    cache = {"HF_HOME": str(tmp_path / "cache")}
+    _, said = run_script("preprocess.py", *arguments, **cache)
+    assert not sprung.exists() and "trust_remote_code is true" not in said
+    status, said = run_script("preprocess.py", *arguments, "--model.trust_remote_code", "true", **cache)
+    assert status == 0 and sprung.is_dir()
+    assert "model.trust_remote_code is true: Python code that comes with" in said and "token of the Hub" in said
+
+
+def test_a_metric_is_code_and_is_told_to_be(tmp_path, capsys):
+    metric = tmp_path / "length"
+    metric.mkdir()
+    (metric / "length.py").write_text(
+        "import datasets\nimport evaluate\nclass Length(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        text = datasets.Value('string')\n"
+        "        features = datasets.Features({'predictions': text, 'references': text})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=features)\n"
+        "    def _compute(self, predictions, references):\n        return {'length': 1.0}\n"
+    )
+    load_metrics([])
+    assert capsys.readouterr().err == ""
+    load_metrics([str(metric)])
+    assert f"{metric} is Python code" in capsys.readouterr().err
+
+
+def test_a_chat_template_cannot_reach_python(prepared: Experiment, tmp_path, capsys):
+    base = shutil.copytree(prepared.base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
+    arguments = prepared.arguments("--run_dir", str(tmp_path / "run"), "--model.name", str(base))
+    assert preprocess.main([*arguments, "--prompt.format", "chat"]) == 1
+    assert "chat template fails" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("document", ["!!python/object/apply:os.mkdir [{0}]", "!!python/name:os.mkdir ''"])
+def test_yaml_makes_no_objects(tmp_path, sprung, capsys, document):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"seed: {document.format(sprung)}\n")
+    assert preprocess.main(["--config", str(config)]) == 2
+    assert f"{config}:1: " in capsys.readouterr().err
+    assert not sprung.exists()
+
+
+def archive(kind: str, line: bytes) -> bytes:
+    """An archive with one file that wants to lie beside the folder."""
+    packed = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(packed, "w") as file:
+            file.writestr("../escaped.jsonl", line)
+    else:
+        with tarfile.open(fileobj=packed, mode="w:gz" if kind == "tar.gz" else "w") as tar:
+            member = tarfile.TarInfo("../escaped.jsonl")
+            member.size = len(line)
+            tar.addfile(member, io.BytesIO(line))
+    return gzip.compress(line) if kind == "gz" else packed.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "gz"])
+@pytest.mark.parametrize("within_folder", [True, False])
+def test_archives_are_refused_and_never_unpacked(prepared: Experiment, tmp_path, capsys, kind, within_folder):
+    line = (prepared.source / "train.jsonl").read_bytes()
+    source = tmp_path / "data" / f"train.{kind}"
+    source.parent.mkdir()
+    source.write_bytes(archive(kind, line))
+    before = set(tmp_path.rglob("*"))
+    given = source.parent if within_folder else source
+    arguments = prepared.arguments("--run_dir", str(tmp_path / "run"), "--data.source", str(given))
+    assert preprocess.main(arguments) == 1
+    assert str(given) in capsys.readouterr().err
+    assert {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)} == before
+
+
+def test_nothing_here_unpacks_unpickles_or_evaluates():
+    """By the syntax of every script and room: the ways in which data becomes code, or leaves its folder."""
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile", "zipfile", "runpy"}
+    calls = {"eval", "exec", "compile", "system", "popen", "unpack_archive", "load_module"}
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                bad = modules & names
+            elif isinstance(node, ast.Call):
+                function = ast.unparse(node.func)
+                bad = {function} & {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "np.load"}
+                bad |= {function} & calls | {function.rpartition(".")[2]} & (calls - {"compile", "eval"})
+                bad |= {f"{function}(shell)" for word in node.keywords if word.arg == "shell"}
+            else:
+                continue
+            found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in bad]
+    # One imports the error by which torch refuses to unpickle; the others keep dialogues in a file without a name, and
+    # hand them to processes that were forked for it.
+    marshalled = {"kestrel/data/spool.py": "marshal", "kestrel/data/reading.py": "marshal"}
+    expected = {"kestrel/training/checkpoints.py": "pickle", **marshalled}
+    assert len(SOURCES) > 40
+    assert {line.partition(":")[0]: line.rpartition(" ")[2] for line in found} == expected, found
+
+
+def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    for name in ("../../outside", "/etc/hostname", "a" * 5000):
+        path = tmp_path / "run" / "dataset" / MANIFEST
+        kept = path.read_text()
+        write_json(path, sealed({**json.loads(kept), "files": {name: "0" * 64}}))
+        assert train.main(arguments) == 1
+        assert ("is missing" if name.startswith("a") else "outside of") in capsys.readouterr().err
+        path.write_text(kept)
+
+
+def test_messages_do_not_steer_the_terminal(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text('"\\e[2J\\e]0;owned\\a": 1\n')
+    assert preprocess.main(["--config", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b[2J" in said and "\x1b" not in said and "\a" not in said
+
+
+def test_the_hubs_token_is_written_nowhere(prepared: Experiment, tmp_path):
+    """All four scripts, each also failing with --debug, with a token in the environment."""
+    run = tmp_path / "run"
+    environment = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "cache")}
+    arguments = prepared.arguments("--run_dir", str(run), "--training.max_steps", "2", "--training.evaluations", "1")
+    said = []
+    for name in ("preprocess.py", "train.py", "generate.py", "evaluate.py"):
+        status, output = run_script(name, *arguments, **environment)
+        assert status == 0, output
+        said.append(output)
+        nothing = {"preprocess.py": "--data.source", "evaluate.py": "--evaluation.generations"}
+        bad = [nothing.get(name, "--model.name"), "nobody/nothing"]
+        status, output = run_script(name, *arguments, *bad, "--debug", **environment)
+        assert status == 1 and "Traceback" in output, output
+        said.append(output)
+    assert TOKEN not in "".join(said)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 30
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []

@@ -1,0 +1,322 @@
+"""A conversation over a pipe: answered as generate.py would, over the prompt of training, and saved as dialogues."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from make_models import make_tokenizer
+
+import chat
+import preprocess
+from kestrel.chat.conversation import Conversation, Exchange
+from kestrel.chat.sampling import changed
+from kestrel.chat.streaming import Speaker
+from kestrel.chat.terminal import readable
+from kestrel.config.settings import Generation, Settings, conflicts
+from kestrel.data.dataset import dialogue_of, load_split
+from kestrel.errors import KestrelError
+from kestrel.generation.respond import respond
+from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.manifest import sha256_of
+from kestrel.runtime.run_folder import locked_run_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
+
+
+@pytest.fixture
+def talk(trained, monkeypatch, capsys):
+    """Types lines into chat.py and returns what it printed."""
+
+    def typed(*lines: str, more: list[str] | None = None, status: int = 0) -> str:
+        stdin = io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert chat.main(trained.arguments(*(PERSONA if more is None else more))) == status
+        printed = capsys.readouterr()
+        return printed.out if status == 0 else printed.err
+
+    return typed
+
+
+def saved(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def printable(text: str) -> str:
+    return "".join(filter(str.isprintable, text)).replace(" ", "")
+
+
+# -- the prompt ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_length", [256, 60])
+def test_the_prompt_of_a_conversation_is_that_of_training(prepared, max_length):
+    prompt = Prompt(make_tokenizer(), "plain", max_length)
+    cuts = 0
+    for row in load_split(prepared.run / "dataset", "train", ""):
+        dialogue = dialogue_of(row)
+        turns = [turn.text for turn in dialogue.turns]
+        conversation = Conversation(dialogue.persona)
+        speaker = Speaker(torch.nn.Identity(), prompt, ["base"])
+        for index in range(0, len(turns) - 1, 2):
+            context, cut = speaker.context(conversation.dialogue(turns[index]))
+            # The training prompt leaves room for its own reply, the open one for a short word.
+            if not cut:
+                assert context == prompt.context(dialogue, index + 1)
+            assert len(context) < max_length
+            cuts += cut
+            conversation.exchanges.append(Exchange(turns[index], "adapter", turns[index + 1]))
+    assert bool(cuts) == (max_length == 60)
+
+
+def test_typed_text_spells_no_control_token(talk, trained, tmp_path, monkeypatch):
+    seen = []
+    answer = Speaker.answer
+    monkeypatch.setattr(
+        Speaker, "answer", lambda self, context, *rest: seen.append(context) or answer(self, context, *rest)
+    )
+    talk("<|endoftext|>>>TITLE<< You:", more=["--persona", "i am <|endoftext|> .", "\x0b>>ANSWER<<"])
+    assert seen and min(seen[0]) > 11
+
+
+def test_a_message_that_is_too_long_is_said_in_the_words_of_a_conversation(talk):
+    printed = talk("dog " * 3000, "hi !")
+    assert re.search(r"\(persona and message alone take more than the \d+ tokens that a prompt may have", printed)
+    assert "dialogue chat-" not in printed and printed.count("adapter> ") == 1
+
+
+def test_old_turns_are_left_out_and_that_is_said_once(talk):
+    printed = talk(*["tell me more about the dog and the soup that you love the most ."] * 8)
+    assert printed.count("no longer fit") == 1
+    assert printed.count("adapter> ") == 8
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path):
+    """Adapter and base, replayed by the batched decoding over the same prompts."""
+    file = tmp_path / "said.jsonl"
+    printed = talk("hi ! do you have a pet ?", "/compare what do you eat ?", "/system base", "why ?", f"/save {file}")
+    (row,) = saved(file)
+    assert row["persona"] == ["i have a dog .", "i live in rome ."]
+    replies = [turn for turn in row["turns"] if turn["speaker"] == "self"]
+    assert [turn["system"] for turn in replies] == ["adapter", "adapter", "base"]
+    assert set(replies[1]["beside"]) == {"base"}
+    assert f"adapter> {readable(replies[0]['text'])}\n" in printed
+    assert f"base> {readable(replies[2]['text'])}\n" in printed
+
+    from kestrel.adapter.lora import load_adapter
+    from kestrel.config.resolve import resolve
+    from kestrel.model.base import load_base
+    from kestrel.prompt.tokenizer import load_tokenizer
+
+    run, _ = resolve(str(trained.config), {})
+    model = load_adapter(load_base(run)[0], trained.run / "adapter")
+    prompt = Prompt(load_tokenizer(run.model), "plain", run.prompt.max_length)
+    replayed = Conversation(tuple(row["persona"]))
+    for message, reply in zip(row["turns"][::2], replies, strict=True):
+        context, _ = Speaker(model, prompt, ["adapter"]).context(replayed.dialogue(message["text"]))
+        as_adapter = respond(model, prompt, [context], run.generation)[0].text
+        with model.disable_adapter():
+            as_base = respond(model, prompt, [context], run.generation)[0].text
+        assert reply["text"] == (as_adapter if reply["system"] == "adapter" else as_base)
+        assert reply.get("beside", {"base": as_base}) == {"base": as_base}
+        replayed.exchanges.append(Exchange(message["text"], "adapter", reply["text"]))
+
+
+def test_undo_and_reset_leave_no_trace(talk, tmp_path):
+    one, two, three = (tmp_path / f"{name}.jsonl" for name in "abc")
+    talk("hi !", f"/save {one}")
+    talk("hi !", "what is that ?", "/undo", f"/save {two}")
+    talk("where are you ?", "/reset", "hi !", f"/save {three}")
+    assert saved(one)[0]["turns"] == saved(two)[0]["turns"] == saved(three)[0]["turns"]
+    assert "nothing to take back" in talk("/undo")
+
+
+def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    lines = []
+    for number in range(12):
+        lines += [f"/persona i am {number} years old . | i live in town {number} .", "hi !", f"/save {file}"]
+        lines += ["and \x1b[31m now ?", f"/save {file}"]  # the same conversation, longer: it takes its line's place
+    assert f"{file} holds 12 conversations" in talk(*lines)
+    run = tmp_path / "run"
+    source = ["--run_dir", str(run), "--data.source", str(file), "--data.validation_fraction", "0.2"]
+    assert preprocess.main(trained.arguments(*source, "--data.test_fraction", "0.2")) == 0
+    read = [row for split in ("train", "validation", "test") for row in load_split(run / "dataset", split, "")]
+    ids = {row["dialogue_id"]: row for row in saved(file)}
+    assert {row["dialogue_id"] for row in read} == set(ids) and len(read) == 12
+    for row in read:
+        assert row["persona"] == ids[row["dialogue_id"]]["persona"]
+        said = [turn["text"] for turn in ids[row["dialogue_id"]]["turns"]]
+        assert [printable(turn["text"]) for turn in row["turns"]] == [printable(text) for text in said]
+        assert len(said) == 4
+
+
+def test_personas_from_a_file_typed_in_and_of_a_dialogue(talk, trained, tmp_path):
+    file = tmp_path / "someone.txt"
+    file.write_text("i have a cat .\n\n  i like   rice .\n", encoding="utf-8")
+    assert "person:\n  i have a cat .\n  i like rice .\n/help" in talk(more=["--persona", str(file)])
+    assert "person:\n  i have a cat .\n  i like rice .\n" in talk(f"/persona {file}")
+    typed = talk("/persona", "i have a cat .", "i like rice .", "", "hi !")
+    assert "person:\n  i have a cat .\n  i like rice .\n" in typed and "adapter> " in typed
+    rows = load_split(trained.run / "dataset", "test", "")
+    for options, row in (([], rows[0]), (["--dialogue", rows[2]["dialogue_id"]], rows[2])):
+        assert "person:\n  " + "\n  ".join(row["persona"]) + "\n/help" in talk(more=options)
+
+
+def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone.txt").write_text("i have a cat .\n", encoding="utf-8")
+    lines = ["/persona ~/someone.txt", "hi !", '/save "my talk.jsonl"', "/save ~/other.jsonl", "/system BASE"]
+    printed = talk(*lines)
+    assert "person:\n  i have a cat ." in printed and "(base talks)" in printed
+    assert saved(tmp_path / "my talk.jsonl") == saved(tmp_path / "other.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my talk.jsonl", "other.jsonl", "someone.txt"]
+
+
+def test_how_answers_are_made_can_be_set_as_the_options_set_it(talk, tmp_path):
+    files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    talk("/set temperature 3", "/set max_new_tokens=5", "hi !", "and ?", f"/save {files[0]}")
+    options = ["--generation.do_sample", "--generation.temperature", "3", "--generation.max_new_tokens", "5"]
+    talk("hi !", "and ?", f"/save {files[1]}", more=[*PERSONA, *options])
+    talk("hi !", "and ?", f"/save {files[2]}")
+    one, two, three = (saved(Path(file))[0]["turns"] for file in files)
+    assert one == two != three
+
+
+def test_what_cannot_be_set_is_said_and_nothing_changes(talk):
+    wrong = (
+        "top_p 9",
+        "seed 1",
+        "do_sample maybe",
+        "top_k [",
+        "temperature",
+        "max_new_tokens 99999",
+        "length_penalty 2",
+    )
+    printed = talk("/set", *(f"/set {setting}" for setting in wrong), "/set")
+    for message in (
+        "top_p: input should be less than or equal to 1, found '9'", "seed is nothing that can be set here",
+        "do_sample: input should be a valid boolean, found 'maybe'", "top_k: expected integer or null, found '['",
+        "/set temperature needs a value", "has room for", "length_penalty has no effect without num_beams above 1",
+    ):  # fmt: skip
+        assert message in printed
+    first, *_, last = printed.split("you> /set\n")[1:]
+    assert first.startswith(last.partition("you>")[0]) and "do_sample: false" in last
+
+
+@given(st.lists(st.sampled_from(["do_sample true", "do_sample false", "temperature 2", "top_k 3", "top_p 0.5",
+                                 "num_beams 2", "num_beams 1", "length_penalty 2", "temperature null"])))  # fmt: skip
+def test_whatever_is_set_is_what_the_settings_allow(changes):
+    chosen = Generation()
+    for change in changes:
+        with contextlib.suppress(KestrelError):
+            chosen = changed(chosen, *change.split(), 1000)
+    experiment = {"run_dir": "x", "data": {"source": "x"}, "model": {"name": "x"}}
+    allowed = Settings.model_validate({**experiment, "generation": chosen.model_dump()})
+    assert conflicts(allowed) == []
+
+
+def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("not dialogues\n", encoding="utf-8")
+    printed = talk(
+        "/sav x", "/save", f"/save {tmp_path / 'x'}", "/system", "/persona nobody.txt", "hi \udcff !",
+        f"/save {tmp_path}", f"/save {other}", "//slash", "/quit", "never read",
+    )  # fmt: skip
+    for message in (
+        "did you mean /save?", "needs the name of a file", "nothing to save", "who can talk here: adapter, base",
+        "nobody.txt: No such file", "name another file", "holds something else",
+    ):  # fmt: skip
+        assert message in printed
+    assert printed.count("adapter> ") == 2 and "never read" not in printed
+    assert other.read_text(encoding="utf-8") == "not dialogues\n"
+
+
+# -- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_it_needs_no_lock_and_leaves_the_run_as_it_was(talk, trained):
+    def everything() -> dict[str, str]:
+        return {str(path): sha256_of(path) for path in sorted(trained.run.rglob("*")) if path.is_file()}
+
+    before = everything()
+    with locked_run_folder(str(trained.run), (trained.run / "config.yaml").read_text(encoding="utf-8")):
+        held = everything()
+        assert "adapter> " in talk("hi !")
+        assert everything() == held
+    assert before.keys() == everything().keys()
+
+
+def test_the_base_can_be_talked_to_without_an_adapter(prepared, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi !\n/compare\n/system adapter\n"))
+    assert chat.main(prepared.arguments(*PERSONA, "--generation.systems", "base")) == 0
+    printed = capsys.readouterr().out
+    assert "base> " in printed and "no adapter is loaded" in printed and "who can talk here: base" in printed
+    assert chat.main(prepared.arguments(*PERSONA)) == 1
+    said = capsys.readouterr().err
+    assert "there is no adapter" in said and "--generation.systems base" in said
+
+
+def test_sampling_draws_by_the_seed(talk, tmp_path):
+    said = []
+    for number, seed in enumerate(["1", "1", "2"]):
+        file = tmp_path / f"{number}.jsonl"
+        talk("hi !", "and ?", f"/save {file}", more=[*PERSONA, "--generation.do_sample", "--seed", seed])
+        said.append(saved(file)[0]["turns"])
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--host", "0.0.0.0"], 2, "--host: belongs to --web"),
+        (["--web", "--port", "70000"], 2, "--port: a port is 0"),
+        ([*PERSONA, "--dialogue", "x"], 2, "--dialogue: names a persona, and --persona another"),
+        (["--persona", "nobody.txt"], 1, "nobody.txt: No such file"),
+        (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
+        (["--dialogue", "x"], 1, "test has no 'x'; its ids are test-0"),
+        (["--run_dir", "nowhere"], 1, "or give a persona: --persona FILE"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong(talk, options, status, message):
+    assert message in talk(more=options, status=status)
+    assert not Path("nowhere").exists()
+
+
+def test_in_another_python_the_missing_package_and_the_environment_are_named(tmp_path):
+    """As when `python` is not that of the environment."""
+    for name in ("pydantic", "torch"):
+        blocked = f"import sys; sys.modules[{name!r}] = None; sys.argv = sys.argv[1:]; import runpy; "
+        command = [sys.executable, "-c", f"{blocked}runpy.run_path('chat.py', run_name='__main__')", "chat.py"]
+        command += ["--config", "configs/quickstart.yaml", *PERSONA]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"the package {name} is not installed for {sys.executable}" in done.stderr
+        assert ".venv/bin/python" in done.stderr
+
+
+def test_without_gradio_the_command_that_installs_it_is_named(talk, monkeypatch):
+    monkeypatch.setattr(chat, "find_spec", lambda name: None)
+    assert "pip install -r requirements-web.txt" in talk(more=["--web"], status=1)
+
+
+def test_a_damaged_adapter_does_not_talk(trained, tmp_path, capsys):
+    arguments = trained.copy_to(tmp_path / "run")
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert chat.main([*arguments, *PERSONA]) == 1
+    assert "damaged or was edited" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Child processes that tests start, kill, and give a small disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WAIT = "print('now', flush=True); time.sleep(60)\n"
+
+
+def child(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Starts Python that prints a line when it is where it shall be killed."""
+    header = "import os, sys, time; from pathlib import Path; from kestrel.runtime.manifest import *\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", header + code, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline().strip() == "now"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@contextmanager
+def small_disk(folder: Path, kibibytes: int) -> Iterator[Path]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if os.geteuid() != 0 or done is None or done.returncode != 0:
+        pytest.skip("a small disk cannot be mounted here: that needs root and the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)

@@ -1,0 +1,160 @@
+"""The keys themselves: what is valid, what is impossible together, and that shipped files and schema agree with them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from kestrel.config.keys import all_keys, as_yaml
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Settings, Tracker, conflicts, json_schema
+from kestrel.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SMALLEST = {"run_dir": "r", "data": {"source": "s"}, "model": {"name": "m"}}
+
+
+def settings_with(dotted: str, value: object) -> Settings:
+    return Settings.model_validate(json.loads(json.dumps(SMALLEST)) | _nested(dotted, value))
+
+
+def _nested(dotted: str, value: object) -> dict:
+    section, _, name = dotted.rpartition(".")
+    return {section: {**SMALLEST.get(section, {}), name: value}} if section else {name: value}
+
+
+def test_schema_is_current() -> None:
+    assert (ROOT / "configs" / "schema.json").read_text(encoding="utf-8") == json_schema(), (
+        "run `python -m kestrel.config.settings > configs/schema.json`"
+    )
+
+
+def test_schema_has_every_key_with_its_meaning() -> None:
+    schema = json.loads(json_schema())
+    for dotted in all_keys():
+        node = schema
+        for part in dotted.split("."):
+            node = node["properties"][part]
+            if "$ref" in node:
+                node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        assert node["description"].endswith((".", ")")), dotted
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_are_valid_commented_and_point_to_the_schema(path: Path) -> None:
+    resolve(str(path), {})
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    for line in text.splitlines():
+        if re.match(r"\s*[\w.]+:\s*[^\s#]", line):
+            assert re.search(r"\S +# \S", line), f"{path.name}: no comment in {line!r}"
+
+
+def test_the_documented_names_exist() -> None:
+    documented = """run_dir seed data.source data.format prompt.format prompt.max_length model.name model.revision
+        model.adapter model.trust_remote_code quantization.bits quantization.type quantization.double_quant
+        quantization.compute_dtype lora.r lora.alpha lora.dropout lora.target_modules training.epochs training.max_steps
+        training.learning_rate training.resume training.tokens_per_step training.report_to generation.split
+        generation.max_new_tokens generation.do_sample generation.num_beams generation.candidates
+        evaluation.generations evaluation.normalization evaluation.resamples evaluation.extra_metrics"""
+    assert set(documented.split()) <= set(all_keys())
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "found"),
+    [
+        ("generation.temperature", 0.7, "generation.temperature"),
+        ("generation.top_p", 0.9, "generation.top_p"),
+        ("generation.top_k", 5, "generation.top_k"),
+        ("generation.length_penalty", 1.5, "generation.length_penalty"),
+        ("generation.max_new_tokens", 1024, "generation.max_new_tokens"),
+        ("generation.systems", [], "generation.systems"),
+        ("generation.systems", ["base", "base"], "generation.systems"),
+        ("generation.stop_strings", ["\n", ""], "generation.stop_strings"),
+        ("lora.target_modules", [], "lora.target_modules"),
+        ("data.test_fraction", 0.96, "data.test_fraction"),
+        ("training.early_stopping", 4, "training.early_stopping"),
+    ],
+)
+def test_impossible_combinations(dotted: str, value: object, found: str) -> None:
+    assert conflicts(Settings.model_validate(SMALLEST)) == []
+    assert [key for key, _ in conflicts(settings_with(dotted, value))] == [found]
+
+
+def test_sampling_and_beams() -> None:
+    def problems(**generation: object) -> list[str]:
+        return [key for key, _ in conflicts(Settings.model_validate({**SMALLEST, "generation": generation}))]
+
+    assert problems(do_sample=True, temperature=0.7, top_p=0.9, top_k=5) == []
+    assert problems(num_beams=4, length_penalty=0.6) == []
+    assert problems(do_sample=True, num_beams=2) == ["generation.num_beams"]
+    assert problems(candidates=True) == problems(references=False) == []
+    assert problems(candidates=True, references=False) == ["generation.candidates"]
+
+
+@pytest.mark.parametrize(
+    ("dotted", "wrong"),
+    [
+        ("run_dir", ["", 3, None]),
+        ("seed", [-1, 1.5, "1", True]),
+        ("data.source", [""]),
+        ("data.validation_fraction", [-0.1, 1.0, float("nan"), float("inf"), "0.1"]),
+        ("data.format", ["Parlai", 1]),
+        ("prompt.max_length", [15, 1e3]),
+        ("quantization.bits", [8, "4", 4.5, True]),
+        ("quantization.double_quant", [1, "true"]),
+        ("lora.r", [0]),
+        ("lora.target_modules", ["all", [1], "query_key_value"]),
+        ("training.learning_rate", [0, -1e-4, "2e-4"]),
+        ("training.report_to", [["tensorbord"], "wandb"]),
+        ("generation.top_p", [0, 1.1]),
+        ("generation.persona_orders", [0, 2.0, True]),
+        ("evaluation.resamples", [99]),
+    ],
+)
+def test_wrong_values(dotted: str, wrong: list[object]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=re.escape(dotted.rpartition(".")[2])):
+            settings_with(dotted, value)
+
+
+def test_trackers_are_the_librarys() -> None:
+    """Read from its source: importing it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
+    source = Path(package.origin).parent / "integrations" / "integration_utils.py"
+    tables = [
+        node.value
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INTEGRATION_TO_CALLBACK"
+    ]
+    assert isinstance(tables[0], ast.Dict)
+    assert sorted(get_args(Tracker)) == sorted(ast.literal_eval(key) for key in tables[0].keys if key)
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, "null", "1234567", "a, b", "[x]", "\n", "it's", "ü: #", [], ["\n", "a, b", "]"], 2e-4, 1e-5, 3, "x " * 999]
+)  # fmt: skip
+def test_values_on_one_line_read_back(value: object) -> None:
+    line = as_yaml(value)
+    assert "\n" not in line
+    assert yaml.safe_load(f"key: {line}  # a note")["key"] == (value if value != 1e-5 else pytest.approx(1e-5))
+
+
+def test_a_conflict_names_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("run_dir: r\ndata: {source: s}\nmodel: {name: m}\ngeneration:\n  temperature: 0.7\n")
+    with pytest.raises(UsageError) as caught:
+        resolve(str(path), {})
+    assert caught.value.problems == [
+        f"{path}:5: generation.temperature: has no effect without generation.do_sample: true"
+    ]

@@ -1,0 +1,248 @@
+"""Readers of every format: what they say of bad files, what the Hub's cache gives them, and any input at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make_corpora import CYNAPTICS, LAYOUTS, OWN, PERSONA, parlai, read, steps, write
+
+from kestrel.data import lines
+from kestrel.data.corpus import FORMATS, open_corpus
+from kestrel.data.repair import normalised
+from kestrel.errors import KestrelError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+OWN_LINE = json.dumps(OWN)
+BAD = [
+    ("", "is empty"),
+    ("\ufeff \n", "is empty"),
+    ("<!DOCTYPE html><html></html>", "web page"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+    (b"\x1f\x8b\x08\x00", "gzip"),
+    ("hi".encode("utf-16"), "UTF-16"),
+    (OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}', r"data.x:2: byte 18 of the line \(0xe9\)"),
+    (parlai("self").encode() + b"1 your persona: caf\xe9\n", r"data.x:6: byte 20 of the line \(0xe9\)"),
+    (
+        '{"train": [{"personality": ["a"], "utterances": []},\n {"personality": ["\xe9"]}]}'.encode("latin-1"),
+        "x:2: byte",
+    ),
+    (OWN_LINE + "\n" + OWN_LINE[:-9], r"data.x:2: not JSON"),
+    (OWN_LINE + "\n[1]", r"data.x:2: one JSON object a line"),
+    (LAYOUTS["huggingface"][:-30], "data.x:1"),
+    ('{"train": [' + "[" * 10 + "]}", "data.x:1: expected one of {"),
+    ('{"persona": ' + "[" * 100_000, "nested too deeply"),
+    ('{"train": [{"persona": ' + "[" * 100_000, "nested too deeply"),
+    ('{"train": []}', "no rows"),
+    (LAYOUTS["parlai"] + "no number\n", r"data.x:6: a ParlAI line is a number"),
+    (LAYOUTS["parlai"] + "7 a\tb\n", r"data.x:6: line 7 of a dialogue where 6 should"),
+    (LAYOUTS["parlai"] + "6 no reply\n", r"data.x:6: expected 'text<TAB>reply"),
+    ("1 your persona: a\r2 b\tc\r", "carriage return"),
+    ("a,b\n1,2\n", "of no known format"),
+    ("Persona,chat\na\n", r"data.x:2: 1 cells, but the header has 2"),
+    ('Persona,chat\na,"b\n', "quotation mark left open"),
+    ("Persona,chat\n", "no rows"),
+    (json.dumps(OWN | {"Persona": "a", "chat": "b"}), "could be kaggle or kestrel"),
+    (json.dumps({"persona": "text", "turns": []}), r"data.x:1: 'persona' must be a list of texts"),
+    (json.dumps({"persona": ["a"], "turns": [{"speaker": "me", "text": "a"}]}), r"turns\[0\]: 'speaker' must be"),
+    (json.dumps({"persona": ["a"], "turns": [{"speaker": "self"}]}), r"turns\[0\]: 'text' must be a text"),
+    (json.dumps(OWN | {"candidates": [["a"]]}), "one list for each of 3 replies"),
+    (json.dumps(OWN | {"dialogue_id": "d"}) + "\n" + json.dumps(OWN | {"dialogue_id": "d"}), "x:2: .*'d' .*data.x:1 "),
+    # Of two faults, the one that stands first.
+    ("\n".join([json.dumps(OWN | {"dialogue_id": "d"})] * 2 + ["{"]), "x:2: .*'d' .*data.x:1 "),
+    ("\n".join([json.dumps(OWN | {"dialogue_id": "d"}), "{", json.dumps(OWN | {"dialogue_id": "d"})]), "x:2: not JSON"),
+    (json.dumps(OWN | {"dialogue_id": "a\ud800"}), "'dialogue_id' must be a printable text or a whole number"),
+    (json.dumps(OWN | {"persona": []}), "yields no dialogue .*1: no persona"),
+    (json.dumps(OWN | {"turns": OWN["turns"][:1]}), "yields no dialogue .*1: no reply"),
+    (json.dumps({"train": [{"personality": ["a"], "utterances": [{"candidates": [], "history": []}]}]}), "gold reply"),
+    (json.dumps(CYNAPTICS | {"dialogue": ["untagged"]}), "Persona A"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(KestrelError, match=message):
+        read(write(tmp_path, content))
+
+
+def line_by_line(path: Path) -> list[tuple[int, str]]:
+    """As `text_lines`, without blocks."""
+    with path.open("rb") as file:
+        found = [(number, raw.decode("utf-8")) for number, raw in enumerate(file, 1)]
+    return [(number, line.removeprefix("\ufeff") if number == 1 else line) for number, line in found]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    pieces=st.lists(
+        st.sampled_from(["\n", "\r\n", "\r", "\x85", "\u2028", "\ufeff", "é", "字", "abc", "👍"]), max_size=20
+    ),
+    block=st.integers(1, 9),
+)
+def test_lines_do_not_hang_on_how_a_file_is_read(tmp_path: Path, pieces: list[str], block: int) -> None:
+    path = Path(write(tmp_path, "".join(pieces)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lines, "_BLOCK", block)
+        assert list(lines.text_lines(path)) == line_by_line(path)
+        patched.setattr(lines, "LONGEST_LINE", 6)
+        if any(len(line) > 6 for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")):
+            with pytest.raises(KestrelError, match="a line of more than 6 bytes"):
+                list(lines.text_lines(path))
+
+
+def test_the_line_that_is_not_utf8_is_named_after_those_before_it(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, b"one\n\xc3\xa9\ntw\xe9o\nthree\n"))
+    found = lines.text_lines(path)
+    assert [next(found), next(found)] == [(1, "one\n"), (2, "é\n")]
+    with pytest.raises(KestrelError, match=r"data.x:3: byte 3 of the line \(0xe9\)"):
+        next(found)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=20) | st.text(st.characters(max_codepoint=127), max_size=20))
+def test_plain_ascii_is_normalised_as_the_rest_is(text: str) -> None:
+    assert normalised(text) == re.sub(r"[\W_]+", " ", text.casefold()).strip()
+    assert normalised(text + "é").removesuffix("é").strip() == normalised(text)
+
+
+def test_a_named_format_must_fit(tmp_path: Path) -> None:
+    for held in FORMATS:
+        source = write(tmp_path, LAYOUTS[held])
+        for named in FORMATS:
+            if named == held:
+                assert open_corpus(source, named).format == held
+            else:
+                with pytest.raises(KestrelError, match=f"not in the format {named}.* looks like {held}"):
+                    open_corpus(source, named)
+    with pytest.raises(KestrelError, match="'parley' is not a data format"):
+        open_corpus(source, "parley")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, parlai("self"), "train_self.txt")
+    with pytest.raises(KestrelError, match="nearest name there is .*train_self.txt"):
+        open_corpus(str(tmp_path / "train_slef.txt"))
+
+
+# --- the Hub, from a cache made by hand: what a download leaves behind ---
+
+
+def in_cache(home: Path, repo: str, revision: str, name: str, content: bytes) -> None:
+    folder = home / "hub" / ("datasets--" + repo.replace("/", "--"))
+    write(folder / "snapshots" / ("c" * 40), content, name)
+    write(folder / "refs", "c" * 40, revision)
+
+
+def in_fresh_process(home: Path, code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    for key in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(key, None)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_hub_sets_from_the_cache(tmp_path: Path) -> None:
+    rows = [{"personality": PERSONA, "conv_id": 3, **step} for step in steps()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "made.parquet")
+    content = (tmp_path / "made.parquet").read_bytes()
+    for split in ("train", "validation"):
+        in_cache(
+            tmp_path, "bavard/personachat_truecased", "refs/convert/parquet", f"full/{split}/0000.parquet", content
+        )
+    for split in ("train", "valid", "test"):
+        name = f"data/Synthetic-Persona-Chat_{split}.csv"
+        in_cache(tmp_path, "google/Synthetic-Persona-Chat", "main", name, LAYOUTS["synthetic"].encode())
+    done = in_fresh_process(
+        tmp_path,
+        "from kestrel.corpora import *\n"
+        "for name in ('bavard/personachat_truecased', 'google/Synthetic-Persona-Chat'):\n"
+        "    corpus = open_corpus(name)\n"
+        "    counts = [len(list(corpus.read(split, Tally()))) for split in corpus.splits]\n"
+        "    print(corpus.format, *corpus.splits, *counts, corpus.fingerprint['hub revision'][:3])\n"
+        "try: open_corpus('nobody/nothing')\n"
+        "except Exception as error: print(type(error).__name__, error)\n",
+    )
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["truecased train validation 1 1 ccc", "synthetic train validation test 2 2 2 ccc"], done.stderr
+    assert lines[2].startswith("KestrelError nobody/nothing (revision main) is not a file here")
+    assert "HF_HUB_OFFLINE" in lines[2]
+    assert len(lines) == 3
+
+
+# --- any input at all: dialogues that hold the invariants, or one clear error ---
+
+TOKENS = st.sampled_from(
+    [
+        "1 ",
+        "2 ",
+        "\n",
+        "\t",
+        "|",
+        "your persona: ",
+        "partner's persona: ",
+        "User 1: ",
+        "User 2: ",
+        "[user 1's name]",
+        ":",
+    ]
+    + ["__ SILENCE __", "\0", "\u2028", "\u00e9", '"', ",", "{", "}", "[", "]", "hi", "hi.", "(name)", "* ", "\r", " "]
+)
+ANY_TEXT = st.one_of(st.text(max_size=60), st.lists(TOKENS, max_size=40).map("".join))
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
+ANY_JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4), max_leaves=8)
+SPOKEN = st.lists(ANY_TEXT, max_size=6)
+ROWS = {
+    "huggingface": {"personality": SPOKEN, "utterances": st.lists(st.fixed_dictionaries({"candidates": SPOKEN, "history": SPOKEN}), max_size=3)},
+    "truecased": {"personality": SPOKEN, "candidates": SPOKEN, "history": SPOKEN, "conv_id": st.integers(0, 3)},
+    "cynaptics": {"conv_id": st.integers(0, 3), "persona_b": SPOKEN, "dialogue": st.lists(ANY_TEXT.map("Persona A: {}".format) | ANY_TEXT.map("Persona B: {}".format), max_size=5), "reference": ANY_TEXT},
+    "synthetic": {"user 1 personas": ANY_TEXT, "user 2 personas": ANY_TEXT, "Best Generated Conversation": ANY_TEXT},
+    "kaggle": {"Persona": ANY_TEXT, "chat": ANY_TEXT},
+    "kestrel": {"persona": SPOKEN, "turns": st.lists(st.fixed_dictionaries({"speaker": st.sampled_from(["self", "partner"]), "text": ANY_TEXT}), max_size=6)},
+}  # fmt: skip
+
+
+@st.composite
+def jsonl(draw: st.DrawFn) -> bytes:
+    """Rows of one format; now and then one value is anything."""
+    columns = ROWS[draw(st.sampled_from(sorted(ROWS)))]
+    records = draw(st.lists(st.fixed_dictionaries(columns), min_size=1, max_size=4))
+    if draw(st.booleans()):
+        draw(st.sampled_from(records))[draw(st.sampled_from(sorted(columns)))] = draw(ANY_JSON)
+    if draw(st.booleans()):
+        return json.dumps({"train": records}).encode()
+    return "\n".join(json.dumps(record) for record in records).encode()
+
+
+@st.composite
+def numbered(draw: st.DrawFn) -> bytes:
+    texts = draw(st.lists(ANY_TEXT.filter(lambda text: "\n" not in text), max_size=8))
+    return "".join(f"{number} {text}\n" for number, text in enumerate(texts, 1)).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    content = LAYOUTS[draw(st.sampled_from(FORMATS))].encode()
+    at = draw(st.integers(0, len(content)))
+    return content[:at] + draw(st.binary(max_size=3)) + content[draw(st.integers(at, min(at + 3, len(content)))) :]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=jsonl() | numbered() | damaged() | ANY_TEXT.map(lambda text: text.encode("utf-8", "replace")))
+def test_any_input_gives_dialogues_or_one_clear_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        read(write(folder, content))
+    except KestrelError as error:
+        assert str(error)
+    finally:
+        shutil.rmtree(folder)

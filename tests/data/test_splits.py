@@ -1,0 +1,242 @@
+"""Splits: what may stand in which, on corpora drawn at random and written to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kestrel.data import spool
+from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.repair import persona_key
+from kestrel.data.splits import MIXED, PARTNER_HELD, TOO_MANY, Splitter
+from kestrel.dialogue import Dialogue
+from kestrel.errors import KestrelError
+
+ROOT = Path(__file__).resolve().parents[2]
+TURNS = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "hello"}]
+
+
+def line(number: int, persona: int, conversation: int | None = None, partner: int | None = None) -> dict[str, Any]:
+    record = {"dialogue_id": f"d{number}", "persona": [f"I am {persona}.", "I like tea."], "turns": TURNS}
+    if conversation is not None:
+        record["conversation_id"] = conversation
+    if partner is not None:
+        # The same sentences in another order and spelling are the same persona.
+        record["partner_persona"] = ["i like tea", f"i am {partner}"]
+    return record
+
+
+def save(path: Path, records: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read(splitter: Splitter) -> Iterator[tuple[str, list[Dialogue], Tally]]:
+    for split in splitter.splits:
+        tally = Tally()
+        yield split, list(splitter.read(split, tally)), tally
+
+
+DIALOGUES = st.lists(
+    st.tuples(st.integers(0, 12), st.none() | st.integers(0, 15), st.none() | st.integers(0, 12)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=DIALOGUES, seed=st.integers(0, 5), shares=st.tuples(*[st.sampled_from([0, 0.05, 0.3])] * 2))
+def test_no_persona_and_no_conversation_leaks(
+    tmp_path: Path, drawn: list[tuple[int, int | None, int | None]], seed: int, shares: tuple[float, float]
+) -> None:
+    source = save(tmp_path / "data.jsonl", [line(number, *each) for number, each in enumerate(drawn)])
+    try:
+        splitter = Splitter(open_corpus(source), *shares, seed=seed)
+        found = {split: (dialogues, tally) for split, dialogues, tally in read(splitter)}
+    except KestrelError as error:
+        assert "too few personas" in str(error) or "no dialogue is left" in str(error)
+        return
+    asked = {split for split, share in zip(("validation", "test"), shares, strict=True) if share}
+    assert set(found) == {"train"} | asked
+    owners = {split: {persona_key(each.persona) for each in dialogues} for split, (dialogues, _) in found.items()}
+    in_train = owners["train"] | {persona_key(each.partner_persona) for each in found["train"][0]}
+    conversations = [{each.conversation_id for each in dialogues} for dialogues, _ in found.values()]
+    for split in asked:
+        assert owners[split]
+        assert not owners[split] & in_train
+    if len(asked) == 2:
+        assert not owners["validation"] & owners["test"]
+    assert sum(map(len, conversations)) == len(set().union(*conversations))
+    # Every dialogue is accounted for once.
+    assert sum(tally.read for _, tally in found.values()) == len(drawn)
+    for dialogues, tally in found.values():
+        assert tally.kept == len(dialogues)
+        assert tally.read == tally.kept + tally.dropped.total()
+        assert set(tally.dropped) <= {MIXED, PARTNER_HELD}
+
+
+def test_dialogues_of_other_owners_in_a_held_conversation_are_counted(tmp_path: Path) -> None:
+    records = []
+    for number in range(50):
+        records += [line(2 * number, number, number, 100 + number), line(2 * number + 1, 100 + number, number, number)]
+    splitter = Splitter(open_corpus(save(tmp_path / "data.jsonl", records)), 0.1, 0.1)
+    counts = {split: (len(dialogues), tally.dropped[MIXED]) for split, dialogues, tally in read(splitter)}
+    assert all(kept + mixed == sum(counts[split]) for split, (kept, mixed) in counts.items())
+    assert counts["train"][1] == 0
+    assert counts["test"][0] == 10  # a tenth of 100 personas, each of one dialogue
+    assert sum(map(sum, counts.values())) == 100
+
+
+@pytest.mark.parametrize(
+    ("native", "origin"),
+    [
+        (["train"], {"train": "train", "validation": "cut from train", "test": "cut from train"}),
+        (["train", "valid"], {"train": "train", "validation": "cut from train", "test": "validation"}),
+        (["train", "test"], {"train": "train", "validation": "cut from train", "test": "test"}),
+        (["train", "dev", "test"], {"train": "train", "validation": "validation", "test": "test"}),
+    ],
+)
+def test_native_splits_are_kept_and_overlap_is_reported(
+    tmp_path: Path, native: list[str], origin: dict[str, str]
+) -> None:
+    for at, name in enumerate(native):
+        save(tmp_path / f"{name}.jsonl", [line(100 * at + number, number + 15 * at) for number in range(20)])
+    splitter = Splitter(open_corpus(str(tmp_path)))
+    assert splitter.origin == origin
+    sizes = {split: len(dialogues) for split, dialogues, _ in read(splitter)}
+    cut = sum(size for split, size in sizes.items() if origin[split] in ("train", "cut from train"))
+    assert cut == 20
+    for split, came_from in origin.items():
+        if came_from in ("validation", "test"):
+            assert sizes[split] == 20
+            at = 1 if len(native) == 2 or split == "validation" else 2
+            assert splitter.persona_overlap[split] == {"personas": 20, "in_train": 5 if at == 1 else 0}
+
+
+def test_drops_of_the_reader_are_counted_once(tmp_path: Path) -> None:
+    records = [line(number, number) | ({"turns": TURNS[:1]} if number % 3 == 0 else {}) for number in range(30)]
+    splitter = Splitter(open_corpus(save(tmp_path / "data.jsonl", records)), 0.2, 0.2)
+    total = Tally()
+    for _, _, tally in read(splitter):
+        total.absorb(tally)
+    assert (total.read, total.kept, total.dropped.total()) == (30, 20, 10)
+
+
+def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is cut from it, and also where it is too large for memory; its dialogues come back as they were read."""
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    records = [
+        line(number, number % 40, None, number % 7) | {"turns": (TURNS * 3)[number % 2 :]} for number in range(200)
+    ]
+    for record in records:
+        record["candidates"] = [["no ."], [], ["é", "字"]]
+    source = save(tmp_path / "data.jsonl", records)
+    expected = {each.dialogue_id: each for each in open_corpus(source).read("train", Tally())}
+    splitter = Splitter(open_corpus(source), 0.1, 0.1, folder=folder)
+    os.unlink(source)
+    assert os.listdir(folder) == []
+    found = [each for _, dialogues, _ in read(splitter) for each in dialogues]
+    assert all(each == expected[each.dialogue_id] for each in found) and len(found) > 100
+    assert found == [each for _, dialogues, _ in read(splitter) for each in dialogues]
+
+
+def test_what_a_reader_repaired_is_told_of_the_split_of_the_dialogue(tmp_path: Path) -> None:
+    records = [line(number, number) for number in range(40)]
+    for number in (3, 17):
+        records[number]["persona"] = [f"I am {number}.", ""]
+    source = save(tmp_path / "data.jsonl", records)
+    whole, total = Tally(), Tally()
+    list(open_corpus(source).read("train", whole))
+    for _, dialogues, tally in read(Splitter(open_corpus(source), 0.2, 0.2)):
+        repaired = sum(each.dialogue_id in ("d3", "d17") for each in dialogues)
+        assert tally.repaired.total() == repaired
+        total.absorb(tally)
+    assert (total.read, total.kept, total.repaired) == (whole.read, whole.kept, whole.repaired)
+    assert sorted(total.examples["persona sentences removed: empty"]) == sorted(
+        whole.examples["persona sentences removed: empty"]
+    )
+
+
+def test_max_dialogues(tmp_path: Path) -> None:
+    source = save(tmp_path / "data.jsonl", [line(number, number % 20) for number in range(100)])
+    chosen = {}
+    for seed in (0, 1):
+        splitter = Splitter(open_corpus(source), 0.2, 0.2, seed=seed, max_dialogues=7)
+        for split, dialogues, tally in read(splitter):
+            assert len(dialogues) == 7
+            assert tally.dropped == {TOO_MANY: tally.read - 7}
+            chosen[split, seed] = [each.dialogue_id for each in dialogues]
+    assert chosen["train", 0] != chosen["train", 1]
+    assert chosen["train", 0] != [f"d{number}" for number in range(7)]
+
+
+def test_persona_less_dialogues_are_cut_by_conversation(tmp_path: Path) -> None:
+    path = tmp_path / "none.txt"
+    path.write_text("".join(f"1 hi {number}\thello {number}\n" for number in range(40)))
+    sizes = [len(dialogues) for _, dialogues, _ in read(Splitter(open_corpus(str(path))))]
+    assert sizes == [36, 2, 2]
+
+
+def test_both_sides_of_convai2_stay_together(tmp_path: Path) -> None:
+    """ParlAI's self files hold each conversation once for each owner, with nothing but the words to tell it."""
+    text = ""
+    for number in range(40):
+        said = [f"utterance {number} {at}" for at in range(10)]
+        for persona, turns in ((f"owner {number}", said), (f"owner {number + 100}", ["__ SILENCE __", *said[:9]])):
+            text += f"1 your persona: {persona}\n"
+            text += "".join(f"{at // 2 + 2} {turns[at]}\t{turns[at + 1]}\n" for at in range(0, 10, 2))
+    path = tmp_path / "train.txt"
+    path.write_text(text)
+    splitter = Splitter(open_corpus(str(path)), 0.1, 0.1)
+    where = {dialogue.conversation_id: split for split, dialogues, _ in read(splitter) for dialogue in dialogues}
+    assert len(where) == 40
+    words = {split: set() for split in splitter.splits}
+    for split, dialogues, _ in read(splitter):
+        words[split] |= {turn.text for dialogue in dialogues for turn in dialogue.turns}
+    assert not words["train"] & (words["validation"] | words["test"])
+
+
+def test_the_same_in_another_process(tmp_path: Path) -> None:
+    source = save(tmp_path / "data.jsonl", [line(number, number % 30) for number in range(90)])
+    here = [[each.dialogue_id for each in dialogues] for _, dialogues, _ in read(Splitter(open_corpus(source)))]
+    code = (
+        "import sys, json\nfrom kestrel.data.corpus import *\nfrom kestrel.data.splits import Splitter\n"
+        "s = Splitter(open_corpus(sys.argv[1]))\n"
+        "print(json.dumps([[d.dialogue_id for d in s.read(split, Tally())] for split in s.splits]))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == here
+    # The choice itself is part of the contract: a run of last year must find the same test set.
+    assert here[2] == ["d10", "d25", "d40", "d55", "d70", "d85"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0.5, 0.5), "less than 1 together"), ((-0.1, 0), "0 or more"), ((0, 0, 0, 0), "at least 1"), ((), "too few")],
+)
+def test_impossible_splits(tmp_path: Path, arguments: tuple[Any, ...], message: str) -> None:
+    source = save(tmp_path / "data.jsonl", [line(number, number % 2) for number in range(9)])
+    with pytest.raises(KestrelError, match=message):
+        Splitter(open_corpus(source), *arguments)
+
+
+def test_the_same_id_in_two_splits_names_both_places(tmp_path: Path) -> None:
+    save(tmp_path / "train.jsonl", [line(0, 0), line(1, 1)])
+    save(tmp_path / "test.jsonl", [line(2, 2), line(1, 3)])
+    with pytest.raises(KestrelError, match="'d1' stands at .*train.jsonl:2 and at .*test.jsonl:2"):
+        Splitter(open_corpus(str(tmp_path)))

@@ -1,0 +1,260 @@
+"""Answers are those of the model alone, whatever else shares their batch, and end where and why they say."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from make_models import make_model, make_tokenizer
+from make_tokenizers import sentencepiece_like, unigram, wordpiece
+
+from kestrel.adapter.lora import add_lora
+from kestrel.config.settings import Generation, Lora
+from kestrel.errors import KestrelError
+from kestrel.generation.respond import Prompted, _StopStrings, by_the_library, respond
+from kestrel.model.loss import install
+from kestrel.prompt.prompt import Prompt
+
+END = 11
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
+CONTEXTS = st.lists(st.lists(st.integers(12, 380), min_size=1, max_size=30), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Prompt:
+    return Prompt(make_tokenizer(), "plain", 256)
+
+
+def adapted(architecture: str) -> torch.nn.Module:
+    """A model as generate.py has it: with an adapter that does something, and prepared for likelihoods."""
+    target = ["c_attn"] if architecture == "gpt2" else "all-linear"
+    model = add_lora(make_model(architecture), Lora(r=4, target_modules=target), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    install(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, torch.nn.Module]:
+    return {name: adapted(name) for name in ARCHITECTURES}
+
+
+def own_greedy(model: torch.nn.Module, context: list[int], count: int) -> list[int]:
+    """Argmax of whole forward passes: no cache, no padding, no library."""
+    ids = list(context)
+    with torch.no_grad():
+        while len(ids) < len(context) + count and (len(ids) == len(context) or ids[-1] != END):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(context) :]
+
+
+# GPT-2's positions are absolute: there left padding without position_ids would show.
+@pytest.mark.parametrize("architecture", ["falcon", "gpt2", "llama"])
+@given(contexts=CONTEXTS, budget=st.integers(1, 400))
+@settings(max_examples=8, deadline=None)
+def test_batched_answers_are_argmax_of_single_forward_passes(models, prompt, architecture, contexts, budget):
+    model = models[architecture]
+    chosen = Generation(max_new_tokens=10, stop_strings=[], tokens_per_step=budget)
+    for context, response in zip(contexts, respond(model, prompt, contexts, chosen), strict=True):
+        ids = own_greedy(model, context, 10)
+        ended = ids[-1] == END
+        assert response.tokens == len(ids)
+        assert response.text == prompt.reply_text(ids)
+        assert response.stopped_by == ("eos" if ended else "length")
+
+
+RULES = st.fixed_dictionaries(
+    {
+        "repetition_penalty": st.sampled_from([1.0, 1.2, 2.0]),
+        "no_repeat_ngram_size": st.sampled_from([0, 1, 2, 3]),
+        "stop_strings": st.sampled_from([[], ["\n"], ["a", "tt"]]),
+        "max_new_tokens": st.integers(1, 20),
+    }
+)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@given(contexts=CONTEXTS, rules=RULES)
+@settings(max_examples=8, deadline=None)
+def test_answers_are_the_librarys_own(models, prompt, architecture, contexts, rules):
+    """Each context alone, as the library decodes it; ours share passes, rows leave them, and the cache is our own."""
+    chosen = Generation(**rules)
+    ours = respond(models[architecture], prompt, contexts, chosen)
+    for context, response in zip(contexts, ours, strict=True):
+        [(_, alone)] = by_the_library(models[architecture], prompt, [Prompted(context, 0)], chosen)
+        assert response == alone
+
+
+class Parrot(torch.nn.Module):
+    """Makes a model say a given token sequence after any prompt, by adding to its logits."""
+
+    def __init__(self, model, script):
+        super().__init__()
+        self.model, self.script = model, script
+
+    def __enter__(self):
+        self.said = {}
+
+        def push(module, inputs, output):
+            step = self.said.setdefault("n", 0)
+            output[:, -1, self.script[min(step, len(self.script) - 1)]] += 1e4
+            self.said["n"] += 1
+
+        self.hook = self.model.get_output_embeddings().register_forward_hook(push)
+        return self.model
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+def said(prompt: Prompt, script: list[int], context: str = "You:", **chosen):
+    with Parrot(make_model(), script) as model:
+        contexts = [prompt.tokenizer(context)["input_ids"], prompt.tokenizer("hi " + context)["input_ids"]]
+        first, second = respond(model, prompt, contexts, Generation(max_new_tokens=12, **chosen))
+    assert first == second
+    return first
+
+
+def test_three_ways_to_end(prompt):
+    tokens = prompt.tokenizer(" i have a dog .")["input_ids"]
+    by_end = said(prompt, [*tokens, END])
+    assert (by_end.text, by_end.tokens, by_end.stopped_by) == ("i have a dog .", len(tokens) + 1, "eos")
+    stop = prompt.tokenizer("\nPartner: hi")["input_ids"]
+    by_stop = said(prompt, [*tokens, *stop])
+    assert (by_stop.text, by_stop.stopped_by) == ("i have a dog .", "stop_string")
+    assert len(tokens) < by_stop.tokens <= len(tokens) + 1
+    by_length = said(prompt, prompt.tokenizer("dog" * 40)["input_ids"])
+    assert (by_length.tokens, by_length.stopped_by) == (12, "length")
+
+
+def test_empty_answer(prompt):
+    assert said(prompt, [END]).__dict__ == {"text": "", "tokens": 1, "stopped_by": "eos"}
+
+
+def test_stop_string_over_several_tokens_and_the_first_of_several(prompt):
+    script = [*prompt.tokenizer(" yes , i have a dog . STOP and more")["input_ids"]]
+    answer = said(prompt, script, stop_strings=["more", "STOP"], context="a")
+    assert answer.text == "yes , i have a dog ."[: len(answer.text)] and answer.stopped_by in ("stop_string", "length")
+    answer = said(prompt, prompt.tokenizer("noSTOPmore")["input_ids"], stop_strings=["more", "STOP"])
+    assert (answer.text, answer.stopped_by) == ("no", "stop_string")
+
+
+def test_prompt_may_hold_the_stop_string_and_the_reply(prompt):
+    tokens = prompt.tokenizer(" a dog .")["input_ids"]
+    answer = said(prompt, [*tokens, END], context="a dog .\nPartner: a dog .\nYou: a dog .\nYou:")
+    assert (answer.text, answer.stopped_by, answer.tokens) == ("a dog .", "eos", len(tokens) + 1)
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_stop(prompt):
+    """The library's own criterion looks at the prompt too, and would end this answer after its first token."""
+    tokens = prompt.tokenizer(" i have a cat .")["input_ids"]
+    answer = said(prompt, [*tokens, END], context="\nYou:", stop_strings=[": i"])
+    assert (answer.text, answer.stopped_by) == ("i have a cat .", "eos")
+
+
+def test_beams_are_the_same_alone_and_together(models, prompt):
+    contexts = [[20, 30, 40], [50] * 17, [60, 70]]
+    chosen = Generation(max_new_tokens=8, num_beams=3, length_penalty=0.5)
+    together = respond(models["falcon"], prompt, contexts, chosen)
+    assert together == [respond(models["falcon"], prompt, [context], chosen)[0] for context in contexts]
+    assert together != respond(models["falcon"], prompt, contexts, Generation(max_new_tokens=8))
+
+
+def test_a_sample_hangs_on_its_own_seed_alone(models, prompt):
+    contexts, seeds = [[20 + i, 30, 40] + [50] * i for i in range(6)], list(range(6))
+    chosen = Generation(max_new_tokens=8, do_sample=True, top_k=50, top_p=0.9, temperature=1.3)
+
+    def drawn(order, budget=8192):
+        settings = chosen.model_copy(update={"tokens_per_step": budget})
+        found = respond(models["falcon"], prompt, [contexts[i] for i in order], settings, [seeds[i] for i in order])
+        return dict(zip(order, found, strict=True))
+
+    together = drawn(range(6))
+    assert drawn([4, 0, 5, 2, 1, 3], budget=20) == together
+    assert {i: drawn([i])[i] for i in range(6)} == together
+    others = respond(models["falcon"], prompt, [contexts[0]] * 6, chosen, seeds)
+    assert len({response.text for response in others}) > 1
+
+
+def test_samples_follow_the_models_probabilities(models, prompt):
+    """3,000 first tokens after one context, against the softmax of its logits among the 20 likeliest."""
+    context, count = [20, 30, 40], 3000
+    chosen = Generation(max_new_tokens=1, do_sample=True, top_k=20, temperature=2.0, stop_strings=[])
+    drawn = respond(models["falcon"], prompt, [context] * count, chosen, range(count))
+    with torch.no_grad():
+        logits = models["falcon"](input_ids=torch.tensor([context])).logits[0, -1] / 2
+    likeliest = logits.topk(20)
+    expected: dict[str, float] = {}
+    for token, probability in zip(likeliest.indices.tolist(), likeliest.values.softmax(0).tolist(), strict=True):
+        text = prompt.reply_text([token]) if token != END else ""
+        expected[text] = expected.get(text, 0) + probability
+    found = {text: sum(response.text == text for response in drawn) / count for text in expected}
+    assert sum(found.values()) == pytest.approx(1)
+    for text, probability in expected.items():
+        assert abs(found[text] - probability) < 4.5 * (probability * (1 - probability) / count) ** 0.5
+
+
+def test_a_models_own_defaults_change_nothing(models, prompt):
+    model, contexts = models["falcon"], [[20, 30, 40], [50, 60]]
+    expected = respond(model, prompt, contexts, Generation(max_new_tokens=8))
+    own = model.get_base_model().generation_config
+    foreign = {"repetition_penalty": 5.0, "suppress_tokens": list(range(12, 300)), "min_new_tokens": 8, "num_beams": 2}
+    for key, value in {**foreign, "forced_eos_token_id": 20, "bad_words_ids": [[310], [320]]}.items():
+        setattr(own, key, value)
+    try:
+        assert respond(model, prompt, contexts, Generation(max_new_tokens=8)) == expected
+        assert model.get_base_model().generation_config is own
+    finally:
+        for key in (*foreign, "forced_eos_token_id", "bad_words_ids"):
+            setattr(own, key, None)
+
+
+def test_model_without_max_position_embeddings(prompt):
+    model = make_model()
+    delattr(model.config, "max_position_embeddings")
+    assert respond(model, prompt, [[20, 30]], Generation(max_new_tokens=3))[0].tokens <= 3
+
+
+def test_an_answer_that_does_not_fit_is_refused(prompt):
+    model = make_model("gpt2")
+    with pytest.raises(KestrelError, match="a prompt of 510 tokens and generation.max_new_tokens 3 exceed .* 512"):
+        respond(model, prompt, [[20] * 510], Generation(max_new_tokens=3))
+    assert respond(model, prompt, [[20] * 509], Generation(max_new_tokens=3, stop_strings=[]))[0].tokens <= 3
+
+
+@given(
+    ids=st.lists(st.integers(0, 383), max_size=12),
+    stops=st.lists(st.text("ab .:\nYé", min_size=1, max_size=3), min_size=1, max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_stop_string_is_overlooked(prompt, ids, stops):
+    """Byte by byte tokens among them, so that a character may be spread over several."""
+    text = prompt.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert _StopStrings(prompt, stops)(ids) == any(stop in text for stop in stops)
+
+
+@pytest.mark.parametrize("make", [sentencepiece_like, unigram, wordpiece])
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_stop_string_is_overlooked_by_other_decoders(make, data):
+    """They take the blank from a token that stands alone, or put one between two tokens."""
+    spelled = _prompt_of(make)
+    ids = data.draw(st.lists(st.integers(0, len(spelled.tokenizer) - 1), max_size=8))
+    text = spelled.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    places = st.integers(0, max(0, len(text) - 1))
+    stops = [text[start : start + 2] or "a" for start in data.draw(st.lists(places, min_size=1, max_size=2))]
+    assert _StopStrings(spelled, stops)(ids) == any(stop in text for stop in stops)
+
+
+@functools.cache
+def _prompt_of(make: Callable[[], Any]) -> Prompt:
+    return Prompt(make(), "plain", 64)

@@ -1,0 +1,315 @@
+"""How passes are made: what fits is chosen, what does not fit is made smaller, and the result stays the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from make_models import make_model
+from safetensors.torch import load_file
+from scripts import die_after
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from kestrel.adapter.lora import add_lora
+from kestrel.adapter.proof import WEIGHTS
+from kestrel.config.resolve import resolve
+from kestrel.config.settings import Data, Lora, Model, Settings, Training
+from kestrel.data.dataset import lengths_of, load_split, supervised_of
+from kestrel.errors import KestrelError
+from kestrel.model.loss import install, token_nll
+from kestrel.planning import passes
+from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
+from kestrel.planning.passes import Dialogues, Plan, choose
+from kestrel.training import arguments
+from kestrel.training.trainer import DialogueTrainer
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+LENGTHS = st.lists(st.integers(20, 400), min_size=4, max_size=60).map(np.asarray)
+
+
+def settings_for(**training: Any) -> Settings:
+    return Settings(
+        run_dir="unused", data=Data(source="unused"), model=Model(name="unused"), training=Training(**training)
+    )
+
+
+@dataclass
+class Arithmetic:
+    """An estimator of so many bytes a token, by level, and a bend where the logits' chunk is full."""
+
+    levels = ("none", "mlp", "full")
+    bytes_a_token: tuple[int, int, int] = (2_000_000, 900_000, 300_000)
+
+    def estimate(self, shape: Pass, level: str) -> Estimate:
+        kept = shape.tokens * self.bytes_a_token[self.levels.index(level)]
+        return Estimate(4 * 2**30, 0, 0, 0, kept, min(shape.supervised, 512) * 600_000, 0)
+
+
+def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
+    steps = np.array_split(np.arange(len(lengths)), -(-len(lengths) // batch_size))
+    return Dialogues(lengths, lengths // 3, steps)
+
+
+@hypothesis_settings(deadline=None)
+@given(LENGTHS, st.integers(1, 32), st.integers(4, 60))
+def test_what_is_chosen_fits_and_is_the_largest_that_does(lengths, batch_size, gib):
+    dialogues, estimator = dialogues_of(lengths, batch_size), Arithmetic()
+    chosen = choose(settings_for(), estimator, gib * 2**30, dialogues)
+
+    def needed(tokens: int, level: str) -> int:
+        return estimator.estimate(dialogues.filled(tokens), level).needed
+
+    smallest = needed(dialogues.longest, "full")
+    assert chosen.fits == (smallest <= gib * 2**30)
+    if not chosen.fits:
+        assert (chosen.tokens_per_step, chosen.recompute) == (dialogues.longest, "full")
+        return
+    assert dialogues.longest <= chosen.tokens_per_step <= dialogues.most_tokens
+    if chosen.tokens_per_step < dialogues.most_tokens:
+        more = min(dialogues.most_tokens, int(chosen.tokens_per_step * 1.1) + 128)
+        assert needed(more, chosen.recompute) > gib * 2**30
+    enough = min(2048, dialogues.most_tokens)
+    for level in estimator.levels[: estimator.levels.index(chosen.recompute)]:
+        assert needed(int(enough * 1.1) + 64, level) > gib * 2**30  # less recomputation would mean tiny passes
+
+
+def test_given_values_are_kept():
+    dialogues = dialogues_of(np.full(32, 300), 32)
+    chosen = choose(settings_for(tokens_per_step=3000), Arithmetic(), 8 * 2**30, dialogues)
+    assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (3000, "mlp", True)
+    chosen = choose(settings_for(recompute="none"), Arithmetic(), 8 * 2**30, dialogues)
+    assert chosen.recompute == "none" and 300 <= chosen.tokens_per_step < 2048
+    chosen = choose(settings_for(recompute="none", tokens_per_step=9000), Arithmetic(), 8 * 2**30, dialogues)
+    assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (9000, "none", False)
+
+
+def test_without_a_gpu_numbers_are_fixed(prepared):
+    settings, _ = resolve(str(prepared.config), {}, [])
+    assert passes.capacity(settings) is None
+    chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]  neither is looked at
+    assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
+
+
+def test_of_a_card_what_is_named_or_free_is_taken(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
+    assert passes.capacity(settings_for()) == 20 * gib + CONTEXT
+    assert passes.capacity(settings_for(device_memory="12GiB")) == 12 * gib
+    assert passes.capacity(settings_for(device_memory="80 GB")) == 20 * gib + CONTEXT
+    passes.stay_within(settings_for())
+    passes.stay_within(settings_for(device_memory="12GiB"))
+    assert limits == [pytest.approx((12 * gib - CONTEXT) / (24 * gib))]
+
+
+def test_supervised_tokens_are_the_labels(prepared):
+    rows = load_split(prepared.run / "dataset", "train", "")
+    labels = [sum(label != -100 for label in row["labels"]) for row in rows]
+    assert supervised_of(rows).tolist() == labels
+    assert supervised_of(rows.select([5, 2, 2])).tolist() == [labels[5], labels[2], labels[2]]
+
+
+@hypothesis_settings(deadline=None)
+@given(LENGTHS, st.integers(1, 32), st.integers(100, 4000))
+def test_passes_hold_every_dialogue_within_the_budget(lengths, batch_size, budget):
+    dialogues = dialogues_of(lengths, batch_size)
+    made = dialogues.passes(budget)
+    assert sum(one.rows for one in made) == len(lengths)
+    assert sum(one.supervised for one in made) == (lengths // 3).sum()
+    largest = dialogues.largest(budget)
+    assert all(one.rows == 1 or one.tokens <= budget for one in made)
+    assert all(one.tokens <= largest.tokens and one.supervised <= largest.supervised for one in made)
+
+
+# -- where memory runs out ---------------------------------------------------------------------------------------------
+
+
+def exhaust(monkeypatch: pytest.MonkeyPatch, tokens: int, of_rows: int = 1) -> list[int]:
+    """Lets passes of more than so many tokens fail in training, half-way through what they allocate. Returns their sizes."""
+    failed: list[int] = []
+
+    def nll(model, batch):
+        value = token_nll(model, batch)
+        rows = len(batch["input_ids"])
+        if model.training and batch["input_ids"].numel() > tokens and rows >= of_rows:
+            failed.append(batch["input_ids"].numel())
+            value.sum().backward()  # gradients that must not stay
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return value
+
+    monkeypatch.setattr("kestrel.training.trainer.token_nll", nll)
+    return failed
+
+
+def results(run: Path) -> tuple[bytes, bytes]:
+    return (run / "adapter" / WEIGHTS).read_bytes(), (run / "logs" / "training.jsonl").read_bytes()
+
+
+def test_a_step_that_does_not_fit_is_done_again_in_smaller_passes(prepared, tmp_path, monkeypatch, capsys):
+    """To the bit what smaller passes give from the beginning, with dropout: nothing is left of the failed attempt."""
+    one_step = ["--training.max_steps", "1", "--training.evaluations", "1"]
+    with monkeypatch.context() as patch:
+        failed = exhaust(patch, 100, of_rows=2)
+        assert train.main([*prepared.copy_to(tmp_path / "run"), *one_step]) == 0
+    said = capsys.readouterr().out
+    assert failed and said.count("out of memory in a pass of") == len(failed)
+    record = json.loads((tmp_path / "run/checkpoints/checkpoint-1/passes.json").read_text())
+    budget = record["chosen"]["tokens_per_step"]
+    assert f"a pass holds at most {budget:,} (training.tokens_per_step)" in said
+    small = [*prepared.copy_to(tmp_path / "small"), *one_step, "--training.tokens_per_step", str(budget)]
+    assert train.main(small) == 0
+    assert results(tmp_path / "run") == results(tmp_path / "small")
+
+
+def test_a_run_that_steps_down_ends_where_one_with_room_does(prepared, tmp_path, monkeypatch):
+    """Without dropout, whose draws depend on the shapes they fill."""
+    weights = []
+    for name, tokens in (("room", 10_000), ("none", 260)):
+        with monkeypatch.context() as patch:
+            exhaust(patch, tokens, of_rows=2)
+            assert train.main([*prepared.copy_to(tmp_path / name), "--lora.dropout", "0.0"]) == 0
+        weights.append(load_file(str(tmp_path / name / "adapter" / WEIGHTS)))
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=2e-3), name
+
+
+def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prepared, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        exhaust(patch, 260, of_rows=2)
+        assert train.main(prepared.copy_to(tmp_path / "whole")) == 0
+        with monkeypatch.context() as death:
+            arguments = prepared.copy_to(tmp_path / "run")
+            die_after(death, 7)
+            assert train.main(arguments) == 1
+        capsys.readouterr()
+        assert train.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "going on from" in said and "out of memory" not in said
+    assert results(tmp_path / "run") == results(tmp_path / "whole")
+    # Whoever asks for something else gets it.
+    settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "999"}, [])
+    assert passes.plan(settings, None, None, tmp_path / "run/checkpoints/checkpoint-8").tokens_per_step == 999  # type: ignore[arg-type]
+
+
+def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path, monkeypatch, capsys):
+    exhaust(monkeypatch, 60)
+    arguments = [
+        *prepared.copy_to(tmp_path / "run"),
+        "--quantization.bits",
+        "16",
+        "--lora.target_modules",
+        "all-linear",
+    ]
+    assert train.main(arguments) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    places = [said.index(key) for key in ("quantization.bits: 4", "recompute: full", "max_length", "target_modules")]
+    assert "out of memory in a pass of 1 x " in said and places == sorted(places)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def trainer_for(prepared: Any, budget: int) -> DialogueTrainer:
+    settings, _ = resolve(str(prepared.config), {"training.report_to": []}, [])
+    rows = load_split(prepared.run / "dataset", "train", "")
+    model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.1), seed=0)
+    install(model)
+    return DialogueTrainer(
+        settings, np.array_split(np.arange(len(rows)), 3), {}, Plan(budget, "none"),
+        model=model, train_dataset=rows, eval_dataset=rows,
+        processing_class=type("Tokenizer", (), {"eos_token_id": 11, "save_pretrained": None})(),
+        args=arguments.arguments_for(settings, 3, prepared.run.parent / "unused", on_gpu=False),
+    )  # fmt: skip
+
+
+def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, monkeypatch, capsys):
+    trainer = trainer_for(prepared, 4096)
+    failed = exhaust(monkeypatch, 300, of_rows=2)
+    before = torch.get_rng_state()
+    trainer.rehearse()
+    lengths = lengths_of(trainer.train_dataset)
+    heaviest = max(len(step) * lengths[step].max() for step in trainer._steps)
+    assert failed[0] == heaviest and len(failed) == capsys.readouterr().out.count("out of memory")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in trainer.model.parameters())
+    failures = len(failed)
+    for step in range(3):
+        inputs = trainer._step_of(trainer._rows_of(step))
+        assert all(len(b["input_ids"]) == 1 or b["input_ids"].numel() <= 300 for b in inputs["forward_passes"])
+        trainer.training_step(trainer.model, inputs)
+    assert len(failed) == failures
+
+
+def test_of_a_sharded_base_no_process_makes_passes_of_its_own(prepared, monkeypatch):
+    """The others take part in each pass, and would wait for one that is made again."""
+    trainer = trainer_for(prepared, 4096)
+    trainer._sharded = True
+    exhaust(monkeypatch, 100, of_rows=2)
+    with pytest.raises(
+        KestrelError, match=r"out of memory in a pass of \d+ x \d+ tokens; .* lower training.tokens_per_"
+    ):
+        trainer.training_step(trainer.model, trainer._step_of(trainer._rows_of(0)))
+
+
+class _Waits(TorchDispatchMode):
+    """Finds operations for which a GPU would have to be waited for: their results are numbers or sizes on the host."""
+
+    _OPERATIONS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indexed_by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name.split(".")[0] in self._OPERATIONS or indexed_by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_gpu(prepared):
+    trainer = trainer_for(prepared, 200)
+    inputs = trainer._step_of(trainer._rows_of(0))
+    assert len(inputs["forward_passes"]) > 2
+    with _Waits() as waits:
+        trainer.training_step(trainer.model, inputs)
+        trainer._clip_grad_norm(trainer.model)
+    assert waits.found == []
+    with _Waits() as waits:  # so that the test can fail
+        bool(torch.isfinite(trainer.last_gradient_norm))
+    assert waits.found == ["_local_scalar_dense"]
+
+
+def test_auto_takes_what_fits_a_named_card(prepared, tmp_path, capsys):
+    """The whole way through train.py, on a CPU that stands for the card."""
+    arguments = [*prepared.copy_to(tmp_path / "run"), "--training.device_memory", "720MiB", "--training.max_steps", "2"]
+    assert train.main(arguments) == 0
+    found = re.search(r"passes of up to ([\d,]+) tokens, recompute none: 0.7 of 0.7 GiB", capsys.readouterr().out)
+    assert found is not None
+    record = json.loads((tmp_path / "run/checkpoints/checkpoint-2/passes.json").read_text())
+    assert f"{record['chosen']['tokens_per_step']:,}" == found[1]
+    assert train.main([*arguments, "--training.device_memory", "600MiB"]) == 0
+    assert re.search(r"warning: training needs 0.\d GiB by estimate, there are 0.6;", capsys.readouterr().err)
+
+
+def test_where_nothing_can_be_estimated_numbers_are_fixed(prepared, monkeypatch, capsys):
+    def refuse(*_: Any) -> None:
+        raise CannotEstimate("the memory of a mamba cannot be estimated")
+
+    monkeypatch.setattr(passes, "Estimator", refuse)
+    settings, _ = resolve(str(prepared.config), {"training.device_memory": "24GiB"}, [])
+    chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]
+    assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
+    assert "warning: the memory of a mamba cannot be estimated" in capsys.readouterr().err

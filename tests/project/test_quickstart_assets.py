@@ -1,0 +1,216 @@
+"""The embedded base and dialogues: what is committed is what the scripts make, and is what the quickstart needs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
+SPLITS = ("train", "validation", "test")
+SPARE = (
+    ">>TITLE<<",
+    ">>ABSTRACT<<",
+    ">>INTRODUCTION<<",
+    ">>SUMMARY<<",
+    ">>COMMENT<<",
+    ">>ANSWER<<",
+    ">>QUESTION<<",
+    ">>DOMAIN<<",
+    ">>PREFIX<<",
+    ">>SUFFIX<<",
+    ">>MIDDLE<<",
+)
+
+
+def rows(split: str) -> list[dict[str, Any]]:
+    lines = (QUICKSTART / "dialogues" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def make(script: str, *options: object) -> None:
+    # A hash seed of its own: nothing may depend on the order of a set.
+    environment = os.environ | {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(QUICKSTART / script), *map(str, options)]
+    subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    return importlib.import_module("world")
+
+
+def attributes(persona: list[str], world: ModuleType) -> frozenset[str]:
+    """What varies between personas, whatever the wording and the order of the sentences."""
+    known = {text for topic in world.TOPICS.values() for value in topic.values for text in value.values()}
+    known |= {*world.COUNTS, *world.PET_NAMES, *world.THINGS}
+    return frozenset(word for word in known if re.search(rf"\b{word}\b", " ".join(persona)))
+
+
+def test_the_committed_dialogues_are_what_the_script_makes(tmp_path: Path) -> None:
+    make("make_dialogues.py", "--output", tmp_path)
+    for split in SPLITS:
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (QUICKSTART / "dialogues" / f"{split}.jsonl").read_bytes()
+
+
+def test_another_seed_makes_other_dialogues(tmp_path: Path) -> None:
+    make("make_dialogues.py", "--output", tmp_path, "--seed", 2)
+    assert (tmp_path / "test.jsonl").read_bytes() != (QUICKSTART / "dialogues" / "test.jsonl").read_bytes()
+
+
+def test_sizes() -> None:
+    dialogues = sum(path.stat().st_size for path in (QUICKSTART / "dialogues").iterdir())
+    weights = sum(path.stat().st_size for path in (QUICKSTART / "base").glob("*.safetensors"))
+    assert dialogues <= 1_500_000
+    assert 0 < weights <= 8_000_000
+    assert sum(len(row["turns"]) // 2 for row in rows("test")) >= 300
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_dialogues_are_well_formed(split: str) -> None:
+    identities = [row["dialogue_id"] for row in rows(split)]
+    assert len(set(identities)) == len(identities)
+    for row in rows(split):
+        where = row["dialogue_id"]
+        assert 3 <= len(row["persona"]) <= 5, where
+        assert 4 <= len(row["turns"]) / 2 <= 7, where
+        assert [turn["speaker"] for turn in row["turns"]] == ["partner", "self"] * (len(row["turns"]) // 2), where
+        texts = [turn["text"] for turn in row["turns"]] + row["persona"]
+        assert all(text and text == text.strip() and not re.search(r"[A-Z{}\n|<>]", text) for text in texts), where
+
+
+def test_candidates_never_hold_the_reference() -> None:
+    for row in rows("test"):
+        replies = [turn["text"] for turn in row["turns"] if turn["speaker"] == "self"]
+        assert len(row["candidates"]) == len(replies)
+        for reply, distractors in zip(replies, row["candidates"], strict=True):
+            assert reply not in distractors
+            assert len(set(distractors)) == len(distractors) > 0
+
+
+def test_personas_are_disjoint_but_built_of_the_same_attributes(world: ModuleType) -> None:
+    personas = {split: [attributes(row["persona"], world) for row in rows(split)] for split in SPLITS}
+    train = set(personas["train"])
+    known = frozenset().union(*train)
+    for split in ("validation", "test"):
+        assert not train & set(personas[split])
+        for persona in personas[split]:
+            assert persona and persona <= known
+    assert not set(personas["validation"]) & set(personas["test"])
+
+
+def test_no_reply_is_frequent() -> None:
+    replies = [turn["text"] for row in rows("test") for turn in row["turns"] if turn["speaker"] == "self"]
+    assert max(replies.count(reply) for reply in set(replies)) <= 0.03 * len(replies)
+
+
+def test_the_base_has_the_flags_of_falcon_7b() -> None:
+    config = json.loads((QUICKSTART / "base" / "config.json").read_text())
+    expected = {
+        "model_type": "falcon",
+        "architectures": ["FalconForCausalLM"],
+        "new_decoder_architecture": False,
+        "multi_query": True,
+        "parallel_attn": True,
+        "bias": False,
+        "alibi": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+    }
+    assert {key: config.get(key) for key in expected} == expected
+    # What bitsandbytes' NF4 kernels want of a linear layer.
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    assert hidden % 64 == 0 and (hidden + 2 * hidden // heads) % 32 == 0
+
+
+def test_the_weights_load_and_are_finite() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "base", dtype=torch.float32)
+    assert type(model).__name__ == "FalconForCausalLM"
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
+    specials = [*SPARE, "<|endoftext|>"]
+    assert tokenizer.convert_ids_to_tokens(list(range(12))) == specials
+    assert set(tokenizer.all_special_tokens) == set(specials)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.bos_token) == (11, None, None)
+    assert 11 not in tokenizer("a text does not end by itself.")["input_ids"]
+    assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
+    chain = json.loads((QUICKSTART / "base" / "tokenizer.json").read_text())["pre_tokenizer"]
+    assert chain == {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            {"type": "Digits", "individual_digits": False},
+            {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
+        ],
+    }
+
+
+@pytest.mark.parametrize("text", ["i am a nurse, and you?", "Ünïcode 漢字 🙂\n\ttabs", "in 1234567 <html> >>x<<"])
+def test_any_text_survives_the_tokenizer(text: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_make_base_makes_a_whole_folder_with_the_same_tokenizer(tmp_path: Path) -> None:
+    make("make_base.py", "--steps", 2, "--output", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in (QUICKSTART / "base").iterdir())
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((QUICKSTART / "base" / name).read_text()), name
+
+
+def test_the_same_seed_makes_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    make_base = importlib.import_module("make_base")
+    monkeypatch.setattr(make_base, "BATCH", 2)
+    tokenizer = make_base.make_tokenizer(1)
+
+    def weights(seed: int) -> dict[str, Any]:
+        model = make_base.make_model(seed)
+        make_base.pretrain(model, make_base.rows(tokenizer, seed), steps=2)
+        return dict(model.state_dict())
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first if "word_embeddings" in name)
+
+
+def test_the_texts_of_the_base_do_not_show_how_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their labels are drawn at random: what follows a partner's line is its answer only by chance."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    make_base = importlib.import_module("make_base")
+    texts = make_base.documents(2)
+    corpus = "\n".join(next(texts) for _ in range(5000))
+    assert "<|endoftext|>" not in corpus
+    exchanges = {
+        (partner["text"], own["text"])
+        for split in SPLITS
+        for row in rows(split)
+        for partner, own in zip(row["turns"][::2], row["turns"][1::2], strict=True)
+    }
+    shown = re.findall(r"Partner: (.*)\nYou: (.*)", corpus)
+    assert len(shown) > 100
+    assert sum(pair in exchanges for pair in shown) <= 0.03 * len(shown)

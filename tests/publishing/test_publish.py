@@ -1,0 +1,229 @@
+"""What is published, loaded back and refused, through the command line against a Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Experiment
+from hub_server import TOKEN, Hub
+from publishing_runs import BASE, REPO, ROOT, publishing, run
+
+from kestrel.publishing.model_card import check_metadata, plain
+from kestrel.publishing.upload import PUBLISHED_FILES
+from kestrel.runtime.manifest import sealed
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_published_and_loaded_back_it_gives_the_same_tokens(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert done.status == 0, done.said
+    repository = hub.repositories[REPO]
+    assert repository.private and len(repository.commits) == 2
+    published = repository.files.keys() - {".gitattributes"}
+    assert (
+        published <= set(PUBLISHED_FILES) and {"README.md", "metrics.json", "config.yaml", "prompt.json"} <= published
+    )
+    everything = b"".join(repository.files.values())
+    for local in (TOKEN, str(tmp_path), str(evaluated.run), str(evaluated.base), str(evaluated.source), str(ROOT)):
+        assert local.encode() not in everything, local
+
+    # Nothing is trained in the new run, and its base comes from the Hub too.
+    fresh = tmp_path / "fresh"
+    arguments = evaluated.arguments("--run_dir", str(fresh), "--model.name", BASE, "--model.adapter", REPO)
+    assert run("preprocess.py", *arguments, hub=hub, home=tmp_path / "home").status == 0
+    done = run("generate.py", *arguments, hub=hub, home=tmp_path / "home")
+    assert done.status == 0 and "proven: it computes" in done.said, done.said
+    for name in ("test.adapter.jsonl", "test.base.jsonl"):
+        assert rows(fresh / "generations" / name) == rows(evaluated.run / "generations" / name)
+    # What came once is there without a network too.
+    shutil.rmtree(fresh / "generations")
+    hub.endpoint = "http://127.0.0.1:9"
+    done = run("generate.py", *arguments, "--generation.max_dialogues", "1", hub=hub, home=tmp_path / "home")
+    assert done.status == 0 and "only its cache is used" in done.said, done.said
+
+
+def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
+    card = hub.repositories[REPO].files["README.md"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    metrics = json.loads((evaluated.run / "evaluation" / "metrics.json").read_text())
+    assert (data["base_model"], data["license"], data["library_name"]) == (BASE, "apache-2.0", "peft")
+    assert data["pipeline_tag"] == "text-generation" and data["language"] == ["en"]
+    published = {name: hub.repositories[REPO].files[name] for name in ("adapter_config.json", "manifest.json")}
+    assert json.loads(published["adapter_config.json"])["base_model_name_or_path"] == BASE
+    assert json.loads(published["manifest.json"])["base_model"]["name"] == BASE
+    (result,) = data["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "test"
+    scores = metrics["systems"]["adapter"]
+    given = {metric["name"]: metric for metric in result["metrics"]}
+    for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rouge_l"), ("F1", "f1")):
+        assert given[name]["value"] == pytest.approx(scores[key]["score"], abs=1e-4)
+        assert given[name]["args"]["ci95"] == pytest.approx(scores[key]["ci95"], abs=1e-4)
+        assert given[name]["args"]["signature"] == scores[key]["signature"]
+        trivial = {n: e[key]["score"] for n, e in metrics["systems"].items() if e["kind"] == "trivial"}
+        assert trivial and given[name]["args"]["trivial_systems"] == pytest.approx(trivial, abs=1e-4)
+    assert given["Perplexity per token"]["value"] == pytest.approx(scores["perplexity"]["token"], abs=1e-4)
+    shown = card.replace("\\", "")
+    for system in metrics["systems"]:
+        assert f"| {system} |" in shown
+    manifest = json.loads((evaluated.run / "adapter" / "manifest.json").read_text())
+    assert f"{manifest['trainable_parameters']:,} trained parameters" in card and manifest["git_commit"][:7] in shown
+    assert all(plain(verdict) in card for verdict in metrics["verdicts"])
+
+
+def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    from kestrel.adapter.lora import load_adapter
+    from kestrel.config.resolve import resolve
+    from kestrel.generation.respond import respond
+    from kestrel.model.base import load_base
+    from kestrel.model.loss import install
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.publishing.contents import EXAMPLE
+
+    assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
+    card = hub.repositories[REPO].files["README.md"].decode()
+    program = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert program
+    (tmp_path / "usage.py").write_text(program[1])
+    done = run(str(tmp_path / "usage.py"), hub=hub, home=tmp_path)
+    assert done.status == 0, done.said
+    settings, _ = resolve(str(evaluated.config), {})
+    model = load_adapter(load_base(settings)[0], evaluated.run / "adapter")
+    install(model)
+    prompt = Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length)
+    chosen = settings.generation.model_copy(update={"max_new_tokens": 64, "stop_strings": []})
+    (expected,) = respond(model, prompt, [prompt.open_context(EXAMPLE)], chosen)
+    assert " ".join(expected.text.split()) in " ".join(done.said.split())
+
+
+def test_same_content_makes_no_second_commit_and_other_content_does(
+    evaluated: Experiment, hub: Hub, tmp_path: Path
+) -> None:
+    assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
+    again = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert again.status == 0 and "no commit was made" in again.said
+    assert len(hub.repositories[REPO].commits) == 2 and len(hub.uploaded) == 1
+    # An evaluation that is gone is gone from the Hub too; what somebody else put there stays.
+    hub.repositories[REPO].files["notes.txt"] = b"mine"
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluated.run, copy)
+    shutil.rmtree(copy / "evaluation")
+    done = run("publish.py", *publishing(evaluated, "--run_dir", str(copy)), hub=hub, home=tmp_path)
+    assert done.status == 0 and "no evaluation" in done.said
+    assert {"notes.txt"} <= hub.repositories[REPO].files.keys() and len(hub.repositories[REPO].commits) == 3
+    assert "metrics.json" not in hub.repositories[REPO].files and len(hub.uploaded) == 1
+
+
+def test_interrupted_upload_is_finished_by_the_same_command(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    hub.dropped_uploads = 20  # more often than the client tries again by itself
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert done.status == 1 and "run the same command again" in done.said and "Traceback" not in done.said
+    assert len(hub.repositories[REPO].commits) == 1 and not hub.uploaded  # as it was made
+    hub.dropped_uploads, hub.failing_commits = 0, 1
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert done.status == 1 and "the same command again" in done.said and len(hub.uploaded) == 1
+    assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
+    assert "adapter_model.safetensors" in hub.repositories[REPO].files
+    assert len(hub.uploaded) == 1, "what had arrived was not sent again"
+
+
+def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    done = run("publish.py", *publishing(evaluated, "--dry-run"), hub=hub, home=tmp_path, token=None)
+    assert done.status == 0 and "nothing was sent" in done.said and "model-index" in done.said
+    assert not [request for request in hub.requests if request.startswith(("POST", "PUT"))]
+    for name in ("adapter_model.safetensors", "README.md", "metrics.json"):
+        assert re.search(rf"\d  {name}", done.said)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--hub.base_model", "null"], 1, "is a folder of this machine"),
+        (["--hub.repo_id", "null"], 2, "hub.repo_id"),
+        (["--hub.repo_id", "../evil"], 2, "expected an id on the Hub"),
+        (["--lora.r", "8"], 1, "lora.r: it was 4, now 8"),
+        (["--training.learning_rate", "1e-3"], 1, "training.learning_rate"),
+        (["--prompt.format", "original"], 1, "prompt.format"),
+        (["--hub.license", "Apache 2.0"], 1, "hub.license"),
+        (["--hub.language", "English"], 1, "hub.language"),
+    ],
+)
+def test_refused_before_anything_is_sent(
+    evaluated: Experiment, capsys, more: list[str], status: int, message: str
+) -> None:
+    import publish
+
+    assert publish.main(publishing(evaluated, *more)) == status
+    assert message in capsys.readouterr().err
+
+
+def test_evaluation_of_another_adapter_is_refused(evaluated: Experiment, tmp_path: Path, capsys) -> None:
+    import publish
+
+    copy = tmp_path / "run"
+    shutil.copytree(evaluated.run, copy)
+    manifest = copy / "adapter" / "manifest.json"
+    described = json.loads(manifest.read_text())
+    described["made_from"]["dataset"] = "0" * 64
+    manifest.write_text(json.dumps(sealed(described)))
+    assert publish.main(publishing(evaluated, "--run_dir", str(copy), "--dry-run")) == 1
+    assert "another adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("token", "advice"), [(None, "HF_TOKEN"), ("hf_WrongWrongWrong00000000000000000", "token is missing or wrong")]
+)
+def test_without_the_right_token_nothing_is_sent(
+    evaluated: Experiment, hub: Hub, tmp_path: Path, token: str | None, advice: str
+) -> None:
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path, token=token)
+    assert done.status == 1 and advice in done.said and "Traceback" not in done.said, done.said
+    assert not [request for request in hub.requests if request.startswith(("POST", "PUT"))]
+
+
+def test_a_public_repository_is_not_published_to_as_private(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Soon\n")
+    hub.add(REPO, tmp_path)
+    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
+    assert done.status == 1 and "is public and hub.private is true" in done.said
+    done = run("publish.py", *publishing(evaluated, "--hub.private", "false"), hub=hub, home=tmp_path)
+    assert done.status == 0, done.said
+
+
+def test_the_token_is_written_nowhere(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(evaluated.run, copy)
+    said = []
+    for failing, more in ((1, ["--debug"]), (0, []), (0, ["--hub.repo_id", "somebody/else", "--debug"])):
+        hub.failing_commits = failing
+        arguments = publishing(evaluated, "--run_dir", str(copy), *more)
+        said.append(run("publish.py", *arguments, hub=hub, home=tmp_path / "home").said)
+    assert "Traceback" in said[0] and "Traceback" in said[2] and TOKEN not in "".join(said)
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert TOKEN.encode() not in path.read_bytes(), path
+    everything = b"".join(content for name, content in hub.repositories[REPO].files.items())
+    assert TOKEN.encode() not in everything
+
+
+def test_markup_in_names_is_shown_and_does_nothing() -> None:
+    evil = "a|b\n| <script>alert(1)</script> [x](http://x) `code` **bold** # title"
+    shown = plain(evil)
+    assert "\n" not in shown and not re.search(r"(?<!\\)[|<>\[\]`*#_]", shown)
+
+
+def test_metadata_that_the_hub_would_refuse_is_told() -> None:
+    from kestrel.errors import KestrelError
+
+    check_metadata("---\nlicense: apache-2.0\nlanguage:\n- en\n---\nhi")
+    for bad in ("license: Apache License", "language: english", "license: other", "license: [", "- a"):
+        with pytest.raises(KestrelError):
+            check_metadata(f"---\n{bad}\n---\nhi")

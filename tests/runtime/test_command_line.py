@@ -1,0 +1,322 @@
+"""From a file and options to settings, and from whatever happens to an exit status and one message."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from kestrel.config.keys import all_keys
+from kestrel.config.resolve import describe, resolve
+from kestrel.config.settings import Settings
+from kestrel.config.yaml_file import load_with_lines
+from kestrel.errors import Interrupted, KestrelError, UsageError
+from kestrel.runtime.command_line import run_script
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = "run_dir: r\ndata:\n  source: s\nmodel:\n  name: m\n"
+QUICK = hypothesis_settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+
+
+def problems_of(tmp_path: Path, text: str | bytes, overrides: dict | None = None, unknown: tuple = ()) -> list[str]:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    try:
+        resolve(str(path), overrides or {}, unknown)
+    except UsageError as error:
+        return [problem.replace(f"{path}", "a.yaml") for problem in error.problems]
+    return []
+
+
+def run(main: Callable[..., None], *argv: str, options: tuple = ()) -> int:
+    return run_script("script.py", "What it does.\n", main, list(argv), options)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL.replace("run_dir: r", f"run_dir: {tmp_path}/run"))
+    return str(path)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ["a.yaml: run_dir: is required and missing", "a.yaml: data.source: is required and missing",
+              "a.yaml: model.name: is required and missing"]),
+        ("- a\n- b\n", ["a.yaml:1: expected a mapping of sections, found list"]),
+        ("just text", ["a.yaml:1: expected a mapping of sections, found str"]),
+        (MINIMAL + "training:\n\tepochs: 1\n", ["a.yaml:7: not valid YAML: found character '\\t'"]),
+        (MINIMAL + "seed: 1\nseed: 2\n", ["a.yaml:7: seed: given twice, first in line 6"]),
+        (MINIMAL + "data:\n  format: auto\n", ["a.yaml:6: data: given twice, first in line 2"]),
+        (MINIMAL + "trainng:\n  epochs: 1\n", ["a.yaml:6: trainng: unknown key; did you mean training?"]),
+        (MINIMAL + "training:\n  learning_rte: 1\n",
+         ["a.yaml:7: training.learning_rte: unknown key; did you mean training.learning_rate?"]),
+        (MINIMAL + "training.epochs: 1\n",
+         ["a.yaml:6: training.epochs: write it as a section: `training:`, and below it, indented, `epochs:`"]),
+        (MINIMAL + "epochs: 1\n", ["a.yaml:6: epochs: unknown key; did you mean training.epochs?"]),
+        (MINIMAL + "training: 3\n", ["a.yaml:6: training: expected a section with keys, found 3"]),
+        (MINIMAL + "seed: one\n", ["a.yaml:6: seed: expected integer, found 'one'"]),
+        (MINIMAL + "seed: 010\n", ["a.yaml:6: seed: expected integer, found '010'"]),
+        (MINIMAL + "seed: 1:30\n", ["a.yaml:6: seed: expected integer, found '1:30'"]),
+        (MINIMAL + "seed: 2024-01-01\n", ["a.yaml:6: seed: expected integer, found '2024-01-01'"]),
+        (MINIMAL + "training: {learning_rate: '2e-4'}\n",
+         ["a.yaml:6: training.learning_rate: expected number, found '2e-4'"]),
+        (MINIMAL + "lora:\n  target_modules:\n    - a\n    - 7\n", ["a.yaml:7: lora.target_modules: expected list of text or all-linear, found 7"]),
+        (MINIMAL + "prompt:\n  max_length: 5\n",
+         ["a.yaml:7: prompt.max_length: input should be greater than or equal to 16, found 5"]),
+        (MINIMAL + "seed: !!python/name:os.getcwd x\n", ["a.yaml:6: not valid YAML"]),
+        (MINIMAL + "? [a, b]\n: 1\n", ["a.yaml:6: a key must be a word, not a list or mapping"]),
+        (MINIMAL + "seed: !!python/object/apply:os.getcwd []\n", ["a.yaml:6: seed: expected integer, found []"]),
+        ("a: 1\n---\nb: 2\n", ["a.yaml:2: not valid YAML"]),
+        ("a: &a [*a]\n", ["a.yaml"]),
+        ("\x00\x01", ["a.yaml: not valid YAML"]),
+        (b"\xff\xfe\x00binary", ["a.yaml: not UTF-8 text (byte 0)"]),
+        ("a: " + "[" * 1000, ["a.yaml"]),
+    ],
+)  # fmt: skip
+def test_a_file_that_means_nothing(tmp_path: Path, text: str | bytes, expected: list[str]) -> None:
+    found = problems_of(tmp_path, text)
+    for wanted in expected:
+        assert any(problem.startswith(wanted) for problem in found), found
+    assert all("\n" not in problem for problem in found) and len(found) <= 3
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    found = problems_of(
+        tmp_path,
+        "run_dir: r\nsead: 1\ndata:\n  format: csv\nmodel:\n  name: m\nquantization:\n  bits: 8\n  bits: 4\n",
+        {"lora.r": "0", "training.epochs": None},
+        ("--lora.alfa", "3", "stray"),
+    )
+    assert sorted(problem.partition(": ")[0] for problem in found) == [
+        "'stray'", "--lora.alfa", "--lora.r", "--training.epochs", "a.yaml:2", "a.yaml:3", "a.yaml:4", "a.yaml:8", "a.yaml:9",
+    ]  # fmt: skip
+
+
+def test_references_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40)]
+    began = time.monotonic()
+    assert "values" in problems_of(tmp_path, "\n".join(lines))[0]
+    assert time.monotonic() - began < 5
+
+
+def test_a_section_with_everything_commented_out_has_its_defaults(tmp_path: Path) -> None:
+    assert problems_of(tmp_path, MINIMAL + "training:\n  # epochs: 3\nlora:\n") == []
+
+
+@pytest.mark.parametrize("name", ["nowhere.yaml", "", ".", "a\0b", "x/y/z.yaml"])
+def test_a_missing_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        resolve(name, {})
+    assert len(caught.value.problems) == 1
+
+
+def test_a_misspelt_file_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "falcon-7b.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"no such file or directory; did you mean falcon-7b.yaml\?"):
+        resolve("falcon7b.yaml", {})
+
+
+def test_numbers_and_text_keep_their_kind(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "run_dir: 2024-01-01\ndata:\n  source: no\n  revision: 12e4567\nmodel:\n  name: 7\n  revision: 0012345\n"
+        "training:\n  learning_rate: 2e-4\n  epochs: 3\n  weight_decay: 1.E-2\nlora:\n  alpha: 1_0\nseed: 0x10\n"
+    )
+    settings, _ = resolve(str(path), {"model.adapter": "123"})
+    assert (settings.run_dir, settings.data.source, settings.data.revision) == ("2024-01-01", "no", "12e4567")
+    assert (settings.model.name, settings.model.revision, settings.model.adapter) == ("7", "0012345", "123")
+    assert (settings.training.learning_rate, settings.training.epochs, settings.training.weight_decay) == (
+        2e-4,
+        3,
+        0.01,
+    )
+    assert (settings.lora.alpha, settings.seed) == (10, 16)
+
+
+@QUICK
+@given(text=st.one_of(st.text(max_size=200), st.text("abrdx:_-[]{}&*!#'\"|>? \n\t019.,", max_size=60)))
+@example("<<: *a")
+@example("? ")
+@example("a: !!binary x")
+@example("a: !!int x")
+@example("a: !!float 1e")
+@example("a: !!set {b}")
+@example("1: 2\ntrue: 3\nnull: 4")
+@example("seed: " + "9" * 5000)
+@example("data: {source: {source: s}}\nmodel: [name]")
+@example("seed: .nan\nlora: {alpha: .inf}")
+def test_any_text_gives_settings_or_problems(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    for content in (text, MINIMAL + text):
+        path.write_text(content, encoding="utf-8", newline="")
+        try:
+            settings, _ = resolve(str(path), {})
+        except UsageError as error:
+            assert error.problems and all(isinstance(problem, str) and problem for problem in error.problems)
+        else:
+            assert isinstance(settings, Settings)
+
+
+@QUICK
+@given(value=st.text(max_size=20), key=st.sampled_from(sorted(all_keys())))
+def test_any_option_gives_settings_or_problems(tmp_path_factory: pytest.TempPathFactory, value: str, key: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "minimal.yaml"
+    path.write_text(MINIMAL)
+    try:
+        settings, origin = resolve(str(path), {key: [value] if all_keys()[key].takes_several else value})
+    except UsageError as error:
+        assert any(
+            problem.startswith((f"--{key}: ", "minimal")) or key.split(".")[0] in problem for problem in error.problems
+        )
+    else:
+        assert origin[key] == f"--{key}"
+        again = load_with_lines(describe(settings, origin), "x", {k for k, v in all_keys().items() if v.is_text})
+        assert Settings.model_validate(again.value) == settings, "what --print-config shows can be read again"
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def test_options(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Settings] = []
+    status = run(
+        lambda settings, options: seen.append(settings),
+        *("--config", config, "--training.learning_rate", "2e-4", "--seed=7", "--generation.do_sample"),
+        *("--evaluation.generations", "a b.jsonl", "2", "--training.report_to", "--lora.target_modules", "all-linear"),
+        *("--model.revision", "1234567", "--generation.length_penalty", "null", "--data.both_sides", "no"),
+        *("--generation.systems", "base", "--generation.stop_strings", "[]"),
+    )
+    assert status == 0, capsys.readouterr().err
+    (settings,) = seen
+    assert settings.training.learning_rate == 2e-4 and settings.seed == 7 and settings.generation.do_sample
+    assert settings.evaluation.generations == ["a b.jsonl", "2"] and settings.training.report_to == []
+    assert settings.lora.target_modules == "all-linear" and settings.model.revision == "1234567"
+    assert settings.generation.length_penalty is None and settings.data.both_sides is False
+    assert settings.generation.systems == ["base"] and settings.generation.stop_strings == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.learning_rat", "3"], "--training.learning_rat: unknown option; did you mean --training.learning_rate?"),
+        (["--prnt-config"], "--prnt-config: unknown option; did you mean --print-config?"),
+        (["--sho", "3"], "--sho: unknown option; did you mean --show?"),
+        (["--seed"], "--seed: needs a value (integer)"),
+        (["--seed", "["], "--seed: expected integer, found '['"),
+        (["--seed", "a: b"], "--seed: expected integer, found {'a': 'b'}"),
+        (["--run_dir", ""], "--run_dir: string should have at least 1 character, found ''"),
+        (["--show", "many"], "argument --show: invalid int value: 'many'"),
+        (["--training", "3"], "--training: unknown option"),
+        (["--quantization.bits", "8"], "--quantization.bits: expected 4|16, found 8"),
+        (["--generation.systems", "adapter", "gold"], "--generation.systems"),
+        (["7"], "'7': an argument that belongs to no option"),
+    ],
+)  # fmt: skip
+def test_wrong_options(config: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def never(settings: object, options: object) -> None:
+        raise AssertionError("it must not start")
+
+    assert run(never, "--config", config, *argv, options=(("--show", {"type": int, "default": 0}),)) == 2
+    written = capsys.readouterr()
+    assert message in written.err and "Traceback" not in written.err and written.out == ""
+    assert not Path(config).with_name("run").exists(), "nothing is made before the settings are valid"
+
+
+def test_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda *_: None) == 2
+    written = capsys.readouterr().err
+    assert "--config: needs a YAML file, such as configs/quickstart.yaml" in written and "required" not in written
+
+
+def test_print_config_marks_overrides(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda *_: 1 / 0, "--config", config, "--print-config", "--seed", "7") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "seed: 7  # overridden on the command line" in lines
+    assert f"  source: s  # {config}:3" in lines and "  max_length: 1024" in lines
+    assert [line for line in lines if "overridden" in line] == ["seed: 7  # overridden on the command line"]
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(lambda *_: None, "--help")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, key in all_keys().items():
+        text = " ".join(f"{key.field.description} ({key.type_name}; {key.default})".split())
+        assert f"--{name} " in shown and text.replace(" ", "") in shown.replace(" ", ""), name
+    for flag in ("--config FILE", "--print-config", "--debug"):
+        assert flag in shown
+
+
+# -- the process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "train.py", "generate.py", "evaluate.py"])
+def test_nothing_heavy_before_the_settings_are_valid(script: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(MINIMAL + "sead: 1\n")
+    code = (
+        "import importlib.util, sys, time\n"
+        "began = time.perf_counter()\n"
+        f"spec = importlib.util.spec_from_file_location('script', {script!r})\n"
+        "script = importlib.util.module_from_spec(spec); spec.loader.exec_module(script)\n"
+        f"status = script.main(['--config', {str(tmp_path / 'a.yaml')!r}])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'peft'} & set(sys.modules)\n"
+        "print(status, sorted(heavy), time.process_time())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    status, heavy, seconds = done.stdout.split()
+    assert (status, heavy) == ("2", "[]") and float(seconds) < 1.0
+    assert "a.yaml:6: sead: unknown key; did you mean seed?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KestrelError("line 3 is broken; mend it"), 1, "script.py: line 3 is broken; mend it\n"),
+        (Interrupted(15, "stopped at step 3"), 143, "stopped at step 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "f.bin"), 1, "the disk is full (f.bin)"),
+        (PermissionError(errno.EACCES, "Permission denied", "f.bin"), 1, "no permission to write: f.bin"),
+        (MemoryError(), 1, "lower training.tokens_per_step"),
+        (ZeroDivisionError("odd"), 1, "unexpected ZeroDivisionError: odd\n  run it again with --debug"),
+    ],
+)
+def test_exit_statuses(
+    config: str, error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(settings: object, options: object) -> None:
+        raise error
+
+    assert run(fail, "--config", config) == status
+    written = capsys.readouterr().err
+    assert message in written and "Traceback" not in written
+    assert run(fail, "--config", config, "--debug") == status
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_run_keeps_its_settings(config: str, tmp_path: Path) -> None:
+    assert run(lambda *_: None, "--config", config, "--seed", "3") == 0
+    kept = tmp_path / "run" / "config.yaml"
+    assert resolve(str(kept), {})[0] == resolve(config, {"seed": "3"})[0]
+
+
+def test_a_remedy_repeats_the_options(config: str) -> None:
+    said = []
+    options = ["--seed", "3", "--lora.target_modules", "a b", "c"]
+    assert run(lambda settings, arguments: said.append(arguments.again), "--config", config, *options) == 0
+    assert said == [f"--config {config} --seed 3 --lora.target_modules 'a b' c"]
