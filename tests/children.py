@@ -19,7 +19,7 @@ WAIT = "print('now', flush=True); time.sleep(60)\n"
 
 def child(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts Python that prints a line when it is where it shall be killed."""
-    header = "import os, sys, time; from pathlib import Path; from kestrel.runtime.manifest import *\n"
+    header = "import os, sys, time; from pathlib import Path; from kestrel.runtime.atomic import *; from kestrel.runtime.manifest import *; from kestrel.runtime.run_folder import *\n"
     process = subprocess.Popen(
         [sys.executable, "-c", header + code, *arguments],
         cwd=ROOT,

@@ -222,7 +222,7 @@ def test_from_the_hub_only_safetensors_come(trained: Experiment, elsewhere: Path
         looking = tmp_path / "look.py"  # what generate.py asks for, in a process that imports no model
         looking.write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom kestrel.errors import KestrelError\n"
-            "from kestrel.hub import download_adapter\nfor name in sys.argv[1:]:\n    try:\n"
+            "from kestrel.adapter.source import download_adapter\nfor name in sys.argv[1:]:\n    try:\n"
             "        print(download_adapter(name))\n    except KestrelError as error:\n        print(error)\n"
         )
         names = ("someone/pickles", "someone/secret", "someone/lora@v9", "someone/absent", "someone/lora@main")

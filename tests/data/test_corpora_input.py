@@ -164,7 +164,7 @@ def test_hub_sets_from_the_cache(tmp_path: Path) -> None:
         in_cache(tmp_path, "google/Synthetic-Persona-Chat", "main", name, LAYOUTS["synthetic"].encode())
     done = in_fresh_process(
         tmp_path,
-        "from kestrel.corpora import *\n"
+        "from kestrel.data.corpus import *\n"
         "for name in ('bavard/personachat_truecased', 'google/Synthetic-Persona-Chat'):\n"
         "    corpus = open_corpus(name)\n"
         "    counts = [len(list(corpus.read(split, Tally()))) for split in corpus.splits]\n"

@@ -54,7 +54,7 @@ def test_orders_depend_on_seed_dialogue_and_number():
 
 def test_orders_are_the_same_in_another_process():
     program = (
-        "from kestrel.dialogue import Dialogue; from kestrel.generation.files import reordered\n"
+        "from kestrel.dialogue import Dialogue, reordered\n"
         "print(*(''.join(reordered(Dialogue('d', tuple('abcdef'), ()), 3, k).persona) for k in range(4)))"
     )
     printed = {
