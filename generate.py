@@ -46,7 +46,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.disk_space import answers_bytes, require_room, room_for
     from kestrel.runtime.manifest import identity_of, sha256_of_json
 
-    rendezvous.join(settings)
+    rendezvous.join_processes(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
     rows = load_split(dataset_folder, chosen.split, remedy)
@@ -77,7 +77,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
             if order:
                 made_from["persona_order"] = order
             files[folder / f"{chosen.split}.{name_in_order(system, order)}.jsonl"] = (system, order, made_from)
-    missing = distributed.decided_by_first(
+    missing = distributed.broadcast_from_first(
         lambda: [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
     )
     for path in files:

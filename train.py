@@ -49,7 +49,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.training.samples import sampler
     from kestrel.training.trainer import DialogueTrainer
 
-    sharded = rendezvous.join(settings)
+    sharded = rendezvous.join_processes(settings)
     if not options.dry_run:
         arguments.check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -71,10 +71,10 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         dry_run.report(settings, config, dialogues)
         return
     base_id = base_identity(settings.model, config)
-    meaning = checkpoints.meaning_of(
+    meaning = checkpoints.resume_fingerprint(
         settings, identity_of(dataset_manifest), base_id, prompt.identity()["sha256"], len(steps)
     )
-    resume = distributed.decided_by_first(
+    resume = distributed.broadcast_from_first(
         lambda: find_checkpoint(settings, run / "checkpoints", meaning, f"python train.py {options.again}")
     )
 
@@ -187,14 +187,14 @@ def find_checkpoint(settings: Settings, folder: Path, meaning: dict[str, Any], c
     if choice == "never":
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    found, damaged = checkpoints.newest_sound(folder, meaning, anew)
+    found, damaged = checkpoints.newest_resumable(folder, meaning, anew)
     for line in damaged:
         print(f"warning: {line}", file=sys.stderr)
     if choice != "auto":
         if Path(choice).resolve().parent != folder.resolve() or not Path(choice).is_dir():
             there = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
             raise KestrelError(f"training.resume: {choice} is no checkpoint of this run; in {folder} there are {there}")
-        found = checkpoints.sound(Path(choice), meaning, anew)
+        found = checkpoints.require_resumable(Path(choice), meaning, anew)
     if found is not None:
         print(f"going on from {found}")
     checkpoints.remove_newer(folder, checkpoints.step_of(found) if found else 0)

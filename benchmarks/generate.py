@@ -49,10 +49,10 @@ from kestrel.generation import answers
 from kestrel.generation.answers import Question, questions_of, write_answers
 from kestrel.generation.decoding import decode
 from kestrel.generation.prefix_cache import computed
-from kestrel.generation.respond import respond
+from kestrel.generation.respond import _generate, answers_behind, respond
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
-from kestrel.model.likelihood import Scored
+from kestrel.model.likelihood import SpanRequest
 from kestrel.model.loss import install
 from kestrel.model.quantization import linear_layers
 from kestrel.prompt.prompt import Prompt, Rendered
@@ -104,7 +104,9 @@ def check(model: Any, prompt: Prompt, asked: list[Question], settings: Generatio
         ProofError: they differ by more than rounding.
     """
     contexts = [question.context for question in asked]
-    whole = [Scored([*q.context, *q.reference], [(len(q.context), len(q.context) + len(q.reference))]) for q in asked]
+    whole = [
+        SpanRequest([*q.context, *q.reference], [(len(q.context), len(q.context) + len(q.reference))]) for q in asked
+    ]
     worst, apart = 0.0, 0.0
     for held, scores in computed(model, whole, settings.tokens_per_step):
         chosen = [index for index in range(len(asked)) if held.holds(index)]
@@ -160,7 +162,7 @@ def time_kestrel(model: Any, prompt: Prompt, rows: list[dict[str, Any]], setting
 
     spent = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
     prefill = watched(computed, spent, "prefill_seconds")
-    decoding = watched(respond.answers_behind, spent, "decode_seconds")
+    decoding = watched(answers_behind, spent, "decode_seconds")
     machine.reset_peak_memory()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -188,7 +190,7 @@ def time_stock(
         machine.synchronize()
         began = time.perf_counter()
         for first in firsts:
-            respond._generate(model, prompt, contexts[int(first) : int(first) + size], settings)
+            _generate(model, prompt, contexts[int(first) : int(first) + size], settings)
         machine.synchronize()
     timed = time.perf_counter() - began
     replies = size * len(firsts)

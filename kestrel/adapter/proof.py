@@ -11,7 +11,7 @@ import torch
 from kestrel.adapter.source import PROMPT, WEIGHTS
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, ProofError
-from kestrel.model.likelihood import Scored, span_nll
+from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import folder_atomically, read_json, write_json
 from kestrel.runtime.disk_space import adapter_bytes, room_for, saying_disk_full
@@ -27,7 +27,7 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 def canary_nll(model: torch.nn.Module, identity: dict[str, Any]) -> float:
     """Negative log-likelihood, in nats, of the prompt room's fixed dialogue: a fingerprint of base and adapter."""
     spans = [(int(start), int(end)) for start, end in identity["canary_spans"]]
-    scores = span_nll(model, [Scored(identity["canary_ids"], spans)], tokens_per_step=1)
+    scores = span_nll(model, [SpanRequest(identity["canary_ids"], spans)], tokens_per_step=1)
     return sum(nll for nll, _ in scores[0])
 
 

@@ -19,8 +19,8 @@ from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
 from kestrel.generation.prefix_cache import computed, continuation_nll
-from kestrel.generation.respond import Prompted, Response, answers_behind, by_the_library, decodes_itself
-from kestrel.model.likelihood import Scored, span_nll
+from kestrel.generation.respond import Request, Response, answers_behind, by_the_library, decodes_itself
+from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
@@ -134,7 +134,7 @@ def answer(
     answers = [question.as_row() for question in questions]
     sequences, sequence_of = _sequences(by_dialogue, settings.references)
     asked = [
-        Prompted(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)
+        Request(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)
         for question, sequence in zip(questions, sequence_of, strict=True)
     ]
     candidates = _tokenized_candidates(prompt, questions) if settings.candidates else {}
@@ -167,26 +167,26 @@ def _seed_of(question: Question, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def _sequences(by_dialogue: Sequence[Sequence[Question]], references: bool) -> tuple[list[Scored], list[int]]:
+def _sequences(by_dialogue: Sequence[Sequence[Question]], references: bool) -> tuple[list[SpanRequest], list[int]]:
     """What has to be computed: token sequences with the references in them, in order; and the sequence of each question.
 
     Prompts that begin their dialogue's sequence share it; each of the others has one of its own.
     """
-    sequences: list[Scored] = []
+    sequences: list[SpanRequest] = []
     sequence_of: list[int] = []
     for questions in by_dialogue:
         for question in questions:
             if question.span is None:
                 whole = [*question.context, *question.reference]
                 sequence_of.append(len(sequences))
-                sequences.append(Scored(whole, [(len(question.context), len(whole))]))
+                sequences.append(SpanRequest(whole, [(len(question.context), len(whole))]))
         # What truncation cut stands first, so the last question's sequence holds all of the others.
         spans = [question.span for question in questions if question.span is not None]
         if spans:
             sequence_of += [len(sequences)] * len(spans)
-            sequences.append(Scored([*questions[-1].context, *questions[-1].reference], spans))
+            sequences.append(SpanRequest([*questions[-1].context, *questions[-1].reference], spans))
     if not references:
-        sequences = [Scored(whole.input_ids[: whole.spans[-1][0]], []) for whole in sequences]
+        sequences = [SpanRequest(whole.input_ids[: whole.spans[-1][0]], []) for whole in sequences]
     return sequences, sequence_of
 
 
@@ -227,7 +227,7 @@ def _score_candidates(
     for index, replies in candidates.items():
         start = len(questions[index].context)
         for reply in replies:
-            sequences.append(Scored([*questions[index].context, *reply], [(start, start + len(reply))]))
+            sequences.append(SpanRequest([*questions[index].context, *reply], [(start, start + len(reply))]))
             owners.append(index)
     for index, scores in zip(owners, span_nll(model, sequences, tokens_per_step), strict=True):
         answers[index].setdefault("candidate_nll", []).append(list(scores[0]))
@@ -262,18 +262,18 @@ def write_answers(
     partial = path.with_name(f".{path.name}.partial")
     lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = distributed.decided_by_first(lambda: _keep_complete_shards(partial, identity, dataset))
+    done = distributed.broadcast_from_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
     while done < len(dataset):
         ends = [done]
-        while len(ends) <= distributed.count() and ends[-1] < len(dataset):
+        while len(ends) <= distributed.world_size() and ends[-1] < len(dataset):
             ends.append(ends[-1] + _shard(lengths[ends[-1] :], settings.tokens_per_step))
-        shard, mine = "", distributed.number()
+        shard, mine = "", distributed.rank()
         if mine < len(ends) - 1:
             rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
             answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
             shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
-        for end, lines in zip(ends[1:], distributed.told_to_first(shard), strict=False):
+        for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
             with open(partial, "a", encoding="utf-8") as file:
                 file.write(lines + _mark(end, lines.encode()))
                 file.flush()

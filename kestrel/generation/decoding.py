@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kestrel.config.settings import Generation
-from kestrel.generation.prefix_cache import Behind
+from kestrel.generation.prefix_cache import PrefixBatch
 from kestrel.model.loss import causal_lm_of
 
 _LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said
@@ -24,7 +24,7 @@ _NO_TOKEN = -1
 
 def decode(
     model: torch.nn.Module,
-    rows: Behind,
+    rows: PrefixBatch,
     contexts: Sequence[Sequence[int]],
     settings: Generation,
     end_id: int,

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kestrel.batching import batches_within
-from kestrel.model.likelihood import Scored, spans_of, with_labels
+from kestrel.model.likelihood import SpanRequest, spans_of, with_labels
 from kestrel.model.loss import causal_lm_of, nll_of_hidden
 
 # What a position of a pass without gradient takes at most, in hidden states: the layer's input, norm, fused projection,
@@ -83,7 +83,7 @@ class _Growing(DynamicLayer):
         self._show()
 
 
-class Behind:
+class PrefixBatch:
     """Rows of prefixes, side by side, with room for what follows them.
 
     Attributes:
@@ -144,7 +144,7 @@ class Prefixes:
         """Gives the memory back, whoever still knows of this group."""
         self._batches.clear()
 
-    def behind(self, prefixes: Sequence[tuple[int, int]], room: int) -> Behind:
+    def behind(self, prefixes: Sequence[tuple[int, int]], room: int) -> PrefixBatch:
         """Copies prefixes side by side.
 
         Args:
@@ -170,12 +170,12 @@ class Prefixes:
             return memory
 
         layers = [_Growing(copied(layer, 0), copied(layer, 1), width) for layer in range(len(self._batches[0]))]
-        return Behind(layers, torch.tensor([length for _, length in prefixes], device=device), width, room)
+        return PrefixBatch(layers, torch.tensor([length for _, length in prefixes], device=device), width, room)
 
 
 @torch.no_grad()
 def computed(
-    model: torch.nn.Module, sequences: Sequence[Scored], tokens_per_step: int
+    model: torch.nn.Module, sequences: Sequence[SpanRequest], tokens_per_step: int
 ) -> Iterator[tuple[Prefixes, dict[int, list[tuple[float, int]]]]]:
     """Passes over all sequences, the longest first, and hands them over in groups that fit into memory together.
 
@@ -249,7 +249,7 @@ def continuation_nll(
             _, context, continuations = wanted[name]
             # The context's last token comes again, as it predicts the continuation's first.
             ids = [context[-1], *continuations[number]]
-            scored.append(Scored(ids, [(1, len(ids))]))
+            scored.append(SpanRequest(ids, [(1, len(ids))]))
         length = max(len(sequence.input_ids) for sequence in scored)
         behind = held.behind([(wanted[name][0], len(wanted[name][1]) - 1) for name, _ in chosen], length)
         scores = spans_of(scored, _pass(model, scored, **behind.inputs(0, length)))
@@ -260,7 +260,7 @@ def continuation_nll(
     return results
 
 
-def _pass(model: torch.nn.Module, sequences: Sequence[Scored], **inputs: Any) -> torch.Tensor | None:
+def _pass(model: torch.nn.Module, sequences: Sequence[SpanRequest], **inputs: Any) -> torch.Tensor | None:
     """One pass that adds to the cache among the inputs.
 
     Returns:

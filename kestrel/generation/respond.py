@@ -15,7 +15,7 @@ from kestrel.config.settings import Generation
 from kestrel.generation.decoding import decode
 from kestrel.generation.prefix_cache import Prefixes, computed, is_shareable, memory_for_rows
 from kestrel.model.base import check_context
-from kestrel.model.likelihood import Scored
+from kestrel.model.likelihood import SpanRequest
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 
@@ -66,7 +66,7 @@ def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Prompted:
+class Request:
     """A context that is to be answered.
 
     Attributes:
@@ -104,13 +104,13 @@ def respond(
     check_context(model, max(map(len, contexts)), settings.max_new_tokens)
     if seeds is None:
         seeds = torch.randint(2**62, (len(contexts),)).tolist() if settings.do_sample else [0] * len(contexts)
-    asked = [Prompted(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
+    asked = [Request(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
     responses: list[Response | None] = [None] * len(asked)
     if not decodes_itself(model, settings):
         for index, response in by_the_library(model, prompt, asked, settings):
             responses[index] = response
     else:
-        for held, _ in computed(model, [Scored(ids, []) for ids in contexts], settings.tokens_per_step):
+        for held, _ in computed(model, [SpanRequest(ids, []) for ids in contexts], settings.tokens_per_step):
             for index, response in answers_behind(model, prompt, held, asked, settings):
                 responses[index] = response
     return [response for response in responses if response is not None]
@@ -123,7 +123,7 @@ def decodes_itself(model: torch.nn.Module, settings: Generation) -> bool:
 
 @torch.no_grad()
 def answers_behind(
-    model: torch.nn.Module, prompt: Prompt, held: Prefixes, asked: Sequence[Prompted], settings: Generation
+    model: torch.nn.Module, prompt: Prompt, held: Prefixes, asked: Sequence[Request], settings: Generation
 ) -> Iterator[tuple[int, Response]]:
     """Answers those contexts whose sequence is held, in batches of similar length, the longest first.
 
@@ -166,7 +166,7 @@ def _draws(seed: int, count: int) -> np.ndarray:
 
 
 def by_the_library(
-    model: torch.nn.Module, prompt: Prompt, asked: Sequence[Prompted], settings: Generation
+    model: torch.nn.Module, prompt: Prompt, asked: Sequence[Request], settings: Generation
 ) -> Iterator[tuple[int, Response]]:
     """Answers contexts with the library's `generate`, in batches of similar length, each prompt computed on its own.
 

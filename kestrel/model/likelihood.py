@@ -15,14 +15,14 @@ from kestrel.prompt.prompt import IGNORED
 
 
 @dataclass(frozen=True)
-class Scored:
+class SpanRequest:
     """A token sequence and the spans in it whose likelihood is wanted, in order and apart from each other."""
 
     input_ids: Sequence[int]
     spans: Sequence[tuple[int, int]]
 
 
-def with_labels(sequences: Sequence[Scored]) -> dict[str, torch.Tensor]:
+def with_labels(sequences: Sequence[SpanRequest]) -> dict[str, torch.Tensor]:
     """The sequences as a right-padded batch, as of `loss.collate`, whose supervised tokens are the spans."""
     rows = []
     for sequence in sequences:
@@ -33,7 +33,7 @@ def with_labels(sequences: Sequence[Scored]) -> dict[str, torch.Tensor]:
     return collate(rows, pad_id=0)
 
 
-def spans_of(sequences: Sequence[Scored], nll: torch.Tensor | None) -> list[list[tuple[float, int]]]:
+def spans_of(sequences: Sequence[SpanRequest], nll: torch.Tensor | None) -> list[list[tuple[float, int]]]:
     """Sums up the likelihoods of a batch's supervised tokens.
 
     Args:
@@ -61,7 +61,7 @@ def spans_of(sequences: Sequence[Scored], nll: torch.Tensor | None) -> list[list
 
 @torch.no_grad()
 def span_nll(
-    model: torch.nn.Module, sequences: Sequence[Scored], tokens_per_step: int
+    model: torch.nn.Module, sequences: Sequence[SpanRequest], tokens_per_step: int
 ) -> list[list[tuple[float, int]]]:
     """Negative log-likelihood of each span given all tokens before it.
 

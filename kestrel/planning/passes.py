@@ -69,7 +69,7 @@ def capacity(settings: Settings) -> int | None:
         return named
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process's context is there already
-    return distributed.least(found if named is None else min(named, found))
+    return distributed.all_reduce_min(found if named is None else min(named, found))
 
 
 def stay_within(settings: Settings) -> None:
@@ -91,7 +91,7 @@ class Dialogues:
 
     def __init__(self, lengths: np.ndarray, supervised: np.ndarray, steps: Sequence[np.ndarray]):
         self._supervised = supervised
-        self._shares = [step[share_of(lengths[step], 0, distributed.count())] for step in steps]
+        self._shares = [step[share_of(lengths[step], 0, distributed.world_size())] for step in steps]
         self._lengths = lengths
         used = np.unique(np.concatenate(self._shares))
         self.steps = len(steps)

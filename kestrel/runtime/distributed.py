@@ -25,19 +25,19 @@ T = TypeVar("T")
 _STORE_PATIENCE = timedelta(seconds=10)
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def number() -> int:
+def rank() -> int:
     """This process's, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
-    return number() == 0
+    return rank() == 0
 
 
 @contextlib.contextmanager
@@ -57,13 +57,13 @@ def only_first_speaks() -> Iterator[None]:
 def leave() -> None:
     """Ends what `join` began. After a failure it is not called: it might wait for a process that is gone."""
     torch = sys.modules.get("torch")
-    if count() > 1 and torch is not None and torch.distributed.is_initialized():
+    if world_size() > 1 and torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def decided_by_first(decide: Callable[[], T]) -> T:
+def broadcast_from_first(decide: Callable[[], T]) -> T:
     """What the first process finds, in all of them. The others do not look, and wait until it has."""
-    if count() == 1:
+    if world_size() == 1:
         return decide()
     import torch
 
@@ -72,9 +72,9 @@ def decided_by_first(decide: Callable[[], T]) -> T:
     return found[0]  # type: ignore[return-value]
 
 
-def greatest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The greatest of the processes' values."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     import torch
 
@@ -83,9 +83,9 @@ def greatest(value: int) -> int:
     return int(values)
 
 
-def least(value: int) -> int:
+def all_reduce_min(value: int) -> int:
     """The least of the processes' values."""
-    return -greatest(-value)
+    return -all_reduce_max(-value)
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -94,24 +94,24 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     Args:
         parameters: trained; the same in each process, and of one dtype.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     import torch
 
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(count())
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world_size())
     torch.distributed.all_reduce(flat)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
-def told_to_first(value: T) -> list[T]:
+def gather_to_first(value: T) -> list[T]:
     """What each process has to say, by its number; in the first one. The others get an empty list."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     import torch
 
-    values: list[T | None] | None = [None] * count() if is_first() else None
+    values: list[T | None] | None = [None] * world_size() if is_first() else None
     torch.distributed.gather_object(value, values, dst=0)
     return values or []  # type: ignore[return-value]
 
@@ -128,7 +128,7 @@ def failure_to_tell(message: str) -> str | None:
     Args:
         message: its own failure's.
     """
-    if count() == 1:
+    if world_size() == 1:
         return message
     machine = os.environ.get("GROUP_RANK", "0")
     try:
@@ -146,7 +146,7 @@ def failure_to_tell(message: str) -> str | None:
 
 def has_failed() -> bool:
     """Whether a process of this run has failed."""
-    if count() == 1:
+    if world_size() == 1:
         return False
     try:
         return _store().add(_failure(), 0) > 0
@@ -158,7 +158,7 @@ def is_abandoned(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     said = str(error)
     gone = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "roken pipe")
-    return count() > 1 and isinstance(error, RuntimeError) and any(words in said for words in gone)
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(words in said for words in gone)
 
 
 def _failure() -> str:

@@ -141,7 +141,7 @@ def require_made(folder: Path, kind: str, remedy: str) -> None:
 
     Raises:
         KestrelError: there is no such folder. Only of several processes' first: that another sees none may have another
-            reason, which `rendezvous.join` finds.
+            reason, which `rendezvous.join_processes` finds.
     """
     if is_first() and not folder.is_dir():
         raise KestrelError(f"there is no {kind} in {folder}; {remedy}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
-from kestrel.runtime.distributed import count, decided_by_first, greatest, is_first, number
+from kestrel.runtime.distributed import all_reduce_max, broadcast_from_first, is_first, rank, world_size
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -33,7 +33,7 @@ def why_alone() -> str | None:
     return None
 
 
-def join(settings: Settings) -> bool:
+def join_processes(settings: Settings) -> bool:
     """Lets this process meet the others. CPU tensors travel by gloo, those of GPUs by NCCL.
 
     Args:
@@ -52,7 +52,7 @@ def join(settings: Settings) -> bool:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus and local >= gpus:
         raise KestrelError(
-            f"process {number()} has no GPU of its own: {here} processes were started on this machine, which has "
+            f"process {rank()} has no GPU of its own: {here} processes were started on this machine, which has "
             f"{gpus} GPUs; start as many as there are, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     if gpus > here:
@@ -61,8 +61,8 @@ def join(settings: Settings) -> bool:
             f"torchrun --nproc_per_node {gpus} uses all"
         )
     # Taken out of the environment: `sharding` does it, and the libraries would do it again, adapter and all.
-    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and count() > 1
-    if count() == 1 or torch.distributed.is_initialized():
+    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and world_size() > 1
+    if world_size() == 1 or torch.distributed.is_initialized():
         return sharded
     if gpus:
         torch.cuda.set_device(local)
@@ -85,20 +85,20 @@ def _require_alike(settings: Settings) -> None:
         mark.touch()
         return mine, mark.name
 
-    theirs, mark = decided_by_first(first)
+    theirs, mark = broadcast_from_first(first)
     try:
         different = list(differences(theirs, mine, "it is {} in the first process, {} in this one"))
         if different:
             raise KestrelError(
-                f"process {number()} was started with other settings or libraries than the first; give all machines the "
+                f"process {rank()} was started with other settings or libraries than the first; give all machines the "
                 "same\n  " + "\n  ".join(different)
             )
         if not _appears(folder / mark):
             raise KestrelError(
-                f"process {number()} does not see what the first one writes into run_dir {folder}; put run_dir on a file "
+                f"process {rank()} does not see what the first one writes into run_dir {folder}; put run_dir on a file "
                 "system that all machines share"
             )
-        greatest(0)  # until all have looked
+        all_reduce_max(0)  # until all have looked
     finally:
         if is_first():
             (folder / mark).unlink(missing_ok=True)

@@ -219,7 +219,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         # The signal reaches several processes in different steps; they stop after the same one.
-        self.received = distributed.greatest(self.received or 0) or None
+        self.received = distributed.all_reduce_max(self.received or 0) or None
         if self.received is not None:
             control.should_log = control.should_save = control.should_training_stop = True
 

@@ -23,7 +23,7 @@ _KIND = "checkpoint"
 _STATE = "trainer_state.json"
 
 
-def meaning_of(
+def resume_fingerprint(
     settings: Settings, dataset: str, base: dict[str, Any], prompt_sha256: str, steps: int
 ) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed: everything that decides the next step, and nothing else.
@@ -86,7 +86,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def sound(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
+def require_resumable(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
     """The checkpoint, if it is whole and belongs to this run.
 
     Args:
@@ -120,7 +120,7 @@ def read_sealed(checkpoint: Path, remedy: str) -> dict[str, Any]:
     return read_manifest(checkpoint, _KIND, remedy)
 
 
-def newest_sound(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path | None, list[str]]:
+def newest_resumable(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and one line for each newer one that is not.
 
     Args:
@@ -142,7 +142,7 @@ def newest_sound(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path
         except KestrelError as error:
             damaged.append(str(error))
             continue
-        return sound(checkpoint, meaning, anew), damaged
+        return require_resumable(checkpoint, meaning, anew), damaged
     return None, damaged
 
 

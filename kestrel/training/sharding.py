@@ -54,7 +54,7 @@ def shard(model: PeftModel) -> str:
             module.quant_state = state  # where bitsandbytes (0.50) looks when the weight is a plain tensor
     kept = {p for p in model.parameters() if p.requires_grad}
     sharded = {p for p in layers.parameters() if not p.requires_grad}
-    mesh = init_device_mesh(device().type, (distributed.count(),))
+    mesh = init_device_mesh(device().type, (distributed.world_size(),))
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()) - sharded)
@@ -103,7 +103,7 @@ def whole_again(model: PeftModel, settings: Settings) -> PeftModel:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called on a model, so that no process can compute without the others."""
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule
 

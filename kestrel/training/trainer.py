@@ -195,7 +195,7 @@ class DialogueTrainer(Trainer):
 
     def _agree_on_passes(self) -> None:
         """The passes of the process with least memory, for all: a checkpoint records one size, from which all go on."""
-        least = distributed.least(self._chosen.tokens_per_step)
+        least = distributed.all_reduce_min(self._chosen.tokens_per_step)
         if least < self._chosen.tokens_per_step:
             self._chosen = dataclasses.replace(self._chosen, tokens_per_step=least)
             tqdm.write(
@@ -233,7 +233,7 @@ class DialogueTrainer(Trainer):
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(self.eval_dataset)[mine]
         cuts = list(batches_within(lengths, self._chosen.tokens_per_step))
-        idle = distributed.greatest(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
+        idle = distributed.all_reduce_max(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
         for cut in cuts:
             batch = collate([rows[int(mine[i])] for i in cut], self._pad_id)
             each = token_nll(self.model, self._on_device(batch))

@@ -21,7 +21,7 @@ def test_machines_that_were_given_different_things_are_refused_on_both(prepared,
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from kestrel.runtime import rendezvous\nfrom kestrel.runtime.command_line import run_script\n"
         "rendezvous._SEEN_WITHIN = 1.0\n"
-        "steps = lambda settings, options: print('met', rendezvous.join(settings))\n"
+        "steps = lambda settings, options: print('met', rendezvous.join_processes(settings))\n"
         "sys.exit(run_script('meet.py', '', steps, together=True))\n",
         encoding="utf-8",
     )

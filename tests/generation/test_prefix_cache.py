@@ -16,7 +16,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import _shard, answer, questions_of
 from kestrel.generation.prefix_cache import Prefixes, computed, continuation_nll, is_shareable
 from kestrel.generation.respond import decodes_itself, respond
-from kestrel.model.likelihood import Scored, span_nll
+from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
@@ -174,7 +174,7 @@ def test_continuations_cost_what_they_cost_alone(models, architecture, shared, b
     model, (sequences, wanted) = models[architecture], shared
     spans = [[(1, len(ids))] for ids in sequences]
     found, of_sequences = {}, {}
-    asked = [Scored(ids, of) for ids, of in zip(sequences, spans, strict=True)]
+    asked = [SpanRequest(ids, of) for ids, of in zip(sequences, spans, strict=True)]
     for held, scores in computed(model, asked, budget):
         mine = {name: of for name, of in wanted.items() if held.holds(of[0])}
         assert not found.keys() & mine.keys()
@@ -182,19 +182,19 @@ def test_continuations_cost_what_they_cost_alone(models, architecture, shared, b
         of_sequences |= scores
     assert found.keys() == wanted.keys()
     for name, (_, context, more) in wanted.items():
-        alone = [Scored([*context, *ids], [(len(context), len(context) + len(ids))]) for ids in more]
+        alone = [SpanRequest([*context, *ids], [(len(context), len(context) + len(ids))]) for ids in more]
         expected = [scores[0] for scores in span_nll(model, alone, 1)]
         assert [tokens for _, tokens in found[name]] == [tokens for _, tokens in expected]
         assert [nll for nll, _ in found[name]] == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-4)
     for index, ids in enumerate(sequences):
-        [[(expected, tokens)]] = span_nll(model, [Scored(ids, spans[index])], 1)
+        [[(expected, tokens)]] = span_nll(model, [SpanRequest(ids, spans[index])], 1)
         assert of_sequences[index] == [(pytest.approx(expected, rel=1e-4, abs=1e-4), tokens)]
 
 
 def test_what_is_held_stays_within_the_budget(models):
     """Groups are handed over before they outgrow half of what the answers may take."""
     model = models["llama"]
-    sequences = [Scored([20 + n] * 30, []) for n in range(300)]
+    sequences = [SpanRequest([20 + n] * 30, []) for n in range(300)]
     groups = list(computed(model, sequences, 60))
     assert len(groups) > 1
     assert sorted(index for held, _ in groups for index in range(300) if held.holds(index)) == list(range(300))
@@ -207,7 +207,7 @@ def test_what_is_held_stays_within_the_budget(models):
 def test_rows_that_leave_change_nothing_for_those_that_stay(models):
     model, ids = models["falcon"], [30, 40, 50, 60, 70]
     held = Prefixes()
-    for group, _ in computed(model, [Scored(ids, []), Scored(ids[::-1], [])], 100):
+    for group, _ in computed(model, [SpanRequest(ids, []), SpanRequest(ids[::-1], [])], 100):
         held = group
     causal_lm: Any = model.get_base_model()
 

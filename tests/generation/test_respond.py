@@ -17,7 +17,7 @@ from make_tokenizers import sentencepiece_like, unigram, wordpiece
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
-from kestrel.generation.respond import Prompted, _StopStrings, by_the_library, respond
+from kestrel.generation.respond import Request, _StopStrings, by_the_library, respond
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
@@ -90,7 +90,7 @@ def test_answers_are_the_librarys_own(models, prompt, architecture, contexts, ru
     chosen = Generation(**rules)
     ours = respond(models[architecture], prompt, contexts, chosen)
     for context, response in zip(contexts, ours, strict=True):
-        [(_, alone)] = by_the_library(models[architecture], prompt, [Prompted(context, 0)], chosen)
+        [(_, alone)] = by_the_library(models[architecture], prompt, [Request(context, 0)], chosen)
         assert response == alone
 
 

@@ -12,7 +12,7 @@ from make_models import make_model
 
 from kestrel.data.dataset import load_split
 from kestrel.errors import ProofError
-from kestrel.model.likelihood import Scored, span_nll
+from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
@@ -35,10 +35,10 @@ def by_hand(model: torch.nn.Module, ids: list[int], start: int, end: int) -> flo
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> Scored:
+def sequences(draw: st.DrawFn) -> SpanRequest:
     ids = draw(st.lists(st.integers(0, 380), min_size=4, max_size=40))
     borders = sorted(draw(st.sets(st.integers(1, len(ids)), min_size=2, max_size=6)))
-    return Scored(ids, list(zip(borders[::2], borders[1::2], strict=False)))
+    return SpanRequest(ids, list(zip(borders[::2], borders[1::2], strict=False)))
 
 
 @given(st.lists(sequences(), min_size=1, max_size=5), st.integers(1, 200))
@@ -57,17 +57,17 @@ def test_equals_log_softmax_by_hand_in_any_batch(model, scored, budget):
 def test_spans_together_and_alone_and_the_chain_rule(model, sequence):
     together = span_nll(model, [sequence], 1)[0]
     for span, (nll, _) in zip(sequence.spans, together, strict=True):
-        alone = span_nll(model, [Scored(sequence.input_ids[: span[1]], [span])], 1)[0][0][0]
+        alone = span_nll(model, [SpanRequest(sequence.input_ids[: span[1]], [span])], 1)[0][0][0]
         assert nll == pytest.approx(alone, rel=1e-4, abs=1e-4)
         middle = (span[0] + span[1] + 1) // 2
         if middle < span[1]:
-            parts = span_nll(model, [Scored(sequence.input_ids, [(span[0], middle), (middle, span[1])])], 1)[0]
+            parts = span_nll(model, [SpanRequest(sequence.input_ids, [(span[0], middle), (middle, span[1])])], 1)[0]
             assert nll == pytest.approx(parts[0][0] + parts[1][0], rel=1e-6)
 
 
 def test_nothing_to_score(model):
     assert span_nll(model, [], 10) == []
-    assert span_nll(model, [Scored([20, 21], [])], 10) == [[]]
+    assert span_nll(model, [SpanRequest([20, 21], [])], 10) == [[]]
 
 
 def test_a_likelihood_that_is_not_finite_is_refused():
@@ -75,7 +75,7 @@ def test_a_likelihood_that_is_not_finite_is_refused():
     install(broken)
     broken.transformer.ln_f.weight.data[3] = float("inf")
     with pytest.raises(ProofError, match="not finite"):
-        span_nll(broken, [Scored([20, 21, 22], [(1, 3)])], 10)
+        span_nll(broken, [SpanRequest([20, 21, 22], [(1, 3)])], 10)
 
 
 def test_generations_file_holds_the_references_and_candidates_likelihoods(trained, tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
-import kestrel.model.loss
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from make_models import make_model
 
+import kestrel.model.loss
 from kestrel.adapter.lora import add_lora
 from kestrel.batching import batches_within
 from kestrel.config.settings import Lora

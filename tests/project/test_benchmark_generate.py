@@ -17,7 +17,7 @@ from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
 from kestrel.generation.answers import questions_of
-from kestrel.generation.prefix_cache import Behind
+from kestrel.generation.prefix_cache import PrefixBatch
 from kestrel.model.loss import install
 from kestrel.prompt.prompt import Prompt
 
@@ -43,14 +43,14 @@ def test_a_token_of_another_context_is_found(prompt: Prompt, monkeypatch: pytest
     asked = [question for questions in questions_of(rows_of([DIALOGUE], prompt, 3), prompt) for question in questions]
     settings = Generation(max_new_tokens=6, stop_strings=[])
     assert check(model, prompt, asked, settings, "float32")["deviations_below_the_likeliest"] <= 1e-3
-    own = Behind.inputs
+    own = PrefixBatch.inputs
 
-    def without_context(rows: Behind, done: int, count: int) -> dict[str, torch.Tensor]:
+    def without_context(rows: PrefixBatch, done: int, count: int) -> dict[str, torch.Tensor]:
         inputs = own(rows, done, count)
         inputs["attention_mask"][:, : rows.width] = 0
         return inputs
 
-    monkeypatch.setattr(Behind, "inputs", without_context)
+    monkeypatch.setattr(PrefixBatch, "inputs", without_context)
     with pytest.raises(ProofError, match="standard deviations below the likeliest"):
         check(model, prompt, asked, settings, "float32")
 
