@@ -1,6 +1,7 @@
-# Each target does its own set-up. Python 3.11 or 3.12 is looked for; `make PYTHON=/path/to/python` names one.
-CANDIDATES := python3.12 python3.11 python3 python
-PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo "$$p"; break; }; done)
+# Each target sets up what it needs. It looks for Python 3.11 to 3.14; `make PYTHON=/path/to/python` names one.
+CANDIDATES := python3.12 python3.13 python3.14 python3.11 python3 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && { echo "$$p"; break; }; done)
+NEED_PYTHON = test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 to 3.14 with venv; none of $(CANDIDATES) is one. Install it (on Debian and Ubuntu: python3-venv), or run: make PYTHON=/path/to/python"; exit 1; }
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
@@ -12,13 +13,14 @@ quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU
 	$(VENV)/python generate.py --config $(CONFIG)
 	$(VENV)/python evaluate.py --config $(CONFIG)
 
-test: .venv/ready-dev browser check   ## formatter, linter, types, and every test
+test: .venv/ready-dev browser check   ## every check and every test
 	$(VENV)/python -m pytest -n 2
 
-check: .venv/ready-dev
+check: .venv/ready-dev   ## formatter, linter, types, and which wing imports which
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy kestrel *.py docs benchmarks Images tools
+	$(VENV)/lint-imports
 
 schema: .venv/ready   ## configs/schema.json, from the settings
 	$(VENV)/python -m kestrel.config.settings > configs/schema.json
@@ -30,16 +32,16 @@ performance: .venv/ready   ## the tables of docs/performance.md and docs/scaling
 	$(VENV)/python docs/fill_performance.py
 	$(VENV)/python docs/fill_scaling.py
 
-images: .venv/ready-dev browser   ## the README's pictures, of the quickstart run
+images: .venv/ready-dev browser   ## the README's pictures, from the quickstart's run
 	$(VENV)/python Images/make_images.py
 
-# Report and chat are tested in a real browser; without it and without root the tests say that they are skipped.
+# The report and the chat page are tested in a real browser. Where none can be installed, these tests are skipped.
 .PHONY: browser
 browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qqy --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || echo "chromium is not installed and cannot be installed without root: the browser tests will be skipped"
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qqy --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || echo "chromium is missing and only root can install it: the browser tests will be skipped"
 
 .venv/ready: requirements.txt requirements.lock.txt
-	@test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 or 3.12 with venv; found none among $(CANDIDATES). Install one (on Debian: python3-venv), or: make PYTHON=/path/to/python"; exit 1; }
+	@$(NEED_PYTHON)
 	"$(PYTHON)" -m venv .venv
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock.txt
 	@touch $@
@@ -48,31 +50,31 @@ browser:
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements.lock.txt
 	@touch $@
 
-fuzz: .venv/ready-dev   ## a million damaged inputs to every reader; half an hour of one core
+fuzz: .venv/ready-dev   ## a million damaged inputs to every reader; half an hour on one core
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
 	$(VENV)/python tests/fuzz/fuzz.py --share 1000000
 
-lock:   ## requirements.lock.txt, from requirements-dev.txt in an environment of its own
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed"; exit 1; }
+lock:   ## requirements.lock.txt, from a fresh installation of requirements-dev.txt
+	@$(NEED_PYTHON)
 	rm -rf .venv-lock
 	"$(PYTHON)" -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	.venv-lock/bin/python tools/dependencies.py lock > .venv-lock/lock && mv .venv-lock/lock requirements.lock.txt
 	rm -rf .venv-lock
 
-licences: .venv/ready-dev   ## docs/licences.md, from what the lock names
+licences: .venv/ready-dev   ## docs/licences.md, from the packages in the lock
 	$(VENV)/python tools/dependencies.py licences > .venv/licences && mv .venv/licences docs/licences.md
 
-# The rooms that lean on the libraries most. FLOOR_TORCH=torch==2.13.0 where no build of the floor can be had.
+# The tests of what uses the libraries most. FLOOR_TORCH=torch==2.13.0 where the oldest build is not available.
 FLOOR_TESTS := prompt data model/test_quantization.py model/test_loss.py generation/test_respond.py training/test_trainer.py chain/test_generate.py
 FLOOR_TORCH := $(shell grep '^torch==' requirements-floor.txt)
-test-floor:   ## dataset, prompt, model, training and answers with the oldest versions of requirements-floor.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed"; exit 1; }
+test-floor:   ## prompt, data, model, training and generation with the versions of requirements-floor.txt
+	@$(NEED_PYTHON)
 	rm -rf .venv-floor
 	"$(PYTHON)" -m venv .venv-floor
 	grep -v '^torch==' requirements-floor.txt > .venv-floor/others.txt
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check "$(FLOOR_TORCH)" -r .venv-floor/others.txt $(shell grep -E '^(pytest|hypothesis)[a-z-]*==' requirements-dev.txt)
 	.venv-floor/bin/python -m pytest $(addprefix tests/,$(FLOOR_TESTS))
 
-clean:   ## removes what the quickstart and the set-up made
+clean:   ## removes the environments and the quickstart's run
 	rm -rf .venv .venv-lock .venv-floor runs/quickstart

@@ -1,10 +1,10 @@
-"""The whole tree of dependencies: its exact versions, and its licences.
+"""All dependencies, direct and indirect: their exact versions and their licences.
 
     python tools/dependencies.py lock > requirements.lock.txt        of the environment that runs this; see `make lock`
-    python tools/dependencies.py licences > docs/licences.md         of the packages that the lock names
+    python tools/dependencies.py licences > docs/licences.md         of the packages in the lock
 
 The lock has no hashes and no build of torch (`2.13.0`, not `2.13.0+cpu`), so that it serves machines with and without
-a GPU. What only torch's builds for GPUs bring along (nvidia-*, cuda-*, triton) is left out: torch itself pins it.
+a GPU. The packages that only torch's GPU builds need (nvidia-*, cuda-*, triton) are left out: torch itself pins them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock.txt"
 OF_TORCHS_BUILD = re.compile(r"(nvidia|cuda)[-_].*|triton|pytorch-triton.*")
 OF_THE_ENVIRONMENT = {"pip", "wheel"}
+# What only some Pythons need, as the lock has it, and its licence: `make lock` may run on another one.
+OF_SOME_PYTHONS = {"audioop-lts": ('0.2.2; python_version >= "3.13"', "PSF-2.0")}  # of gradio (6.31)
 
 _SPDX = {
     "Apache-2.0": r"apache",
@@ -34,40 +36,43 @@ _SPDX = {
 
 
 def canonical(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's normalized name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def is_locked(name: str) -> bool:
-    """Whether a package belongs into the lock."""
+    """Whether a package belongs in the lock."""
     return name not in OF_THE_ENVIRONMENT and not OF_TORCHS_BUILD.fullmatch(name)
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Package -> version of a file with a `name==version` a line; other lines are left out."""
+    """Package -> version of each `name==version` line of a requirements file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    found = (re.fullmatch(r"([A-Za-z0-9._-]+)[=>]=([^\s;]+)(?:\s*;.*)?", line.strip()) for line in lines)
-    return {canonical(match[1]): match[2] for match in found if match}
+    matches = (re.fullmatch(r"([A-Za-z0-9._-]+)[=>]=([^\s;]+)(?:\s*;.*)?", line.strip()) for line in lines)
+    return {canonical(match[1]): match[2] for match in matches if match}
 
 
 def lock() -> str:
-    """What is installed here, as requirements."""
+    """The packages installed here, as requirements."""
     versions = {canonical(each.metadata["Name"]): each.version.partition("+")[0] for each in metadata.distributions()}
+    versions |= {name: version for name, (version, _) in OF_SOME_PYTHONS.items()}
     lines = [f"{name}=={version}" for name, version in sorted(versions.items()) if is_locked(name)]
-    return "# The whole tree, for Python 3.11 and 3.12. Made by `make lock`; do not edit.\n" + "\n".join(lines) + "\n"
+    return "# The whole tree, for Python 3.11 to 3.14. Made by `make lock`; do not edit.\n" + "\n".join(lines) + "\n"
 
 
 def licence_of(name: str) -> str:
-    """A package's licence by its own metadata, in SPDX's words where it can be told; UNKNOWN otherwise."""
+    """A package's licence according to its metadata, as an SPDX identifier where possible, or UNKNOWN."""
+    if name in OF_SOME_PYTHONS:
+        return OF_SOME_PYTHONS[name][1]
     about = metadata.metadata(name)
     if "License-Expression" in about:
         return about["License-Expression"]
     classified = [line.rpartition("::")[2] for line in about.get_all("Classifier") or () if line.startswith("License")]
     stated = (about["License"] or "").splitlines()[:1] if "License" in about else []
     for texts in (classified, stated):
-        told = " ".join(texts).lower()
-        if found := [spdx for spdx, words in _SPDX.items() if re.search(words, told)]:
-            return ", ".join(found)
+        text = " ".join(texts).lower()
+        if matching := [spdx for spdx, words in _SPDX.items() if re.search(words, text)]:
+            return ", ".join(matching)
     return "UNKNOWN"
 
 
@@ -75,7 +80,7 @@ def licences() -> str:
     """A page with every locked package, its version and its licence.
 
     Raises:
-        SystemExit: a locked package is not installed, or its licence cannot be told.
+        SystemExit: a locked package is not installed, or its metadata names no known licence.
     """
     rows, unknown = [], []
     direct = pins(ROOT / "requirements.txt")
@@ -87,7 +92,7 @@ def licences() -> str:
         unknown += [name] if licence == "UNKNOWN" else []
         rows.append(f"| {name} | {version} | {licence} | {'the scripts' if name in direct else ''} |")
     if unknown:
-        sys.exit(f"whose licence? {', '.join(unknown)}: read it in their repositories, and let licence_of say it")
+        sys.exit(f"no licence found for {', '.join(unknown)}: look it up and add it to licence_of")
     return (
         "# Licences of the dependencies\n\nMade by `make licences` from the metadata of the packages that "
         "`requirements.lock.txt` names. None of them is part of this repository.\n\nOn a machine with an NVIDIA GPU, "

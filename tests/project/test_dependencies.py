@@ -1,4 +1,4 @@
-"""The lock is the whole tree and fits what is asked for; every licence is known, and none is a surprise."""
+"""The lock has every dependency at a version that all of them allow; every licence is known and permissive."""
 
 from __future__ import annotations
 
@@ -19,47 +19,54 @@ assert spec is not None and spec.loader is not None
 dependencies = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dependencies)
 
+FLOOR_TESTS = re.search(r"^FLOOR_TESTS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 LOCK = dependencies.pins(ROOT / "requirements.lock.txt")
-ASKED = dependencies.pins(ROOT / "requirements.txt")
+DIRECT = dependencies.pins(ROOT / "requirements.txt")
 FLOOR = dependencies.pins(ROOT / "requirements-floor.txt")
 # Import names that differ from the package's.
 PACKAGE_OF = {"yaml": "pyyaml", "jinja2": "jinja2", "huggingface_hub": "huggingface-hub", "rouge_score": "rouge-score"}
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-web.txt"])
-def test_the_lock_has_what_is_asked_for(name):
-    asked = dependencies.pins(ROOT / name)
-    assert asked and {package: LOCK.get(package) for package in asked} == asked
+def test_the_lock_has_the_required_versions(name):
+    required = dependencies.pins(ROOT / name)
+    assert required and {package: LOCK.get(package) for package in required} == required
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_the_lock_is_the_whole_tree(python):
-    """Each requirement of each locked package is locked too, at a version that it allows, on either Python."""
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_is_complete(python):
+    """Each requirement of each locked package is locked too, at a version that it allows."""
     machine = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     missing = []
-    for package in LOCK:
+    for package in LOCK.keys() - dependencies.OF_SOME_PYTHONS.keys():
         for text in metadata.requires(package) or ():
-            wanted = Requirement(text)
-            name = dependencies.canonical(wanted.name)
-            if wanted.marker is not None and not wanted.marker.evaluate(machine):
+            required = Requirement(text)
+            name = dependencies.canonical(required.name)
+            if required.marker is not None and not required.marker.evaluate(machine):
                 continue
-            if dependencies.is_locked(name) and (name not in LOCK or not wanted.specifier.contains(LOCK[name], True)):
+            if dependencies.is_locked(name) and (name not in LOCK or not required.specifier.contains(LOCK[name], True)):
                 missing.append(f"{package} needs {text}, the lock has {LOCK.get(name)}")
     assert missing == []
 
 
-def test_the_lock_is_what_runs_here():
-    """Up to the build of torch; what is installed besides belongs to nobody here."""
-    here = {name: metadata.version(name).partition("+")[0] for name in LOCK}
+def test_the_locked_versions_are_installed():
+    """Whatever the build of torch."""
+    names = LOCK.keys() - dependencies.OF_SOME_PYTHONS.keys()
+    here = {name: metadata.version(name).partition("+")[0] for name in names}
     assert {name: version for name, version in here.items() if LOCK[name] != version} == {}
 
 
 def test_every_direct_dependency_has_a_floor():
-    assert FLOOR.keys() == ASKED.keys()
-    assert [name for name in FLOOR if Version(FLOOR[name]) > Version(ASKED[name])] == []
+    assert FLOOR.keys() == DIRECT.keys()
+    assert [name for name in FLOOR if Version(FLOOR[name]) > Version(DIRECT[name])] == []
 
 
-def test_what_is_imported_is_asked_for():
+def test_the_floors_tests_exist():
+    assert FLOOR_TESTS is not None
+    assert [name for name in FLOOR_TESTS[1].split() if not (ROOT / "tests" / name).exists()] == []
+
+
+def test_every_imported_package_is_required():
     imported = set()
     for path in (*ROOT.glob("*.py"), *(ROOT / "kestrel").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -68,10 +75,10 @@ def test_what_is_imported_is_asked_for():
             imported |= {name.partition(".")[0] for name in names}
     ours = {"kestrel", *(path.stem for path in ROOT.glob("*.py"))}
     packages = {PACKAGE_OF.get(name, name) for name in imported - ours - set(sys.stdlib_module_names)}
-    asked = {*ASKED, *dependencies.pins(ROOT / "requirements-web.txt")}
+    required = {*DIRECT, *dependencies.pins(ROOT / "requirements-web.txt")}
     assert {"torch", "pyyaml"} <= packages
     # triton comes with torch's builds for GPUs, and only code for GPUs imports it.
-    assert packages - asked - {"triton"} == set()
+    assert packages - required - {"triton"} == set()
 
 
 def test_licences_are_known_and_permissive():
