@@ -49,7 +49,7 @@ from kestrel.generation import answers
 from kestrel.generation.answers import Question, questions_of, write_answers
 from kestrel.generation.decoding import decode
 from kestrel.generation.prefix_cache import computed
-from kestrel.generation.respond import _generate, answers_behind, respond
+from kestrel.generation.respond import _generate, answers_behind
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import SpanRequest
