@@ -5,7 +5,7 @@ NEED_PYTHON = test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 to 3.14 w
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
-.PHONY: quickstart test check schema images readme performance fuzz lock licences test-floor clean
+.PHONY: quickstart test test-fast check schema images readme performance fuzz lock licences test-floor clean
 
 quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
 	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
@@ -15,6 +15,9 @@ quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU
 
 test: .venv/ready-dev browser check   ## every check and every test
 	$(VENV)/python -m pytest -n 2
+
+test-fast: .venv/ready-dev check   ## the same checks, and the unit tests of kestrel/
+	$(VENV)/python -m pytest -n 2 tests --ignore=tests/chain --ignore=tests/project --ignore=tests/faults --ignore=tests/fuzz
 
 check: .venv/ready-dev   ## formatter, linter, types, and which wing imports which
 	$(VENV)/ruff format --check .

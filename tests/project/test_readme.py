@@ -13,7 +13,12 @@ import pytest
 from kestrel.publishing.merge import serving
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "quickstart" / "README.md",
+]
 
 
 def _commands() -> list[tuple[str, str]]:
