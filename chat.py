@@ -118,7 +118,7 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
     from kestrel.adapter.proof import prove_loaded
     from kestrel.chat.streaming import Speaker
     from kestrel.model.base import base_identity, load_base, load_config
-    from kestrel.model.loss import install
+    from kestrel.model.loss import attach_token_nll
 
     if "adapter" not in settings.generation.systems:
         model, audit = load_base(settings)
@@ -133,7 +133,7 @@ def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Spe
     print(f"base: {audit.line()}")
     adapted = load_adapter(model, folder)
     print(f"adapter: {settings.model.adapter or folder}")
-    install(adapted)
+    attach_token_nll(adapted)
     print(prove_loaded(adapted, manifest, prompt.identity(), settings.quantization.compute_dtype) + "\n")
     return Speaker(adapted, prompt, ["adapter", "base"])
 

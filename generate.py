@@ -39,7 +39,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.generation.answers import left_out, write_answers
     from kestrel.generation.files import name_in_order
     from kestrel.model.base import base_identity, check_context, load_base, load_config
-    from kestrel.model.loss import install
+    from kestrel.model.loss import attach_token_nll
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.runtime import distributed, rendezvous
@@ -96,7 +96,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     if adapter_manifest is not None:
         model = load_adapter(model, adapter_folder)
         print(f"adapter: {settings.model.adapter or adapter_folder}")
-    install(model)
+    attach_token_nll(model)
     if adapter_manifest is not None:
         print(prove_loaded(model, adapter_manifest, prompt.identity(), settings.quantization.compute_dtype))
 

@@ -34,10 +34,10 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.adapter.lora import add_lora
     from kestrel.adapter.proof import save_and_prove
     from kestrel.batching import steps_of_run
-    from kestrel.data.dataset import lengths_of, load_split, open_dataset, supervised_of
+    from kestrel.data.dataset import lengths_of, load_split, open_dataset
     from kestrel.errors import Interrupted
     from kestrel.model.base import base_identity, check_context, device, load_base, load_config
-    from kestrel.model.loss import collate, install, prove_loss
+    from kestrel.model.loss import attach_token_nll, collate, prove_loss
     from kestrel.planning import dry_run, passes
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.disk_space import room_for, training_bytes
     from kestrel.runtime.manifest import identity_of, sha256_of
     from kestrel.runtime.training_log import plot_loss
-    from kestrel.training import arguments, callbacks, checkpoints, sharding
+    from kestrel.training import arguments, callbacks, checkpoints, objective, sharding
     from kestrel.training.samples import sampler
     from kestrel.training.trainer import DialogueTrainer
 
@@ -66,7 +66,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     )
 
     config = load_config(settings.model)
-    dialogues = passes.Dialogues(lengths, supervised_of(train_rows), steps)
+    dialogues = passes.Dialogues(lengths, objective.tokens_in_loss(train_rows), steps)
     if options.dry_run:
         dry_run.report(settings, config, dialogues)
         return
@@ -96,7 +96,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     print(f"adapter: {trainable:,} trainable parameters")
     if sharded:
         print(sharding.shard(model))
-    install(model, chosen.recompute, settings.training.dense_weights)
+    attach_token_nll(model, chosen.recompute, settings.training.dense_weights)
     probe = collate([validation_rows[0]], pad_id=prompt.end_id)
     prove_loss(
         model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype

@@ -53,7 +53,7 @@ from kestrel.generation.respond import _generate, answers_behind
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import SpanRequest
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.model.quantization import linear_layers
 from kestrel.prompt.prompt import Prompt, Rendered
 from kestrel.prompt.tokenizer import load_tokenizer
@@ -217,7 +217,7 @@ def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)  # a fresh adapter changes nothing, and an error would not show
-    install(model)
+    attach_token_nll(model)
     model.eval()
     more = {"max_new_tokens": options.new_tokens, "stop_strings": [_NEVER_SAID]}
     chosen = settings.generation.model_copy(update=more)

@@ -140,7 +140,7 @@ def measured(model: Any, measure: Measure, rows: list[Rendered], own_forward: An
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     loss.causal_lm_of(model).forward = own_forward
     if measure.forward is own_layers:
-        loss.install(model, measure.recompute, measure.dense_weights)
+        loss.attach_token_nll(model, measure.recompute, measure.dense_weights)
     model.eval()
     with measure.under(), torch.no_grad():
         probed = measure.forward(model, probe).item()

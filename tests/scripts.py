@@ -64,7 +64,7 @@ def worsen(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
             evaluations.append(None)
         return token_nll(model, batch) + max(0, len(evaluations) - after)
 
-    monkeypatch.setattr("kestrel.training.trainer.token_nll", nll)
+    monkeypatch.setattr("kestrel.training.objective.token_nll", nll)
 
 
 def make_run(folder: Path, dialogues: int = 12) -> Path:

@@ -37,7 +37,7 @@ def save_and_prove(
     """Writes the adapter's folder and loads it again beside the trained one.
 
     Args:
-        model: trained; prepared by `loss.install`.
+        model: trained; prepared by `loss.attach_token_nll`.
         prompt: that it was trained with.
         settings: of the run.
         folder: RUN/adapter, replaced as a whole.

@@ -123,7 +123,7 @@ def answer(
     """Answers every question of some dialogues.
 
     Args:
-        model: prepared by `loss.install`.
+        model: prepared by `loss.attach_token_nll`.
         by_dialogue: from `questions_of`.
         seed: of sampling.
 

@@ -68,7 +68,7 @@ def span_nll(
     One forward pass scores every span of a sequence, so a dialogue's references cost one pass together.
 
     Args:
-        model: prepared by `loss.install`; it is left in evaluation mode.
+        model: prepared by `loss.attach_token_nll`; it is left in evaluation mode.
         sequences: what to score.
         tokens_per_step: most tokens of a batch, padding included.
 

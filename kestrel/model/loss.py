@@ -1,18 +1,16 @@
-"""The training objective: the negative log-likelihood of the supervised tokens, and of nothing else.
+"""The negative log-likelihood of the supervised tokens, those with a label, and of no other.
 
-    L(θ) = − Σ_{t ∈ S} log p_θ(x_t | x_{<t}) / |S|       S: the tokens of the owner's replies, ends included
+The output head runs only where the next token is supervised (37% of Persona-Chat's tokens) and in chunks, so the logits,
+65,024 float32 numbers per position for Falcon, never exist all at once.
 
-|S| is counted over the whole global batch, so that neither accumulation nor the number of processes changes what a
-token weighs. The vocabulary is projected onto only at positions in S (37% of Persona-Chat's tokens) and in chunks,
-so that the logits, 65,024 float32 numbers a position for Falcon, never exist all at once.
-
-Rows are padded on the right and attention looks back only, so no attention mask is needed, and none is made: what stands
-at padding reaches no supervised position. Without a mask the fused attention kernels run.
+Rows are padded on the right and attention is causal, so padding reaches no supervised position and no attention mask is
+needed. Without a mask the fused attention kernels run.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +31,8 @@ NOT_FINITE = (
     "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
     "quantization.compute_dtype, where bfloat16 and float32 have more room than float16"
 )
+# (causal LM, hidden (targets, hidden size), targets int64 (targets,)) -> a value per target, such as `nll_of_hidden`
+OfHidden = Callable[["PreTrainedModel", torch.Tensor, torch.Tensor], torch.Tensor]
 CHUNK = 512  # positions projected at a time: 133 MB of float32 logits for Falcon's vocabulary
 
 
@@ -144,8 +144,11 @@ def nll_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor, targets: tor
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _token_nll(
-    causal_lm: PreTrainedModel, batch: dict[str, torch.Tensor], fused: falcon.Backbone | None
+def _at_supervised_tokens(
+    causal_lm: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    of_hidden: OfHidden,
+    fused: falcon.Backbone | None,
 ) -> torch.Tensor:
     predicting = batch["predicting"]
     if fused is not None and fused.is_free():
@@ -156,13 +159,13 @@ def _token_nll(
         states = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         hidden = states.flatten(0, 1).index_select(0, predicting)
     targets = batch["labels"].flatten()[predicting + 1]
-    return nll_of_hidden(causal_lm, hidden, targets)
+    return of_hidden(causal_lm, hidden, targets)
 
 
-def install(model: nn.Module, recompute: falcon.Recompute = "none", dense_weights: bool = False) -> None:
-    """Lets the model's `forward` return the supervised tokens' likelihoods when called as `token_nll` calls it.
+def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none", dense_weights: bool = False) -> None:
+    """Makes the model's `forward` return values of the supervised tokens when `at_supervised_tokens` calls it.
 
-    Going through `forward` keeps what wraps a model in the way: PEFT's hooks and those that gather a sharded base.
+    Going through `forward` runs the hooks of what wraps a model: PEFT, and sharding, which gathers the base.
 
     Args:
         model: the causal LM, with its adapter if it is to have one.
@@ -186,28 +189,34 @@ def install(model: nn.Module, recompute: falcon.Recompute = "none", dense_weight
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
     @functools.wraps(own_forward)
-    def forward(*args: Any, nll_only: bool = False, **kwargs: Any) -> Any:
-        if not nll_only:
+    def forward(*args: Any, of_hidden: OfHidden | None = None, **kwargs: Any) -> Any:
+        if of_hidden is None:
             return own_forward(*args, **kwargs)
-        return {"nll": _token_nll(causal_lm, kwargs, fused)}
+        return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
     causal_lm.forward = forward
 
 
-def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Negative log-likelihood of each supervised token.
+def at_supervised_tokens(model: nn.Module, batch: dict[str, torch.Tensor], of_hidden: OfHidden) -> torch.Tensor:
+    """What a function makes of each supervised token, inside the model's forward pass.
 
     Args:
-        model: prepared by `install`.
+        model: prepared by `attach_token_nll`.
         batch: from `collate`, on the model's device; `first` and `which` may be left out.
+        of_hidden: called as `nll_of_hidden` is.
 
     Returns:
-        float32 (supervised tokens,) in nats, row by row.
+        The function's result, (supervised tokens, ...), row by row.
     """
     names = ("input_ids", "labels", "predicting", "first", "which")
-    wanted = {name: batch[name] for name in names if name in batch}
-    result: torch.Tensor = model(**wanted, nll_only=True)["nll"]
+    inputs = {name: batch[name] for name in names if name in batch}
+    result: torch.Tensor = model(**inputs, of_hidden=of_hidden)["result"]
     return result
+
+
+def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Negative log-likelihood of each supervised token, float32 (supervised tokens,) in nats; `at_supervised_tokens`."""
+    return at_supervised_tokens(model, batch, nll_of_hidden)
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
-"""4-bit asked means 4-bit held: the remedy for layers that the quantizer skips, and the audit that proves it.
+"""The workaround for layers that the 4-bit quantizer skips, and the audit that proves what was loaded.
 
 transformers 5.5 and later quantizes a layer only if its class is exactly `torch.nn.Linear`. Falcon's layers are
-`FalconLinear`, a subclass, so that `load_in_4bit=True` loads Falcon in 16 bit, says that it is in 4 bit, and warns of
-something else. The test `test_audit_fails_without_the_remedy` passes as long as the remedy is needed.
+`FalconLinear`, a subclass, so `load_in_4bit=True` loads Falcon in 16 bit, reports 4 bit, and warns of something else.
+`test_audit_fails_without_the_remedy` passes as long as the workaround is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ _UNQUANTIZED_SHARE = 0.10
 
 @contextmanager
 def quantizable_layers() -> Iterator[None]:
-    """Lets the quantizer see Falcon's linear layers for what they are while a model is loaded.
+    """Makes Falcon's linear layers plain ones while a model is loaded, so that the quantizer replaces them.
 
     `FalconLinear` computes `x @ W.T + b`, which is what `nn.Linear` computes; in bf16 the two agree to the bit.
     """
@@ -46,7 +46,7 @@ def quantizable_layers() -> Iterator[None]:
 def forbid_repacking(model: nn.Module) -> None:
     """Stops bitsandbytes (0.50) from repacking weights in place at the first evaluation on CPUs with AVX512-BF16.
 
-    After it, training goes on with zero or wrong gradients and says nothing; `train()` does not undo it.
+    After that, gradients are zero or wrong without any error; `train()` does not undo it.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -55,7 +55,7 @@ def forbid_repacking(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a loaded base really is. Bytes are of parameters, buffers and quantization constants."""
+    """What a loaded base holds. Bytes count parameters, buffers and quantization constants."""
 
     bits: int
     layers_4bit: int
@@ -103,7 +103,7 @@ def linear_layers(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantization) -> Audit:
-    """Compares a loaded base with what the settings ask for.
+    """Compares a loaded base with the settings.
 
     Args:
         model: loaded, before LoRA.
@@ -116,51 +116,19 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
     import bitsandbytes as bnb
 
     expected = linear_layers(skeleton)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    problems = []
-    types, nested, computes = set(), set(), set()
-    for name, module in found.items():
-        state = getattr(module.weight, "quant_state", None)
-        # The storage type is whatever the packed bytes are seen as: uint8, or for sharding the compute type.
-        if state is None or 2 * module.weight.numel() * module.weight.element_size() != state.shape.numel():
-            problems.append(f"{name} is a 4-bit layer whose weight is not packed 4-bit")
-            continue
-        types.add(state.quant_type)
-        nested.add(bool(state.nested))
-        computes.add(str(module.compute_dtype).removeprefix("torch."))
+    in_4bit = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    unpacked = [name for name, module in in_4bit.items() if not _is_packed(module)]
+    problems = [f"{name} is a 4-bit layer whose weight is not packed 4-bit" for name in unpacked]
     if wanted.bits == 4:
-        skipped = sorted(expected.keys() - found.keys())
-        if skipped:
-            problems.append(
-                f"{len(skipped)} of {len(expected)} linear layers are not in 4 bit, such as {skipped[0]} "
-                f"({type(model.get_submodule(skipped[0])).__name__})"
-            )
-        if not expected:
-            problems.append("the architecture has no linear layer that could be quantized")
-        for what, seen, want in (
-            ("quantization type", types, wanted.type),
-            ("double quantization", nested, wanted.double_quant),
-            ("compute type", computes, wanted.compute_dtype),
-        ):
-            if found and seen != {want}:
-                problems.append(f"{what} is {', '.join(map(str, sorted(seen))) or 'unknown'}, asked for was {want}")
-        others = _unquantized_share(skeleton, expected)
-        if others > _UNQUANTIZED_SHARE:
-            problems.append(
-                f"{others:.0%} of the parameters are neither linear layers nor embeddings and stay in 16 bit"
-            )
-    elif found:
-        problems.append(f"{len(found)} layers are in 4 bit, asked for were {wanted.bits} bits")
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, torch.Tensor) and name not in found:
-            dtype = str(weight.dtype).removeprefix("torch.")
-            if dtype != wanted.compute_dtype:
-                problems.append(f"{name or 'the model'} is held in {dtype}, asked for was {wanted.compute_dtype}")
+        problems += _skipped_layers(model, skeleton, expected, in_4bit.keys())
+        problems += _other_quantization([in_4bit[name] for name in in_4bit if name not in unpacked], wanted)
+    elif in_4bit:
+        problems.append(f"{len(in_4bit)} layers are in 4 bit; the settings ask for {wanted.bits} bits")
+    problems += _other_dtypes(model, wanted.compute_dtype, in_4bit.keys())
     footprint = footprint_bytes(model)
     arithmetic = expected_footprint_bytes(skeleton, wanted)
     if abs(footprint - arithmetic) > _FOOTPRINT_TOLERANCE * arithmetic:
-        problems.append(f"the base takes {footprint:,} bytes where {arithmetic:,} were expected")
+        problems.append(f"the base takes {footprint:,} bytes; the arithmetic gives {arithmetic:,}")
     if problems:
         raise ProofError(
             "the base is not what quantization asks for:\n  "
@@ -169,15 +137,73 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
         )
     return Audit(
         bits=wanted.bits,
-        layers_4bit=len(found),
+        layers_4bit=len(in_4bit),
         layers_expected=len(expected),
-        quant_type=types.pop() if types else None,
-        double_quant=nested.pop() if nested else None,
+        quant_type=wanted.type if in_4bit else None,
+        double_quant=wanted.double_quant if in_4bit else None,
         compute_dtype=wanted.compute_dtype,
         footprint_bytes=footprint,
         footprint_expected_bytes=arithmetic,
         parameters=sum(p.numel() for p in skeleton.parameters()),
     )
+
+
+def _is_packed(layer: Any) -> bool:
+    """Whether a layer's weight holds two 4-bit values per byte. The bytes are stored as uint8, or for sharding as the
+    compute type."""
+    state = getattr(layer.weight, "quant_state", None)
+    return state is not None and 2 * layer.weight.numel() * layer.weight.element_size() == state.shape.numel()
+
+
+def _skipped_layers(
+    model: PreTrainedModel, skeleton: PreTrainedModel, expected: dict[str, tuple[int, int]], in_4bit: Collection[str]
+) -> list[str]:
+    """What should be in 4 bit and is not."""
+    if not expected:
+        return ["the architecture has no linear layer that could be quantized"]
+    problems = []
+    skipped = sorted(expected.keys() - set(in_4bit))
+    if skipped:
+        problems.append(
+            f"{len(skipped)} of {len(expected)} linear layers are not in 4 bit, such as {skipped[0]} "
+            f"({type(model.get_submodule(skipped[0])).__name__})"
+        )
+    others = _unquantized_share(skeleton, expected)
+    if others > _UNQUANTIZED_SHARE:
+        problems.append(f"{others:.0%} of the parameters are neither linear layers nor embeddings and stay in 16 bit")
+    return problems
+
+
+def _other_quantization(layers: Sequence[Any], wanted: Quantization) -> list[str]:
+    """How the 4-bit layers differ from the settings."""
+    held = [
+        (layer.weight.quant_state.quant_type, bool(layer.weight.quant_state.nested), _name(layer.compute_dtype))
+        for layer in layers
+    ]
+    problems = []
+    asked = (wanted.type, wanted.double_quant, wanted.compute_dtype)
+    for index, what in enumerate(("quantization type", "double quantization", "compute type")):
+        values = {layer[index] for layer in held}
+        if values - {asked[index]}:
+            listed = ", ".join(map(str, sorted(values)))
+            problems.append(f"{what} is {listed}; the settings ask for {asked[index]}")
+    return problems
+
+
+def _other_dtypes(model: PreTrainedModel, compute_dtype: str, in_4bit: Collection[str]) -> list[str]:
+    """Linear layers and embeddings that are held neither in 4 bit nor in the compute type."""
+    return [
+        f"{name or 'the model'} is held in {_name(module.weight.dtype)}; the settings ask for {compute_dtype}"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        and isinstance(module.weight, torch.Tensor)
+        and name not in in_4bit
+        and _name(module.weight.dtype) != compute_dtype
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unquantized_share(skeleton: PreTrainedModel, linear: dict[str, tuple[int, int]]) -> float:

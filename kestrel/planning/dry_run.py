@@ -10,7 +10,7 @@ import torch
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.base import device
-from kestrel.model.loss import install, token_nll
+from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning.memory import GIB, Estimator, Pass
 from kestrel.planning.passes import Dialogues, Plan, capacity, choose, without_estimate
 from kestrel.planning.random_base import stand_in
@@ -111,7 +111,7 @@ def _measured(settings: Settings, config: PretrainedConfig, chosen: Plan, dialog
     here = device()
     try:
         model = stand_in(settings, config, here)
-        install(model, chosen.recompute, settings.training.dense_weights)
+        attach_token_nll(model, chosen.recompute, settings.training.dense_weights)
         seconds, tokens = time_passes(model.train(), _sample(passes, dialogues.largest(chosen.tokens_per_step)), here)
     except torch.OutOfMemoryError:
         return "not measured, memory ran out; lower training.tokens_per_step"
@@ -133,7 +133,7 @@ def time_passes(model: Any, shapes: list[Pass], place: torch.device) -> tuple[fl
     """Seconds and tokens of forward and backward over passes of random tokens, after a warm-up.
 
     Args:
-        model: prepared by `loss.install`.
+        model: prepared by `loss.attach_token_nll`.
         shapes: of the passes; the first three are not timed.
         place: where the model is.
     """

@@ -26,7 +26,7 @@ from kestrel.errors import KestrelError
 from kestrel.model import falcon
 from kestrel.model.base import skeleton_of
 from kestrel.model.kernels import attention, elementwise
-from kestrel.model.loss import causal_lm_of, install, token_nll
+from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes, linear_layers
 from kestrel.planning.random_base import stand_in
 
@@ -131,7 +131,7 @@ class Estimator:
     def _model(self, recompute: falcon.Recompute) -> nn.Module:
         if recompute not in self._models:
             model = stand_in(self._settings, self._config, torch.device("meta"))
-            install(model, recompute)
+            attach_token_nll(model, recompute)
             self._models[recompute] = model.train()
         return self._models[recompute]
 

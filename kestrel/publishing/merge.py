@@ -25,7 +25,7 @@ from kestrel.errors import KestrelError, ProofError
 from kestrel.generation.respond import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
 from kestrel.model.base import base_identity, load_base, load_config, skeleton_of
-from kestrel.model.loss import causal_lm_of, install
+from kestrel.model.loss import attach_token_nll, causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import clear_beside, folder_atomically
@@ -84,7 +84,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         base, audit = load_base(settings)
         print(f"base: {audit.line()}")
         adapted = load_adapter(base, adapter_folder)
-        install(adapted)
+        attach_token_nll(adapted)
         print(prove_loaded(adapted, manifest, identity, settings.quantization.compute_dtype))
         before = behaviour(adapted, prompt, contexts, settings)
         merged = _merged(adapted, adapter_folder, settings)

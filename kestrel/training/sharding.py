@@ -16,7 +16,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Settings
 from kestrel.errors import ProofError
 from kestrel.model.base import device, load_base
-from kestrel.model.loss import causal_lm_of, install
+from kestrel.model.loss import attach_token_nll, causal_lm_of
 from kestrel.runtime import distributed
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def whole_again(model: PeftModel, settings: Settings) -> PeftModel:
     base, _ = load_base(settings)
     whole = add_lora(base, settings.lora, settings.seed)
     set_peft_model_state_dict(whole, weights)
-    install(whole)
+    attach_token_nll(whole)
     return whole
 
 

@@ -18,15 +18,13 @@ from kestrel.batching import batches_within, even_batches_within, share_of
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
-from kestrel.model.loss import collate, token_nll
 from kestrel.planning.passes import Plan, remedies, write_passes
-from kestrel.prompt.prompt import IGNORED
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import saying_disk_full
+from kestrel.training import objective
 from kestrel.training.checkpoints import read_sealed, seal
 from kestrel.training.sharding import is_sharded
 
-_COLUMNS = ["input_ids", "labels"]
 _DIVERGED = 500.0  # nats a token; guessing among 65,024 words costs 11
 
 
@@ -34,7 +32,7 @@ class DialogueTrainer(Trainer):
     """A Trainer whose unit of data is the optimizer step.
 
     The loader yields one item a step: this process's share of the step's dialogues, cut into forward passes, and the
-    number of supervised tokens in the whole step over all processes, by which the summed loss is divided. To the
+    weight of the whole step over all processes, by which the summed loss is divided (`objective.py`). To the
     Trainer the run is one epoch of such items, so that resuming is skipping items.
 
     Args:
@@ -55,7 +53,7 @@ class DialogueTrainer(Trainer):
         self._meaning = meaning
         self._chosen = chosen
         self._sharded = is_sharded(self.model)
-        self._rows = self.train_dataset.select_columns(_COLUMNS).with_format("numpy")
+        self._rows = self.train_dataset.select_columns(objective.COLUMNS).with_format("numpy")
         self._lengths = lengths_of(self.train_dataset)
         self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
         self.last_gradient_norm: torch.Tensor | None = None
@@ -80,9 +78,9 @@ class DialogueTrainer(Trainer):
         wanted = max(len(self._cuts(lengths, each)) for each in range(self.args.world_size)) if self._sharded else 0
         idle = [lengths.argsort()[:1]] * (wanted - len(cuts))
         return {
-            "forward_passes": [collate([rows[i] for i in cut], self._pad_id) for cut in (*cuts, *idle)],
+            "forward_passes": [objective.collate([rows[i] for i in cut], self._pad_id) for cut in (*cuts, *idle)],
             "counting": len(cuts),
-            "supervised_tokens": sum(int(np.count_nonzero(row["labels"] != IGNORED)) for row in rows),
+            "step_weight": objective.step_weight(rows),
             "tokens_per_step": budget,
         }
 
@@ -136,9 +134,9 @@ class DialogueTrainer(Trainer):
         and `training_step` exchanges them when all passes are done."""
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs["forward_passes"]):
-            nll = token_nll(model, self._on_device(batch)).sum()
-            weight = self.args.world_size / inputs["supervised_tokens"] if index < inputs["counting"] else 0.0
-            loss = nll * weight
+            summed = objective.summed_loss(model, self._on_device(batch))
+            weight = self.args.world_size / inputs["step_weight"] if index < inputs["counting"] else 0.0
+            loss = summed * weight
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -174,7 +172,7 @@ class DialogueTrainer(Trainer):
             heaviest = max(inputs["forward_passes"], key=lambda batch: batch["input_ids"].numel())
             self.model.train()
             try:
-                token_nll(self.model, self._on_device(heaviest)).sum().backward()
+                objective.summed_loss(self.model, self._on_device(heaviest)).backward()
             except torch.OutOfMemoryError:
                 too_large = heaviest["input_ids"].shape
             else:
@@ -227,7 +225,7 @@ class DialogueTrainer(Trainer):
 
         Sums and counts are kept apart until the end: a mean of batch means depends on the batch size.
         """
-        rows = self.eval_dataset.select_columns(_COLUMNS).with_format("numpy")
+        rows = self.eval_dataset.select_columns(objective.COLUMNS).with_format("numpy")
         self.model.eval()
         nll, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
@@ -235,12 +233,12 @@ class DialogueTrainer(Trainer):
         cuts = list(batches_within(lengths, self._chosen.tokens_per_step))
         idle = distributed.all_reduce_max(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
         for cut in cuts:
-            batch = collate([rows[int(mine[i])] for i in cut], self._pad_id)
-            each = token_nll(self.model, self._on_device(batch))
-            nll += each.double().sum()
-            tokens += len(each)
+            batch = objective.collate([rows[int(mine[i])] for i in cut], self._pad_id)
+            sum_of_batch, tokens_of_batch = objective.validation_nll(self.model, self._on_device(batch))
+            nll += sum_of_batch
+            tokens += tokens_of_batch
         for _ in range(idle):
-            token_nll(self.model, self._on_device(collate([rows[0]], self._pad_id)))
+            objective.validation_nll(self.model, self._on_device(objective.collate([rows[0]], self._pad_id)))
         if self.args.world_size > 1:
             both = torch.stack((nll, nll.new_tensor(tokens)))
             torch.distributed.all_reduce(both)

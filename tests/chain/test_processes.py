@@ -111,8 +111,8 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
         "train",
         """
         import torch
-        from kestrel import training
-        def exhausted(model, batch, whole=training.token_nll):
+        from kestrel.training import objective
+        def exhausted(model, batch, whole=objective.token_nll):
             nll = whole(model, batch)
             if torch.is_grad_enabled() and not all(module.training for module in model.modules()):
                 raise KestrelError("a training step without dropout")
@@ -120,7 +120,7 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
                 nll.sum().backward()  # gradients that must not stay
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return nll
-        training.token_nll = exhausted
+        objective.token_nll = exhausted
         """,
     )
     status, out, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))

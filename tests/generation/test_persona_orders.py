@@ -23,7 +23,7 @@ from kestrel.evaluation.generations import Generations, Reply, read_generations
 from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
 from kestrel.generation.answers import answer, questions_of
 from kestrel.generation.files import name_in_order, order_in_name
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.runtime.atomic import read_json
 
@@ -121,7 +121,7 @@ def log_likelihood(model: torch.nn.Module, context: list[int], reply: list[int])
 def test_likelihoods_are_those_under_the_shuffled_persona(order):
     prompt = Prompt(make_tokenizer(), "plain", 256)
     model = make_model()
-    install(model)
+    attach_token_nll(model)
     candidates = (("no .", "i hate rice ."), (), ("a cat .",))
     dialogue = Dialogue("d", PERSONA, TURNS, candidates=candidates)
     settings = Generation(max_new_tokens=2, candidates=True)
@@ -157,7 +157,7 @@ def test_replies_that_a_longer_persona_cuts_are_answered_or_left_out():
                 prompt.render(shuffled)
         else:
             model = make_model()
-            install(model)
+            attach_token_nll(model)
             for row, question in zip(
                 answer(model, prompt, [[], questions], Generation(max_new_tokens=1), 0), questions, strict=True
             ):
@@ -171,7 +171,7 @@ def test_candidates_that_spell_a_control_token_leave_their_reply_without_a_rank(
     with pytest.raises(Unrenderable):
         prompt.reply_ids("the end </s>")
     model = make_model()
-    install(model)
+    attach_token_nll(model)
     candidates = (("i like cars", "the end </s>"), ("i like dogs", "great"), ())
     row = row_of(Dialogue("d", PERSONA, TURNS, candidates=candidates), prompt)
     settings = Generation(max_new_tokens=1, candidates=True)

@@ -17,7 +17,7 @@ from kestrel.generation.answers import _shard, answer, questions_of
 from kestrel.generation.prefix_cache import Prefixes, computed, continuation_nll, is_shareable
 from kestrel.generation.respond import decodes_itself, respond
 from kestrel.model.likelihood import SpanRequest, span_nll
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
@@ -32,7 +32,7 @@ def adapted(architecture: str) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    install(model)
+    attach_token_nll(model)
     return model.eval()
 
 

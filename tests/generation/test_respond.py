@@ -18,7 +18,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
 from kestrel.generation.respond import Request, _StopStrings, by_the_library, respond
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 END = 11
@@ -39,7 +39,7 @@ def adapted(architecture: str) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    install(model)
+    attach_token_nll(model)
     return model.eval()
 
 

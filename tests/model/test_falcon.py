@@ -17,7 +17,7 @@ from kestrel.errors import KestrelError
 from kestrel.model import falcon
 from kestrel.model.base import load_base
 from kestrel.model.kernels.elementwise import DenseWeight, rotate
-from kestrel.model.loss import causal_lm_of, collate, install, token_nll
+from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, token_nll
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_the_librarys(
     model, batch = _model(base, dtype, targets, bits=bits), _batch()
     theirs = _library_loss(model, batch)
     expected = _gradients(model, theirs)
-    install(model, recompute)
+    attach_token_nll(model, recompute)
     stock = causal_lm_of(model).transformer.h[0].forward
     causal_lm_of(model).transformer.h[0].forward = None  # must not be called
     ours = token_nll(model, batch).sum()
@@ -93,7 +93,7 @@ def test_recomputing_changes_no_bit(base: Path, recompute: falcon.Recompute) -> 
     results = []
     for level in ("none", recompute):
         model = _model(base, "float32", ALL, dropout=0.3)
-        install(model, level)  # type: ignore[arg-type]
+        attach_token_nll(model, level)  # type: ignore[arg-type]
         torch.manual_seed(3)
         loss = token_nll(model, _batch()).sum()
         results.append((loss.detach(), _gradients(model, loss)))
@@ -107,7 +107,7 @@ def test_weights_kept_dense_change_no_bit(base: Path, bits: int) -> None:
     results = []
     for dense in (False, True):
         model = _model(base, "float32", ALL, bits=bits)
-        install(model, "mlp", dense)
+        attach_token_nll(model, "mlp", dense)
         for _ in range(2):
             loss = token_nll(model, _batch()).sum()
             results.append((loss.detach(), _gradients(model, loss)))
@@ -121,7 +121,7 @@ def test_weights_are_made_dense_once(base: Path, monkeypatch: pytest.MonkeyPatch
     own = DenseWeight._made
     monkeypatch.setattr(DenseWeight, "_made", lambda weight, dtype: made.append(1) or own(weight, dtype))
     model = _model(base, "float32", ["query_key_value"])
-    install(model, "none", dense_weights=True)
+    attach_token_nll(model, "none", dense_weights=True)
     for _ in range(3):
         token_nll(model, _batch()).sum().backward()
     assert len(made) == 4 * len(causal_lm_of(model).transformer.h)
@@ -129,13 +129,13 @@ def test_weights_are_made_dense_once(base: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_other_layers_keep_none_dense() -> None:
     with pytest.raises(KestrelError, match="dense_weights"):
-        install(make_model("llama"), dense_weights=True)
+        attach_token_nll(make_model("llama"), dense_weights=True)
 
 
 def test_repeats_are_a_matter_of_speed(base: Path) -> None:
     """Dropout included, which is drawn for each place."""
     model, batch = _model(base, "float32", ["query_key_value"], dropout=0.3), _batch()
-    install(model)
+    attach_token_nll(model)
     without = {name: tensor for name, tensor in batch.items() if name not in ("first", "which")}
     assert len(batch["first"]) < batch["input_ids"].numel()
     results = []
@@ -148,7 +148,7 @@ def test_repeats_are_a_matter_of_speed(base: Path) -> None:
 def test_dropout_drops_its_share_and_keeps_the_mean(base: Path) -> None:
     """The update's mean over many draws is the update without dropout, and no two draws are alike."""
     model, batch = _model(base, "float32", ["query_key_value"], dropout=0.4), _batch()
-    install(model)
+    attach_token_nll(model)
     torch.manual_seed(4)
     with torch.no_grad():
         draws = torch.stack([token_nll(model, batch) for _ in range(200)])
@@ -163,7 +163,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(base: Path) -> None:
 def test_gradient_of_a_dropout_draw(base: Path) -> None:
     """The backward pass uses the mask of the forward pass: a step against the gradient lowers the same draw's loss."""
     model, batch = _model(base, "float32", ["query_key_value"], dropout=0.5), _batch()
-    install(model)
+    attach_token_nll(model)
     torch.manual_seed(5)
     loss = token_nll(model, batch).sum()
     gradient = _gradients(model, loss)
@@ -180,7 +180,7 @@ def test_gradient_of_a_dropout_draw(base: Path) -> None:
 
 def test_padding_reaches_nothing(base: Path) -> None:
     model = _model(base, "float32", ["query_key_value"])
-    install(model)
+    attach_token_nll(model)
     batch = _batch()
     for told in ("first", "which"):  # of places with the same token, padding among them
         del batch[told]
@@ -192,7 +192,7 @@ def test_padding_reaches_nothing(base: Path) -> None:
 
 def test_without_its_adapter_it_is_the_base(base: Path) -> None:
     model, batch = _model(base, "float32", ALL).eval(), _batch()
-    install(model)
+    attach_token_nll(model)
     with torch.no_grad(), model.disable_adapter():
         ours = token_nll(model, batch).sum()
         theirs = _library_loss(model, batch)
@@ -201,7 +201,7 @@ def test_without_its_adapter_it_is_the_base(base: Path) -> None:
 
 def test_hooked_layers_are_left_to_the_library(base: Path) -> None:
     model, batch = _model(base, "float32", ["query_key_value"]), _batch()
-    install(model)
+    attach_token_nll(model)
     seen = []
     handle = causal_lm_of(model).transformer.h[1].mlp.register_forward_hook(lambda *_: seen.append(1))
     with_hook = token_nll(model, batch)

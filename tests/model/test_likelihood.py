@@ -13,14 +13,14 @@ from make_models import make_model
 from kestrel.data.dataset import load_split
 from kestrel.errors import ProofError
 from kestrel.model.likelihood import SpanRequest, span_nll
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     made = make_model()
-    install(made)
+    attach_token_nll(made)
     return made.eval()
 
 
@@ -72,7 +72,7 @@ def test_nothing_to_score(model):
 
 def test_a_likelihood_that_is_not_finite_is_refused():
     broken = make_model()
-    install(broken)
+    attach_token_nll(broken)
     broken.transformer.ln_f.weight.data[3] = float("inf")
     with pytest.raises(ProofError, match="not finite"):
         span_nll(broken, [SpanRequest([20, 21, 22], [(1, 3)])], 10)

@@ -16,7 +16,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.batching import batches_within
 from kestrel.config.settings import Lora
 from kestrel.errors import ProofError
-from kestrel.model.loss import collate, install, prove_loss, token_nll
+from kestrel.model.loss import attach_token_nll, collate, prove_loss, token_nll
 
 END = 11  # end token and padding at once, as for Falcon
 
@@ -39,7 +39,7 @@ def model():
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    install(adapted)
+    attach_token_nll(adapted)
     return adapted
 
 
@@ -96,7 +96,7 @@ def test_first_token_is_not_predicted_and_padding_is_not_learned(model):
 @pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"])
 def test_proof_passes_for_plain_heads(architecture):
     model = make_model(architecture)
-    install(model)
+    attach_token_nll(model)
     model.train()
     prove_loss(model, collate(rows_of([20], seed=0), END), "float32")
     assert model.training
@@ -123,7 +123,7 @@ def test_logits_that_change_after_the_head(architecture, monkeypatch):
     """Known ones are followed, to the adapter's gradient; what is not known is refused."""
     model = add_lora(changing_logits(architecture), Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
     own_forward = model.get_base_model().forward
-    install(model)
+    attach_token_nll(model)
     batch = collate(rows_of([20], seed=0), END)
     prove_loss(model, batch, "float32")
     gradients = []

@@ -14,7 +14,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.errors import KestrelError, ProofError
 from kestrel.model.base import load_base, skeleton_of
-from kestrel.model.loss import collate, install, token_nll
+from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.model.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
 
 ARCHITECTURES = ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"]
@@ -63,13 +63,13 @@ def test_remedy_leaves_the_library_as_it_was(bases):
 @pytest.mark.parametrize(
     ("held", "asked", "said"),
     [
-        ({"type": "fp4"}, {}, "quantization type is fp4, asked for was nf4"),
-        ({"double_quant": False}, {}, "double quantization is False, asked for was True"),
-        ({}, {"double_quant": False}, "double quantization is True, asked for was False"),
-        ({"compute_dtype": "bfloat16"}, {}, "compute type is bfloat16, asked for was float32"),
-        ({}, {"bits": 16}, "8 layers are in 4 bit, asked for were 16 bits"),
+        ({"type": "fp4"}, {}, "quantization type is fp4; the settings ask for nf4"),
+        ({"double_quant": False}, {}, "double quantization is False; the settings ask for True"),
+        ({}, {"double_quant": False}, "double quantization is True; the settings ask for False"),
+        ({"compute_dtype": "bfloat16"}, {}, "compute type is bfloat16; the settings ask for float32"),
+        ({}, {"bits": 16}, "8 layers are in 4 bit; the settings ask for 16 bits"),
         ({"bits": 16}, {}, "8 of 8 linear layers are not in 4 bit"),
-        ({"bits": 16}, {"bits": 16, "compute_dtype": "bfloat16"}, "is held in float32, asked for was bfloat16"),
+        ({"bits": 16}, {"bits": 16, "compute_dtype": "bfloat16"}, "is held in float32; the settings ask for bfloat16"),
     ],
 )
 def test_audit_fails_for_anything_but_what_is_asked(bases, held, asked, said):
@@ -151,7 +151,7 @@ def _gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
 def test_an_evaluation_leaves_gradients_as_they_were(bases, compute_dtype):
     base, _ = load_base(settings_for(bases["falcon"], compute_dtype=compute_dtype))
     model = add_lora(base, Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
-    install(model)
+    attach_token_nll(model)
     batch = collate([{"input_ids": list(range(20, 52)), "labels": list(range(20, 52))}], pad_id=11)
     before = _gradients(model, batch)
     model.eval()

@@ -13,7 +13,7 @@ from make_models import make_config
 
 import train
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.planning import dry_run
 from kestrel.planning.memory import Pass
 from kestrel.planning.passes import Dialogues, Plan
@@ -101,7 +101,7 @@ def test_passes_are_timed_on_a_stand_in():
         lora=Lora(r=4),
     )
     model = stand_in(chosen, make_config("falcon"), torch.device("cpu")).train()
-    install(model)
+    attach_token_nll(model)
     passes = [Pass(1 + index % 3, 20 + index, 10) for index in range(40)]
     shapes = dry_run._sample(passes, Pass(4, 60, 100))
     seconds, tokens = dry_run.time_passes(model, shapes, torch.device("cpu"))

@@ -16,7 +16,7 @@ from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model import falcon
 from kestrel.model import loss as loss_room
 from kestrel.model.kernels import attention, elementwise
-from kestrel.model.loss import causal_lm_of, install, token_nll
+from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
 from kestrel.planning import memory
 from kestrel.planning.memory import GIB, CannotEstimate, Estimator, Pass
@@ -75,7 +75,7 @@ def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
         config = make_config(architecture)
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # GPT-2's
         model = stand_in(settings, config, torch.device(device)).train()
-        install(model)
+        attach_token_nll(model)
         ids = torch.zeros(3, 40, dtype=torch.long, device=device)
         batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(60, device=device)}
         allocations = memory._Allocations(memory._tensors_of(model, batch.values()), 384)
@@ -153,7 +153,7 @@ def test_a_stand_in_computes(architecture, double_quant):
     model = stand_in(settings_for(architecture, quantization=chosen), make_config(architecture), torch.device("cpu"))
     held = {type(module).__name__ for module in causal_lm_of(model).modules()}
     assert "Linear4bit" in held
-    install(model)
+    attach_token_nll(model)
     ids = torch.randint(384, (2, 30))
     loss = token_nll(model.train(), {"input_ids": ids, "labels": ids, "predicting": torch.arange(40)}).mean()
     loss.backward()

@@ -26,7 +26,7 @@ from kestrel.config.resolve import resolve
 from kestrel.config.settings import Data, Lora, Model, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
-from kestrel.model.loss import install, token_nll
+from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import passes
 from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.planning.passes import Dialogues, Plan, choose
@@ -150,7 +150,7 @@ def exhaust(monkeypatch: pytest.MonkeyPatch, tokens: int, of_rows: int = 1) -> l
             raise torch.OutOfMemoryError("CUDA out of memory")
         return value
 
-    monkeypatch.setattr("kestrel.training.trainer.token_nll", nll)
+    monkeypatch.setattr("kestrel.training.objective.token_nll", nll)
     return failed
 
 
@@ -224,7 +224,7 @@ def trainer_for(prepared: Any, budget: int) -> DialogueTrainer:
     settings, _ = resolve(str(prepared.config), {"training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.1), seed=0)
-    install(model)
+    attach_token_nll(model)
     return DialogueTrainer(
         settings, np.array_split(np.arange(len(rows)), 3), {}, Plan(budget, "none"),
         model=model, train_dataset=rows, eval_dataset=rows,

@@ -18,7 +18,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
 from kestrel.generation.answers import questions_of
 from kestrel.generation.prefix_cache import PrefixBatch
-from kestrel.model.loss import install
+from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 PERSONA = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
@@ -39,7 +39,7 @@ def test_as_many_replies_as_asked_for(prompt: Prompt, replies: int) -> None:
 
 def test_a_token_of_another_context_is_found(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    install(model)
+    attach_token_nll(model)
     asked = [question for questions in questions_of(rows_of([DIALOGUE], prompt, 3), prompt) for question in questions]
     settings = Generation(max_new_tokens=6, stop_strings=[])
     assert check(model, prompt, asked, settings, "float32")["deviations_below_the_likeliest"] <= 1e-3

@@ -84,7 +84,7 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     from kestrel.config.resolve import resolve
     from kestrel.generation.respond import respond
     from kestrel.model.base import load_base
-    from kestrel.model.loss import install
+    from kestrel.model.loss import attach_token_nll
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.publishing.contents import EXAMPLE
@@ -98,7 +98,7 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     assert done.status == 0, done.said
     settings, _ = resolve(str(evaluated.config), {})
     model = load_adapter(load_base(settings)[0], evaluated.run / "adapter")
-    install(model)
+    attach_token_nll(model)
     prompt = Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length)
     chosen = settings.generation.model_copy(update={"max_new_tokens": 64, "stop_strings": []})
     (expected,) = respond(model, prompt, [prompt.open_context(EXAMPLE)], chosen)

@@ -19,7 +19,7 @@ from kestrel.adapter.lora import add_lora, load_adapter
 from kestrel.adapter.proof import WEIGHTS
 from kestrel.config.settings import Lora
 from kestrel.model.base import load_base
-from kestrel.model.loss import collate, install, token_nll
+from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.planning.passes import Plan
 from kestrel.training import arguments, callbacks
 from kestrel.training.trainer import DialogueTrainer
@@ -178,7 +178,7 @@ def test_recomputation_gives_identical_gradients_with_dropout(architecture):
         targets = ["query_key_value"] if architecture == "falcon" else ["q_proj", "v_proj"]
         base = make_model(architecture).requires_grad_(False)
         model = add_lora(base, Lora(r=4, dropout=0.2, target_modules=targets), seed=0)
-        install(model, recompute)
+        attach_token_nll(model, recompute)
         model.train()
         torch.manual_seed(3)
         token_nll(model, collate([{"input_ids": [*range(20, 60)], "labels": [*range(20, 60)]}], 11)).mean().backward()
@@ -194,7 +194,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120", "training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.0), seed=0)
-    install(model)
+    attach_token_nll(model)
     chosen = np.arange(7)
     trainer = DialogueTrainer(
         settings, [chosen], {}, Plan(120, "none"), model=model, train_dataset=rows, eval_dataset=rows,
@@ -203,7 +203,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
     )  # fmt: skip
     step = next(iter(trainer.get_train_dataloader()))
     assert len(step["forward_passes"]) > 3
-    assert sum(int((batch["labels"] != -100).sum()) for batch in step["forward_passes"]) == step["supervised_tokens"]
+    assert sum(int((batch["labels"] != -100).sum()) for batch in step["forward_passes"]) == step["step_weight"]
     loss = trainer.training_step(model, step)
     cut = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -229,7 +229,7 @@ def stopped(capsys, arguments: list[str]) -> str:
 
 
 def test_zero_gradient_stops_the_first_step(prepared, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kestrel.training.trainer.token_nll", lambda model, batch: token_nll(model, batch) * 0)
+    monkeypatch.setattr("kestrel.training.objective.token_nll", lambda model, batch: token_nll(model, batch) * 0)
     said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
     assert "the first step's gradient is zero" in said
     assert not (tmp_path / "run" / "adapter").exists()
@@ -249,7 +249,7 @@ def test_a_gradient_that_is_not_finite_names_step_and_dialogues(prepared, tmp_pa
         return token_nll(model, batch) * (value if len(calls) == 4 and model.training else 1.0)
 
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.evaluations", "1"]
-    monkeypatch.setattr("kestrel.training.trainer.token_nll", poisoned)
+    monkeypatch.setattr("kestrel.training.objective.token_nll", poisoned)
     said = stopped(capsys, arguments)
     assert "the gradient of step 4 is not finite; its dialogues are train-" in said
     assert said.count("train-") == 4
@@ -296,7 +296,7 @@ def test_saved_adapter_is_the_trained_one(trained):
 
     settings, _ = resolve(str(trained.config), {}, [])
     model = load_adapter(load_base(settings)[0], trained.run / "adapter")
-    install(model)
+    attach_token_nll(model)
     identity = json.loads((trained.run / "adapter" / "prompt.json").read_text())
     manifest = json.loads((trained.run / "adapter" / "manifest.json").read_text())
     assert canary_nll(model, identity) == pytest.approx(manifest["canary_nll"], rel=1e-6)
