@@ -113,29 +113,21 @@ def persona_of_dialogue(settings: Settings, options: argparse.Namespace, prompt:
 
 def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> Speaker:
     """The base and, if it is to talk, the adapter, proven to be the ones that were trained with this prompt."""
-    from kestrel.adapter.lora import load_adapter
+    from kestrel.adapter.load import load_model
     from kestrel.adapter.open import open_adapter
-    from kestrel.adapter.proof import prove_loaded
     from kestrel.chat.streaming import Speaker
-    from kestrel.model.base import base_identity, load_base, load_config
-    from kestrel.model.loss import attach_token_nll
+    from kestrel.model.base import base_identity, load_config
 
     if "adapter" not in settings.generation.systems:
-        model, audit = load_base(settings)
-        print(f"base: {audit.line()}")
-        return Speaker(model, prompt, ["base"])
+        return Speaker(load_model(settings, prompt, None), prompt, ["base"])
     base = base_identity(settings.model, load_config(settings.model))
     try:
-        folder, manifest = open_adapter(settings, prompt.identity(), base, f"python train.py {options.again}")
+        adapter = open_adapter(settings, prompt, base, f"python train.py {options.again}")
     except KestrelError as error:
         raise KestrelError(f"{error}\n  or talk with the base alone: --generation.systems base") from None
-    model, audit = load_base(settings)
-    print(f"base: {audit.line()}")
-    adapted = load_adapter(model, folder)
-    print(f"adapter: {settings.model.adapter or folder}")
-    attach_token_nll(adapted)
-    print(prove_loaded(adapted, manifest, prompt.identity(), settings.quantization.compute_dtype) + "\n")
-    return Speaker(adapted, prompt, ["adapter", "base"])
+    model = load_model(settings, prompt, adapter)
+    print()
+    return Speaker(model, prompt, ["adapter", "base"])
 
 
 def main(argv: list[str] | None = None) -> int:

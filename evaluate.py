@@ -21,7 +21,7 @@ from kestrel.runtime.command_line import run_script
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
-    from kestrel.adapter.source import find_cached
+    from kestrel.adapter.source import find_local_adapter
     from kestrel.evaluation.alignment import line_up
     from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
@@ -38,7 +38,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     extra_metrics = load_metrics(options.extra_metrics)
     paths = generation_files(settings)
     if not options.generations:
-        adapter = find_cached(settings.model.adapter) if settings.model.adapter else run_dir / "adapter"
+        adapter = find_local_adapter(settings.model.adapter) if settings.model.adapter else run_dir / "adapter"
         if adapter is None:
             print(
                 f"note: {settings.model.adapter} is not on this machine: whether it made these is unknown",

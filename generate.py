@@ -3,9 +3,9 @@
     python generate.py --config configs/falcon-7b.yaml
     python generate.py --config configs/falcon-7b.yaml --generation.split validation --generation.max_dialogues 50
 
-Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes a line for every
-reply to RUN/generations/SPLIT.SYSTEM.jsonl; with generation.persona_orders above 1, to SPLIT.SYSTEM-orderK.jsonl for
-each shuffle of the persona's sentences too. The same command goes on where an interrupted run stopped.
+Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes one line per reply
+to RUN/generations/SPLIT.SYSTEM.jsonl. With generation.persona_orders above 1, each shuffle of the persona's sentences
+adds a file SPLIT.SYSTEM-orderK.jsonl. After an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -15,158 +15,103 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kestrel.config.settings import Settings
 from kestrel.runtime.command_line import run_script
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from kestrel.generation.files import GenerationsFile
+    from kestrel.prompt.prompt import Prompt
 
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.manifest import require_made
 
     run, chosen = Path(settings.run_dir), settings.generation
-    remedy = f"python preprocess.py {options.again}"
-    require_made(run / "dataset", "dataset", f"make it with: {remedy}")
+    preprocess, train = f"python preprocess.py {options.again}", f"python train.py {options.again}"
+    require_made(run / "dataset", "dataset", f"make it with: {preprocess}")
     if "adapter" in chosen.systems and settings.model.adapter is None:
-        require_made(run / "adapter", "adapter", f"train it with: python train.py {options.again}")
+        require_made(run / "adapter", "adapter", f"train it with: {train}")
 
-    from tqdm import tqdm
-
-    from kestrel.adapter.lora import load_adapter
+    from kestrel.adapter.load import load_model
     from kestrel.adapter.open import open_adapter
-    from kestrel.adapter.proof import prove_loaded
     from kestrel.data.dataset import load_split, open_dataset
-    from kestrel.generation.answers import left_out, write_answers
-    from kestrel.generation.files import name_in_order
-    from kestrel.model.base import base_identity, check_context, load_base, load_config
-    from kestrel.model.loss import attach_token_nll
+    from kestrel.generation.files import files_to_make, what_decides
+    from kestrel.model.base import base_identity, check_context, load_config
     from kestrel.prompt.prompt import Prompt
     from kestrel.prompt.tokenizer import load_tokenizer
     from kestrel.runtime import distributed, rendezvous
-    from kestrel.runtime.disk_space import answers_bytes, require_room, room_for
-    from kestrel.runtime.manifest import identity_of, sha256_of_json
+    from kestrel.runtime.disk_space import answers_bytes, require_room
+    from kestrel.runtime.manifest import identity_of
 
     rendezvous.join_processes(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    dataset_folder, dataset_manifest = open_dataset(settings, prompt, remedy)
-    rows = load_split(dataset_folder, chosen.split, remedy)
+    dataset_folder, dataset_manifest = open_dataset(settings, prompt, preprocess)
+    rows = load_split(dataset_folder, chosen.split, preprocess)
     if chosen.max_dialogues is not None:
         rows = rows.select(range(min(chosen.max_dialogues, len(rows))))
+    base = base_identity(settings.model, load_config(settings.model))
+    adapter = open_adapter(settings, prompt, base, train) if "adapter" in chosen.systems else None
 
-    # How many prompts share a batch changes nothing but speed, unless the library samples, which draws for a whole batch.
-    ignored = {"systems", "persona_orders", *(() if chosen.do_sample else ("tokens_per_step",))}
-    common = {
-        "dataset": identity_of(dataset_manifest),
-        "base": base_identity(settings.model, load_config(settings.model)),
-        "prompt_sha256": prompt.identity()["sha256"],
-        "quantization": settings.quantization.model_dump(),
-        "generation": chosen.model_dump(exclude=ignored),
-        "seed": settings.seed,
-    }
-    adapter_manifest = None
-    if "adapter" in chosen.systems:
-        command = f"python train.py {options.again}"
-        adapter_folder, adapter_manifest = open_adapter(settings, prompt.identity(), common["base"], command)
-    folder = run / "generations"
-    files: dict[Path, tuple[str, int, dict[str, Any]]] = {}  # system, order of the persona, what decides the answers
-    for order in range(chosen.persona_orders):
-        for system in chosen.systems:
-            made_from = {**common, "system": system}
-            if system == "adapter" and adapter_manifest is not None:
-                made_from["adapter"] = identity_of(adapter_manifest)
-            if order:
-                made_from["persona_order"] = order
-            files[folder / f"{chosen.split}.{name_in_order(system, order)}.jsonl"] = (system, order, made_from)
-    missing = distributed.broadcast_from_first(
-        lambda: [path for path, (*_, made_from) in files.items() if not up_to_date(path, made_from)]
-    )
-    for path in files:
-        if path not in missing:
-            print(f"{path} is up to date")
+    common = what_decides(settings, identity_of(dataset_manifest), base, prompt.identity()["sha256"])
+    files = files_to_make(settings, common, adapter[1] if adapter else None)
+    up_to_date = distributed.broadcast_from_first(lambda: [file.path for file in files if file.is_up_to_date()])
+    for path in up_to_date:
+        print(f"{path} is up to date")
+    missing = [file for file in files if file.path not in up_to_date]
     if not missing:
         return
 
-    texts = rows.select_columns(["persona", "turns"])
-    require_room("generations", answers_bytes(texts, chosen.max_new_tokens, len(missing)), folder)
-
-    model: Any
-    model, audit = load_base(settings)
-    print(f"base: {audit.line()}")
+    size = answers_bytes(rows.select_columns(["persona", "turns"]), chosen.max_new_tokens, len(missing))
+    require_room("generations", size, run / "generations")
+    model = load_model(settings, prompt, adapter)
     check_context(model, max((spans[-1][0] for spans in rows["reply_spans"]), default=0), chosen.max_new_tokens)
-    if adapter_manifest is not None:
-        model = load_adapter(model, adapter_folder)
-        print(f"adapter: {settings.model.adapter or adapter_folder}")
-    attach_token_nll(model)
-    if adapter_manifest is not None:
-        print(prove_loaded(model, adapter_manifest, prompt.identity(), settings.quantization.compute_dtype))
-
-    replies = sum(turn["speaker"] == "self" for turns in rows["turns"] for turn in turns)
-    for path in missing:
-        answering, order, made_from = files[path]
-        label = name_in_order(answering, order)
-        alone = model.disable_adapter() if answering == "base" and adapter_manifest else contextlib.nullcontext()
-        room = room_for("generations", answers_bytes(texts, chosen.max_new_tokens, 1), folder)
-        began = time.monotonic()
-        with alone, room, tqdm(total=len(rows), desc=label, unit=" dialogues", disable=None) as bar:
-            identity = sha256_of_json(made_from)
-            shards = write_answers(model, prompt, rows, chosen, settings.seed, order, path, identity)
-            if done := next(shards):
-                print(f"{label}: going on after {done} dialogues")
-            bar.update(done)
-            for done in shards:
-                bar.update(done - bar.n)
-        if not distributed.is_first():
-            continue
-        record(path, made_from, settings)
-        print(f"wrote {path} in {time.monotonic() - began:.0f} s")
-        unanswered, unscored = left_out(rows, path)
-        if unanswered:
-            print(
-                f"  {unanswered:,} of {replies:,} replies are left out: their exchange alone is longer than "
-                "prompt.max_length"
-            )
-        if chosen.candidates and unscored:
-            print(
-                f"  {unscored:,} of {replies:,} replies have no candidate_nll and do not count in hits@1: the "
-                "tokenizer reads a control token in one of their candidates"
-            )
+    for file in missing:
+        without_adapter = model.disable_adapter() if file.system == "base" and adapter else contextlib.nullcontext()
+        with without_adapter:
+            write_file(model, prompt, rows, settings, file)
 
 
-def recorded(folder: Path) -> dict[str, Any]:
-    """What generations/manifest.json says of each file."""
-    from kestrel.evaluation.provenance import recorded_generations
-    from kestrel.runtime.manifest import MANIFEST
+def write_file(model: Any, prompt: Prompt, rows: Dataset, settings: Settings, file: GenerationsFile) -> None:
+    """Answers all rows into one file, with a progress bar, and records it."""
+    from tqdm import tqdm
 
-    if not (folder / MANIFEST).exists():
-        return {}
-    return recorded_generations(folder, f"delete {folder} and run this again")
+    from kestrel.generation.answers import write_answers
+    from kestrel.runtime import distributed
+    from kestrel.runtime.disk_space import answers_bytes, room_for
+
+    began, chosen = time.monotonic(), settings.generation
+    size = answers_bytes(rows.select_columns(["persona", "turns"]), chosen.max_new_tokens, 1)
+    room = room_for("generations", size, file.path.parent)
+    with room, tqdm(total=len(rows), desc=file.label, unit=" dialogues", disable=None) as bar:
+        shards = write_answers(model, prompt, rows, chosen, settings.seed, file)
+        if done := next(shards):
+            print(f"{file.label}: resuming after {done} dialogues")
+        bar.update(done)
+        for done in shards:
+            bar.update(done - bar.n)
+    if distributed.is_first():
+        file.record(settings)
+        print(f"wrote {file.path} in {time.monotonic() - began:.0f} s")
+        report_left_out(rows, file.path, chosen.candidates)
 
 
-def up_to_date(path: Path, made_from: dict[str, Any]) -> bool:
-    """Whether a file of an earlier call is whole and is what this call would make."""
-    from kestrel.runtime.manifest import sha256_of
+def report_left_out(rows: Dataset, path: Path, candidates: bool) -> None:
+    """Prints how many replies a finished file does not answer or rank, and why."""
+    from kestrel.generation.answers import left_out
 
-    known = recorded(path.parent).get(path.name)
-    return known is not None and path.exists() and known == {"sha256": sha256_of(path), "made_from": made_from}
-
-
-def record(made: Path, made_from: dict[str, Any], settings: Settings) -> None:
-    """Adds a finished file to generations/manifest.json, keeping what it says of others that are still as they were."""
-    from kestrel.runtime.manifest import sha256_of, write_manifest
-
-    folder = made.parent
-    kept = {
-        name: facts
-        for name, facts in recorded(folder).items()
-        if (folder / name).exists() and sha256_of(folder / name) == facts["sha256"]
-    }
-    write_manifest(
-        folder,
-        "generations",
-        settings={"generation": settings.generation.model_dump(), "seed": settings.seed},
-        made_from={},
-        generations={**kept, made.name: {"sha256": sha256_of(made), "made_from": made_from}},
-    )
+    unanswered, unscored = left_out(rows, path)
+    of_all = f"of {sum(turn['speaker'] == 'self' for turns in rows['turns'] for turn in turns):,} replies"
+    if unanswered:
+        print(f"  {unanswered:,} {of_all} are left out: the exchange alone is longer than prompt.max_length")
+    if candidates and unscored:
+        print(
+            f"  {unscored:,} {of_all} have no candidate_nll and do not count in hits@1: one of their candidates spells "
+            "a control token"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

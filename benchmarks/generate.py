@@ -48,6 +48,7 @@ from kestrel.errors import ProofError
 from kestrel.generation import answers
 from kestrel.generation.answers import Question, questions_of, write_answers
 from kestrel.generation.decoding import decode
+from kestrel.generation.files import GenerationsFile
 from kestrel.generation.prefix_cache import computed
 from kestrel.generation.respond import _generate, answers_behind
 from kestrel.model.base import load_base, load_config, skeleton_of
@@ -171,7 +172,9 @@ def time_kestrel(model: Any, prompt: Prompt, rows: list[dict[str, Any]], setting
     ):
         path = Path(folder) / "test.adapter.jsonl"
         began = time.perf_counter()
-        shards = list(write_answers(model, prompt, Dataset.from_list(rows), settings, 0, 0, path, "benchmark"))
+        shards = list(
+            write_answers(model, prompt, Dataset.from_list(rows), settings, 0, GenerationsFile(path, "base", 0, {}))
+        )
         seconds = time.perf_counter() - began
         replies = len(path.read_text(encoding="utf-8").splitlines())
     return {"seconds": seconds, "replies": replies, "shards": len(shards) - 1, **spent}

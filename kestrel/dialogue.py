@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 Speaker = Literal["partner", "self"]
+SPLITS = ("train", "validation", "test")
 
 
 class Turn(NamedTuple):

@@ -1,102 +1,127 @@
-"""The adapter that the settings name: the run's own, one in a folder, or one on the Hub, ours or made elsewhere.
+"""Opens the adapter that the settings name: the run's own, one in a folder, or one on the Hub.
 
-Ours record their prompt, their base and a likelihood, and are held to them. Of others, only the base's name and the
-shapes of the weights can be checked.
+Kestrel's adapters record their prompt, their base and a likelihood, and are checked against all three. Of other adapters
+only the base's name and the shapes of the weights can be checked.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from kestrel.adapter.lora import adapter_config
-from kestrel.adapter.proof import read_adapter
-from kestrel.adapter.source import PROMPT, WEIGHTS, described, find_folder, is_ours, restore
+from kestrel.adapter.source import PROMPT, WEIGHTS, find_adapter, foreign_manifest, is_made_by_kestrel, repair_advice
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.runtime.manifest import MANIFEST, differences, require_equal
+from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.atomic import read_json
+from kestrel.runtime.manifest import MANIFEST, differences, read_manifest, require_equal
 
 _FIT = (
-    "set the run's settings to the adapter's (of the base: model.name, and model.revision to its commit; of the prompt: "
-    "prompt.format, then run preprocess.py again)"
+    "set the run's settings to the adapter's (for another base: model.name, and model.revision to its commit; for another "
+    "prompt: prompt.format, then run preprocess.py again)"
 )
 
 
-def open_adapter(
-    settings: Settings, identity: dict[str, Any], base: dict[str, Any], command: str
-) -> tuple[Path, dict[str, Any]]:
-    """Finds the adapter and checks, before anything large is loaded, what can be known about it.
+def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], command: str) -> tuple[Path, dict[str, Any]]:
+    """Finds the adapter and checks all that can be checked before anything large is loaded.
 
     Args:
-        settings: of this run.
-        identity: of the prompt as this run renders.
-        base: this run's `model.base_identity`.
+        base: from `base_identity`.
         command: the command that trains an adapter, for messages.
 
     Returns:
-        Its folder and its manifest; for an adapter made elsewhere, a manifest of what is known, of another kind.
+        Its folder and its manifest; for an adapter from elsewhere, a manifest of what is known, of another kind.
 
     Raises:
-        KestrelError: missing, damaged, or of another base, prompt or rank; naming what differs.
+        KestrelError: missing, damaged, or trained with another base, prompt or rank; naming what differs.
     """
-    quantization, name = settings.quantization.model_dump(), settings.model.adapter
-    lora = settings.lora.model_dump()
+    name, ours = settings.model.adapter, _compared(settings.lora.model_dump())
+    expected = {"prompt": prompt.identity(), "quantization": settings.quantization.model_dump(), "base": base}
     if name is None:
-        folder = Path(settings.run_dir) / "adapter"
-        manifest = read_adapter(folder, identity, quantization, base, command)
-        recorded = {"lora": manifest["settings"].get("lora")}
-        require_equal(f"the adapter in {folder}", recorded, {"lora": lora}, f"train it anew with: {command}")
+        folder, remedy = Path(settings.run_dir) / "adapter", f"train it again with: {command}"
+        if not folder.is_dir():
+            raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
+        manifest = read_adapter(folder, expected, remedy, remedy)
+        recorded = _compared(manifest["settings"].get("lora"))
+        require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
         return folder, manifest
-    folder = find_folder(name)
-    if is_ours(folder):
-        manifest = read_adapter(folder, identity, quantization, base, command, (_FIT, restore(folder)))
-        named = manifest.get("base_model")
-        theirs = named.get("name") if isinstance(named, dict) else None
+    folder = find_adapter(name)
+    if is_made_by_kestrel(folder):
+        manifest = read_adapter(folder, expected, _FIT, repair_advice(folder))
         if manifest["made_from"].get("base", {}).keys().isdisjoint(base):
-            _check_base(settings, folder, theirs)
+            named = manifest.get("base_model")
+            _check_base_name(settings, folder, named.get("name") if isinstance(named, dict) else None)
     else:
-        manifest = _describe(folder, settings)
-    _tell_differences(name, manifest["settings"].get("lora"), lora)
+        manifest = _read_foreign(folder)
+        _check_base_name(settings, folder, manifest["made_from"]["base"])
+    for line in differences({"lora": _compared(manifest["settings"].get("lora"))}, {"lora": ours}):
+        print(f"note: {name}: {line}; the adapter's own value is used", file=sys.stderr)
     return folder, manifest
 
 
-def _describe(folder: Path, settings: Settings) -> dict[str, Any]:
-    """What is known of an adapter that has no manifest, as far as it can be used here."""
-    if (folder / PROMPT).exists():
-        raise KestrelError(f"{folder} holds an adapter of Kestrel without its {MANIFEST}; {restore(folder)}")
-    adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise KestrelError(f"there is no {WEIGHTS} in {folder}; other forms of weights are not read")
-    manifest = described(folder)
-    _check_base(settings, folder, manifest["made_from"]["base"])
+def read_adapter(folder: Path, expected: dict[str, Any], if_other: str, if_damaged: str) -> dict[str, Any]:
+    """Checks that one of Kestrel's adapters is whole and was trained on this base with this prompt.
+
+    A base known by its files and a base known by its name on the Hub cannot be compared here; `prove_loaded` then tells
+    them apart.
+
+    Args:
+        expected: this run's prompt identity, quantization, and base.
+        if_other, if_damaged: what to do about an adapter with other settings, or a damaged one, for messages.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        KestrelError: damaged, or of another base or prompt; naming what differs.
+    """
+    manifest = read_manifest(folder, "adapter", if_damaged)
+    nll = manifest.get("canary_nll")
+    if not isinstance(nll, int | float) or not math.isfinite(nll):
+        raise KestrelError(f"{folder / MANIFEST} is damaged (no canary_nll); {if_damaged}")
+    recorded = {
+        "prompt": read_json(folder / PROMPT, if_damaged),
+        "quantization": manifest["settings"].get("quantization"),
+        "base": manifest["made_from"].get("base"),
+    }
+    if isinstance(recorded["base"], dict) and recorded["base"].keys().isdisjoint(expected["base"]):
+        recorded["base"] = expected["base"]
+    require_equal(f"the adapter in {folder}", recorded, expected, if_other)
     return manifest
 
 
-def _check_base(settings: Settings, folder: Path, recorded: Any) -> None:
+def _read_foreign(folder: Path) -> dict[str, Any]:
+    """A manifest of what is known of an adapter that Kestrel did not make."""
+    if (folder / PROMPT).exists():
+        raise KestrelError(f"{folder} holds a Kestrel adapter without its {MANIFEST}; {repair_advice(folder)}")
+    adapter_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise KestrelError(f"there is no {WEIGHTS} in {folder}; other forms of weights are not read")
+    return foreign_manifest(folder)
+
+
+def _check_base_name(settings: Settings, folder: Path, recorded: Any) -> None:
     """Refuses an adapter whose base has another name on the Hub than this run's."""
     if not isinstance(recorded, str) or not is_hub_id(recorded):
-        said = f"{folder} does not say of which base on the Hub it is ({recorded!r}); only shapes can be checked"
-        print(f"note: {said}", file=sys.stderr)
+        print(
+            f"note: {folder} does not name its base on the Hub (found {recorded!r}); only shapes can be checked",
+            file=sys.stderr,
+        )
         return
     ours = settings.hub.base_model or settings.model.name
     if ours == recorded:
         return
-    where = f"the adapter in {folder} was trained on {recorded}, and the base of this run is {ours}"
+    what = f"the adapter in {folder} was trained on {recorded}, and this run's base is {ours}"
     if Path(ours).is_dir():
-        raise KestrelError(f"{where}; if that is a copy of it, say so: --hub.base_model {recorded}")
-    raise KestrelError(f"{where}; an adapter belongs to its base: --model.name {recorded}")
+        raise KestrelError(f"{what}; if that is a copy of {recorded}, add --hub.base_model {recorded}")
+    raise KestrelError(f"{what}; use the adapter's base: --model.name {recorded}")
 
 
-def _tell_differences(name: str, recorded: Any, lora: dict[str, Any]) -> None:
-    """Names where lora.* of the settings is not what the adapter has; the adapter's own counts."""
-    theirs, ours = ({"lora": _comparable(value)} for value in (recorded, lora))
-    for line in differences(theirs, ours):
-        print(f"note: {name}: {line}; the adapter's own counts", file=sys.stderr)
-
-
-def _comparable(lora: Any) -> Any:
-    """Without the dropout, which has no part in inference, and without an order of the layers."""
+def _compared(lora: Any) -> Any:
+    """Settings of LoRA that matter in inference: without dropout, and with the layers in alphabetical order."""
     if not isinstance(lora, dict):
         return lora
     targets = lora.get("target_modules")

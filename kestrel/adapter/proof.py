@@ -1,8 +1,7 @@
-"""The adapter on disk: saved whole, loaded again, and proven to be the one that was trained."""
+"""Proofs that the saved adapter is the trained one, and that a loaded adapter computes what was trained."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,12 @@ import torch
 
 from kestrel.adapter.source import PROMPT, WEIGHTS
 from kestrel.config.settings import Settings
-from kestrel.errors import KestrelError, ProofError
+from kestrel.errors import ProofError
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt
-from kestrel.runtime.atomic import folder_atomically, read_json, write_json
+from kestrel.runtime.atomic import folder_atomically, write_json
 from kestrel.runtime.disk_space import adapter_bytes, room_for, saying_disk_full
-from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, write_manifest
+from kestrel.runtime.manifest import write_manifest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,30 +24,33 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 
 
 def canary_nll(model: torch.nn.Module, identity: dict[str, Any]) -> float:
-    """Negative log-likelihood, in nats, of the prompt room's fixed dialogue: a fingerprint of base and adapter."""
+    """Negative log-likelihood, in nats, of the prompt's fixed dialogue: a fingerprint of base and adapter."""
     spans = [(int(start), int(end)) for start, end in identity["canary_spans"]]
     scores = span_nll(model, [SpanRequest(identity["canary_ids"], spans)], tokens_per_step=1)
     return sum(nll for nll, _ in scores[0])
 
 
 def save_and_prove(
-    model: PeftModel, prompt: Prompt, settings: Settings, folder: Path, meaning: dict[str, Any], facts: dict[str, Any]
+    model: PeftModel,
+    prompt: Prompt,
+    settings: Settings,
+    folder: Path,
+    fingerprint: dict[str, Any],
+    facts: dict[str, Any],
 ) -> str:
-    """Writes the adapter's folder and loads it again beside the trained one.
+    """Writes the adapter's folder, loads it again beside the trained adapter, and compares the two.
 
     Args:
-        model: trained; prepared by `loss.attach_token_nll`.
-        prompt: that it was trained with.
-        settings: of the run.
+        model: trained, with `loss.attach_token_nll` applied.
         folder: RUN/adapter, replaced as a whole.
-        meaning: what decided the training, for the manifest.
+        fingerprint: what decided the training, for the manifest.
         facts: measured in training, for the manifest.
 
     Returns:
         What was proven, for the terminal.
 
     Raises:
-        ProofError: another set of keys, other weights, other logits, or no difference from the base.
+        ProofError: other keys, weights or logits than trained, or logits that do not differ from the base's.
     """
     identity = prompt.identity()
     ids = torch.tensor([identity["canary_ids"]], device=next(model.parameters()).device)
@@ -71,8 +73,8 @@ def save_and_prove(
         write_manifest(
             target,
             "adapter",
-            settings={name: meaning[name] for name in ("quantization", "lora", "training", "seed")},
-            made_from={name: meaning[name] for name in ("dataset", "base", "prompt_sha256")},
+            settings={name: fingerprint[name] for name in ("quantization", "lora", "training", "seed")},
+            made_from={name: fingerprint[name] for name in ("dataset", "base", "prompt_sha256")},
             base_model={"name": settings.model.name, "revision": settings.model.revision},
             canary_nll=nll,
             **facts,
@@ -88,13 +90,12 @@ def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: to
 
     saved, kept = load_file(str(folder / WEIGHTS)), get_peft_model_state_dict(model, save_embedding_layers=False)
     if saved.keys() != kept.keys():
-        odd = sorted(saved.keys() ^ kept.keys())
-        raise ProofError(f"the saved adapter has other keys than the trained one, such as {odd[0]}")
+        raise ProofError(f"the saved and the trained adapter differ in keys, such as {min(saved.keys() ^ kept.keys())}")
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise ProofError(f"{name} of the adapter is not finite")
         if not torch.equal(tensor, kept[name].cpu()):
-            raise ProofError(f"{name} was saved with other values than it was trained to")
+            raise ProofError(f"{name} was saved with other values than trained")
     model.load_adapter(str(folder), adapter_name="reloaded")
     try:
         model.set_adapter("reloaded")
@@ -106,53 +107,7 @@ def _prove_reload(model: PeftModel, folder: Path, ids: torch.Tensor, trained: to
         model.delete_adapter("reloaded")
     if not torch.equal(reloaded, trained):
         difference = ((reloaded - trained).norm() / trained.norm()).item()
-        raise ProofError(f"the saved adapter gives other logits than the trained one ({difference:.2%} apart)")
-
-
-def read_adapter(
-    folder: Path,
-    identity: dict[str, Any],
-    quantization: dict[str, Any],
-    base: dict[str, Any],
-    command: str,
-    remedies: tuple[str, str] | None = None,
-) -> dict[str, Any]:
-    """Checks, before anything large is loaded, that an adapter is whole and was trained on this base with this prompt.
-
-    A base that is known by its files and one that is known by its name on the Hub cannot be compared here; then
-    `prove_loaded` has to tell.
-
-    Args:
-        folder: the adapter's.
-        identity: of the prompt as this run renders.
-        quantization: settings of this run.
-        base: this run's `model.base_identity`.
-        command: the command that trains an adapter, for messages.
-        remedies: what to do about an adapter that does not fit, and about a damaged one; None: train it anew.
-
-    Returns:
-        The adapter's manifest.
-
-    Raises:
-        KestrelError: missing, damaged, or of another base or prompt; naming what differs.
-    """
-    if not folder.is_dir():
-        raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
-    fit, remedy = remedies or (f"train it anew with: {command}",) * 2
-    manifest = read_manifest(folder, "adapter", remedy)
-    nll = manifest.get("canary_nll")
-    if not isinstance(nll, int | float) or not math.isfinite(nll):
-        raise KestrelError(f"{folder / MANIFEST} is damaged (no canary_nll); {remedy}")
-    recorded = {
-        "prompt": read_json(folder / PROMPT, remedy),
-        "quantization": manifest["settings"].get("quantization"),
-        "base": manifest["made_from"].get("base"),
-    }
-    now = {"prompt": identity, "quantization": quantization, "base": base}
-    if isinstance(recorded["base"], dict) and recorded["base"].keys().isdisjoint(base):
-        del recorded["base"], now["base"]
-    require_equal(f"the adapter in {folder}", recorded, now, fit)
-    return manifest
+        raise ProofError(f"the saved adapter gives other logits than the trained one (they differ by {difference:.2%})")
 
 
 def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str, Any], compute_dtype: str) -> str:
@@ -162,17 +117,17 @@ def prove_loaded(model: PeftModel, manifest: dict[str, Any], identity: dict[str,
         What was proven, for the terminal.
 
     Raises:
-        ProofError: they differ by more than machines do.
+        ProofError: they differ by more than two machines would.
     """
     if manifest["kind"] != "adapter":
         return (
-            "not proven: this adapter was made elsewhere and records neither its prompt nor what it computes; only its "
-            "base's name and the names and shapes of its weights are known to fit"
+            "not proven: this adapter was not made by Kestrel and records neither its prompt nor what it computes; only "
+            "the name of its base and the names and shapes of its weights were checked"
         )
     recorded, now = float(manifest["canary_nll"]), canary_nll(model, identity)
     if not abs(now - recorded) <= _TOLERANCE[compute_dtype] * abs(recorded):
         raise ProofError(
-            f"the loaded adapter does not compute what the trained one did: a fixed dialogue has a negative "
-            f"log-likelihood of {now:.4f} nats, where it was {recorded:.4f}"
+            f"the loaded adapter computes something else than the trained one: the negative log-likelihood of a fixed "
+            f"dialogue is {now:.4f} nats, and was {recorded:.4f}"
         )
     return "proven: it computes what the trained adapter did, over the same prompt"

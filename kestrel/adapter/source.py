@@ -1,4 +1,4 @@
-"""An adapter's folder: whose it is, and what identifies it. Nothing heavy is imported, so evaluate.py can ask too."""
+"""An adapter's folder: where it is, who made it, and its identity. Imports nothing heavy, so evaluate.py can use it."""
 
 from __future__ import annotations
 
@@ -15,86 +15,88 @@ from kestrel.hub import plain_hub_errors, use_cache_without_network
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
-# All that an adapter consists of. Nothing else is downloaded, least of all pickles, and nothing else is published.
+# All files of an adapter. Nothing else is downloaded, above all no pickles, and nothing else is published.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
 )  # fmt: skip
 CONFIG, WEIGHTS, PROMPT = "adapter_config.json", "adapter_model.safetensors", "prompt.json"
-ADAPTER_FILES = (
-    CONFIG,
-    WEIGHTS,
-    PROMPT,
-    MANIFEST,
-    *TOKENIZER_FILES,
-)
+ADAPTER_FILES = (CONFIG, WEIGHTS, PROMPT, MANIFEST, *TOKENIZER_FILES)
 
 
-def find_folder(name: str) -> Path:
+def find_adapter(name: str) -> Path:
     """The folder of model.adapter, downloaded where it is an id on the Hub.
 
     Raises:
-        KestrelError: neither a folder with an adapter nor to be had from the Hub.
+        KestrelError: no such folder, no adapter in it, or no such adapter on the Hub.
     """
     folder = Path(name)
     if folder.is_file():
-        raise KestrelError(f"model.adapter {name} is a file; name the folder that it lies in, or an id on the Hub")
+        raise KestrelError(f"model.adapter {name} is a file; name its folder, or an id on the Hub")
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise KestrelError(f"model.adapter {name}: there is no {CONFIG} in that folder; {_instead(folder)}")
+            raise KestrelError(f"model.adapter {name}: there is no {CONFIG} in that folder; {_suggestion(folder)}")
         return folder
     if is_hub_id(name.partition("@")[0]):
         return download_adapter(name)
-    raise KestrelError(f"model.adapter {name}: there is no such folder, and it is no id on the Hub such as owner/name")
+    raise KestrelError(f"model.adapter {name}: no such folder, and not an id on the Hub such as owner/name")
 
 
-def find_cached(name: str) -> Path | None:
-    """As `find_folder`, of what is on this machine already; None where it is not."""
+def find_local_adapter(name: str) -> Path | None:
+    """As `find_adapter`, without asking the Hub; None where the adapter is not on this machine."""
     if Path(name).is_dir():
         return Path(name)
-    return cached_adapter(name) if is_hub_id(name.partition("@")[0]) else None
+    repository, _, revision = name.partition("@")
+    if not is_hub_id(repository):
+        return None
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None
 
 
-def _instead(folder: Path) -> str:
+def _suggestion(folder: Path) -> str:
     if (folder / "adapter" / CONFIG).is_file():
         return f"did you mean {folder / 'adapter'}?"
     if (folder / "model.safetensors").is_file() or list(folder.glob("model-*.safetensors")):
-        return "it holds a whole model, which is used with model.name"
+        return "it holds a whole model, which belongs in model.name"
     return "name a run's adapter folder, or one that PEFT saved"
 
 
-def is_ours(folder: Path) -> bool:
+def is_made_by_kestrel(folder: Path) -> bool:
     """Whether train.py made it.
 
     Raises:
-        KestrelError: it is a checkpoint of a training, or another artifact of ours.
+        KestrelError: it is a checkpoint, or another artifact of a run.
     """
     path = folder / MANIFEST
     if not path.exists():
         return False
-    manifest = read_json(path, restore(folder))
+    manifest = read_json(path, repair_advice(folder))
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     if kind == "checkpoint":
-        raise KestrelError(f"{folder} is a checkpoint of a training; name the adapter that train.py made in the end")
-    return kind is not None or (folder / PROMPT).exists()  # else another tool calls a file of its own so
+        raise KestrelError(f"{folder} is a checkpoint; name the adapter folder that train.py wrote at the end")
+    return kind is not None or (folder / PROMPT).exists()  # else another tool's manifest.json
 
 
-def restore(folder: Path) -> str:
-    """What to do about a damaged adapter from elsewhere."""
+def repair_advice(folder: Path) -> str:
+    """What to do about a damaged adapter that this run did not train."""
     if folder.parent.name == "snapshots":  # of the Hub's client, whose files are links to others
-        return f"delete {folder.parent.parent}, and it is downloaded again"
-    return "copy it anew from where it was made"
+        return f"delete {folder.parent.parent} to download it again"
+    return "copy it again from where it was made"
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """A manifest of what is known of an adapter that has none: its configuration and the hashes of its files.
+def foreign_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest for an adapter that has none: its configuration and the hashes of its files.
 
     Raises:
         KestrelError: damaged.
     """
-    config = read_json(folder / CONFIG, restore(folder))
+    config = read_json(folder / CONFIG, repair_advice(folder))
     if not isinstance(config, dict):
-        raise KestrelError(f"{folder / CONFIG} is damaged (no configuration); {restore(folder)}")
+        raise KestrelError(f"{folder / CONFIG} is damaged (no configuration); {repair_advice(folder)}")
     targets = config.get("target_modules")
     return {
         "kind": "adapter made elsewhere",
@@ -111,16 +113,16 @@ def described(folder: Path) -> dict[str, Any]:
     }
 
 
-def identity_of_folder(folder: Path) -> str | None:
-    """What generations say they were made from where this adapter made them; None where there is no adapter.
+def adapter_identity(folder: Path) -> str | None:
+    """What generations record as the adapter that they were made from; None where there is no adapter.
 
     Raises:
         KestrelError: its manifest or configuration is damaged.
     """
-    if is_ours(folder):
-        return identity_of(read_manifest(folder, "adapter", restore(folder), check_files=False))
+    if is_made_by_kestrel(folder):
+        return identity_of(read_manifest(folder, "adapter", repair_advice(folder), check_files=False))
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-        return identity_of(described(folder))
+        return identity_of(foreign_manifest(folder))
     return None
 
 
@@ -134,26 +136,25 @@ def download_adapter(name: str) -> Path:
         The folder; it holds those of `ADAPTER_FILES` that the repository has.
 
     Raises:
-        KestrelError: not found, not allowed, not reached, or no adapter in safetensors there.
+        KestrelError: not found, no access, no connection, or no adapter in safetensors.
     """
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     repository, _, revision = name.partition("@")
     use_cache_without_network()
-    with plain_hub_errors(f"model.adapter {name}, which is no folder here"), _telling_cache_full():
+    with plain_hub_errors(f"model.adapter {name}, which is no folder here"), _plain_full_cache():
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
         else:
-            # One after the other: a snapshot's threads (huggingface_hub 2.4) would not let Ctrl-C through for a minute.
-            there = {
-                entry.rfilename for entry in HfApi().model_info(repository, revision=revision or None).siblings or []
-            }
-            _require_adapter(name, there)
-            wanted = [file for file in ADAPTER_FILES if file in there]
-            paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in wanted]
+            # One by one: the threads of snapshot_download (huggingface_hub 2.4) block Ctrl-C for a minute.
+            siblings = HfApi().model_info(repository, revision=revision or None).siblings or []
+            found = {entry.rfilename for entry in siblings}
+            _require_adapter(name, found)
+            files = [file for file in ADAPTER_FILES if file in found]
+            paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in files]
             folder = paths[0].parent
             if any(path.parent != folder for path in paths):
-                raise KestrelError(f"model.adapter {name} was changed in the meantime; run the same command again")
+                raise KestrelError(f"model.adapter {name} changed during the download; run the same command again")
     _require_adapter(name, {path.name for path in folder.iterdir()})
     return folder
 
@@ -168,7 +169,7 @@ def _require_adapter(name: str, files: set[str]) -> None:
 
 
 @contextmanager
-def _telling_cache_full() -> Iterator[None]:
+def _plain_full_cache() -> Iterator[None]:
     from huggingface_hub import constants
 
     try:
@@ -179,17 +180,6 @@ def _telling_cache_full() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise KestrelError(
-            f"the disk is full that holds the Hub's cache, {constants.HF_HUB_CACHE}; free some space and run the same "
-            "command again, or set HF_HOME to a folder elsewhere"
+            f"the disk with the Hub's cache, {constants.HF_HUB_CACHE}, is full; free some space and run the same command "
+            "again, or set HF_HOME to a folder on another disk"
         ) from None
-
-
-def cached_adapter(name: str) -> Path | None:
-    """The files that `download_adapter` brought last, without asking the Hub; None where it never did."""
-    from huggingface_hub import errors, snapshot_download
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        return None

@@ -13,10 +13,9 @@ from typing import Any
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
-from kestrel.generation.files import order_in_name
+from kestrel.generation.files import order_in_name, split_and_system
 from kestrel.runtime.manifest import sha256_of
 
-SPLITS = ("train", "validation", "test")
 STOPPED_BY = ("eos", "length", "stop_string")
 # What a row may leave out, and what cannot be computed then. A file has a key in every row or in
 # none, but for candidates, which a corpus may offer for some replies only.
@@ -101,19 +100,12 @@ class Generations:
     @property
     def order(self) -> int:
         """Of the persona's sentences, by the file's name; 0 is the order as given."""
-        return order_in_name(names_of(self.path)[1])[1]
+        return order_in_name(split_and_system(self.path)[1])[1]
 
     @property
     def unordered(self) -> str:
         """What files of this system in several orders share in their names."""
-        return order_in_name(names_of(self.path)[1])[0]
-
-
-def names_of(path: Path) -> tuple[str | None, str]:
-    """Split and system of a file: SPLIT.SYSTEM.jsonl, else no split and the name without its ending."""
-    stem = path.name.removesuffix(".jsonl").removesuffix(".json")
-    split, dot, system = stem.partition(".")
-    return (split, system) if dot and system and split in SPLITS else (None, stem)
+        return order_in_name(split_and_system(self.path)[1])[0]
 
 
 def read_generations(path: Path) -> Generations:
@@ -175,7 +167,7 @@ def read_generations(path: Path) -> Generations:
         shown = [f"{path}:{line}: {problem}" for line, problem in sorted(problems)[:_MOST_PROBLEMS]]
         shown += [f"... and {more} more"] if more > 0 else []
         raise KestrelError("generations cannot be scored; mend the file or leave it out\n  " + "\n  ".join(shown))
-    split, system = names_of(path)
+    split, system = split_and_system(path)
     unordered, _ = order_in_name(system)
     seeds = _SEED_SUFFIX.match(unordered)
     return Generations(

@@ -6,30 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter.source import identity_of_folder
+from kestrel.adapter.source import adapter_identity
 from kestrel.errors import KestrelError
-from kestrel.evaluation.generations import names_of
-from kestrel.generation.files import name_in_order, order_in_name
+from kestrel.generation.files import name_in_order, order_in_name, recorded_files, split_and_system
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
-
-
-def recorded_generations(folder: Path, remedy: str) -> dict[str, dict[str, Any]]:
-    """What generations/manifest.json says of each file: its sha256, and what it was made from.
-
-    Args:
-        folder: RUN/generations.
-        remedy: for the message.
-
-    Raises:
-        KestrelError: absent or damaged.
-    """
-    recorded = read_manifest(folder, "generations", remedy, check_files=False).get("generations", {})
-    if not isinstance(recorded, dict) or not all(
-        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) and isinstance(facts.get("made_from"), dict)
-        for facts in recorded.values()
-    ):
-        raise KestrelError(f"{folder / MANIFEST} is damaged (generations); {remedy}")
-    return recorded
 
 
 def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path], command: str) -> None:
@@ -48,7 +28,7 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
         KestrelError: naming the file and what changed.
     """
     folder = run_dir / "generations"
-    recorded = recorded_generations(folder, f"make it again with: {command}")
+    recorded = recorded_files(folder, f"make it again with: {command}")
     now, own = {}, run_dir / "adapter"
     for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", own)):
         if (artifact / MANIFEST).exists() and (kind == "dataset" or artifact == adapter):
@@ -56,10 +36,10 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
             now[kind] = identity_of(manifest)
             if artifact == own:
                 _check_log(run_dir / "logs" / "training.jsonl", manifest)
-    if adapter is not None and adapter != own and (identity := identity_of_folder(adapter)):
+    if adapter is not None and adapter != own and (identity := adapter_identity(adapter)):
         now["adapter"] = identity
     for file in files:
-        system, order = order_in_name(names_of(file)[1])
+        system, order = order_in_name(split_and_system(file)[1])
         orders = f" --generation.persona_orders {order + 1}" if order else ""
         remedy = f"make it again with: {command}{orders}" + (", or delete it" if order else "")
         facts = recorded.get(file.name)

@@ -18,12 +18,14 @@ from kestrel.config.settings import Generation
 from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
+from kestrel.generation.files import GenerationsFile
 from kestrel.generation.prefix_cache import computed, continuation_nll
 from kestrel.generation.respond import Request, Response, answers_behind, by_the_library, decodes_itself
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
+from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -239,26 +241,22 @@ def write_answers(
     dataset: Dataset,
     settings: Generation,
     seed: int,
-    order: int,
-    path: Path,
-    identity: str,
+    file: GenerationsFile,
 ) -> Iterator[int]:
     """Answers a split into a JSONL file, which appears when it is complete.
 
-    Until then the rows stand in a partial file beside it, shard after shard; the same call goes on after the last
-    complete shard, if `identity` is the same. Several processes answer a shard each, of the dialogues that one process
-    would answer together, and the first writes them in order: what is written does not depend on their number.
+    Until then the rows are in a partial file beside it, shard after shard; the same call resumes after the last complete
+    shard, if what decides the answers is the same. Of several processes each answers a shard, cut as one process would
+    cut them, and the first writes them in order: the file does not depend on the number of processes.
 
     Args:
         dataset: rows of the split, in the order of the file.
         seed: of sampling and of the persona's order.
-        order: of the persona's sentences, 0 as given.
-        path: SPLIT.SYSTEM.jsonl or SPLIT.SYSTEM-orderK.jsonl.
-        identity: hash of all that decides the answers.
 
     Yields:
-        Dialogues done, after each shard, or one of each process; those of an earlier call first.
+        Dialogues done: first those of an earlier call, then the count after each shard, or after one shard per process.
     """
+    path, identity = file.path, sha256_of_json(file.made_from)
     partial = path.with_name(f".{path.name}.partial")
     lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,20 +269,20 @@ def write_answers(
         shard, mine = "", distributed.rank()
         if mine < len(ends) - 1:
             rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
-            answers = answer(model, prompt, questions_of(rows, prompt, seed, order), settings, seed)
+            answers = answer(model, prompt, questions_of(rows, prompt, seed, file.order), settings, seed)
             shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
         for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
-            with open(partial, "a", encoding="utf-8") as file:
-                file.write(lines + _mark(end, lines.encode()))
-                file.flush()
-                os.fsync(file.fileno())
+            with open(partial, "a", encoding="utf-8") as growing:
+                growing.write(lines + _mark(end, lines.encode()))
+                growing.flush()
+                os.fsync(growing.fileno())
         done = ends[-1]
         yield done
     if not distributed.is_first():
         return
-    with open(partial, encoding="utf-8") as file, write_atomically(path) as whole:
-        next(file)
-        whole.writelines(line for line in file if not _MARK.match(line))
+    with open(partial, encoding="utf-8") as lines_and_marks, write_atomically(path) as whole:
+        next(lines_and_marks)
+        whole.writelines(line for line in lines_and_marks if not _MARK.match(line))
     partial.unlink()
 
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.adapter.lora import adapter_config, load_adapter
+from kestrel.adapter.load import load_model
+from kestrel.adapter.lora import adapter_config
 from kestrel.adapter.open import open_adapter
-from kestrel.adapter.proof import prove_loaded
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation.respond import Response, generation_config, respond
 from kestrel.hub import plain_loading_errors
-from kestrel.model.base import base_identity, load_base, load_config, skeleton_of
-from kestrel.model.loss import attach_token_nll, causal_lm_of
+from kestrel.model.base import base_identity, load_config, skeleton_of
+from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import clear_beside, folder_atomically
@@ -74,25 +74,21 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     require_free(folder)
     config = load_config(settings.model)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    identity, base_id = prompt.identity(), base_identity(settings.model, config)
-    adapter_folder, manifest = open_adapter(settings, identity, base_id, f"python train.py {again}")
+    base_id = base_identity(settings.model, config)
+    adapter_folder, manifest = open_adapter(settings, prompt, base_id, f"python train.py {again}")
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
     needed = merged_bytes(weights, settings.quantization.compute_dtype, len(prompt.tokenizer))
     room = room_for("the merged model's files", needed, folder, "name another folder")
     with room, _telling_memory(needed), folder_atomically(folder) as target, saying_disk_full(target):
         contexts = sample_contexts(settings, prompt, again)
-        base, audit = load_base(settings)
-        print(f"base: {audit.line()}")
-        adapted = load_adapter(base, adapter_folder)
-        attach_token_nll(adapted)
-        print(prove_loaded(adapted, manifest, identity, settings.quantization.compute_dtype))
+        adapted = load_model(settings, prompt, (adapter_folder, manifest))
         before = behaviour(adapted, prompt, contexts, settings)
         merged = _merged(adapted, adapter_folder, settings)
         merged.generation_config = generation_config(settings.generation, prompt)
         merged.save_pretrained(str(target), max_shard_size=_SHARD)
         prompt.tokenizer.save_pretrained(str(target))
         _make_readable(target)
-        del base, adapted, merged
+        del adapted, merged
         gc.collect()
         after = behaviour(_loaded(target, settings), prompt, contexts, settings)
         apart, same = compare(before, after, settings.quantization.compute_dtype)
@@ -105,7 +101,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
             target,
             _KIND,
             settings={"quantization": settings.quantization.model_dump()},
-            made_from={"base": base_id, "adapter": identity_of(manifest), "prompt_sha256": identity["sha256"]},
+            made_from={"base": base_id, "adapter": identity_of(manifest), "prompt_sha256": prompt.identity()["sha256"]},
             logits_apart=apart,
             same_answers=same,
             answers=len(contexts),

@@ -51,7 +51,7 @@ def test_an_adapter_made_elsewhere_is_used_and_what_is_not_known_is_said(
     told = ["--hub.base_model", BASE]
     assert generate.main(arguments(trained, tmp_path / "run", elsewhere, *told)) == 0
     printed = capsys.readouterr().out
-    assert "not proven: this adapter was made elsewhere" in printed and "proven: it computes" not in printed
+    assert "not proven: this adapter was not made by Kestrel" in printed and "proven: it computes" not in printed
     answers = (tmp_path / "run" / "generations" / "test.adapter.jsonl").read_bytes()
     # The same weights as the run's own adapter, so the same answers; and they belong to these weights from now on.
     assert generate.main(arguments(trained, tmp_path / "own", trained.run / "adapter")) == 0
@@ -69,7 +69,7 @@ def test_an_adapter_made_elsewhere_is_used_and_what_is_not_known_is_said(
         (
             {"base_model_name_or_path": "other/model"},
             [],
-            "if that is a copy of it, say so: --hub.base_model other/model",
+            "if that is a copy of other/model, add --hub.base_model other/model",
         ),
         ({"base_model_name_or_path": "other/model"}, ["--hub.base_model", BASE], "--model.name other/model"),
         ({"use_dora": True}, ["--hub.base_model", BASE], "use_dora"),
@@ -118,10 +118,12 @@ def test_a_difference_of_lora_is_refused_for_the_runs_own_and_named_for_a_given_
     own = trained.copy_to(tmp_path / "own")
     assert generate.main([*own, "--lora.alpha", "64"]) == 1
     assert "lora.alpha: it was 8.0, now 64.0" in capsys.readouterr().err
+    one = ["--generation.max_dialogues", "1", "--generation.systems", "adapter"]
+    assert generate.main([*own, *one, "--lora.dropout", "0.3"]) == 0, "dropout has no part in inference"
     more = ["--lora.alpha", "64", "--lora.target_modules", "dense", "--lora.dropout", "0.3"]
     assert generate.main(arguments(trained, tmp_path / "run", trained.run / "adapter", *more)) == 0
     said = capsys.readouterr().err
-    assert "lora.alpha: it was 8.0, now 64.0; the adapter's own counts" in said and "lora.target_modules" in said
+    assert "lora.alpha: it was 8.0, now 64.0; the adapter's own value is used" in said and "lora.target_modules" in said
     assert "dropout" not in said
 
 
@@ -142,9 +144,9 @@ def test_what_is_no_adapter_is_named_with_what_may_have_been_meant(
     for name, message in (
         (trained.run, f"did you mean {trained.run / 'adapter'}?"),
         (trained.run / "dataset", "name a run's adapter folder"),
-        (checkpoint, "is a checkpoint of a training"),
-        (tmp_path / "whole", "a whole model, which is used with model.name"),
-        (elsewhere / "adapter_config.json", "is a file; name the folder"),
+        (checkpoint, "is a checkpoint; name the adapter folder"),
+        (tmp_path / "whole", "a whole model, which belongs in model.name"),
+        (elsewhere / "adapter_config.json", "is a file; name its folder"),
     ):
         assert generate.main(arguments(trained, tmp_path / "run", name)) == 1
         assert message in capsys.readouterr().err
@@ -152,7 +154,7 @@ def test_what_is_no_adapter_is_named_with_what_may_have_been_meant(
 
 def test_a_damaged_one_is_told_what_mends_it(trained: Experiment, tmp_path: Path, capsys) -> None:
     for folder, remedy in (
-        (tmp_path / "copy", "copy it anew"),
+        (tmp_path / "copy", "copy it again"),
         (
             tmp_path / "models--me--lora" / "snapshots" / "0123",
             f"delete {tmp_path / 'models--me--lora'}, and it is down",
@@ -171,7 +173,7 @@ def test_another_tools_manifest_does_not_make_an_adapter_ours(
 ) -> None:
     write_json(elsewhere / "manifest.json", {"name": "an extension"})
     assert generate.main(arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE)) == 0
-    assert "made elsewhere" in capsys.readouterr().out
+    assert "not made by Kestrel" in capsys.readouterr().out
 
 
 def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
@@ -197,7 +199,7 @@ def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "a/b/c", "../x/y", "owner/"])
 def test_what_is_neither_folder_nor_id_is_told(trained: Experiment, tmp_path: Path, capsys, name: str) -> None:
     assert generate.main(arguments(trained, tmp_path / "run", name)) == 1
-    assert "no such folder, and it is no id on the Hub" in capsys.readouterr().err
+    assert "no such folder, and not an id on the Hub" in capsys.readouterr().err
 
 
 def test_from_the_hub_only_safetensors_come(trained: Experiment, elsewhere: Path, tmp_path: Path) -> None:

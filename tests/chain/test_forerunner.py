@@ -30,7 +30,7 @@ def test_both_stand_in_one_table(evaluated: Experiment, hub: Hub, tmp_path: Path
     for script in ("preprocess.py", "generate.py"):
         done = run(script, "--config", CONFIG, *smaller, hub=hub, home=tmp_path / "home", token=None)
         assert done.status == 0, done.said
-    assert "not proven: this adapter was made elsewhere" in done.said
+    assert "not proven: this adapter was not made by Kestrel" in done.said
 
     files = [folder / "generations" / "test.adapter.jsonl" for folder in (evaluated.run, tmp_path / "run")]
     more = ["--evaluation.generations", *map(str, files), "--evaluation.resamples", "100"]

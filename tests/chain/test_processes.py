@@ -230,11 +230,11 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
 
     status, out, err = run("generate.py", *command)
     assert status == 0, err
-    assert out.count("going on after 64 dialogues") == 1
+    assert out.count("resuming after 64 dialogues") == 1
     assert {path.name: path.read_bytes() for path in (two / "generations").glob("*.jsonl")} == whole
     capsys.readouterr()
     assert generate.main([*arguments, "--run_dir", str(tmp_path / "again")]) == 0
-    assert "going on after 64 dialogues" in capsys.readouterr().out
+    assert "resuming after 64 dialogues" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "generations").glob("*.jsonl")} == whole
 
 

@@ -18,7 +18,7 @@ from make_models import write_base
 from scripts import die_after
 
 import train
-from kestrel.adapter.proof import WEIGHTS
+from kestrel.adapter.source import WEIGHTS
 from kestrel.config.resolve import resolve
 from kestrel.training import callbacks
 

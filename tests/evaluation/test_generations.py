@@ -8,7 +8,8 @@ import pytest
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import line_up
-from kestrel.evaluation.generations import names_of, read_generations
+from kestrel.evaluation.generations import read_generations
+from kestrel.generation.files import split_and_system
 
 
 def row(**changes):
@@ -47,7 +48,7 @@ def write(path: Path, rows) -> Path:
     ],
 )
 def test_a_file_names_its_split_and_system(name, split, system):
-    assert names_of(Path("some/folder") / name) == (split, system)
+    assert split_and_system(Path("some/folder") / name) == (split, system)
 
 
 def test_every_value_arrives(tmp_path):

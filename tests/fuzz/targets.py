@@ -110,9 +110,10 @@ def _nothing(*arguments: Any) -> None:
 
 def artifacts(data: bytes) -> None:
     """The files of a run folder, as one JSON object: name -> content. All that reads them, tries."""
-    from kestrel.adapter.proof import proof
+    from kestrel.adapter.open import read_adapter
     from kestrel.data import dataset
     from kestrel.evaluation.provenance import check_provenance
+    from kestrel.generation.files import GenerationsFile
     from kestrel.runtime.manifest import identity_of, read_manifest
     from kestrel.runtime.training_log import read_log
     from kestrel.training import callbacks, checkpoints
@@ -137,28 +138,22 @@ def artifacts(data: bytes) -> None:
     for name in ("dataset", "generations", "adapter", "checkpoint-2"):
         (run / name).symlink_to(artifact)
     log = artifact / "training.jsonl"
+    expected = {"prompt": IDENTITY, "quantization": QUANTIZATION, "base": BASE}
     readers: list[Callable[[], object]] = [
         *(partial(read_manifest, artifact, kind, "mend it") for kind in ("dataset", "adapter", "generations")),
         lambda: identity_of(read_manifest(artifact, "dataset", "mend it", check_files=False)),
         lambda: dataset.open_dataset(_settings(run), _prompt(), "preprocess"),
-        lambda: proof.read_adapter(artifact, IDENTITY, QUANTIZATION, BASE, "train"),
+        lambda: read_adapter(artifact, expected, "train", "train"),
         lambda: checkpoints.newest_resumable(run, MEANING, "train"),
         lambda: checkpoints.require_resumable(artifact, MEANING, "train"),
         lambda: callbacks.evaluations_without_progress(checkpoints.history(artifact)),
         lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate"),
-        lambda: _script("generate").up_to_date(run / "generations" / "test.adapter.jsonl", {}),
+        lambda: GenerationsFile(run / "generations" / "test.adapter.jsonl", "adapter", 0, {}).is_up_to_date(),
         lambda: read_log(log),
     ]
     for read in readers:
         with contextlib.suppress(KestrelError):
             read()
-
-
-@cache
-def _script(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)
 
 
 def _settings(run: Path) -> Any:
