@@ -49,8 +49,8 @@ from kestrel.generation import answers
 from kestrel.generation.answers import Question, questions_of, write_answers
 from kestrel.generation.decoding import decode
 from kestrel.generation.files import GenerationsFile
-from kestrel.generation.prefix_cache import computed
-from kestrel.generation.respond import _generate, answers_behind
+from kestrel.generation.prefix_cache import compute_prefixes
+from kestrel.generation.respond import Request, respond_from_prefixes, respond_with_library
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import SpanRequest
@@ -109,9 +109,9 @@ def check(model: Any, prompt: Prompt, asked: list[Question], settings: Generatio
         SpanRequest([*q.context, *q.reference], [(len(q.context), len(q.context) + len(q.reference))]) for q in asked
     ]
     worst, apart = 0.0, 0.0
-    for held, scores in computed(model, whole, settings.tokens_per_step):
-        chosen = [index for index in range(len(asked)) if held.holds(index)]
-        rows = held.behind([(index, len(contexts[index]) - 1) for index in chosen], settings.max_new_tokens)
+    for prefixes, scores in compute_prefixes(model, whole, settings.tokens_per_step):
+        chosen = [index for index in range(len(asked)) if prefixes.holds(index)]
+        rows = prefixes.copy_rows([(index, len(contexts[index]) - 1) for index in chosen], settings.max_new_tokens)
         said = decode(model, rows, [contexts[index] for index in chosen], settings, prompt.end_id)
         for index, answer in zip(chosen, said, strict=True):
             if prompt.end_id in answer:
@@ -162,13 +162,13 @@ def time_kestrel(model: Any, prompt: Prompt, rows: list[dict[str, Any]], setting
     from datasets import Dataset
 
     spent = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
-    prefill = watched(computed, spent, "prefill_seconds")
-    decoding = watched(answers_behind, spent, "decode_seconds")
+    prefill = watched(compute_prefixes, spent, "prefill_seconds")
+    decoding = watched(respond_from_prefixes, spent, "decode_seconds")
     machine.reset_peak_memory()
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(answers, "computed", prefill),
-        mock.patch.object(answers, "answers_behind", decoding),
+        mock.patch.object(answers, "compute_prefixes", prefill),
+        mock.patch.object(answers, "respond_from_prefixes", decoding),
     ):
         path = Path(folder) / "test.adapter.jsonl"
         began = time.perf_counter()
@@ -187,13 +187,14 @@ def time_stock(
     contexts = sorted(contexts, key=len)
     size = min(size, len(contexts))
     firsts = np.linspace(0, len(contexts) - size, batches + 2)[1:-1] if batches * size < len(contexts) else [0]
-    settings = settings.model_copy(update={"stop_strings": []})
+    settings = settings.model_copy(update={"stop_strings": [], "tokens_per_step": 2**40})
     machine.reset_peak_memory()
     with stock_attention():
         machine.synchronize()
         began = time.perf_counter()
         for first in firsts:
-            _generate(model, prompt, contexts[int(first) : int(first) + size], settings)
+            batch = [Request(context, 0) for context in contexts[int(first) : int(first) + size]]
+            list(respond_with_library(model, prompt, batch, settings))
         machine.synchronize()
     timed = time.perf_counter() - began
     replies = size * len(firsts)

@@ -16,12 +16,11 @@ from kestrel.chat.conversation import Exchange, System
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.generation.respond import generation_config
-from kestrel.model.loss import causal_lm_of
+from kestrel.generation.respond import generate, generation_config
+from kestrel.generation.stop_strings import StopStrings
 from kestrel.prompt.prompt import TOO_LONG, Prompt, Unrenderable
 
 _LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a character of which bytes are still to come
 EMPTY = "the answer is empty: it ended before it began; your message is taken back, so say it otherwise, or sample"
 
 
@@ -141,53 +140,21 @@ class Speaker:
         said: queue.SimpleQueue[str | BaseException | None],
         over: Callable[[], bool],
     ) -> None:
-        from transformers import StoppingCriteriaList
+        shown, start, stops = "", len(context), StopStrings(self.prompt, chosen.stop_strings)
 
-        shown = ""
-
-        def look(sequences: torch.Tensor, scores: Any, **extra: Any) -> torch.Tensor:
-            """Tells the text so far; bool (rows,), whether that is all."""
+        def look(sequences: torch.Tensor) -> list[bool]:
+            """Passes on the text so far; tells of each row whether that is all."""
             nonlocal shown
-            rows = [spoken(self.prompt, row[len(context) :].tolist(), chosen.stop_strings) for row in sequences]
-            if len(rows) == 1 and len(rows[0][0]) > len(shown):  # of several beams none is the answer yet
+            rows = [stops.text_so_far(row[start:]) for row in sequences.tolist()]
+            if len(rows) == 1 and len(rows[0][0]) > len(shown):  # with several beams none is the answer yet
                 shown = rows[0][0]
                 said.put(shown)
-            return torch.tensor([ended or over() for _, ended in rows], device=sequences.device)
+            return [ended or over() for _, ended in rows]
 
-        causal_lm: Any = causal_lm_of(self.model)
         ids = torch.tensor([context], device=next(self.model.parameters()).device)
-        config = generation_config(chosen, self.prompt)
         as_base = system == "base" and "adapter" in self.systems
-        own = causal_lm.generation_config
         with self.model.disable_adapter() if as_base else contextlib.nullcontext():
-            try:
-                # As in kestrel.generation: else `generate` fills in what the model's own configuration says.
-                causal_lm.generation_config = config
-                generated = causal_lm.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=config,
-                    stopping_criteria=StoppingCriteriaList([look]),
-                )
-            finally:
-                causal_lm.generation_config = own
+            config = generation_config(chosen, self.prompt)
+            generated = generate(self.model, config, ids, torch.ones_like(ids), look)
         if not over():
-            said.put(spoken(self.prompt, generated[0, len(context) :].tolist(), chosen.stop_strings, whole=True)[0])
-
-
-def spoken(prompt: Prompt, ids: Sequence[int], stop_strings: Sequence[str], whole: bool = False) -> tuple[str, bool]:
-    """Text of the tokens so far as far as it is certain, and whether a stop string has ended it.
-
-    Left back, unless this is the whole answer: blanks at the end, which may turn out to be the last, a character that
-    lacks bytes, and what may be the beginning of a stop string. So a text only ever grows by what follows it.
-    """
-    decoded = prompt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    text = str(decoded)
-    places = [text.find(stop) for stop in stop_strings if stop in text]
-    if places:
-        return text[: min(places)].strip(), True
-    if not whole:
-        text = text.rstrip(_UNFINISHED)
-        begun = (n for stop in stop_strings for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-        text = text[: len(text) - max(begun, default=0)]
-    return text.strip(), False
+            said.put(stops.text_so_far(generated[0, start:].tolist(), is_whole=True)[0])

@@ -19,8 +19,14 @@ from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
 from kestrel.generation.files import GenerationsFile
-from kestrel.generation.prefix_cache import computed, continuation_nll
-from kestrel.generation.respond import Request, Response, answers_behind, by_the_library, decodes_itself
+from kestrel.generation.prefix_cache import compute_prefixes, continuation_nll
+from kestrel.generation.respond import (
+    Request,
+    Response,
+    decodes_from_prefixes,
+    respond_from_prefixes,
+    respond_with_library,
+)
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
@@ -135,25 +141,25 @@ def answer(
     questions = [question for dialogue in by_dialogue for question in dialogue]
     answers = [question.as_row() for question in questions]
     sequences, sequence_of = _sequences(by_dialogue, settings.references)
-    asked = [
+    requests = [
         Request(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)
         for question, sequence in zip(questions, sequence_of, strict=True)
     ]
     candidates = _tokenized_candidates(prompt, questions) if settings.candidates else {}
     scores: dict[int, list[tuple[float, int]]] = {}
-    if decodes_itself(model, settings):
-        for held, in_held in computed(model, sequences, settings.tokens_per_step):
-            scores |= in_held
-            _add_responses(answers, answers_behind(model, prompt, held, asked, settings))
+    if decodes_from_prefixes(model, settings):
+        for prefixes, in_group in compute_prefixes(model, sequences, settings.tokens_per_step):
+            scores |= in_group
+            _add_responses(answers, respond_from_prefixes(model, prompt, prefixes, requests, settings))
             wanted = {
-                index: (asked[index].sequence, questions[index].context, replies)
+                index: (requests[index].sequence, questions[index].context, replies)
                 for index, replies in candidates.items()
-                if held.holds(asked[index].sequence)
+                if prefixes.holds(requests[index].sequence)
             }
-            for index, pairs in continuation_nll(model, held, wanted, settings.tokens_per_step).items():
+            for index, pairs in continuation_nll(model, prefixes, wanted, settings.tokens_per_step).items():
                 answers[index]["candidate_nll"] = [list(pair) for pair in pairs]
     else:
-        _add_responses(answers, by_the_library(model, prompt, asked, settings))
+        _add_responses(answers, respond_with_library(model, prompt, requests, settings))
         scores = dict(enumerate(span_nll(model, sequences, settings.tokens_per_step)))
         _score_candidates(model, questions, candidates, answers, settings.tokens_per_step)
     if settings.references:

@@ -1,12 +1,12 @@
-"""Token after token behind prefixes that are computed already: greedy or sampled, by the library's rules.
+"""Token by token after computed prefixes: greedy or sampled, by the library's rules.
 
-Rows that have ended leave the batch. What is drawn for a row is its own, so that neither its batch nor an interruption
-changes a sample.
+Rows that have ended leave the batch. Each row has draws of its own, so that neither its batch nor an interruption changes
+a sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,12 @@ import torch
 
 from kestrel.config.settings import Generation
 from kestrel.generation.prefix_cache import PrefixBatch
+from kestrel.generation.stop_strings import StopStrings
 from kestrel.model.loss import causal_lm_of
 
-_LOOK_EVERY = 4  # steps on a GPU, which has to be waited for to see what it said
-_WORTH_LEAVING_OUT = 0.8  # share of rows still speaking at which the others are worth a copy of the rest
-_ROWS_AT_ONCE = 256  # whose probabilities are sorted and summed in float32 together
+_CHECK_EVERY = 4  # steps on a GPU: seeing its tokens means waiting for it
+_DROP_BELOW = 0.8  # share of active rows at which dropping the others is worth a copy of the rest
+_ROWS_AT_ONCE = 256  # rows whose probabilities are sorted and summed in float32 together
 _NO_TOKEN = -1
 
 
@@ -29,57 +30,54 @@ def decode(
     settings: Generation,
     end_id: int,
     draws: np.ndarray | None = None,
-    is_over: Callable[[list[int]], bool] | None = None,
-    tail: int = 0,
+    stops: StopStrings | None = None,
 ) -> list[list[int]]:
     """Continues each context, greedily or by its draws.
 
     Args:
         model: in evaluation mode.
-        rows: each context but for its last token, with room for max_new_tokens.
+        rows: each context without its last token, with space for max_new_tokens more.
         contexts: token ids.
-        settings: of generation, without beams.
+        settings: without beams.
         end_id: the token that ends a row.
         draws: float64 (rows, max_new_tokens) in [0, 1), where settings.do_sample.
-        is_over: whether a row has ended otherwise, told by its last tokens.
-        tail: tokens that `is_over` has to see of those that it saw before.
 
     Returns:
-        Token ids of each row. What follows its end means nothing.
+        Token ids of each row; those after its end mean nothing.
     """
     causal_lm: Any = causal_lm_of(model)
     device = rows.lengths.device
-    every = _LOOK_EVERY if device.type == "cuda" else 1
-    choose = _Choice(contexts, settings, draws, device)
-    said = torch.full((len(contexts), settings.max_new_tokens), end_id, device=device)
-    speaking = torch.arange(len(contexts), device=device)  # the context of each row that is left
+    every = _CHECK_EVERY if device.type == "cuda" else 1
+    choose = _TokenChooser(contexts, settings, draws, device)
+    tokens = torch.full((len(contexts), settings.max_new_tokens), end_id, device=device)
+    active = torch.arange(len(contexts), device=device)  # index of the context of each row that is left
     ended = torch.zeros(len(contexts), dtype=torch.bool)
     last = torch.tensor([context[-1] for context in contexts], device=device)
     for done in range(1, settings.max_new_tokens + 1):
         logits = causal_lm(input_ids=last[:, None], use_cache=True, **rows.inputs(done - 1, 1)).logits[:, -1]
         last = choose(logits, done - 1)
-        said[speaking, done - 1] = last
+        tokens[active, done - 1] = last
         if done % every or done == settings.max_new_tokens:
             continue
-        looked = max(0, done - every - tail)
-        recent = said[speaking, looked:done].cpu()
+        checked = max(0, done - every - (stops.tail if stops else 0))
+        recent = tokens[active, checked:done].cpu()
         ended |= (recent == end_id).any(dim=1)
-        if is_over is not None:
+        if stops:
             for row in (~ended).nonzero()[:, 0].tolist():
-                ended[row] = is_over(recent[row].tolist())
+                ended[row] = stops.are_in(recent[row].tolist())
         left = (~ended).nonzero()[:, 0]
         if len(left) == 0:
             break
-        if len(left) <= _WORTH_LEAVING_OUT * len(ended):
+        if len(left) <= _DROP_BELOW * len(ended):
             ended = ended[left]
             left = left.to(device)
-            speaking, last = speaking[left], last[left]
+            active, last = active[left], last[left]
             rows.keep(left)
             choose.keep(left)
-    return said.tolist()
+    return tokens.tolist()
 
 
-class _Choice:
+class _TokenChooser:
     """The next token of each row."""
 
     def __init__(
@@ -106,7 +104,7 @@ class _Choice:
                 self._warpers.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p is not None and settings.top_p < 1.0:
                 self._warpers.append(TopPLogitsWarper(settings.top_p))
-        # From (0, 1], so that a draw never falls on a token of probability zero.
+        # In (0, 1], so that a draw never falls on a token of probability zero.
         self._draws = None if draws is None else torch.from_numpy(1.0 - draws).float().to(device)
         self._seen: torch.Tensor | None = None
         if self._penalty or self._no_repeat:
@@ -129,19 +127,19 @@ class _Choice:
     def _chosen(self, scores: torch.Tensor, rows: torch.Tensor, done: int) -> torch.Tensor:
         if self._seen is not None:
             seen = self._seen[rows, : self._length + done]
-            # Padding for those that look at single tokens: one that the row has anyway.
+            # Processors that look at single tokens get a token of the row as padding.
             tokens = seen.where(seen != _NO_TOKEN, seen[:, -1:])
             if self._penalty:
                 scores = self._penalty(tokens, scores)
             if self._no_repeat:
-                # In longer n-grams padding on the left can stand only where none is ever completed.
+                # In longer n-grams padding on the left is only where none is ever completed.
                 scores = self._no_repeat(tokens if self._no_repeat.ngram_size == 1 else seen, scores)
         if self._draws is None:
             return scores.argmax(dim=-1)
         for warper in self._warpers:
             scores = warper(None, scores)
-        reached = scores.softmax(dim=-1).cumsum(dim=-1)
-        return torch.searchsorted(reached, self._draws[rows, done, None] * reached[:, -1:])[:, 0]
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1)
+        return torch.searchsorted(cumulative, self._draws[rows, done, None] * cumulative[:, -1:])[:, 0]
 
     def keep(self, rows: torch.Tensor) -> None:
         if self._seen is not None:

@@ -22,7 +22,7 @@ from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
-from kestrel.generation.respond import Response, generation_config, respond
+from kestrel.generation.respond import Response, generation_config, greedy, respond
 from kestrel.hub import plain_loading_errors
 from kestrel.model.base import base_identity, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
@@ -169,9 +169,7 @@ def behaviour(
     model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Settings
 ) -> Behaviour:
     """Logits at the end of each context, and greedy answers."""
-    chosen = settings.generation.model_copy(
-        update={"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-    )
+    chosen = greedy(settings.generation)
     device = next(model.parameters()).device
     model.eval()
     with torch.no_grad():

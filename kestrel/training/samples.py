@@ -9,7 +9,7 @@ import torch
 
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of
-from kestrel.generation.respond import respond
+from kestrel.generation.respond import greedy, respond
 from kestrel.model.base import check_context
 from kestrel.prompt.prompt import Prompt
 
@@ -43,13 +43,10 @@ def sampler(
             }
         )
     check_context(model, max(map(len, contexts), default=0), settings.generation.max_new_tokens)
-    greedy = settings.generation.model_copy(
-        update={"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
 
     def answer() -> list[dict[str, Any]]:
         was_training = model.training
-        responses = respond(model, prompt, contexts, greedy) if contexts else []
+        responses = respond(model, prompt, contexts, greedy(settings.generation))
         model.train(was_training)
         return [
             {**facts, "response": response.text, "stopped_by": response.stopped_by}

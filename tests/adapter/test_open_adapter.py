@@ -157,7 +157,7 @@ def test_a_damaged_one_is_told_what_mends_it(trained: Experiment, tmp_path: Path
         (tmp_path / "copy", "copy it again"),
         (
             tmp_path / "models--me--lora" / "snapshots" / "0123",
-            f"delete {tmp_path / 'models--me--lora'}, and it is down",
+            f"delete {tmp_path / 'models--me--lora'} to download it again",
         ),
     ):
         shutil.copytree(trained.run / "adapter", folder)

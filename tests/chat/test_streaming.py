@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 
 from kestrel.adapter.lora import add_lora
-from kestrel.chat.streaming import Speaker, spoken
+from kestrel.chat.streaming import Speaker
 from kestrel.config.settings import Generation, Lora
 from kestrel.generation.respond import respond
+from kestrel.generation.stop_strings import StopStrings
 from kestrel.prompt.prompt import Prompt
 
 
@@ -54,12 +55,12 @@ def test_nothing_is_shown_that_is_taken_back(prompt, text, stops):
     ids = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
     before = ""
     for count in range(len(ids) + 1):
-        now, ended = spoken(prompt, ids[:count], stops)
+        now, ended = StopStrings(prompt, stops).text_so_far(ids[:count])
         assert now.startswith(before)
         before = now
         if ended:
             break
-    whole, _ = spoken(prompt, ids[:count], stops, whole=True)
+    whole, _ = StopStrings(prompt, stops).text_so_far(ids[:count], is_whole=True)
     assert whole.startswith(before)
     assert not any(stop in whole for stop in stops if not stop.isspace())
 

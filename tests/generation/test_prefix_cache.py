@@ -14,8 +14,8 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import _shard, answer, questions_of
-from kestrel.generation.prefix_cache import Prefixes, computed, continuation_nll, is_shareable
-from kestrel.generation.respond import decodes_itself, respond
+from kestrel.generation.prefix_cache import Prefixes, compute_prefixes, continuation_nll, supports_prefixes
+from kestrel.generation.respond import decodes_from_prefixes, respond
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
@@ -87,7 +87,7 @@ def test_rows_are_those_of_the_plain_way(models, prompt, architecture, as_base, 
     with disabled:
         large = answer(model, prompt, asked, chosen, 0)
         small = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 130}), 0)
-        monkeypatch.setattr("kestrel.generation.answers.decodes_itself", lambda *_: False)
+        monkeypatch.setattr("kestrel.generation.answers.decodes_from_prefixes", lambda *_: False)
         plain = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 1}), 0)
     for expected, *found in zip(plain, large, small, strict=True):
         for row in found:
@@ -103,7 +103,7 @@ def test_rows_are_those_of_the_plain_way(models, prompt, architecture, as_base, 
 @pytest.mark.parametrize("architecture", NOT_SHARING)
 def test_what_cannot_share_takes_the_plain_way(models, prompt, architecture):
     model, asked = models[architecture], dialogues_in(prompt)
-    assert not is_shareable(model)
+    assert not supports_prefixes(model)
     rows = answer(model, prompt, asked, Generation(max_new_tokens=4, candidates=True), 0)
     contexts = [question.context for questions in asked for question in questions]
     alone = [respond(model, prompt, [context], Generation(max_new_tokens=4))[0].text for context in contexts]
@@ -113,15 +113,15 @@ def test_what_cannot_share_takes_the_plain_way(models, prompt, architecture):
 
 def test_rotations_that_hang_on_the_length_are_not_shared():
     model = make_model("llama")
-    assert is_shareable(model)
+    assert supports_prefixes(model)
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert not is_shareable(model)
+    assert not supports_prefixes(model)
 
 
 def test_the_library_has_beams(models):
-    assert is_shareable(models["falcon"])
-    assert decodes_itself(models["falcon"], Generation())
-    assert not decodes_itself(models["falcon"], Generation(num_beams=2))
+    assert supports_prefixes(models["falcon"])
+    assert decodes_from_prefixes(models["falcon"], Generation())
+    assert not decodes_from_prefixes(models["falcon"], Generation(num_beams=2))
 
 
 def test_no_prompt_is_computed_twice(models, prompt):
@@ -175,7 +175,7 @@ def test_continuations_cost_what_they_cost_alone(models, architecture, shared, b
     spans = [[(1, len(ids))] for ids in sequences]
     found, of_sequences = {}, {}
     asked = [SpanRequest(ids, of) for ids, of in zip(sequences, spans, strict=True)]
-    for held, scores in computed(model, asked, budget):
+    for held, scores in compute_prefixes(model, asked, budget):
         mine = {name: of for name, of in wanted.items() if held.holds(of[0])}
         assert not found.keys() & mine.keys()
         found |= continuation_nll(model, held, mine, budget)
@@ -195,11 +195,11 @@ def test_what_is_held_stays_within_the_budget(models):
     """Groups are handed over before they outgrow half of what the answers may take."""
     model = models["llama"]
     sequences = [SpanRequest([20 + n] * 30, []) for n in range(300)]
-    groups = list(computed(model, sequences, 60))
+    groups = list(compute_prefixes(model, sequences, 60))
     assert len(groups) > 1
     assert sorted(index for held, _ in groups for index in range(300) if held.holds(index)) == list(range(300))
     sizes = [held.nbytes for held, _ in groups]
-    a_pass = 60 * groups[0][0].bytes_a_token
+    a_pass = 60 * groups[0][0].bytes_per_token
     activations = 60 * 24 * 64 * 4  # hidden states of 64 float32 numbers, as in kestrel.prefix
     assert max(sizes) <= max(activations, a_pass) / 2 + a_pass
 
@@ -207,12 +207,12 @@ def test_what_is_held_stays_within_the_budget(models):
 def test_rows_that_leave_change_nothing_for_those_that_stay(models):
     model, ids = models["falcon"], [30, 40, 50, 60, 70]
     held = Prefixes()
-    for group, _ in computed(model, [SpanRequest(ids, []), SpanRequest(ids[::-1], [])], 100):
+    for group, _ in compute_prefixes(model, [SpanRequest(ids, []), SpanRequest(ids[::-1], [])], 100):
         held = group
     causal_lm: Any = model.get_base_model()
 
     def logits(keep: list[int] | None) -> torch.Tensor:
-        rows = held.behind([(0, 3), (1, 2), (0, 5), (1, 4)], 2)
+        rows = held.copy_rows([(0, 3), (1, 2), (0, 5), (1, 4)], 2)
         last = torch.tensor([[21], [22], [23], [24]])
         with torch.no_grad():
             causal_lm(input_ids=last, use_cache=True, **rows.inputs(0, 1))

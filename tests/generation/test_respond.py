@@ -17,7 +17,8 @@ from make_tokenizers import sentencepiece_like, unigram, wordpiece
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.errors import KestrelError
-from kestrel.generation.respond import Request, _StopStrings, by_the_library, respond
+from kestrel.generation.respond import Request, respond, respond_with_library
+from kestrel.generation.stop_strings import StopStrings
 from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
@@ -90,7 +91,7 @@ def test_answers_are_the_librarys_own(models, prompt, architecture, contexts, ru
     chosen = Generation(**rules)
     ours = respond(models[architecture], prompt, contexts, chosen)
     for context, response in zip(contexts, ours, strict=True):
-        [(_, alone)] = by_the_library(models[architecture], prompt, [Request(context, 0)], chosen)
+        [(_, alone)] = respond_with_library(models[architecture], prompt, [Request(context, 0)], chosen)
         assert response == alone
 
 
@@ -239,7 +240,7 @@ def test_an_answer_that_does_not_fit_is_refused(prompt):
 def test_no_stop_string_is_overlooked(prompt, ids, stops):
     """Byte by byte tokens among them, so that a character may be spread over several."""
     text = prompt.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert _StopStrings(prompt, stops)(ids) == any(stop in text for stop in stops)
+    assert StopStrings(prompt, stops).are_in(ids) == any(stop in text for stop in stops)
 
 
 @pytest.mark.parametrize("make", [sentencepiece_like, unigram, wordpiece])
@@ -252,7 +253,7 @@ def test_no_stop_string_is_overlooked_by_other_decoders(make, data):
     text = spelled.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     places = st.integers(0, max(0, len(text) - 1))
     stops = [text[start : start + 2] or "a" for start in data.draw(st.lists(places, min_size=1, max_size=2))]
-    assert _StopStrings(spelled, stops)(ids) == any(stop in text for stop in stops)
+    assert StopStrings(spelled, stops).are_in(ids) == any(stop in text for stop in stops)
 
 
 @functools.cache

@@ -82,6 +82,23 @@ def test_samples_plot_and_events(trained):
     assert scalars == pytest.approx(logged)
 
 
+def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
+    from kestrel.config.resolve import resolve
+    from kestrel.data.dataset import load_split
+    from kestrel.prompt.prompt import Prompt
+    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.training.samples import sampler
+
+    settings, _ = resolve(str(trained.config), {}, [])
+    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    rows, model = load_split(trained.run / "dataset", "validation", ""), make_model()
+    rows_of = []
+    for changes in ({}, {"num_beams": 4, "length_penalty": 0.1}, {"do_sample": True, "temperature": 9.0, "top_k": 50}):
+        changed = settings.model_copy(update={"generation": settings.generation.model_copy(update=changes)})
+        rows_of.append(sampler(model, prompt, rows, changed)())
+    assert rows_of[0] and rows_of[0] == rows_of[1] == rows_of[2]
+
+
 def test_adapter_moved_and_is_the_best_checkpoint(trained, prepared, tmp_path, monkeypatch):
     """Also where the best one is not the last."""
     worsen(monkeypatch, after=1)
@@ -323,6 +340,7 @@ def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(prepared, tmp_pat
 
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.max_steps", "2"]
     if break_it == "nothing_learned":
+
         def forget(model, *more):
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
