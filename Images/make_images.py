@@ -1,9 +1,9 @@
-"""Draws the README's pictures: the objective, the pipeline, the quickstart's loss curve and its report, and a chat.
+"""Makes the README's pictures: the objective, the pipeline, the quickstart's loss curve and report, and a chat.
 
-    make images        after make quickstart, whose run the last three are of; the last two need Chromium
+    make images        after make quickstart; the report and the chat need Chromium
 
-The objective is drawn from a dialogue of the quickstart as the prompt room renders it, so that the picture cannot say
-anything else than the code does.
+The objective is drawn from a quickstart dialogue as `kestrel.prompt` renders it, so the picture cannot contradict the
+code.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROOT = IMAGES.parent
 sys.path.insert(0, str(ROOT))
 
 INK, GREY, PALE, GREEN, GREEN_PALE = "#1f2933", "#8793a0", "#eef1f4", "#1b7f5c", "#d9f0e6"
-WIDTH = 100.0  # of the drawing, in units of a hundredth of its width
+WIDTH = 100.0  # of the drawing, in percent
 
 
 def draw_objective() -> None:
-    """The tokens of one short dialogue, supervised ones in green, with the loss that is taken over them."""
+    """The tokens of a short dialogue, the supervised ones in green, and the loss over them."""
     from kestrel.config.settings import Model
     from kestrel.data.dataset import dialogue_of, load_split
     from kestrel.prompt.prompt import IGNORED, Prompt
@@ -70,8 +70,8 @@ def draw_objective() -> None:
     axes.text(
         WIDTH / 2, y - 18.5,
         f"S, in green: the tokens of the persona owner's replies, each with its end token ({supervised_count} of these "
-        f"{len(ids)} tokens).\nEvery reply is predicted from all that stands before it, in one pass; |S| is counted over "
-        "the whole global batch.",
+        f"{len(ids)} tokens).\nEach reply is predicted from everything before it, all replies in one pass; |S| counts the "
+        "whole global batch.",
         ha="center", va="center", fontsize=9, color=GREY, linespacing=1.6,
     )  # fmt: skip
     axes.set_xlim(0, WIDTH)
@@ -82,15 +82,15 @@ def draw_objective() -> None:
 
 
 def draw_pipeline() -> None:
-    """The scripts, what each leaves on disk, and what each proves before it does."""
+    """The scripts, what each writes to disk and what each checks."""
     stages = [
         ("preprocess.py", "dialogues →\nsequences", "dataset/", "prompt is a token prefix,\nend of reply supervised,\nsplits share no persona"),
-        ("train.py", "LoRA over\nNF4 Falcon", "adapter/\nlogs/  samples.jsonl", "4-bit layers counted,\nadapter moves,\nsaved = loaded"),
-        ("generate.py", "adapter and\nbase answer", "generations/", "same prompt hash,\nsame base and adapter,\nsame likelihood as saved"),
-        ("evaluate.py", "BLEU, ROUGE-L,\nF1, perplexity", "evaluation/", "trivial systems beside,\n95% intervals,\npaired test"),
+        ("train.py", "LoRA on\nNF4 Falcon", "adapter/\nlogs/  samples.jsonl", "4-bit layers counted,\nadapter changes,\nsaved = loaded"),
+        ("generate.py", "adapter and\nbase answer", "generations/", "same prompt,\nsame base and adapter,\nsame likelihood"),
+        ("evaluate.py", "BLEU, ROUGE-L,\nF1, perplexity", "evaluation/", "against trivial systems,\n95% intervals,\npaired test"),
     ]  # fmt: skip
     figure, axes = plt.subplots(figsize=(10, 3.9))
-    for index, (script, does, leaves, proves) in enumerate(stages):
+    for index, (script, does, writes, checks) in enumerate(stages):
         x = index * 25 + 1
         axes.add_patch(
             FancyBboxPatch(
@@ -99,15 +99,15 @@ def draw_pipeline() -> None:
         )
         axes.text(x + 10.5, 29.4, script, ha="center", va="center", family="monospace", fontsize=11, color=GREEN)
         axes.text(x + 10.5, 24.3, does, ha="center", va="center", fontsize=9, color=INK, linespacing=1.3)
-        axes.text(x + 10.5, 15.4, leaves, ha="center", va="center", family="monospace", fontsize=8.5, color=INK)
-        axes.text(x + 10.5, 6, proves, ha="center", va="center", fontsize=8.5, color=GREY, linespacing=1.4)
+        axes.text(x + 10.5, 15.4, writes, ha="center", va="center", family="monospace", fontsize=8.5, color=INK)
+        axes.text(x + 10.5, 6, checks, ha="center", va="center", fontsize=8.5, color=GREY, linespacing=1.4)
         if index:
             axes.add_patch(
                 FancyArrowPatch((x - 3.7, 26.5), (x - 0.4, 26.5), arrowstyle="-|>", mutation_scale=13, color=GREY)
             )
     axes.text(1, 36.5, "one YAML file", fontsize=10, color=INK, family="monospace")
     axes.plot([17, 97], [37.2, 37.2], color="#cfd6dd", linewidth=1)
-    for y, label in ((15.4, "leaves"), (6, "proves")):
+    for y, label in ((15.4, "writes"), (6, "checks")):
         axes.text(-1.2, y, label, fontsize=8, color=GREY, rotation=90, va="center", ha="center")
     axes.set_xlim(-3, 100)
     axes.set_ylim(0, 40)
@@ -116,7 +116,7 @@ def draw_pipeline() -> None:
     plt.close(figure)
 
 
-def photograph_report() -> None:
+def capture_report() -> None:
     """The top of the quickstart's report, in headless Chromium.
 
     Raises:
@@ -133,18 +133,18 @@ def photograph_report() -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
-def photograph_chat() -> None:
-    """A conversation with the quickstart's adapter in the browser, the base's answers beside.
+def capture_chat() -> None:
+    """A conversation with the quickstart's adapter in the browser, next to the base's answers.
 
     Raises:
-        RuntimeError: chat.py --web does not come up, or an answer does not come.
+        RuntimeError: `chat.py --web` does not start.
     """
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.support.ui import WebDriverWait
 
     persona = ["i live in dublin.", "i am crazy about curry.", "i drink a lot of cider.", "i have six sisters."]
-    said = ["hi, i am emma. how are you?", "who is important to you?", "what did you have for dinner?"]
+    messages = ["hi, i am emma. how are you?", "who is important to you?", "what did you have for dinner?"]
     command = [sys.executable, "chat.py", "--config", "configs/quickstart.yaml", "--persona", *persona]
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
@@ -157,13 +157,13 @@ def photograph_chat() -> None:
             assert server.stdout is not None
             address = next((line.split()[0] for line in server.stdout if "in a browser" in line), None)
             if address is None:
-                raise RuntimeError("chat.py --web did not come up; it says above why")
+                raise RuntimeError("chat.py --web did not start; its message is above")
             browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
             try:
                 browser.get(address)
                 waiting = WebDriverWait(browser, 60)
                 waiting.until(lambda page: page.find_elements("css selector", "#beside input")).pop().click()
-                for count, message in enumerate(said, start=1):
+                for count, message in enumerate(messages, start=1):
                     browser.find_element("css selector", "#message textarea").send_keys(f"{message}\n")
                     answered = f"return document.querySelectorAll('[aria-busy=false] .answers').length === {count}"
                     waiting.until(lambda page, script=answered: page.execute_script(script))
@@ -182,11 +182,11 @@ def main() -> int:
     draw_objective()
     draw_pipeline()
     shutil.copyfile(run / "logs" / "loss.png", IMAGES / "loss.png")
-    photograph_report()
-    photograph_chat()
+    capture_report()
+    capture_chat()
     versions = json.loads((run / "adapter" / "manifest.json").read_text(encoding="utf-8"))["versions"]
-    made = "objective.png, pipeline.png, loss.png, report.png and chat.png"
-    print(f"wrote {made} in {IMAGES.name}/ (torch {versions['torch']})")
+    names = "objective.png, pipeline.png, loss.png, report.png and chat.png"
+    print(f"wrote {names} to {IMAGES.name}/ (torch {versions['torch']})")
     return 0
 
 

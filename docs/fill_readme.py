@@ -1,6 +1,6 @@
-"""Writes into README.md what commands print, so that no number in it is typed by hand.
+"""Fills the generated blocks of README.md, so that no number in it is typed by hand.
 
-    make readme        runs the quickstart, and takes its output, its times and the settings' table from there
+    make readme        runs the quickstart for its output and times; the tables come from the settings and benchmarks
 
 A block begins with `<!-- NAME: made by make readme -->` and ends with `<!-- end -->`.
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RUN = "runs/quickstart"
 SCRIPTS = ("preprocess.py", "train.py", "generate.py", "evaluate.py")
-# What a user edits first; `--help` has the rest.
+# The keys that users edit most; `--help` lists all.
 SHOWN_KEYS = (
     "data.source", "data.format", "prompt.format", "prompt.max_length", "model.name", "quantization.bits",
     "quantization.compute_dtype", "lora.r", "lora.alpha", "lora.dropout", "lora.target_modules", "training.epochs",
@@ -33,7 +33,7 @@ SHOWN_KEYS = (
 
 
 def machine() -> str:
-    """Processor, cores, versions, commit and date, in a line."""
+    """One line: processor, cores, versions, commit and date."""
     from kestrel.runtime.manifest import git_commit, library_versions
 
     cpu = next(
@@ -49,28 +49,28 @@ def machine() -> str:
 
 
 def run_quickstart() -> tuple[str, str]:
-    """Runs the four scripts as `make quickstart` does. Returns their output and a sentence on how long each took.
+    """Runs the four scripts as `make quickstart` does. Returns their output and a sentence with the time each took.
 
     Raises:
-        SystemExit: the run is there already, which they would go on from.
+        SystemExit: the run folder exists, so the scripts would resume instead of starting over.
     """
     if (ROOT / RUN).exists():
-        raise SystemExit(f"{RUN} is there already, and nothing of it would be made again: remove it first")
-    printed, seconds = [], []
+        raise SystemExit(f"{RUN} exists, so the scripts would resume that run; remove the folder first")
+    outputs, seconds = [], []
     for script in SCRIPTS:
         command = ["python", script, "--config", "configs/quickstart.yaml"]
         if script == "preprocess.py":
             command += ["--show", "1"]
-        began = time.monotonic()
+        start = time.monotonic()
         done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - began)
-        printed.append(f"$ {' '.join(command)}\n{done.stdout.strip()}")
+        seconds.append(time.monotonic() - start)
+        outputs.append(f"$ {' '.join(command)}\n{done.stdout.strip()}")
     each = ", ".join(f"{script} {taken:.0f} s" for script, taken in zip(SCRIPTS, seconds, strict=True))
-    return "\n\n".join(printed), f"{sum(seconds):.0f} s in all ({each}) on {machine()}."
+    return "\n\n".join(outputs), f"{sum(seconds):.0f} s in all ({each}) on {machine()}."
 
 
 def measured_table() -> str:
-    """Training of Falcon-7B's shape, from benchmarks/results, a line a config."""
+    """Memory and speed of training Falcon-7B's shape, one row per config, from benchmarks/results."""
     record = json.loads((ROOT / "benchmarks" / "results" / "train-gpu.json").read_text(encoding="utf-8"))
     rows = ["| config | peak GPU memory | tokens/s |", "|---|---|---|"]
     for row in record["rows"]:
@@ -83,6 +83,7 @@ def measured_table() -> str:
 
 
 def settings_table() -> str:
+    """Default and meaning of SHOWN_KEYS."""
     from kestrel.config.keys import all_keys
 
     keys = all_keys()
@@ -95,20 +96,22 @@ def settings_table() -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replaces the block of that name.
+    """The text with the block of that name replaced.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: the text has no such block.
     """
     pattern = re.compile(rf"(<!-- {re.escape(name)}: made by make readme -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"README.md has no block {name}")
-    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings-only", action="store_true", help="leave the quickstart's output as it is")
+    parser.add_argument(
+        "--settings-only", action="store_true", help="do not run the quickstart; keep its output and times"
+    )
     arguments = parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = fill(readme.read_text(encoding="utf-8"), "settings", settings_table())
