@@ -1,11 +1,11 @@
-"""Make the embedded base model: a small Falcon and its tokenizer, pretrained from a seed on texts of the little world.
+"""Make the toy base model: a small Falcon and its tokenizer, pretrained from a seed on texts about the invented world.
 
     python quickstart/make_base.py
     python quickstart/make_base.py --steps 2 --output /tmp/base
 
-The texts are portraits (facts about somebody, told again in other words), diaries, phrase books and mixed lines. They
-teach the words, the facts of the world and how to find in a text what was said before. None shows a dialogue answered
-from a persona, and no reply in them is ended by <|endoftext|>: that is left to fine-tuning.
+The texts are portraits (facts about a person, then the same facts in other words), diaries, phrase books and mixed
+lines. They teach the words, the facts of the world, and how to find something said earlier in the text. None shows
+anybody answering from a persona, and no reply in them ends with <|endoftext|>: fine-tuning teaches both.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ LEARNING_RATE, MUON_RATE, MOMENTUM, DECAY = 4e-3, 0.02, 0.95, 0.05
 
 
 def portrait(rng: Random) -> str:
-    """Facts about one or two people, then the same people in other words and another order."""
-    facts, retold = [], []
+    """Facts about one or two people, then the same facts in other words and another order."""
+    facts, restated = [], []
     for name in rng.sample(NAMES, rng.choice((1, 1, 2))):
         for topic in rng.sample(sorted(TOPICS), rng.randint(2, 4)):
             forms, value = TOPICS[topic], draw_value(topic, rng)
             facts.append(rng.choice(forms.portrait).format(name=name, **value))
-            told = rng.sample(forms.retold, rng.randint(2, 3))
-            retold += [f"{forms.word}: {text.format(name=name, **value)}" for text in told]
+            chosen = rng.sample(forms.restated, rng.randint(2, 3))
+            restated += [f"{forms.word}: {text.format(name=name, **value)}" for text in chosen]
     rng.shuffle(facts)
-    rng.shuffle(retold)
-    return "- " + " ".join(facts) + "\n- " + rng.choice((" ", "\n- ")).join(retold)
+    rng.shuffle(restated)
+    return "- " + " ".join(facts) + "\n- " + rng.choice((" ", "\n- ")).join(restated)
 
 
 def diary(rng: Random) -> str:
-    """What somebody says of himself, then his days."""
+    """What people say about themselves, then their days."""
     facts, days = [], []
     for topic in rng.sample(sorted(TOPICS), rng.randint(3, 5)):
         forms, value = TOPICS[topic], draw_value(topic, rng)
         facts.append(rng.choice(forms.facts).format(**value))
-        told = rng.sample(forms.diary, rng.randint(2, 3))
-        days += [f"{forms.word}: {text.format(**value)}" for text in told]
+        chosen = rng.sample(forms.diary, rng.randint(2, 3))
+        days += [f"{forms.word}: {text.format(**value)}" for text in chosen]
     rng.shuffle(days)
     return "- " + " ".join(facts) + "\n- " + rng.choice((" ", "\n- ")).join(days)
 
 
 def line_about(topic: str, rng: Random) -> str:
-    """A question or something that might be said, about a value of nobody in particular."""
+    """A question or a remark on a topic, about nobody in particular."""
     forms, value = TOPICS[topic], draw_value(topic, rng)
     theirs = {f"their_{field}": text for field, text in draw_value(topic, rng).items()}
     questions = [forms.follow[0], forms.tell[0], *(question for asked, _ in forms.asks for question in asked)]
@@ -79,7 +79,7 @@ def line_about(topic: str, rng: Random) -> str:
 
 
 def phrase_book(rng: Random) -> str:
-    """Lines under the topic that they belong to."""
+    """Lines grouped by topic."""
     parts = []
     for topic in rng.sample(sorted(TOPICS), 3):
         lines = " ".join(line_about(topic, rng) for _ in range(rng.randint(3, 5)))
@@ -88,7 +88,7 @@ def phrase_book(rng: Random) -> str:
 
 
 def mixed_lines(rng: Random) -> str:
-    """Lines without any order; some have a label, which says nothing about them."""
+    """Lines in random order; some have a label, drawn at random."""
     lines = []
     for _ in range(rng.randint(8, 14)):
         topic = rng.choice(sorted(TOPICS))
@@ -104,7 +104,7 @@ def mixed_lines(rng: Random) -> str:
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Texts without end."""
+    """An endless stream of texts."""
     rng = Random(seed)
     kinds = (portrait, portrait, diary, diary, diary, phrase_book, mixed_lines, mixed_lines)
     while True:
@@ -112,7 +112,7 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Falcon's pre-tokenizer chain and special tokens; it has no pad and no bos token."""
+    """A byte-level BPE with Falcon's pre-tokenizers and special tokens; it has no pad and no bos token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -164,7 +164,7 @@ def make_model(seed: int) -> FalconForCausalLM:
 
 
 def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
-    """Batches (BATCH, ROW) of token ids: documents one after the other, each followed by <|endoftext|>."""
+    """Batches (BATCH, ROW) of token ids: texts one after the other, each followed by <|endoftext|>."""
     stream: list[int] = []
     for text in documents(seed):
         stream += tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
@@ -174,9 +174,9 @@ def rows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly: Muon's Newton-Schulz iteration (Jordan et al., 2024), in float32.
+    """Approximates the nearest semi-orthogonal matrix: Muon's Newton-Schulz iteration (Jordan et al., 2024), in float32.
 
-    torch.optim.Muon computes it in bfloat16, which many CPUs have no instructions for.
+    torch.optim.Muon uses bfloat16, for which many CPUs have no instructions.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the number of threads changes the rounding of sums, and with it the weights
+    torch.set_num_threads(1)  # the number of threads changes how sums are rounded, and so the weights
     tokenizer = make_tokenizer(options.seed)
     model = make_model(options.seed)
     pretrain(model, rows(tokenizer, options.seed + 1), options.steps)

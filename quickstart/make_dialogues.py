@@ -1,10 +1,10 @@
-"""Make the embedded dialogues: persona conversations of the little world in world.py, from a seed.
+"""Make the toy dialogues: persona conversations in the invented world of world.py, from a seed.
 
     python quickstart/make_dialogues.py
     python quickstart/make_dialogues.py --output /tmp/dialogues --seed 7
 
-Writes train.jsonl, validation.jsonl and test.jsonl in Kestrel's JSONL. The same seed gives the same bytes. No persona
-of validation or test stands in train or in one another; the sentences they are built of do.
+Writes train.jsonl, validation.jsonl and test.jsonl in Kestrel's own format. The same seed gives the same bytes. The
+splits share no persona, but their personas are made of the same sentences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from world import (
 )
 
 SPLITS = {"train": 1000, "validation": 60, "test": 100}
-DISTRACTORS = 9  # beside the reference, for each reply of the test split
+DISTRACTORS = 9  # wrong candidates for each reply of the test split
 
 
 def draw_persona(rng: Random) -> dict[str, Value]:
@@ -39,7 +39,7 @@ def draw_persona(rng: Random) -> dict[str, Value]:
 
 
 def exchange_about(topic: str, persona: dict[str, Value], rng: Random) -> list[tuple[str, str]]:
-    """The partner's lines on one topic with the owner's answers: one exchange, or two when there is a follow-up."""
+    """The partner's lines on a topic and the owner's answers: one exchange, or two with a follow-up."""
     forms = TOPICS[topic]
     if topic not in persona:
         return [(rng.choice(forms.asks[0][0]), forms.none)]
@@ -79,11 +79,11 @@ def converse(persona: dict[str, Value], rng: Random) -> list[tuple[str, str]]:
 
 
 def make_split(name: str, size: int, seen: set[frozenset[str]], rng: Random) -> list[dict[str, Any]]:
-    """`size` dialogues on personas that are not in `seen`, which is added to."""
+    """`size` dialogues with personas that are not in `seen`; adds theirs to it."""
     rows: list[dict[str, Any]] = []
     while len(rows) < size:
         persona = draw_persona(rng)
-        # A persona is what is said of its owner, whatever the wording and the order.
+        # Two personas are the same if they state the same facts, in whatever words and order.
         key = frozenset(" ".join(value.values()) for value in persona.values())
         exchanges = converse(persona, rng)
         if key in seen or len(exchanges) < 4:
@@ -101,7 +101,7 @@ def make_split(name: str, size: int, seen: set[frozenset[str]], rng: Random) -> 
 
 
 def add_candidates(rows: list[dict[str, Any]], rng: Random) -> None:
-    """Give every reply distractors: replies of other dialogues of the split, none equal to the reference."""
+    """Give every reply wrong candidates: replies from other dialogues of the split, none equal to the reference."""
     replies = [[turn["text"] for turn in row["turns"] if turn["speaker"] == "self"] for row in rows]
     for index, row in enumerate(rows):
         others = sorted({text for other, texts in enumerate(replies) if other != index for text in texts})

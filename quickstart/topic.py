@@ -1,4 +1,4 @@
-"""What a topic of the little world is made of."""
+"""What a topic of the invented world consists of."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Topic:
 
     Attributes:
         word: what the topic is called in a heading.
-        values: all values; a value has the same fields as its siblings.
+        values: all values; all have the same fields.
         facts: how a persona states it.
-        asks: pairs (questions, reply): every question of a pair is answered by the same form.
-        follow: (question, reply) that may come right after an answer about this topic.
+        asks: pairs (questions, reply); the reply answers every question of its pair.
+        follow: (question, reply) that may follow an answer on this topic.
         tell: (what the partner says, reply); fields of the partner's own value are `their_...`.
-        none: reply when the persona says nothing about it.
-        greet: what the owner adds to a greeting when this topic is the first of the persona.
-        bye: what the owner adds to a farewell when this topic is the last of the persona.
-        portrait: third-person statements about {name}, in the base's texts only.
-        retold: third-person restatements about {name}, in the base's texts only.
-        diary: first-person restatements, in the base's texts only.
+        none: reply when the persona says nothing about the topic.
+        greet: what the owner adds to a greeting when this is the persona's first topic.
+        bye: what the owner adds to a farewell when this is the persona's last topic.
+        portrait: third-person statements about {name}, only in the base's texts.
+        restated: the same in other words, only in the base's texts.
+        diary: first-person restatements, only in the base's texts.
     """
 
     word: str
@@ -36,7 +36,7 @@ class Topic:
     greet: str
     bye: str
     portrait: tuple[str, ...]
-    retold: tuple[str, ...]
+    restated: tuple[str, ...]
     diary: tuple[str, ...]
 
 

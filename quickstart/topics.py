@@ -1,4 +1,4 @@
-"""The topics of the little world, one after the other: values, and the sentence forms that speak of them."""
+"""The topics of the invented world: their values, and the sentence forms that use them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOPICS: dict[str, Topic] = {
         greet="just a bit tired after a long day at {place}.",
         bye="they expect me at {place}.",
         portrait=("{name} is a {job}.", "{name} earns a living as a {job}.", "the {job} is called {name}."),
-        retold=(
+        restated=(
             "at {place} you can watch {name} {task}.",
             "being a {job} suits {name}.",
             "{name} has learned to {task} like any good {job}.",
@@ -67,7 +67,7 @@ TOPICS: dict[str, Topic] = {
         greet="i just fed {called}, my {pet}.",
         bye="{called} the {pet} is hungry.",
         portrait=("{name} keeps a {pet} named {called}.", "{name} lives with {called}, a {pet}."),
-        retold=(
+        restated=(
             "{called} belongs to {name} and {habit}.",
             "the {pet} of {name} {habit}.",
             "{name} plays with {called} the {pet} every day.",
@@ -101,7 +101,7 @@ TOPICS: dict[str, Topic] = {
         greet="i just came back from {hobby}.",
         bye="it is time for {hobby}.",
         portrait=("{name} likes {hobby}.", "{name} is fond of {hobby}."),
-        retold=(
+        restated=(
             "you will meet {name} {where}.",
             "{hobby} {where} makes {name} happy.",
             "nobody beats {name} at {hobby}.",
@@ -134,7 +134,7 @@ TOPICS: dict[str, Topic] = {
         greet="i just had {food}.",
         bye="there is {food} on the stove.",
         portrait=("{name} eats {food} all the time.", "{food} is what {name} likes best."),
-        retold=(
+        restated=(
             "{name} puts {extra} on everything, {food} above all.",
             "if you cook {food}, {name} will come.",
             "{name} ordered {food} with {extra} again.",
@@ -164,7 +164,7 @@ TOPICS: dict[str, Topic] = {
         greet="greetings from {town}.",
         bye="{town} is calling me.",
         portrait=("{name} has a flat in {town}.", "{name} comes from {town}."),
-        retold=(
+        restated=(
             "{name} shows {sight} to all guests.",
             "in {town}, {name} knows every corner.",
             "because of {sight}, {name} stays in {town}.",
@@ -197,7 +197,7 @@ TOPICS: dict[str, Topic] = {
         greet="i have {music} on the radio.",
         bye="the {music} show is about to start.",
         portrait=("{name} hears {music} all day.", "{name} owns many {music} records."),
-        retold=(
+        restated=(
             "{name} practices {tool} for the {music} band.",
             "turn up the {music} and {name} will dance.",
             "{name} has bought {tool} at last.",
@@ -229,7 +229,7 @@ TOPICS: dict[str, Topic] = {
         greet="my {kin} are visiting.",
         bye="my {count} {kin} want to see me.",
         portrait=("{name} has {count} {kin}.", "{name} grew up with {count} {kin}."),
-        retold=(
+        restated=(
             "the {kin} of {name} {trait}.",
             "{count} {kin} came to see {name}.",
             "{name} bought {count} gifts for the {kin}.",
@@ -258,7 +258,7 @@ TOPICS: dict[str, Topic] = {
         greet="i was sipping my {drink}.",
         bye="i need more {drink}.",
         portrait=("{name} sips {drink} all day.", "{name} always asks for {drink}."),
-        retold=(
+        restated=(
             "{when}, {name} has some {drink}.",
             "give {name} some {drink} {when}.",
             "the cup of {name} smells of {drink}.",
@@ -282,7 +282,7 @@ TOPICS: dict[str, Topic] = {
         greet="i was cleaning my {color} {thing}.",
         bye="my {color} {thing} is waiting.",
         portrait=("{name} got a {color} {thing}.", "the {thing} of {name} is {color}."),
-        retold=(
+        restated=(
             "{name} is proud of the {color} {thing}.",
             "look, the {color} {thing} of {name}!",
             "{name} washed the {thing} until it was {color} again.",
@@ -318,7 +318,7 @@ TOPICS: dict[str, Topic] = {
         greet="i was reading about {land}.",
         bye="i have to plan my trip to {land}.",
         portrait=("{name} plans to see {land}.", "{name} has a map of {land}."),
-        retold=(
+        restated=(
             "{name} longs for {spot}.",
             "one day {name} will fly to {land} for {spot}.",
             "{name} learns the language of {land}.",

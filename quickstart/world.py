@@ -1,9 +1,9 @@
-"""The little world: what people in it can be, and the sentences that say so.
+"""The invented world: what is true of people in it, and the sentences that say so.
 
-A *topic* (work, pets, food, ...; topics.py) has values, and a value has fields: a nurse works at the hospital and looks
-after the sick. `make_dialogues.py` builds persona dialogues from it; `make_base.py` builds the texts from which the base model
-learns the language. The two use different sentence forms of a topic, so that the base knows the words and the facts
-but has never seen a persona answered from.
+A topic (work, pets, food; see topics.py) has values, and a value has fields: a nurse works at the hospital and helps
+sick people. `make_dialogues.py` builds persona dialogues from them, and `make_base.py` the texts that teach the base
+model the language. The two use different sentence forms of a topic, so the base knows the words and the facts but has
+never seen anybody answer from a persona.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PET_NAMES = words("biscuit coco pepper ziggy mango pickle olive toffee bean rex 
 COUNTS = words("two three four five six")
 THINGS = words("car bike coat house boat scarf")
 
-# What belongs to no topic: the partner's line and the owner's answer.
+# Exchanges on no topic: the partner's line and the owner's answer.
 SMALL_TALK: tuple[tuple[str, str], ...] = (
     ("the weather is awful today.", "stay warm, it will be sunny soon."),
     ("i had such a long day.", "oh no, get some rest tonight."),

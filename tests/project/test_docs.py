@@ -1,4 +1,4 @@
-"""What docs/your-own-data.md and docs/faq.md show is what happens: examples are read, programs executed, messages met."""
+"""docs/your-own-data.md is true: its examples are read, its programs executed, its messages printed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import pytest
 from make_models import write_base, write_config
 
 import preprocess
-from kestrel.config.keys import all_keys
 from kestrel.data.corpus import Tally, open_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_DATA = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")
-FAQ = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
-PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 FILES = dict(re.findall(r"^`([\w.-]+)`:\n\n```\w+\n(.*?)```$", OWN_DATA, re.DOTALL | re.MULTILINE))
 PROGRAMS = re.findall(r"^```python\n(.*?)```$", OWN_DATA, re.DOTALL | re.MULTILINE)
@@ -35,37 +31,39 @@ def dialogues_of(path: Path, tally: Tally) -> list:
     return list(open_corpus(str(path)).read("train", tally))
 
 
+def execute(program: str, folder: Path) -> None:
+    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", program]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's input files, and what its programs make of them, one after the other."""
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page's input files and what its programs make of them."""
     folder = tmp_path_factory.mktemp("own")
     for name, content in FILES.items():
         (folder / name).write_text(content, encoding="utf-8")
     for program in PROGRAMS:
-        done = subprocess.run(
-            [sys.executable, "-W", "error::SyntaxWarning", "-c", program],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        execute(program, folder)
     return folder
 
 
-def test_the_page_has_what_is_tested() -> None:
+def test_the_page_has_the_tested_examples() -> None:
     assert FILES.keys() == {"my-dialogues.jsonl", "chats.csv", "log.txt", "sharegpt.json"}
     assert len(PROGRAMS) == 4 and len(MISTAKES) == 11
 
 
 @pytest.mark.parametrize("name", ["my-dialogues", "from-table", "from-log", "from-sharegpt", "both-sides"])
-def test_what_the_examples_make_is_read_without_loss(made: Path, name: str) -> None:
+def test_converted_examples_are_read_without_loss(converted: Path, name: str) -> None:
     tally = Tally()
-    dialogues = dialogues_of(made / f"{name}.jsonl", tally)
+    dialogues = dialogues_of(converted / f"{name}.jsonl", tally)
     assert dialogues and tally.kept == tally.read and not tally.dropped
-    # What the partner says at the end is answered by nobody.
+    # Turns of the partner after the last reply have no answer.
     assert tally.repaired.keys() <= {"turns removed: by the partner after the last reply"}
 
 
-def test_the_form_is_understood_as_the_page_says(made: Path) -> None:
-    first, second = dialogues_of(made / "my-dialogues.jsonl", Tally())
+def test_the_form_is_read_as_the_page_says(converted: Path) -> None:
+    first, second = dialogues_of(converted / "my-dialogues.jsonl", Tally())
     assert first.dialogue_id == "train-000000" and second.dialogue_id == "chat-7"
     assert second.candidates == (("no .", "i like trains ."), ("yes .", "what is your name ?"))
     form = OWN_DATA.partition("## The form")[2].partition("\n## ")[0]
@@ -74,17 +72,12 @@ def test_the_form_is_understood_as_the_page_says(made: Path) -> None:
     assert given | {"turns[].speaker", "turns[].text", "conversation_id"} == fields
 
 
-def ran(program: str, folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(("comma", "encoding"), [(",", "utf-8"), (";", "utf-8-sig"), ("\t", "utf-8-sig")])
-def test_a_table_is_read_as_a_spreadsheet_saves_it(comma, encoding, tmp_path):
+def test_the_table_program_reads_what_spreadsheets_write(comma, encoding, tmp_path):
     rows = ["chat,speaker,text,persona", "1,customer,Hello; is it late?,", "1,clerk,It is.,I work at night."]
     table = "".join(comma.join(f'"{cell}"' for cell in row.split(",")) + "\r\n" for row in rows)
     (tmp_path / "chats.csv").write_bytes(table.encode(encoding))
-    ran(PROGRAMS[0], tmp_path)
+    execute(PROGRAMS[0], tmp_path)
     (dialogue,) = dialogues_of(tmp_path / "from-table.jsonl", Tally())
     assert [turn.text for turn in dialogue.turns] == ["Hello; is it late?", "It is."]
     assert dialogue.persona == ("I work at night.",)
@@ -94,36 +87,35 @@ def test_a_table_is_read_as_a_spreadsheet_saves_it(comma, encoding, tmp_path):
     "stamp", ["2026-03-01 18:02 {}", "[12.03.26, 18:02:11] {}", "\u200e[12.03.26, 18:02:11] {}", "3/12/26, 6:02\u202fPM - {}",
               "12/03/2026, 18:02 - {}"],
 )  # fmt: skip
-def test_a_log_is_read_as_messengers_export_it(stamp, tmp_path):
-    said = ["Messages are encrypted", "Ben: at 18:02: here?", "Ana: ten minutes", "Ben left"]
-    said[2:3] = [said[2] + "\nstill: looking"]
-    (tmp_path / "log.txt").write_text("".join(stamp.format(line) + "\n" for line in said), encoding="utf-8-sig")
-    ran(PROGRAMS[1], tmp_path)
+def test_the_log_program_reads_what_messengers_export(stamp, tmp_path):
+    messages = ["Messages are encrypted", "Ben: at 18:02: here?", "Ana: ten minutes\nstill: looking", "Ben left"]
+    (tmp_path / "log.txt").write_text("".join(stamp.format(line) + "\n" for line in messages), encoding="utf-8-sig")
+    execute(PROGRAMS[1], tmp_path)
     (dialogue,) = dialogues_of(tmp_path / "from-log.jsonl", Tally())
     assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [
         ("partner", "at 18:02: here?"), ("self", "ten minutes still: looking"),
     ]  # fmt: skip
 
 
-def test_sharegpt_needs_no_ids(tmp_path):
+def test_the_sharegpt_program_needs_no_ids(tmp_path):
     items = json.loads(FILES["sharegpt.json"])
     for item in items:
         del item["id"]
     (tmp_path / "sharegpt.json").write_text(json.dumps(items), encoding="utf-8")
-    ran(PROGRAMS[2], tmp_path)
+    execute(PROGRAMS[2], tmp_path)
     (dialogue,) = dialogues_of(tmp_path / "from-sharegpt.jsonl", Tally())
     assert dialogue.dialogue_id == "train-000000" and dialogue.persona[0] == "You are Mira."
 
 
-def test_the_programs_keep_who_says_what(made: Path) -> None:
-    of_table, inn = dialogues_of(made / "from-table.jsonl", Tally())
-    assert of_table.persona == ("I work at the night desk.", "I love old maps.") and inn.dialogue_id == "2"
-    assert [turn.speaker for turn in of_table.turns] == ["partner", "self", "partner", "self"]
-    evening, _ = dialogues_of(made / "from-log.jsonl", Tally())
+def test_the_programs_keep_the_speakers(converted: Path) -> None:
+    hotel, inn = dialogues_of(converted / "from-table.jsonl", Tally())
+    assert hotel.persona == ("I work at the night desk.", "I love old maps.") and inn.dialogue_id == "2"
+    assert [turn.speaker for turn in hotel.turns] == ["partner", "self", "partner", "self"]
+    evening, _ = dialogues_of(converted / "from-log.jsonl", Tally())
     assert evening.turns[1].text == "give me ten minutes still looking for the cat"
-    (mira,) = dialogues_of(made / "from-sharegpt.jsonl", Tally())
+    (mira,) = dialogues_of(converted / "from-sharegpt.jsonl", Tally())
     assert mira.persona == ("You are Mira.", "You repair violins.") and mira.turns[1].speaker == "self"
-    *_, ours, theirs = dialogues_of(made / "both-sides.jsonl", Tally())
+    *_, ours, theirs = dialogues_of(converted / "both-sides.jsonl", Tally())
     assert theirs.conversation_id == ours.conversation_id and theirs.persona == ours.partner_persona
 
 
@@ -132,40 +124,40 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "base")
 
 
-def sound(animal: str) -> str:
+def valid_line(animal: str) -> str:
     turns = [{"speaker": "partner", "text": "any pets ?"}, {"speaker": "self", "text": f"a {animal} ."}]
     return json.dumps({"persona": [f"i have a {animal} ."], "turns": turns}) + "\n"
 
 
 @pytest.mark.parametrize(("title", "alone", "content", "message"), MISTAKES, ids=[title for title, *_ in MISTAKES])
-def test_mistakes_give_the_messages_of_the_page(title, alone, content, message, base, tmp_path, monkeypatch, capsys):
-    """Each within a file whose other dialogues are sound, unless the page is about there being no others."""
+def test_mistakes_print_the_messages_on_the_page(title, alone, content, message, base, tmp_path, monkeypatch, capsys):
+    """Each mistake is in a file with valid dialogues too, unless the page says it is alone."""
     monkeypatch.chdir(tmp_path)
-    others = "" if alone else "".join(map(sound, ANIMALS))
+    others = "" if alone else "".join(map(valid_line, ANIMALS))
     Path("my-dialogues.jsonl").write_text(content + others, encoding="utf-8")
     write_config(Path("config.yaml"), base, Path("my-dialogues.jsonl"), Path("run"))
     status = preprocess.main(["--config", "config.yaml"])
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     if message.startswith("preprocess.py: "):
-        assert (status, said.err) == (1, message)
+        assert (status, printed.err) == (1, message)
         assert not Path("run/dataset").exists()
     else:
-        assert status == 0, said.err
-        # Which split they are counted for hangs on what is cut; that they are counted does not.
+        assert status == 0, printed.err
+        # The split they are counted in depends on the seed.
         for line in message.splitlines():
-            assert line in said.out.splitlines()
+            assert line in printed.out.splitlines()
 
 
-def test_three_files_are_taken_as_they_are_and_two_as_the_page_says(base, tmp_path, capsys):
-    """A single character in all three; without a test file, validation is the test set."""
+def test_three_files_are_the_splits_and_two_are_split_as_the_page_says(base, tmp_path, capsys):
+    """With three files, personas may repeat; without a test file, validation is the test set."""
     (tmp_path / "data").mkdir()
     config = write_config(tmp_path / "config.yaml", base, tmp_path / "data", tmp_path / "run")
     for split in ("train", "validation", "test"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(sound("dog"), encoding="utf-8")
+        (tmp_path / "data" / f"{split}.jsonl").write_text(valid_line("dog"), encoding="utf-8")
     assert preprocess.main(["--config", str(config)]) == 0
     assert "1 of the 1 personas of test stand in train too" in capsys.readouterr().out
     (tmp_path / "data" / "test.jsonl").unlink()
-    (tmp_path / "data" / "train.jsonl").write_text("".join(map(sound, ANIMALS)), encoding="utf-8")
+    (tmp_path / "data" / "train.jsonl").write_text("".join(map(valid_line, ANIMALS)), encoding="utf-8")
     assert preprocess.main(["--config", str(config)]) == 0
     rows = {
         line.split()[0]: line
@@ -173,23 +165,3 @@ def test_three_files_are_taken_as_they_are_and_two_as_the_page_says(base, tmp_pa
         if "the source's" in line or "cut" in line
     }
     assert rows["test"].endswith("the source's validation") and rows["validation"].endswith("cut from train")
-
-
-# -- all pages --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", [OWN_DATA, FAQ, PUBLISHING], ids=["your-own-data", "faq", "publishing"])
-def test_keys_that_the_pages_name_exist(page: str) -> None:
-    sections = {key.partition(".")[0] for key in all_keys() if "." in key}
-    named = set(re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\()", page))
-    assert named and named <= all_keys().keys(), named - all_keys().keys()
-
-
-@pytest.mark.parametrize("page", ["your-own-data.md", "faq.md", "publishing.md"])
-def test_links_within_the_project_name_headings_that_exist(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", text):
-        other = (ROOT / "docs" / target).resolve().read_text(encoding="utf-8") if target else text
-        headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", other, flags=re.DOTALL), re.MULTILINE)
-        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-        assert anchor in anchors, f"{page} points to {target}#{anchor}"

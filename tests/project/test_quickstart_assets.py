@@ -1,4 +1,4 @@
-"""The embedded base and dialogues: what is committed is what the scripts make, and is what the quickstart needs."""
+"""The toy base and dialogues: the committed files are what the scripts make and what the quickstart needs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,9 @@ import pytest
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
 SPLITS = ("train", "validation", "test")
-SPARE = (
-    ">>TITLE<<",
-    ">>ABSTRACT<<",
-    ">>INTRODUCTION<<",
-    ">>SUMMARY<<",
-    ">>COMMENT<<",
-    ">>ANSWER<<",
-    ">>QUESTION<<",
-    ">>DOMAIN<<",
-    ">>PREFIX<<",
-    ">>SUFFIX<<",
-    ">>MIDDLE<<",
-)
+SPARE_TOKENS = [f">>{name}<<" for name in (
+    "TITLE", "ABSTRACT", "INTRODUCTION", "SUMMARY", "COMMENT", "ANSWER", "QUESTION", "DOMAIN", "PREFIX", "SUFFIX", "MIDDLE",
+)]  # fmt: skip
 
 
 def rows(split: str) -> list[dict[str, Any]]:
@@ -36,8 +26,8 @@ def rows(split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def make(script: str, *options: object) -> None:
-    # A hash seed of its own: nothing may depend on the order of a set.
+def run_script(script: str, *options: object) -> None:
+    # With its own hash seed, since nothing may depend on the order of a set.
     environment = os.environ | {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(QUICKSTART / script), *map(str, options)]
     subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -50,20 +40,20 @@ def world(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def attributes(persona: list[str], world: ModuleType) -> frozenset[str]:
-    """What varies between personas, whatever the wording and the order of the sentences."""
+    """The words that make a persona different from others, in whatever sentences and order."""
     known = {text for topic in world.TOPICS.values() for value in topic.values for text in value.values()}
     known |= {*world.COUNTS, *world.PET_NAMES, *world.THINGS}
     return frozenset(word for word in known if re.search(rf"\b{word}\b", " ".join(persona)))
 
 
 def test_the_committed_dialogues_are_what_the_script_makes(tmp_path: Path) -> None:
-    make("make_dialogues.py", "--output", tmp_path)
+    run_script("make_dialogues.py", "--output", tmp_path)
     for split in SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (QUICKSTART / "dialogues" / f"{split}.jsonl").read_bytes()
 
 
 def test_another_seed_makes_other_dialogues(tmp_path: Path) -> None:
-    make("make_dialogues.py", "--output", tmp_path, "--seed", 2)
+    run_script("make_dialogues.py", "--output", tmp_path, "--seed", 2)
     assert (tmp_path / "test.jsonl").read_bytes() != (QUICKSTART / "dialogues" / "test.jsonl").read_bytes()
 
 
@@ -88,7 +78,7 @@ def test_dialogues_are_well_formed(split: str) -> None:
         assert all(text and text == text.strip() and not re.search(r"[A-Z{}\n|<>]", text) for text in texts), where
 
 
-def test_candidates_never_hold_the_reference() -> None:
+def test_candidates_never_contain_the_reference() -> None:
     for row in rows("test"):
         replies = [turn["text"] for turn in row["turns"] if turn["speaker"] == "self"]
         assert len(row["candidates"]) == len(replies)
@@ -97,7 +87,7 @@ def test_candidates_never_hold_the_reference() -> None:
             assert len(set(distractors)) == len(distractors) > 0
 
 
-def test_personas_are_disjoint_but_built_of_the_same_attributes(world: ModuleType) -> None:
+def test_splits_share_attributes_but_no_persona(world: ModuleType) -> None:
     personas = {split: [attributes(row["persona"], world) for row in rows(split)] for split in SPLITS}
     train = set(personas["train"])
     known = frozenset().union(*train)
@@ -128,7 +118,7 @@ def test_the_base_has_the_flags_of_falcon_7b() -> None:
         "eos_token_id": 11,
     }
     assert {key: config.get(key) for key in expected} == expected
-    # What bitsandbytes' NF4 kernels want of a linear layer.
+    # Sizes that bitsandbytes' NF4 kernels require of a linear layer.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     assert hidden % 64 == 0 and (hidden + 2 * hidden // heads) % 32 == 0
 
@@ -147,11 +137,11 @@ def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
-    specials = [*SPARE, "<|endoftext|>"]
+    specials = [*SPARE_TOKENS, "<|endoftext|>"]
     assert tokenizer.convert_ids_to_tokens(list(range(12))) == specials
     assert set(tokenizer.all_special_tokens) == set(specials)
     assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.bos_token) == (11, None, None)
-    assert 11 not in tokenizer("a text does not end by itself.")["input_ids"]
+    assert 11 not in tokenizer("no end token is appended.")["input_ids"]
     assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
     chain = json.loads((QUICKSTART / "base" / "tokenizer.json").read_text())["pre_tokenizer"]
     assert chain == {
@@ -166,15 +156,15 @@ def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b
 
 
 @pytest.mark.parametrize("text", ["i am a nurse, and you?", "Ünïcode 漢字 🙂\n\ttabs", "in 1234567 <html> >>x<<"])
-def test_any_text_survives_the_tokenizer(text: str) -> None:
+def test_decoding_restores_the_text(text: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_make_base_makes_a_whole_folder_with_the_same_tokenizer(tmp_path: Path) -> None:
-    make("make_base.py", "--steps", 2, "--output", tmp_path)
+def test_make_base_writes_every_file_and_the_same_tokenizer(tmp_path: Path) -> None:
+    run_script("make_base.py", "--steps", 2, "--output", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in (QUICKSTART / "base").iterdir())
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((QUICKSTART / "base" / name).read_text()), name
@@ -198,8 +188,8 @@ def test_the_same_seed_makes_the_same_weights(monkeypatch: pytest.MonkeyPatch) -
     assert not any(torch.equal(first[name], other[name]) for name in first if "word_embeddings" in name)
 
 
-def test_the_texts_of_the_base_do_not_show_how_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their labels are drawn at random: what follows a partner's line is its answer only by chance."""
+def test_the_texts_of_the_base_do_not_teach_answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are drawn at random, so a line labelled You answers the line before it only by chance."""
     monkeypatch.syspath_prepend(str(QUICKSTART))
     make_base = importlib.import_module("make_base")
     texts = make_base.documents(2)

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a user to type is accepted, and what they quote is current."""
+"""README.md, CONTRIBUTING.md and docs/: commands are valid, keys and links exist, and generated blocks are current."""
 
 from __future__ import annotations
 
@@ -10,91 +10,91 @@ from pathlib import Path
 
 import pytest
 
+from kestrel.config.keys import all_keys
 from kestrel.publishing.merge import serving
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "quickstart" / "README.md",
-]
+PAGES = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md")
+}
 
 
-def _commands() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.name, line.strip()) for line in lines if line.strip() and not line.startswith("#")]
-    return found
+def commands_of(text: str) -> list[str]:
+    """The lines of its bash blocks; a line that ends in a backslash includes the next one."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
-COMMANDS = _commands()
-
-
-def test_the_two_commands_are_there() -> None:
-    typed = {command for _, command in COMMANDS}
-    assert {"make quickstart", "make test"} <= typed
-
-
-@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if c.startswith("make ")}))
-def test_make_targets_exist(command: str) -> None:
-    done = subprocess.run(
-        ["make", "-n", *shlex.split(command, comments=True)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-# A script of ours, alone or in several processes; whatever the launcher is told is the launcher's business.
+COMMANDS = sorted({command for text in PAGES.values() for command in commands_of(text)})
+# One of our scripts, alone or in several processes. The launcher's own options are not checked.
 SCRIPT = r"(?:python|torchrun\b.*?|accelerate launch\b.*?) (\w+\.py --config.*)"
-
-
-@pytest.mark.parametrize("command", sorted({m[1] for _, c in COMMANDS if (m := re.match(SCRIPT, c))}))
-def test_commands_of_scripts_are_valid(command: str) -> None:
-    arguments = shlex.split(command, comments=True)
-    done = subprocess.run(
-        [sys.executable, *arguments, "--print-config"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "run_dir:" in done.stdout
-
-
-TOOLS = "quickstart|benchmarks|docs|tools"
+TOOL = r"python ((?:quickstart|benchmarks|docs|tools)/\w+\.py)"
 SERVING = serving("merged", "bfloat16").splitlines()
 
 
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    assert {"make quickstart", "make test"} <= set(commands_of(PAGES["README.md"]))
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_make_targets_exist(command: str) -> None:
+    run("make", "-n", *shlex.split(command, comments=True)[1:])
+
+
+@pytest.mark.parametrize("command", sorted({match[1] for command in COMMANDS if (match := re.match(SCRIPT, command))}))
+def test_commands_of_scripts_are_valid(command: str) -> None:
+    assert "run_dir:" in run(sys.executable, *shlex.split(command, comments=True), "--print-config")
+
+
+@pytest.mark.parametrize("tool", sorted({match[1] for command in COMMANDS if (match := re.match(TOOL, command))}))
+def test_tools_exist(tool: str) -> None:
+    run(sys.executable, tool, "--help")
+
+
 def test_every_command_is_checked_by_some_test() -> None:
-    known = re.compile(rf"make |pip install -r requirements|{SCRIPT}|python ({TOOLS})/\w+\.py")
-    assert not [command for _, command in COMMANDS if not known.match(command) and command not in SERVING]
+    checked = re.compile(rf"make |pip install -r requirements|{SCRIPT}|{TOOL}")
+    assert not [command for command in COMMANDS if not checked.match(command) and command not in SERVING]
 
 
-def test_other_engines_are_served_as_the_merged_models_own_page_says() -> None:
-    """They cannot be run here; the page says which of them were tried, and by what command again."""
-    assert {command for _, command in COMMANDS} >= set(SERVING)
-    page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+def test_the_serving_commands_are_those_of_the_merged_model() -> None:
+    """The engines cannot be run here; the page says for each whether it was tried."""
+    page = PAGES["docs/publishing.md"]
+    assert set(commands_of(page)) >= set(SERVING)
     for engine in ("transformers", "llama.cpp", "vLLM", "Text Generation Inference"):
         assert re.search(rf"^\| {re.escape(engine)} \| (?:no; |in |with )", page, re.MULTILINE), engine
 
 
-@pytest.mark.parametrize("command", sorted({c for _, c in COMMANDS if re.match(rf"python ({TOOLS})/", c)}))
-def test_tools_exist(command: str) -> None:
-    tool = shlex.split(command, comments=True)[1]
-    done = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_generated_tables_of_the_readme_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import fill_readme
+
+    readme = PAGES["README.md"]
+    for name, table in (("settings", fill_readme.settings_table()), ("measured memory", fill_readme.measured_table())):
+        assert fill_readme.fill(readme, name, table) == readme, "run make readme"
 
 
-def test_settings_table_is_current() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import fill_readme
-    finally:
-        sys.path.pop(0)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill_readme.fill(text, "settings", fill_readme.settings_table()) == text, "run make readme"
+@pytest.mark.parametrize("name", PAGES)
+def test_keys_that_a_page_names_exist(name: str) -> None:
+    sections = {key.partition(".")[0] for key in all_keys() if "." in key}
+    named = set(re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\()", PAGES[name]))
+    assert named <= all_keys().keys()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[name]):
+        file = (ROOT / name).parent / target if target else ROOT / name
+        assert file.exists(), f"{name} links to {target}"
+        if anchor:
+            text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{name} links to {target}#{anchor}"
