@@ -96,7 +96,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     print(f"adapter: {trainable:,} trainable parameters")
     if sharded:
         print(sharding.shard(model))
-    attach_token_nll(model, chosen.recompute, settings.training.dense_weights)
+    attach_token_nll(model, chosen.recompute)
     probe = collate([validation_rows[0]], pad_id=prompt.end_id)
     prove_loss(
         model, {name: tensor.to(device()) for name, tensor in probe.items()}, settings.quantization.compute_dtype

@@ -76,7 +76,6 @@ _IN_ORDINARY_MEMORY = {  # of which there is enough, so that nothing is made twi
     "training.batch_size": 8,
     "training.tokens_per_step": 4096,
     "training.recompute": "none",
-    "training.dense_weights": True,
 }
 _GROUPED = {"train_sampling_strategy": "group_by_length"}
 PROFILES = {

@@ -70,12 +70,12 @@ def own_layers(model: Any, batch: Batch) -> torch.Tensor:
 @contextmanager
 def plain_pieces() -> Iterator[None]:
     """Without the Triton kernels."""
-    fused = elementwise._fused
-    elementwise._fused = lambda x: None  # which attention asks, too
+    kernels_for = elementwise.kernels_for
+    elementwise.kernels_for = lambda x: None  # attention asks it, too
     try:
         yield
     finally:
-        elementwise._fused = fused
+        elementwise.kernels_for = kernels_for
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Measure:
         under: what is changed meanwhile.
         dialogues: in a batch.
         by_length: whether a batch holds dialogues of similar length.
-        recompute, dense_weights: of Kestrel's own layers.
+        recompute: of Kestrel's own layers.
     """
 
     what: str
@@ -97,7 +97,6 @@ class Measure:
     dialogues: int = 32
     by_length: bool = True
     recompute: falcon.Recompute = "none"
-    dense_weights: bool = False
 
 
 MEASURES = (
@@ -107,9 +106,8 @@ MEASURES = (
     Measure("+ the key/value head as a view for all heads", at_labels),
     Measure("+ own layers and head: no mask, little kept, nothing in float32", own_layers, plain_pieces),
     Measure("+ kernels for attention, dropout, GELU, rotary positions, norms, dequantization, likelihoods", own_layers),
-    Measure("+ weights kept dense", own_layers, dense_weights=True),
-    Measure("  the same, 64 dialogues", own_layers, dialogues=64, dense_weights=True),
-    Measure("  the same, 96 dialogues", own_layers, dialogues=96, dense_weights=True),
+    Measure("  the same, 64 dialogues", own_layers, dialogues=64),
+    Measure("  the same, 96 dialogues", own_layers, dialogues=96),
     Measure("  recompute: mlp, 32 dialogues", own_layers, recompute="mlp"),
     Measure("  recompute: full, 32 dialogues", own_layers, recompute="full"),
     Measure("  recompute: none, 7 dialogues", own_layers, dialogues=7),
@@ -140,7 +138,7 @@ def measured(model: Any, measure: Measure, rows: list[Rendered], own_forward: An
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     loss.causal_lm_of(model).forward = own_forward
     if measure.forward is own_layers:
-        loss.attach_token_nll(model, measure.recompute, measure.dense_weights)
+        loss.attach_token_nll(model, measure.recompute)
     model.eval()
     with measure.under(), torch.no_grad():
         probed = measure.forward(model, probe).item()

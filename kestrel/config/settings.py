@@ -129,11 +129,7 @@ class Training(Section):
         description="What the backward pass makes again instead of keeping it: none; mlp: the MLP's first product; "
         "full: each layer (gradient checkpointing). auto: the least that fits the graphics card.",
     )
-    dense_weights: bool = Field(
-        False,
-        description="Keep the dense form of the 4-bit weights beside them, two bytes a weight, instead of making it "
-        "again in each pass: faster, for cards with room. For bases built like Falcon-7B.",
-    )
+    dense_weights: bool = Field(False, description="No effect any more; accepted so that older configs load.")
     evaluations: PositiveInt = Field(
         4, description="Evaluations on validation over the run, evenly spaced; each writes a checkpoint and samples."
     )

@@ -66,9 +66,9 @@ class Repeats:
 class _Projection:
     """A frozen linear layer and, where there is one, its LoRA update. Activations are (tokens, features)."""
 
-    def __init__(self, module: Any, dense: bool):
+    def __init__(self, module: Any):
         self.module = module
-        self._weight = DenseWeight(module.get_base_layer() if hasattr(module, "get_base_layer") else module, keep=dense)
+        self._weight = DenseWeight(module.get_base_layer() if hasattr(module, "get_base_layer") else module)
         self._a: nn.Parameter | None = None
         self._b: nn.Parameter | None = None
         if hasattr(module, "lora_A"):
@@ -131,8 +131,8 @@ class _Projection:
 class _Layer:
     """What one decoder layer is made of."""
 
-    def __init__(self, layer: nn.Module, heads: int, recompute: Recompute, dense: bool):
-        parts = (_Projection(layer.get_submodule(name), dense) for name in _PROJECTIONS)
+    def __init__(self, layer: nn.Module, heads: int, recompute: Recompute):
+        parts = (_Projection(layer.get_submodule(name)) for name in _PROJECTIONS)
         self.qkv, self.dense, self.up, self.down = parts
         self._norm: Any = layer.input_layernorm
         self._heads = heads
@@ -287,10 +287,9 @@ class Backbone:
         backbone: with its frozen weights and its adapter, if it is to have one.
         recompute: what the backward pass makes again beside what it always does. mlp: the MLP's first product; full:
             the attention too, so that of each layer only the input is kept.
-        dense_weights: whether the dense form of the 4-bit weights is kept once it is made.
     """
 
-    def __init__(self, backbone: Any, recompute: Recompute, dense_weights: bool = False):
+    def __init__(self, backbone: Any, recompute: Recompute):
         self._backbone = backbone
         self._inside = [module for layer in backbone.h for module in layer.modules()]
         adapted = [module for module in self._inside if hasattr(module, "lora_A")]
@@ -298,7 +297,7 @@ class Backbone:
         self._adapted = adapted
         heads = backbone.config.num_attention_heads
         layers = backbone.h if self._is_plain else []
-        self._layers = [_Layer(layer, heads, recompute, dense_weights) for layer in layers]
+        self._layers = [_Layer(layer, heads, recompute) for layer in layers]
 
     def is_free(self) -> bool:
         """Whether nothing is hooked into the layers (by what shards or traces them) and no adapter is merged."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kestrel.errors import KestrelError, ProofError
+from kestrel.errors import ProofError
 from kestrel.model import falcon
 from kestrel.model.kernels.elementwise import nll
 from kestrel.prompt.prompt import IGNORED
@@ -162,7 +162,7 @@ def _at_supervised_tokens(
     return of_hidden(causal_lm, hidden, targets)
 
 
-def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none", dense_weights: bool = False) -> None:
+def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
     """Makes the model's `forward` return values of the supervised tokens when `at_supervised_tokens` calls it.
 
     Going through `forward` runs the hooks of what wraps a model: PEFT, and sharding, which gathers the base.
@@ -171,19 +171,11 @@ def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none", den
         model: the causal LM, with its adapter if it is to have one.
         recompute: what the backward pass makes again to save memory, as of `falcon.Backbone`. In other architectures
             each layer is checkpointed for anything but none.
-        dense_weights: whether the dense form of the 4-bit weights is kept; of `falcon.Backbone`.
-
-    Raises:
-        KestrelError: weights are to be kept dense, and the base has not these layers.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    fused = falcon.Backbone(backbone, recompute, dense_weights) if falcon.is_alike(backbone) else None
-    if dense_weights and (fused is None or not fused.is_free()):
-        raise KestrelError(
-            "training.dense_weights: only for bases built like Falcon-7B, unsharded, with plain LoRA; set it to false"
-        )
+    fused = falcon.Backbone(backbone, recompute) if falcon.is_alike(backbone) else None
     if recompute != "none" and (fused is None or not fused.is_free()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -111,7 +111,7 @@ def _measured(settings: Settings, config: PretrainedConfig, chosen: Plan, dialog
     here = device()
     try:
         model = stand_in(settings, config, here)
-        attach_token_nll(model, chosen.recompute, settings.training.dense_weights)
+        attach_token_nll(model, chosen.recompute)
         seconds, tokens = time_passes(model.train(), _sample(passes, dialogues.largest(chosen.tokens_per_step)), here)
     except torch.OutOfMemoryError:
         return "not measured, memory ran out; lower training.tokens_per_step"
@@ -180,8 +180,6 @@ def _changes(
     found = []
     if settings.quantization.bits != 4:
         found.append(("quantization.bits: 4", other("quantization", bits=4)))
-    if settings.training.dense_weights:
-        found.append(("training.dense_weights: false", other("training", dense_weights=False)))
     for level in estimator.levels[estimator.levels.index(chosen.recompute) + 1 :]:
         found.append((f"training.recompute: {level}", estimator.estimate(shape, level).needed))
     if shape.rows > 1:

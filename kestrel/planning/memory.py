@@ -1,16 +1,15 @@
 """What training takes in GPU memory, before a weight is loaded.
 
-The training step itself is run on the meta device, where tensors have shapes and no content, and what it allocates and
-frees is counted. So the count follows the code: layers of another architecture, our own for Falcon, LoRA's copies, and
-what the backward pass makes again are all counted as they are. What a GPU does otherwise than the meta device (its
-attention and dropout kernels) is put in its place meanwhile.
+The training step itself runs on the meta device, where tensors have shapes and no content, and every allocation is
+counted until it is freed. So the count follows the code: the layers of any architecture, Kestrel's own for Falcon, LoRA's
+copies, and what the backward pass recomputes. Kernels that exist on a GPU only are replaced by what they allocate.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +23,8 @@ from transformers import masking_utils
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model import falcon
-from kestrel.model.base import skeleton_of
-from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
-from kestrel.model.quantization import footprint_bytes, linear_layers
+from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import stand_in
 
 if TYPE_CHECKING:
@@ -69,7 +66,7 @@ class Estimate:
     """Bytes on the GPU during training.
 
     Attributes:
-        base: the frozen weights, their quantization constants, and their dense form if it is kept.
+        base: the frozen weights, and their quantization constants.
         adapter: LoRA's weights.
         gradients: of LoRA's weights.
         optimizer: its state.
@@ -122,11 +119,6 @@ class Estimator:
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
-        if settings.training.dense_weights and settings.quantization.bits == 4:
-            itemsize = getattr(torch, settings.quantization.compute_dtype).itemsize
-            self._base += itemsize * sum(
-                inputs * outputs for inputs, outputs in linear_layers(skeleton_of(config)).values()
-            )
 
     def _model(self, recompute: falcon.Recompute) -> nn.Module:
         if recompute not in self._models:
@@ -239,68 +231,29 @@ class _Allocations(TorchDispatchMode):
 # -- what a GPU does, on the meta device -------------------------------------------------------------------------------
 
 
-def _flash_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """Keeps its inputs, its output and a number for each query; the meta device would keep all scores."""
+def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Keeps its inputs, its output and a number per query; the meta device would keep all scores."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     result: torch.Tensor = flash(query, key, value, 0.0, True)[0]
     return result
 
 
 def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Keeps a byte for each number; the meta device would keep a number."""
+    """Keeps a byte per number; the meta device would keep a number."""
     return torch.native_dropout(x, p, True)[0] if training and p else x
-
-
-class _Kernels:
-    """What our kernels (`elementwise_gpu.py`, `attention_gpu.py`) allocate: their results, unless they end in an underscore."""
-
-    def attend(self, query: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, heads, length, size = query.shape
-        return query.new_empty(batch, length, heads, size), query.new_empty(batch, length, heads, dtype=torch.float32)
-
-    def attend_backward(self, grad: torch.Tensor, query: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, sums = self.attend(query)
-        deltas = torch.empty_like(sums)
-        partial = query.new_empty(-(-query.shape[1] // 8), *out.shape[:2], 2, out.shape[3], dtype=torch.float32)
-        del deltas
-        return out, partial.sum(0).to(query.dtype)
-
-    def rotate(self, parts: Any, cos: Any, sin: Any, out: Any, back: bool) -> None:
-        """In place, whatever its name says."""
-
-    def norm(self, x: torch.Tensor, *more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return torch.empty_like(x), torch.empty(len(x), device="meta"), torch.empty(len(x), device="meta")
-
-    def nll(self, logits: torch.Tensor, *more: Any) -> torch.Tensor:
-        return torch.empty(len(logits), device="meta")
-
-    def dequantizes(self, state: Any) -> bool:
-        return True
-
-    def dequantize(self, weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(state.shape, dtype=dtype, device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda first, *more: first) if name.endswith("_") else (lambda first, *more: torch.empty_like(first))
 
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    places: list[tuple[Any, str, Any]] = [
+    """Transformers' layers allocate what they do on a GPU. (A TorchFunctionMode misses what checkpoints recompute.)"""
+    replaced: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
-        (elementwise, "_fused", lambda x: _Kernels()),
-        (attention, "_fused", lambda x: _Kernels()),
-        # It looks at the positions whether rows are packed, and ours are not (transformers 5.23).
+        # It reads the positions to find packed rows (transformers 5.23); Kestrel never packs.
         (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
     ]
-    former = [(place, name, getattr(place, name)) for place, name, _ in places]
-    for place, name, substitute in places:
-        setattr(place, name, substitute)
-    try:
+    with ExitStack() as restore:
+        for module, name, substitute in replaced:
+            restore.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, substitute)
         yield
-    finally:
-        for place, name, own in former:
-            setattr(place, name, own)

@@ -131,6 +131,8 @@ def plan(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, che
         dialogues: of the run.
         checkpoint: that training goes on from.
     """
+    if settings.training.dense_weights:
+        print("note: training.dense_weights has no effect any more; remove it", file=sys.stderr)
     recorded = read_passes(checkpoint, settings) if checkpoint is not None else None
     if recorded is not None:
         return recorded
@@ -215,8 +217,6 @@ def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = Fa
     changes = ["lower training.tokens_per_step"] if smaller_passes else []
     if settings.quantization.bits != 4:
         changes.append("set quantization.bits: 4")
-    if settings.training.dense_weights:
-        changes.append("set training.dense_weights: false")
     if recompute != "full":
         changes.append("set training.recompute: full")
     changes.append("lower prompt.max_length and run preprocess.py again")

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from make_models import make_model, write_base
+from make_models import write_base
 from torch import nn
 
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.errors import KestrelError
 from kestrel.model import falcon
 from kestrel.model.base import load_base
-from kestrel.model.kernels.elementwise import DenseWeight, rotate
+from kestrel.model.kernels.elementwise import rotate
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, token_nll
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -99,37 +98,6 @@ def test_recomputing_changes_no_bit(base: Path, recompute: falcon.Recompute) -> 
         results.append((loss.detach(), _gradients(model, loss)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-
-
-@pytest.mark.parametrize("bits", [4, 16])
-def test_weights_kept_dense_change_no_bit(base: Path, bits: int) -> None:
-    """In the second pass, too, which makes none."""
-    results = []
-    for dense in (False, True):
-        model = _model(base, "float32", ALL, bits=bits)
-        attach_token_nll(model, "mlp", dense)
-        for _ in range(2):
-            loss = token_nll(model, _batch()).sum()
-            results.append((loss.detach(), _gradients(model, loss)))
-    for loss, gradients in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(gradients, results[0][1])
-
-
-def test_weights_are_made_dense_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    own = DenseWeight._made
-    monkeypatch.setattr(DenseWeight, "_made", lambda weight, dtype: made.append(1) or own(weight, dtype))
-    model = _model(base, "float32", ["query_key_value"])
-    attach_token_nll(model, "none", dense_weights=True)
-    for _ in range(3):
-        token_nll(model, _batch()).sum().backward()
-    assert len(made) == 4 * len(causal_lm_of(model).transformer.h)
-
-
-def test_other_layers_keep_none_dense() -> None:
-    with pytest.raises(KestrelError, match="dense_weights"):
-        attach_token_nll(make_model("llama"), dense_weights=True)
 
 
 def test_repeats_are_a_matter_of_speed(base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model import falcon
 from kestrel.model import loss as loss_room
-from kestrel.model.kernels import attention, elementwise
+from kestrel.model.kernels import allocations, attention
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
 from kestrel.planning import memory
@@ -66,7 +67,7 @@ def test_within_a_tenth_of_what_was_measured(monkeypatch, targets, measured):
 @pytest.mark.parametrize("architecture", list(TARGETS))
 def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
     """Without dropout. The GPU's kernels for attention and likelihoods stand in for the CPU's, which allocate otherwise."""
-    monkeypatch.setattr(attention, "_fused", lambda query: memory._Kernels())
+    monkeypatch.setattr(attention, "kernels_for", lambda query: allocations)
     lora = Lora(r=4, target_modules=TARGETS[architecture], dropout=0.0)
     settings = settings_for(architecture, quantization=Quantization(bits=16, compute_dtype="float32"), lora=lora)
     counted = []
@@ -78,12 +79,12 @@ def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
         attach_token_nll(model)
         ids = torch.zeros(3, 40, dtype=torch.long, device=device)
         batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(60, device=device)}
-        allocations = memory._Allocations(memory._tensors_of(model, batch.values()), 384)
-        with memory._as_on_a_gpu() if device == "meta" else nullcontext(), allocations:
+        counter = memory._Allocations(memory._tensors_of(model, batch.values()), 384)
+        with memory._as_on_a_gpu() if device == "meta" else nullcontext(), counter:
             loss = token_nll(model, batch).sum()
-            kept = allocations.live
+            kept = counter.live
             loss.backward()
-        counted.append((kept, allocations.peak, allocations.peak_of_wide))
+        counted.append((kept, counter.peak, counter.peak_of_wide))
         del loss
     assert min(counted[1]) >= 60 * 384 * 4
     for on_shapes, on_tensors in zip(*counted, strict=True):
@@ -125,15 +126,28 @@ def test_logits_are_those_of_a_chunk():
     assert many == 512 * 384 * 2
 
 
-def test_what_stands_for_a_gpu_is_put_back(monkeypatch):
+def test_what_is_replaced_on_the_meta_device_is_restored(monkeypatch):
     estimator = Estimator(settings_for(), make_config("falcon"))
-    own = (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused)
+    own = (functional.dropout, functional.scaled_dot_product_attention)
     estimator.estimate(Pass(1, 20, 5), "none")
-    assert (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused) == own
+    assert (functional.dropout, functional.scaled_dot_product_attention) == own
     monkeypatch.setattr(memory, "_run_on_shapes", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         estimator.estimate(Pass(1, 20, 5), "none")
-    assert (functional.dropout, functional.scaled_dot_product_attention, elementwise._fused) == own
+    assert (functional.dropout, functional.scaled_dot_product_attention) == own
+
+
+def test_allocations_are_those_of_the_kernels():
+    """Every function that Kestrel calls in a module of kernels has a namesake with the same parameters."""
+    pytest.importorskip("triton")
+    from kestrel.model.kernels import attention_gpu, elementwise_gpu
+
+    named = {name: function for name, function in vars(allocations).items() if inspect.isfunction(function)}
+    assert len(named) == 12
+    for name, function in named.items():
+        kernel = getattr(elementwise_gpu, name, None) or getattr(attention_gpu, name)
+        assert inspect.signature(function) == inspect.signature(kernel), name
+    assert allocations._HEADS_PER_BLOCK == attention_gpu._OF_KEYS["HEADS"]
 
 
 def test_an_architecture_that_asks_for_numbers_is_refused_in_words(monkeypatch):

@@ -94,11 +94,13 @@ def test_given_values_are_kept():
     assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (9000, "none", False)
 
 
-def test_without_a_gpu_numbers_are_fixed(prepared):
-    settings, _ = resolve(str(prepared.config), {}, [])
+def test_without_a_gpu_numbers_are_fixed(prepared, capsys):
+    """And training.dense_weights, which older configs have, is ignored with a note."""
+    settings, _ = resolve(str(prepared.config), {"training.dense_weights": "true"}, [])
     assert passes.capacity(settings) is None
     chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]  neither is looked at
     assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
+    assert "training.dense_weights has no effect any more" in capsys.readouterr().err
 
 
 def test_of_a_card_what_is_named_or_free_is_taken(monkeypatch):

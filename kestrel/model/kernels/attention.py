@@ -55,13 +55,14 @@ def use_fused_kernels(model_type: str) -> None:
         F.scaled_dot_product_attention = _with_repeated_heads
 
 
-def _fused(query: torch.Tensor) -> Any:
-    """The module of kernels for such queries, or None."""
-    if not query.is_cuda or elementwise._fused(query) is None:
-        return None
+def kernels_for(query: torch.Tensor) -> Any:
+    """The module of kernels for these queries, or None where torch's operations run."""
+    kernels = elementwise.kernels_for(query)
+    if kernels is None or query.is_meta:
+        return kernels
     from kestrel.model.kernels import attention_gpu
 
-    return attention_gpu if attention_gpu.computes(query) else None
+    return attention_gpu if attention_gpu.supports(query) else None
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -138,7 +139,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         (batch, heads, length, head size).
     """
-    kernels = _fused(query)
+    kernels = kernels_for(query)
     if kernels is not None:
         out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
         return out

@@ -197,7 +197,7 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(write + SIZE, of_value, mask=there)
 
 
-def computes(query: Tensor) -> bool:
+def supports(query: Tensor) -> bool:
     """Whether these kernels compute attention of such queries."""
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (16, 32, 64, 128)
 

@@ -21,8 +21,12 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fused(x: Tensor) -> Any:
-    """The module of kernels for this tensor's device, or None."""
+def kernels_for(x: Tensor) -> Any:
+    """The module of kernels for this tensor's device, or None where the plain forms run."""
+    if x.is_meta:
+        from kestrel.model.kernels import allocations
+
+        return allocations
     if not (x.is_cuda and _has_triton()):
         return None
     from kestrel.model.kernels import elementwise_gpu
@@ -39,7 +43,7 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
         out: contiguous (batch, length, heads + 2, size), filled with queries, key and value. The inputs may be views of it.
         back: turn the other way, which is what the gradients need.
     """
-    kernels = _fused(out)
+    kernels = kernels_for(out)
     half = out.shape[-1] // 2
     if kernels is not None and half & (half - 1) == 0:
         kernels.rotate(parts, cos, sin, out, back)
@@ -65,7 +69,7 @@ def _kept(x: Tensor, p: float, seed: int) -> Tensor:
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """x / (1 - p) where it is kept, 0 elsewhere. The same seed keeps the same, so that no mask need be stored."""
-    kernels = _fused(x)
+    kernels = kernels_for(x)
     if kernels is not None:
         return kernels.dropout(x, p, seed)
     return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
@@ -73,7 +77,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
 
 def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
     """Adds `dropout(part, p, seed)` to `total`, in place."""
-    kernels = _fused(total)
+    kernels = kernels_for(total)
     if kernels is not None:
         return kernels.add_dropout_(total, part, p, seed)
     return total.addcmul_(part, _kept(part, p, seed), value=1 / (1 - p))
@@ -81,13 +85,13 @@ def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """x Φ(x), with the normal distribution's Φ and no approximation."""
-    kernels = _fused(x)
+    kernels = kernels_for(x)
     return F.gelu(x) if kernels is None else kernels.gelu(x)
 
 
 def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of `gelu`'s input, in the place of its output's."""
-    kernels = _fused(x)
+    kernels = kernels_for(x)
     if kernels is not None:
         return kernels.gelu_backward_(grad, x)
     return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
@@ -104,7 +108,7 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     Returns:
         float32 (rows,), in nats.
     """
-    kernels = _fused(logits)
+    kernels = kernels_for(logits)
     if kernels is not None:
         return kernels.nll(logits, targets, backward)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -118,7 +122,7 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm of the rows of (rows, size), and each row's mean and reciprocal deviation in float32."""
-    kernels = _fused(x)
+    kernels = kernels_for(x)
     if kernels is not None:
         return kernels.norm(x, weight, bias, eps)
     return torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
@@ -128,7 +132,7 @@ def norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor, more: Tensor
 ) -> Tensor:
     """Gradient of `norm`'s input, plus `more`: the gradient that comes to it on another way."""
-    kernels = _fused(x)
+    kernels = kernels_for(x)
     if kernels is not None:
         return kernels.norm_backward(grad, x, mean, deviation, weight, more)
     backward = torch.ops.aten.native_layer_norm_backward
@@ -137,32 +141,18 @@ def norm_backward(
 
 
 class DenseWeight:
-    """The frozen weight of a linear layer, made dense when it is asked for; those in 4 bit as bitsandbytes does it.
+    """The frozen weight of a linear layer, without a copy; 4-bit weights are made dense at each call."""
 
-    Args:
-        layer: whose weight it is. It is not copied.
-        keep: whether the dense form is made once and stays.
-    """
-
-    def __init__(self, layer: nn.Module, keep: bool = False):
+    def __init__(self, layer: nn.Module):
         weight: Any = layer.weight
         self._state = getattr(weight, "quant_state", None)
         self._held = weight.detach().as_subclass(Tensor)  # without the cost of a subclass at each use
-        self._keep = keep
-        self._kept: Tensor | None = None
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """(out, in) in `dtype`."""
-        if self._kept is not None and self._kept.dtype == dtype:
-            return self._kept
-        dense = self._made(dtype)
-        self._kept = dense if self._keep else None
-        return dense
-
-    def _made(self, dtype: torch.dtype) -> Tensor:
         if self._state is None:
             return self._held.to(dtype)
-        kernels = _fused(self._held)
+        kernels = kernels_for(self._held)
         if kernels is not None and kernels.dequantizes(self._state):
             made: Tensor = kernels.dequantize(self._held, self._state, dtype)
             return made
