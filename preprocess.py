@@ -32,7 +32,6 @@ OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "pr
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from kestrel.data.cores import processes_for
     from kestrel.data.corpus import Tally, open_corpus
     from kestrel.data.dataset import SplitStatistics, settings_that_shape, write_split, write_statistics
     from kestrel.data.splits import Splitter
@@ -50,7 +49,6 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     target = Path(settings.run_dir) / "dataset"
     corpus = open_corpus(data.source, data.format, revision=data.revision, both_sides=data.both_sides)
     print(f"{data.source} is {corpus.format}, with {', '.join(corpus.splits)}")
-    processes = processes_for(corpus.files)
     needed = dataset_bytes(corpus.files, data.max_dialogues)
     with room_for("the dataset's files", needed, target.parent), folder_atomically(target) as folder:
         splitter = Splitter(
@@ -60,7 +58,6 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
             seed=settings.seed,
             max_dialogues=data.max_dialogues,
             folder=folder,
-            processes=processes,
         )
         if "validation" not in splitter.splits:
             raise KestrelError(
@@ -71,9 +68,8 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
         tallies: dict[str, Tally] = {}
         for split in splitter.splits:
             tally = tallies[split] = Tally()
-            with tqdm(desc=split, unit=" dialogues", disable=None, leave=False) as bar:
-                batches = splitter.batches(split)
-                statistics[split] = write_split(batches, prompt, folder / split, tally, processes, bar.update)
+            dialogues = tqdm(splitter.read(split, tally), split, unit=" dialogues", disable=None, leave=False)
+            statistics[split] = write_split(dialogues, prompt, folder / split)
             if not statistics[split].dialogues:
                 raise KestrelError(
                     f"no dialogue of {data.source} is left for {split} ({statistics[split].why_dropped()}); "

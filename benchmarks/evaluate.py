@@ -78,10 +78,11 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
     Raises:
         KestrelError: it failed.
     """
-    from kestrel.data.corpus import Tally, open_corpus
+    from kestrel.data.corpus import open_corpus
+    from kestrel.data.reading import Reading
     from kestrel.errors import KestrelError
 
-    dialogues = list(open_corpus(text).read("train", Tally()))
+    dialogues = [dialogue for dialogue, _ in Reading(open_corpus(text), "train").dialogues()]
     rows = list(contexts(dialogues, replies))
     files = [work / f"system-{number}.jsonl" for number in range(systems)]
     for number, path in enumerate(files):

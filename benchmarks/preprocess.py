@@ -5,8 +5,8 @@
 
 The dialogues have ConvAI2's statistics: four or five sentences of persona, seven or eight exchanges, 12 words a turn,
 a persona for 18 dialogues. Their words are drawn from real or embedded dialogues by frequency. They are written in ParlAI's
-text form, and preprocess.py reads them as a user would run it, in a process of its own. Of that process and those it
-starts, the resident memory is sampled (Linux only), each shared page counted once.
+text form, and preprocess.py reads them as a user would run it, in a process of its own, whose peak resident memory is
+recorded.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class Words:
     """Draws sentences whose words are as frequent as in a text."""
 
     def __init__(self, text: str, seed: int):
-        from kestrel.data.corpus import Tally, open_corpus
+        from kestrel.data.corpus import open_corpus
+        from kestrel.data.reading import Reading
 
         counts: Counter[str] = Counter()
-        for dialogue in open_corpus(text).read("train", Tally()):
+        for dialogue, _ in Reading(open_corpus(text), "train").dialogues():
             for said in (*dialogue.persona, *(turn.text for turn in dialogue.turns)):
                 counts.update(re.findall(r"[^\W_]+|[.,!?]", said.lower()))
         self._words = list(counts)
@@ -77,29 +78,23 @@ def write_dialogues(path: Path, count: int, words: Words) -> None:
             file.writelines(f"{number} {line}\n" for number, line in enumerate(lines, 1))
 
 
-def resident(process: int) -> int:
-    """Bytes of memory that a process and those below it hold, a page that several share counted once; 0 once gone."""
-    total, left = 0, [process]
-    while left:
-        one = Path(f"/proc/{left.pop()}")
-        try:
-            held = re.search(r"^Pss:\s+(\d+) kB", (one / "smaps_rollup").read_text(), re.MULTILINE)
-            total += int(held[1]) * 1024 if held else 0
-            for task in (one / "task").iterdir():
-                left += map(int, (task / "children").read_text().split())
-        except (OSError, ProcessLookupError):
-            continue
-    return total
+def peak_memory(process: int) -> int:
+    """The most resident memory that a process has had so far, in bytes; 0 once it has ended. Linux only."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def measure(source: Path, run: Path, config: str, extra: list[str]) -> dict[str, Any]:
-    """Runs preprocess.py over a source and tells what it took."""
+    """Runs preprocess.py over a source; time, memory and bytes that it took."""
     command = [sys.executable, "preprocess.py", "--config", config, "--data.source", str(source), "--run_dir", str(run)]
-    began, spent, peak = time.monotonic(), processor_seconds(), 0
+    began, before, peak = time.monotonic(), processor_seconds(), 0
     with open(run.with_suffix(".log"), "w+", encoding="utf-8") as log:
         process = subprocess.Popen([*command, *extra], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, resident(process.pid))
+            peak = max(peak, peak_memory(process.pid))
             time.sleep(_SAMPLED_EVERY)
         seconds = time.monotonic() - began
         log.seek(0)
@@ -114,7 +109,7 @@ def measure(source: Path, run: Path, config: str, extra: list[str]) -> dict[str,
         "tokens": sum(split["tokens"] for split in statistics.values()),
         "seconds": round(seconds, 1),
         "dialogues_a_second": round(dialogues / seconds),
-        "cpu_seconds": round(processor_seconds() - spent, 1),
+        "cpu_seconds": round(processor_seconds() - before, 1),
         "peak_resident_bytes": peak,
         "source_bytes": source.stat().st_size,
         "dataset_bytes": written,
@@ -122,7 +117,7 @@ def measure(source: Path, run: Path, config: str, extra: list[str]) -> dict[str,
 
 
 def processor_seconds() -> float:
-    """What the processes that this one started and that have ended took of the processor."""
+    """Processor time of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

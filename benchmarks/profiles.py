@@ -128,9 +128,10 @@ def script(name: str) -> ModuleType:
 
 def read_dialogues(text: str) -> list[Dialogue]:
     """The training dialogues of a source in any form that preprocess.py reads."""
-    from kestrel.data.corpus import Tally, open_corpus
+    from kestrel.data.corpus import open_corpus
+    from kestrel.data.reading import Reading
 
-    return list(open_corpus(text).read("train", Tally()))
+    return [dialogue for dialogue, _ in Reading(open_corpus(text), "train").dialogues()]
 
 
 def _lines(dialogues: list[Dialogue]) -> Iterator[str]:

@@ -100,16 +100,16 @@ def estimates(record: Record) -> str:
 
 
 def preprocessing(records: list[Record]) -> str:
-    """Sizes of generated corpora, and numbers of cores."""
-    ordered = sorted(records, key=lambda row: (row["dialogues"], row["machine"]["cores"]))
+    """Sizes of generated corpora."""
+    ordered = sorted(records, key=lambda row: row["dialogues"])
     rows = [
         [
-            f"{row['dialogues']:,}", str(row["machine"]["cores"]), f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}",
+            f"{row['dialogues']:,}", f"{row['seconds']:,.0f}", f"{row['cpu_seconds']:,.0f}",
             f"{row['dialogues_a_second']:,}", f"{row['peak_resident_bytes'] / 2**20:,.0f}",
         ]
         for row in ordered
     ]  # fmt: skip
-    head = ["dialogues", "cores", "s", "processor s", "dialogues/s", "peak MiB, all processes"]
+    head = ["dialogues", "s", "processor s", "dialogues/s", "peak MiB"]
     last = ordered[-1]
     return _table(head, rows) + "\n" + where({**last, "device": last["machine"]["processor"]})
 
@@ -134,7 +134,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "generation": ("generate-gpu.json", generation),
     "scoring": ("evaluate.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
-    "preprocessing on many cores": ("preprocess-many-cores/*.json", preprocessing),
 }
 
 

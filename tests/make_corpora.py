@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.reading import Reading
 from kestrel.dialogue import Dialogue, Turn
 
 PERSONA = ["i like tea .", "i have two dogs ."]
@@ -80,8 +81,12 @@ def write(folder: Path, content: str | bytes, name: str = "data.x") -> str:
 def read(
     source: str, format: str = "auto", split: str = "train", both_sides: bool = True
 ) -> tuple[list[Dialogue], Tally]:
-    tally = Tally()
-    dialogues = list(open_corpus(source, format, both_sides=both_sides).read(split, tally))
+    reading = Reading(open_corpus(source, format, both_sides=both_sides), split)
+    dialogues, tally = [], Tally()
+    for dialogue, counted in reading.dialogues():
+        dialogues.append(dialogue)
+        tally.absorb(counted)
+    tally.absorb(reading.rest)
     check(dialogues, tally)
     return dialogues, tally
 

@@ -13,7 +13,6 @@ One file a format reads drafts; `repair.finish` is the gate that every draft pas
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ import numpy as np
 
 from kestrel.data.formats.recognize import FORMATS, READERS, resolve
 from kestrel.data.locate import Part, locate
-from kestrel.data.repair import Draft, finish, stable_hash
+from kestrel.data.repair import Draft, finish
 from kestrel.data.tally import Tally
-from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
 __all__ = ["FORMATS", "Corpus", "Tally", "open_corpus"]
@@ -54,37 +52,12 @@ class Corpus:
     both_sides: bool
     parts: dict[str, list[Part]]
 
-    def read(self, split: str, tally: Tally) -> Iterator[Dialogue]:
-        """Streams the dialogues of a split; memory grows by an 8-byte hash for each.
-
-        Raises:
-            KestrelError: malformed input, not one dialogue that could be kept, or, at the end or where something else
-                is wrong, a dialogue_id that stands twice.
-        """
-        if split not in self.splits:
-            raise KestrelError(f"{self.source} has no {split} split; it has {', '.join(self.splits)}.")
-        met = array("Q")
-        dropped = tally.dropped.copy()
-        try:
-            for draft in self.drafts(split, tally):
-                dialogue = finish(draft, tally)
-                if dialogue is not None:
-                    met.append(stable_hash(dialogue.dialogue_id))
-                    tally.kept += 1
-                    yield dialogue
-        except KestrelError:
-            self.refuse_repeated_ids(split, np.frombuffer(met, np.uint64))  # it stands before what else is wrong
-            raise
-        self.refuse_repeated_ids(split, np.frombuffer(met, np.uint64))
-        if not met:
-            self.refuse_nothing(split, tally.dropped - dropped)
-
     def place(self, split: str, dialogue_id: str) -> str:
         """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
         return next(draft.where for draft in self.drafts(split, Tally()) if draft.dialogue_id == dialogue_id)
 
     def drafts(self, split: str, tally: Tally) -> Iterator[Draft]:
-        """What the reader of the format finds. `read` does to it what must be done."""
+        """What the reader of the format finds, before repair."""
         parts = self.parts[split]
         for number, part in enumerate(parts):
             prefix = split if len(parts) == 1 else f"{split}.{number}"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kestrel.config.settings import Settings
-from kestrel.data.cores import in_order
-from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
@@ -21,8 +20,9 @@ from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
+
+_BATCH = 1000  # dialogues that are rendered together
 
 
 @dataclass
@@ -38,21 +38,6 @@ class SplitStatistics:
     replies_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
-
-    def absorb(self, other: SplitStatistics) -> None:
-        """Adds the counts of dialogues that follow."""
-        for name in (
-            "dialogues",
-            "replies",
-            "tokens",
-            "supervised_tokens",
-            "truncated_dialogues",
-            "turns_cut",
-            "replies_cut",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.dropped.update(other.dropped)
-        self.lengths.extend(other.lengths)
 
     def as_json(self) -> dict[str, Any]:
         """The counts, and shares and percentiles made of them. Lengths are in tokens."""
@@ -79,51 +64,23 @@ class SplitStatistics:
         return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common()) or "there was none"
 
 
-class Batch(Protocol):
-    """Some dialogues of a split."""
-
-    def dialogues(self, tally: Tally) -> Iterable[Dialogue]:
-        """The dialogues; what reading them counted is added to the tally."""
-
-
-def write_split(
-    batches: Iterable[Batch],
-    prompt: Prompt,
-    folder: Path,
-    tally: Tally,
-    processes: int = 1,
-    progress: Callable[[int], object] = int,
-) -> SplitStatistics:
-    """Renders dialogues and writes them as a `datasets` folder, holding no more than a few batches in memory.
+def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> SplitStatistics:
+    """Renders dialogues and writes them as a `datasets` folder, holding no more than a batch in memory.
 
     Args:
-        batches: consumed once.
+        dialogues: consumed once.
         prompt: how they become tokens.
         folder: where the split is written, by `Dataset.save_to_disk`'s layout.
-        tally: what reading the dialogues counted is added to it.
-        processes: how many render.
-        progress: told how many dialogues came to the ones before.
     """
-    from kestrel.data.arrow import SplitWriter
+    from kestrel.data.arrow import SplitWriter, rows_of
 
     statistics = SplitStatistics()
+    stream = iter(dialogues)
     with SplitWriter(folder) as writer:
-        for rows, counts, counted in in_order(lambda batch: _rendered(batch, prompt), batches, processes):
-            if rows is not None:
-                writer.write(rows)
-            statistics.absorb(counts)
-            tally.absorb(counted)
-            progress(counts.dialogues)
+        while batch := list(islice(stream, _BATCH)):
+            if rendered := list(_counted(batch, prompt, statistics)):
+                writer.write(rows_of(rendered))
     return statistics
-
-
-def _rendered(batch: Batch, prompt: Prompt) -> tuple[pa.RecordBatch | None, SplitStatistics, Tally]:
-    from kestrel.data.arrow import rows_of
-
-    statistics, tally = SplitStatistics(), Tally()
-    dialogues = list(batch.dialogues(tally))
-    rendered = list(_counted(dialogues, prompt, statistics))
-    return rows_of(rendered) if rendered else None, statistics, tally
 
 
 def _counted(batch: list[Dialogue], prompt: Prompt, statistics: SplitStatistics) -> Iterator[tuple[Dialogue, Rendered]]:

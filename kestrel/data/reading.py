@@ -1,148 +1,86 @@
-"""One pass over a split of a source: its dialogues on disk, and of each the hashes by which splits are cut."""
+"""One pass over a split of a source: its dialogues go to disk; what the splits are cut by stays in memory."""
 
 from __future__ import annotations
 
 import marshal
+import tempfile
 from array import array
-from collections.abc import Iterator
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from kestrel.data.cores import in_order
 from kestrel.data.corpus import Corpus
-from kestrel.data.repair import Draft, Utterance, finish, persona_key, stable_hash
-from kestrel.data.spool import Spool, counted_before, counted_of, record_of, tally_of
+from kestrel.data.repair import finish, persona_key, stable_hash
 from kestrel.data.tally import Tally
-from kestrel.dialogue import Dialogue
+from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 
 NO_PERSONA = 0
-_DRAFTS_A_PIECE = 250
-_NOTHING = Tally()
-
-# What the reader counted before a draft (None: nothing), and the draft (None: no more came).
-Piece = list[tuple[Tally | None, Draft | None]]
-
-
-class Finished(NamedTuple):
-    """The dialogues of a piece.
-
-    Attributes:
-        records: of the spool, joined.
-        sizes: bytes of each.
-        keys: four hashes of each, as `Reading` has them.
-        rest: what was counted after the last of them.
-    """
-
-    records: bytes
-    sizes: list[int]
-    keys: array[int]
-    rest: Tally
 
 
 class Reading:
-    """A split of a source, read once.
+    """A split of a source, read once, however many splits are cut from it.
+
+    The dialogues are in a file without a name, so that nothing of it is left behind however the process ends. In memory
+    are 44 bytes for each.
 
     Args:
         corpus: the source.
         split: one of `corpus.splits`.
         seed: of the ranks.
-        folder: on whose disk the dialogues are kept; None: the system's for temporary files.
-        processes: how many repair what one reads.
+        folder: on whose disk the file is; None: the system's folder for temporary files.
 
     Attributes:
-        spool: the dialogues.
-        conversations, owners, partners, ranks: hashes of each, uint64 of shape (dialogues,). Where the owner's persona
-            is not told (ParlAI's none and other), the conversation stands for it. Ranks are of the dialogue_id.
+        conversations, owners, partners, ranks: hashes of each dialogue, uint64 of shape (dialogues,). Where the source
+            does not name the owner's persona (ParlAI's none and other), the owner's hash is the conversation's. Ranks
+            are hashes of the dialogue_id.
         rest: what was counted after the last dialogue.
 
     Raises:
-        KestrelError: as `Corpus.read`.
+        KestrelError: malformed input, no dialogue that could be kept, or a dialogue_id that occurs twice.
     """
 
-    def __init__(self, corpus: Corpus, split: str, seed: int, folder: Path | None, processes: int = 1):
-        self.spool = Spool(folder)
+    def __init__(self, corpus: Corpus, split: str, seed: int = 0, folder: Path | None = None):
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open as long as this object exists
+        self._ends = array("Q", [0])
         self.rest = Tally()
-        self._keys = array("Q")
-        pieces = _Pieces(corpus, split)
-        if processes == 1:
-            finished = in_order(partial(_finish, seed=seed), pieces, 1)
-        else:
-            finished = in_order(lambda packed: _finish(_unpacked(packed), seed), map(_packed, pieces), processes)
+        keys = array("Q")
+        failure: KestrelError | None = None
         with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
-            for each in finished:
-                self._add(each)
-                bar.update(len(each.sizes))
-        columns = np.frombuffer(self._keys, dtype=np.uint64).reshape(-1, 4)
-        self.conversations, self.owners, self.partners, self.ranks = columns.T
-        corpus.refuse_repeated_ids(split, self.ranks)  # it stands before what else is wrong
-        if pieces.error is not None:
-            raise pieces.error
-        if not len(self.spool):
+            try:
+                for draft in corpus.drafts(split, self.rest):
+                    dialogue = finish(draft, self.rest)
+                    if dialogue is not None:
+                        self.rest.kept += 1
+                        keys.extend(_keys(dialogue, seed))
+                        self._add(dialogue)
+                        bar.update()
+            except KestrelError as error:
+                failure = error
+        self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
+        corpus.refuse_repeated_ids(split, self.ranks)  # a repeated id comes before what stopped the reader
+        if failure is not None:
+            raise failure
+        if not len(self.ranks):
             corpus.refuse_nothing(split, self.rest.dropped)
 
-    def _add(self, finished: Finished) -> None:
-        records, sizes = finished.records, finished.sizes
-        if not sizes:
-            self.rest.absorb(finished.rest)
-            return
-        if self.rest != _NOTHING:
-            records, sizes = counted_before(records, sizes, self.rest)
-        self.spool.add(records, sizes)
-        self._keys.extend(finished.keys)
-        self.rest = finished.rest
+    def dialogues(self, chosen: Iterable[int] | None = None) -> Iterator[tuple[Dialogue, Tally]]:
+        """Dialogues, each with what was counted since the dialogue before it in the source.
 
+        Args:
+            chosen: their places in the source, from 0; None: all.
+        """
+        for place in range(len(self.ranks)) if chosen is None else chosen:
+            start, end = self._ends[place], self._ends[place + 1]
+            self._file.seek(start)
+            yield _unpacked(self._file.read(end - start))
 
-class _Pieces:
-    """Pieces of a split, as the reader of its format finds it.
-
-    Attributes:
-        error: what was wrong with the source, where the reader stopped.
-    """
-
-    def __init__(self, corpus: Corpus, split: str):
-        self._corpus, self._split = corpus, split
-        self.error: KestrelError | None = None
-
-    def __iter__(self) -> Iterator[Piece]:
-        piece: Piece = []
-        tally = Tally()
-        try:
-            for draft in self._corpus.drafts(self._split, tally):
-                counted = None
-                if tally != _NOTHING:
-                    counted = Tally()
-                    counted.absorb(tally)
-                    tally.clear()
-                piece.append((counted, draft))
-                if len(piece) == _DRAFTS_A_PIECE:
-                    yield piece
-                    piece = []
-        except KestrelError as error:
-            self.error = error
-        yield [*piece, (tally, None)]
-
-
-def _finish(piece: Piece, seed: int) -> Finished:
-    """Repairs drafts and takes their hashes."""
-    records: list[bytes] = []
-    keys = array("Q")
-    since = Tally()
-    for counted, draft in piece:
-        if counted is not None:
-            since.absorb(counted)
-        dialogue = None if draft is None else finish(draft, since)
-        if dialogue is None:
-            continue
-        since.kept += 1
-        keys.extend(_keys(dialogue, seed))
-        records.append(record_of(dialogue, since))
-        since.clear()
-    return Finished(b"".join(records), list(map(len, records)), keys, since)
+    def _add(self, dialogue: Dialogue) -> None:
+        self._ends.append(self._ends[-1] + self._file.write(_packed(dialogue, self.rest)))
+        self.rest.clear()
 
 
 def _keys(dialogue: Dialogue, seed: int) -> tuple[int, int, int, int]:
@@ -152,37 +90,20 @@ def _keys(dialogue: Dialogue, seed: int) -> tuple[int, int, int, int]:
     return conversation, owner, partner, stable_hash(str(seed), "dialogue", dialogue.dialogue_id)
 
 
-# Between processes a piece is bytes: made and read by marshal in a quarter of the time that pickle takes.
+# marshal takes a quarter of pickle's time, and plain types only.
 
 
-def _packed(piece: Piece) -> bytes:
-    return marshal.dumps(
-        [
-            (
-                None if tally is None else counted_of(tally),
-                None
-                if draft is None
-                else (
-                    draft.where,
-                    draft.dialogue_id,
-                    draft.persona,
-                    [tuple(turn) for turn in draft.turns],
-                    draft.conversation_id,
-                    draft.partner_persona,
-                    draft.personas_expected,
-                ),
-            )
-            for tally, draft in piece
-        ]
-    )
+def _packed(dialogue: Dialogue, counted: Tally) -> bytes:
+    turns = [tuple(turn) for turn in dialogue.turns]
+    ids = (dialogue.dialogue_id, dialogue.conversation_id)
+    fields = (*ids, dialogue.persona, dialogue.partner_persona, turns, dialogue.candidates)
+    counts = (counted.read, counted.kept, dict(counted.dropped), dict(counted.repaired), counted.examples)
+    return marshal.dumps((fields, counts))
 
 
-def _unpacked(packed: bytes) -> Piece:
-    piece: Piece = []
-    for counted, fields in marshal.loads(packed):
-        draft = None
-        if fields is not None:
-            where, identity, persona, turns, *others = fields
-            draft = Draft(where, identity, persona, tuple([Utterance(*turn) for turn in turns]), *others)
-        piece.append((None if counted is None else tally_of(counted), draft))
-    return piece
+def _unpacked(record: bytes) -> tuple[Dialogue, Tally]:
+    fields, (read, kept, dropped, repaired, examples) = marshal.loads(record)
+    dialogue_id, conversation_id, persona, partner_persona, turns, candidates = fields
+    turns = tuple([Turn(*turn) for turn in turns])
+    dialogue = Dialogue(dialogue_id, persona, turns, conversation_id, partner_persona, candidates)
+    return dialogue, Tally(read, kept, Counter(dropped), Counter(repaired), examples)

@@ -10,17 +10,14 @@ as an owner's nor as a partner's, and no conversation straddles splits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from kestrel.data.corpus import Corpus
 from kestrel.data.reading import Reading
 from kestrel.data.repair import stable_hash
-from kestrel.data.spool import dialogues_of
 from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
@@ -31,37 +28,6 @@ TOO_MANY = "more than max_dialogues"
 
 _SPLITS = ("train", "validation", "test")
 _REASONS = (None, MIXED, PARTNER_HELD, TOO_MANY)
-_AT_ONCE = 1000  # dialogues; so many are in memory
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Dialogues of a split that stand together in the source, as they are kept on disk.
-
-    Attributes:
-        records: of the spool, joined.
-        sizes: bytes of each.
-        reasons: why each is left out, as an index of _REASONS; 0: it is not.
-        rest: what was counted after the last of them; None: nothing that belongs to this split.
-    """
-
-    records: bytes
-    sizes: list[int]
-    reasons: bytes
-    rest: Tally | None = None
-
-    def dialogues(self, tally: Tally) -> Iterator[Dialogue]:
-        """Those that are not left out. All are counted."""
-        for number, (dialogue, since) in zip(self.reasons, dialogues_of(self.records, self.sizes), strict=True):
-            reason = _REASONS[number]
-            if reason is not None:
-                since.kept -= 1
-                since.drop(reason, f"dialogue {dialogue.dialogue_id}")
-            tally.absorb(since)
-            if reason is None:
-                yield dialogue
-        if self.rest is not None:
-            tally.absorb(self.rest)
 
 
 class Splitter:
@@ -78,7 +44,6 @@ class Splitter:
         seed: of the choice of personas, and of dialogues where `max_dialogues` chooses.
         max_dialogues: keep so many dialogues of each split at most, chosen at random; None: all.
         folder: on whose disk that file lies; None: the system's for temporary files.
-        processes: how many read.
 
     Attributes:
         splits: those that can be read, among train, validation, test, in this order.
@@ -98,7 +63,6 @@ class Splitter:
         seed: int = 0,
         max_dialogues: int | None = None,
         folder: Path | None = None,
-        processes: int = 1,
     ):
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
             raise KestrelError("the fractions for validation and test must be 0 or more, and less than 1 together.")
@@ -117,8 +81,8 @@ class Splitter:
             split: "cut from train" if split in self._fractions else self._native[split] for split in self.splits
         }
 
-        read = {
-            split: Reading(corpus, split, seed, folder, processes) for split in dict.fromkeys(self._native.values())
+        self._read = read = {
+            split: Reading(corpus, split, seed, folder) for split in dict.fromkeys(self._native.values())
         }
         self._refuse_shared_ids(read)
         # Of each dialogue: the split that it goes to, and why it is left out of that, if so; indices of the tuples.
@@ -133,8 +97,6 @@ class Splitter:
         self.persona_overlap = self._overlap(read)
         if max_dialogues is not None:
             self._limit(read, max_dialogues)
-        self._spools = {native: reading.spool for native, reading in read.items()}
-        self._rest = {native: reading.rest for native, reading in read.items()}
 
     def read(self, split: str, tally: Tally) -> Iterator[Dialogue]:
         """Streams the dialogues of a split, in the order of the source.
@@ -145,11 +107,6 @@ class Splitter:
         Raises:
             KestrelError: no such split, or no dialogue left.
         """
-        for batch in self.batches(split):
-            yield from batch.dialogues(tally)
-
-    def batches(self, split: str) -> Iterator[Batch]:
-        """As `read`, for who takes the dialogues out of the batches elsewhere."""
         if split not in self.splits:
             raise KestrelError(
                 f"there is no {split} split of {self.corpus.source}; there are {', '.join(self.splits)}."
@@ -157,24 +114,19 @@ class Splitter:
         native = self._native[split]
         chosen = np.flatnonzero(self._place[native] == _SPLITS.index(split))
         reasons = self._reason[native][chosen]
-        if reasons.all():
-            self._refuse_nothing(split, self._batches(split, chosen, reasons))
-        yield from self._batches(split, chosen, reasons)
-
-    def _batches(self, split: str, chosen: np.ndarray, reasons: np.ndarray) -> Iterator[Batch]:
-        native, start = self._native[split], 0
-        for records, sizes in self._spools[native].read(chosen, _AT_ONCE):
-            yield Batch(records, sizes, reasons[start : start + len(sizes)].tobytes())
-            start += len(sizes)
+        for number, (dialogue, counted) in zip(reasons, self._read[native].dialogues(chosen), strict=True):
+            reason = _REASONS[number]
+            if reason is not None:
+                counted.kept -= 1
+                counted.drop(reason, f"dialogue {dialogue.dialogue_id}")
+            tally.absorb(counted)
+            if reason is None:
+                yield dialogue
         if self.origin[split] == native:
-            yield Batch(b"", [], b"", self._rest[native])
-
-    def _refuse_nothing(self, split: str, batches: Iterable[Batch]) -> NoReturn:
-        tally = Tally()
-        for batch in batches:
-            list(batch.dialogues(tally))
-        why = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
-        raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({why}).")
+            tally.absorb(self._read[native].rest)
+        if reasons.all():
+            why = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
+            raise KestrelError(f"{self.corpus.source}: no dialogue is left for the {split} split ({why}).")
 
     def _cut(self, train: Reading) -> None:
         personas, persona_of = _numbered(train.owners)
@@ -228,7 +180,7 @@ class Splitter:
             for second in natives[at + 1 :]:
                 shared = np.flatnonzero(np.isin(read[first].ranks, read[second].ranks))
                 if len(shared):
-                    (((dialogue, _),),) = (dialogues_of(*found) for found in read[first].spool.read(shared[:1], 1))
+                    ((dialogue, _),) = read[first].dialogues(shared[:1])
                     twice = dialogue.dialogue_id
                     raise KestrelError(
                         f"the dialogue_id {twice!r} stands at {self.corpus.place(first, twice)} and at "

@@ -165,9 +165,10 @@ def test_hub_sets_from_the_cache(tmp_path: Path) -> None:
     done = in_fresh_process(
         tmp_path,
         "from kestrel.data.corpus import *\n"
+        "from kestrel.data.reading import Reading\n"
         "for name in ('bavard/personachat_truecased', 'google/Synthetic-Persona-Chat'):\n"
         "    corpus = open_corpus(name)\n"
-        "    counts = [len(list(corpus.read(split, Tally()))) for split in corpus.splits]\n"
+        "    counts = [len(Reading(corpus, split).ranks) for split in corpus.splits]\n"
         "    print(corpus.format, *corpus.splits, *counts, corpus.fingerprint['hub revision'][:3])\n"
         "try: open_corpus('nobody/nothing')\n"
         "except Exception as error: print(type(error).__name__, error)\n",

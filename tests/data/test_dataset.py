@@ -6,10 +6,9 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from transformers import PreTrainedTokenizerFast
 from kestrel.config.settings import Settings
 from kestrel.data.arrow import first_rows
 from kestrel.data.dataset import (
-    SplitStatistics,
     dialogue_of,
     lengths_of,
     load_split,
@@ -32,7 +30,6 @@ from kestrel.data.dataset import (
     write_split,
     write_statistics,
 )
-from kestrel.data.tally import Tally
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt
@@ -69,19 +66,6 @@ def corpus(count: int, seed: int = 0, candidates: bool = False) -> list[Dialogue
     return made
 
 
-class Plain(list[Dialogue]):
-    """A batch that holds its dialogues."""
-
-    def dialogues(self, tally: Tally) -> list[Dialogue]:
-        return self
-
-
-def write(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path, processes: int = 1) -> SplitStatistics:
-    stream = iter(dialogues)
-    batches = iter(lambda: Plain(islice(stream, 1000)), [])
-    return write_split(batches, prompt, folder, Tally(), processes)
-
-
 def prompt(max_length: int = 1024) -> Prompt:
     return Prompt(tokenizer(), "plain", max_length)
 
@@ -99,7 +83,7 @@ def settings(run_dir: Path, **sections: dict) -> Settings:
 @pytest.mark.parametrize("max_length", [1024, 40])
 def test_rows_hold_the_dialogue_and_its_rendering(tmp_path: Path, max_length: int) -> None:
     dialogues = corpus(60, candidates=True)
-    written = write(iter(dialogues), prompt(max_length), tmp_path / "train")
+    written = write_split(iter(dialogues), prompt(max_length), tmp_path / "train")
     rows = load_split(tmp_path, "train", COMMAND)
     assert rows.column_names == [
         *("dialogue_id", "persona", "partner_persona", "turns", "candidates", "input_ids", "labels", "reply_spans")
@@ -126,14 +110,14 @@ def test_rows_hold_the_dialogue_and_its_rendering(tmp_path: Path, max_length: in
 def test_an_empty_candidate_list_in_the_first_row_loses_nothing(tmp_path: Path) -> None:
     """`Dataset.from_list` drops columns that the first row lacks; the writer is told its features."""
     dialogues = [corpus(1)[0], *corpus(3, seed=1, candidates=True)[1:]]
-    write(dialogues, prompt(), tmp_path / "x")
+    write_split(dialogues, prompt(), tmp_path / "x")
     assert [dialogue_of(row) for row in load_split(tmp_path, "x", COMMAND)] == dialogues
 
 
 @pytest.mark.parametrize("max_length", [1024, 40])
 def test_statistics_equal_a_recount(tmp_path: Path, max_length: int) -> None:
     dialogues = [*corpus(80), Dialogue("long", ("a",), (Turn("partner", "hi"), Turn("self", "dogs " * 3000)))]
-    counts = write(dialogues, prompt(max_length), tmp_path / "train").as_json()
+    counts = write_split(dialogues, prompt(max_length), tmp_path / "train").as_json()
     rows = list(load_split(tmp_path, "train", COMMAND))
     kept = {row["dialogue_id"] for row in rows}
     lengths = [len(row["input_ids"]) for row in rows]
@@ -165,7 +149,7 @@ def test_dropped_by_reason(tmp_path: Path) -> None:
         *(Dialogue(f"empty{n}", ("a",), (Turn("partner", "hi"), Turn("self", "\u0301"))) for n in range(2)),
         Dialogue("long", ("a",), (Turn("partner", "hi"), Turn("self", "hi " * 99))),
     ]
-    statistics = write(dialogues, Prompt(made, "plain", 64), tmp_path / "train")
+    statistics = write_split(dialogues, Prompt(made, "plain", 64), tmp_path / "train")
     assert statistics.dropped == Counter({"reply without a token": 2, "longer than prompt.max_length": 1})
     assert statistics.why_dropped() == "2: reply without a token; 1: longer than prompt.max_length"
     assert statistics.as_json()["dropped_at_rendering"] == dict(statistics.dropped)
@@ -174,7 +158,7 @@ def test_dropped_by_reason(tmp_path: Path) -> None:
 def test_the_files_are_those_that_datasets_writes(tmp_path: Path) -> None:
     """The library's own writer is slower and gives the same bytes; if it no longer does, what reads them may change."""
     rows = [*corpus(30, candidates=True), *corpus(30, seed=1)]
-    write([replace(each, dialogue_id=f"{at}") for at, each in enumerate(rows)], prompt(), tmp_path / "ours")
+    write_split([replace(each, dialogue_id=f"{at}") for at, each in enumerate(rows)], prompt(), tmp_path / "ours")
     features = Features(
         {
             "dialogue_id": Value("string"),
@@ -199,12 +183,12 @@ def test_the_files_are_those_that_datasets_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001])
 def test_first_rows(tmp_path: Path, count: int) -> None:
-    write([replace(each, dialogue_id=f"{at}") for at, each in enumerate(corpus(1001))], prompt(), tmp_path / "x")
+    write_split([replace(each, dialogue_id=f"{at}") for at, each in enumerate(corpus(1001))], prompt(), tmp_path / "x")
     assert first_rows(tmp_path / "x", count) == load_split(tmp_path, "x", COMMAND).select(range(count)).to_list()
 
 
 def test_nothing_to_write(tmp_path: Path) -> None:
-    statistics = write([], prompt(), tmp_path / "train")
+    statistics = write_split([], prompt(), tmp_path / "train")
     assert statistics.as_json()["dialogues"] == 0 and statistics.why_dropped() == "there was none"
     assert len(load_split(tmp_path, "train", COMMAND)) == 0
 
@@ -221,7 +205,7 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
             if seen == 1001:
                 assert (tmp_path / "train" / "data-00000-of-00001.arrow").exists()
 
-    write(stream(), prompt(), tmp_path / "train")
+    write_split(stream(), prompt(), tmp_path / "train")
     assert seen == 1300 and len(load_split(tmp_path, "train", COMMAND)) == 1300
 
 
@@ -231,7 +215,7 @@ def test_rows_are_streamed(tmp_path: Path) -> None:
 def make_dataset(run: Path, made_with: Settings, rendered_with: Prompt) -> Path:
     folder = run / "dataset"
     statistics = {
-        split: write(corpus(20, seed), rendered_with, folder / split)
+        split: write_split(corpus(20, seed), rendered_with, folder / split)
         for seed, split in enumerate(("train", "validation"))
     }
     write_statistics(folder, statistics, {})

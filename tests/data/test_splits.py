@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_corpora import read as read_all
 
-from kestrel.data import spool
 from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.reading import Reading
 from kestrel.data.repair import persona_key
 from kestrel.data.splits import MIXED, PARTNER_HELD, TOO_MANY, Splitter
 from kestrel.dialogue import Dialogue
@@ -132,10 +133,9 @@ def test_drops_of_the_reader_are_counted_once(tmp_path: Path) -> None:
     assert (total.read, total.kept, total.dropped.total()) == (30, 20, 10)
 
 
-def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is cut from it, and also where it is too large for memory; its dialogues come back as they were read."""
-    monkeypatch.setattr(spool, "_IN_MEMORY", 1000)
-    folder = tmp_path / "spool"
+def test_a_source_is_read_once(tmp_path: Path) -> None:
+    """Whatever is cut from it; its dialogues come back as they were read, and no file is left."""
+    folder = tmp_path / "folder"
     folder.mkdir()
     records = [
         line(number, number % 40, None, number % 7) | {"turns": (TURNS * 3)[number % 2 :]} for number in range(200)
@@ -143,7 +143,7 @@ def test_a_source_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for record in records:
         record["candidates"] = [["no ."], [], ["é", "字"]]
     source = save(tmp_path / "data.jsonl", records)
-    expected = {each.dialogue_id: each for each in open_corpus(source).read("train", Tally())}
+    expected = {each.dialogue_id: each for each in read_all(source)[0]}
     splitter = Splitter(open_corpus(source), 0.1, 0.1, folder=folder)
     os.unlink(source)
     assert os.listdir(folder) == []
@@ -157,8 +157,7 @@ def test_what_a_reader_repaired_is_told_of_the_split_of_the_dialogue(tmp_path: P
     for number in (3, 17):
         records[number]["persona"] = [f"I am {number}.", ""]
     source = save(tmp_path / "data.jsonl", records)
-    whole, total = Tally(), Tally()
-    list(open_corpus(source).read("train", whole))
+    whole, total = read_all(source)[1], Tally()
     for _, dialogues, tally in read(Splitter(open_corpus(source), 0.2, 0.2)):
         repaired = sum(each.dialogue_id in ("d3", "d17") for each in dialogues)
         assert tally.repaired.total() == repaired
@@ -167,6 +166,14 @@ def test_what_a_reader_repaired_is_told_of_the_split_of_the_dialogue(tmp_path: P
     assert sorted(total.examples["persona sentences removed: empty"]) == sorted(
         whole.examples["persona sentences removed: empty"]
     )
+
+
+def test_what_is_dropped_counts_for_the_dialogue_that_follows(tmp_path: Path) -> None:
+    kept, dropped = line(0, 0), {"persona": [], "turns": []}
+    records = [*[dropped] * 5, kept, *[dropped] * 4, kept, kept, dropped]
+    source = save(tmp_path / "data.jsonl", [record | {"dialogue_id": f"d{n}"} for n, record in enumerate(records)])
+    reading = Reading(open_corpus(source), "train")
+    assert [counted.read for _, counted in reading.dialogues()] == [6, 5, 1] and reading.rest.read == 1
 
 
 def test_max_dialogues(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ from faults.forks import SCRIPTS, Ended, Forks, Moment
 from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
-from kestrel.data import cores
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
@@ -74,7 +73,6 @@ def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended
     """
     draw = random.Random(f"{seed} {stage.name} {signals}")
     small.begin(stage, with_earlier=draw.random() < 0.5)
-    cores.WORTH_IT = 0 if draw.random() < 0.5 else sys.maxsize  # preprocess.py with processes of its own, or without
     runs = []
     for _ in range(draw.randint(1, 3)):
         moment = (draw_signal if signals else draw_kill)(draw, stage)

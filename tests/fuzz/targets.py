@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kestrel.data.corpus import FORMATS, Tally, open_corpus
+from kestrel.data.reading import Reading
 from kestrel.data.splits import Splitter
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
@@ -67,9 +68,11 @@ def corpus(data: bytes, format: str) -> None:
     """A source of dialogues: recognized, read, split."""
     source = open_corpus(str(_file("source", data)), format)
     for split in source.splits:
-        tally = Tally()
-        for dialogue in source.read(split, tally):
+        reading = Reading(source, split)
+        tally = reading.rest
+        for dialogue, counted in reading.dialogues():
             _is_sound(dialogue)
+            tally.absorb(counted)
         assert tally.read == tally.kept + tally.dropped.total()
     with contextlib.suppress(KestrelError):  # three dialogues need not be enough for three splits
         cut = Splitter(source, validation_fraction=0.3, test_fraction=0.3)

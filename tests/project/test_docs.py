@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_corpora import read
 from make_models import write_base, write_config
 
 import preprocess
-from kestrel.data.corpus import Tally, open_corpus
+from kestrel.dialogue import Dialogue
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_DATA = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")
@@ -27,8 +28,8 @@ MISTAKES = re.findall(
 ANIMALS = ["dog", "cat", "horse", "parrot", "rabbit", "turtle", "goose", "lizard"]
 
 
-def dialogues_of(path: Path, tally: Tally) -> list:
-    return list(open_corpus(str(path)).read("train", tally))
+def dialogues_of(path: Path) -> list[Dialogue]:
+    return read(str(path))[0]
 
 
 def execute(program: str, folder: Path) -> None:
@@ -55,15 +56,14 @@ def test_the_page_has_the_tested_examples() -> None:
 
 @pytest.mark.parametrize("name", ["my-dialogues", "from-table", "from-log", "from-sharegpt", "both-sides"])
 def test_converted_examples_are_read_without_loss(converted: Path, name: str) -> None:
-    tally = Tally()
-    dialogues = dialogues_of(converted / f"{name}.jsonl", tally)
-    assert dialogues and tally.kept == tally.read and not tally.dropped
+    dialogues, counts = read(str(converted / f"{name}.jsonl"))
+    assert dialogues and counts.kept == counts.read and not counts.dropped
     # Turns of the partner after the last reply have no answer.
-    assert tally.repaired.keys() <= {"turns removed: by the partner after the last reply"}
+    assert counts.repaired.keys() <= {"turns removed: by the partner after the last reply"}
 
 
 def test_the_form_is_read_as_the_page_says(converted: Path) -> None:
-    first, second = dialogues_of(converted / "my-dialogues.jsonl", Tally())
+    first, second = dialogues_of(converted / "my-dialogues.jsonl")
     assert first.dialogue_id == "train-000000" and second.dialogue_id == "chat-7"
     assert second.candidates == (("no .", "i like trains ."), ("yes .", "what is your name ?"))
     form = OWN_DATA.partition("## The form")[2].partition("\n## ")[0]
@@ -78,7 +78,7 @@ def test_the_table_program_reads_what_spreadsheets_write(comma, encoding, tmp_pa
     table = "".join(comma.join(f'"{cell}"' for cell in row.split(",")) + "\r\n" for row in rows)
     (tmp_path / "chats.csv").write_bytes(table.encode(encoding))
     execute(PROGRAMS[0], tmp_path)
-    (dialogue,) = dialogues_of(tmp_path / "from-table.jsonl", Tally())
+    (dialogue,) = dialogues_of(tmp_path / "from-table.jsonl")
     assert [turn.text for turn in dialogue.turns] == ["Hello; is it late?", "It is."]
     assert dialogue.persona == ("I work at night.",)
 
@@ -91,7 +91,7 @@ def test_the_log_program_reads_what_messengers_export(stamp, tmp_path):
     messages = ["Messages are encrypted", "Ben: at 18:02: here?", "Ana: ten minutes\nstill: looking", "Ben left"]
     (tmp_path / "log.txt").write_text("".join(stamp.format(line) + "\n" for line in messages), encoding="utf-8-sig")
     execute(PROGRAMS[1], tmp_path)
-    (dialogue,) = dialogues_of(tmp_path / "from-log.jsonl", Tally())
+    (dialogue,) = dialogues_of(tmp_path / "from-log.jsonl")
     assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [
         ("partner", "at 18:02: here?"), ("self", "ten minutes still: looking"),
     ]  # fmt: skip
@@ -103,19 +103,19 @@ def test_the_sharegpt_program_needs_no_ids(tmp_path):
         del item["id"]
     (tmp_path / "sharegpt.json").write_text(json.dumps(items), encoding="utf-8")
     execute(PROGRAMS[2], tmp_path)
-    (dialogue,) = dialogues_of(tmp_path / "from-sharegpt.jsonl", Tally())
+    (dialogue,) = dialogues_of(tmp_path / "from-sharegpt.jsonl")
     assert dialogue.dialogue_id == "train-000000" and dialogue.persona[0] == "You are Mira."
 
 
 def test_the_programs_keep_the_speakers(converted: Path) -> None:
-    hotel, inn = dialogues_of(converted / "from-table.jsonl", Tally())
+    hotel, inn = dialogues_of(converted / "from-table.jsonl")
     assert hotel.persona == ("I work at the night desk.", "I love old maps.") and inn.dialogue_id == "2"
     assert [turn.speaker for turn in hotel.turns] == ["partner", "self", "partner", "self"]
-    evening, _ = dialogues_of(converted / "from-log.jsonl", Tally())
+    evening, _ = dialogues_of(converted / "from-log.jsonl")
     assert evening.turns[1].text == "give me ten minutes still looking for the cat"
-    (mira,) = dialogues_of(converted / "from-sharegpt.jsonl", Tally())
+    (mira,) = dialogues_of(converted / "from-sharegpt.jsonl")
     assert mira.persona == ("You are Mira.", "You repair violins.") and mira.turns[1].speaker == "self"
-    *_, ours, theirs = dialogues_of(converted / "both-sides.jsonl", Tally())
+    *_, ours, theirs = dialogues_of(converted / "both-sides.jsonl")
     assert theirs.conversation_id == ours.conversation_id and theirs.persona == ours.partner_persona
 
 
@@ -155,7 +155,7 @@ def test_three_files_are_the_splits_and_two_are_split_as_the_page_says(base, tmp
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(valid_line("dog"), encoding="utf-8")
     assert preprocess.main(["--config", str(config)]) == 0
-    assert "1 of the 1 personas of test stand in train too" in capsys.readouterr().out
+    assert "1 of the 1 personas of test are in train too" in capsys.readouterr().out
     (tmp_path / "data" / "test.jsonl").unlink()
     (tmp_path / "data" / "train.jsonl").write_text("".join(map(valid_line, ANIMALS)), encoding="utf-8")
     assert preprocess.main(["--config", str(config)]) == 0
