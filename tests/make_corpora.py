@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kestrel.data.corpus import Tally, open_corpus
+from kestrel.data.corpus import open_corpus
+from kestrel.data.read_counts import ReadCounts
 from kestrel.data.reading import Reading
 from kestrel.dialogue import Dialogue, Turn
 
@@ -80,20 +81,20 @@ def write(folder: Path, content: str | bytes, name: str = "data.x") -> str:
 
 def read(
     source: str, format: str = "auto", split: str = "train", both_sides: bool = True
-) -> tuple[list[Dialogue], Tally]:
+) -> tuple[list[Dialogue], ReadCounts]:
     reading = Reading(open_corpus(source, format, both_sides=both_sides), split)
-    dialogues, tally = [], Tally()
+    dialogues, counts = [], ReadCounts()
     for dialogue, counted in reading.dialogues():
         dialogues.append(dialogue)
-        tally.absorb(counted)
-    tally.absorb(reading.rest)
-    check(dialogues, tally)
-    return dialogues, tally
+        counts.add(counted)
+    counts.add(reading.rest)
+    check(dialogues, counts)
+    return dialogues, counts
 
 
-def check(dialogues: list[Dialogue], tally: Tally) -> None:
-    assert tally.kept == len(dialogues)
-    assert tally.read == tally.kept + tally.dropped.total()
+def check(dialogues: list[Dialogue], counts: ReadCounts) -> None:
+    assert counts.kept == len(dialogues)
+    assert counts.read == counts.kept + counts.dropped.total()
     assert len({dialogue.dialogue_id for dialogue in dialogues}) == len(dialogues)
     for dialogue in dialogues:
         assert dialogue.conversation_id

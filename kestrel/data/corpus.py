@@ -1,34 +1,29 @@
-"""Every published form of Persona-Chat, and Kestrel's own, as a stream of dialogues.
-
-    from kestrel.data.splits import Splitter
+"""A source of dialogues in any published form of Persona-Chat, or Kestrel's own.
 
     corpus = open_corpus("train_self_original.txt")
-    splitter = Splitter(corpus)
-    tally = Tally()
-    for dialogue in splitter.read("train", tally): ...
-    print(tally.table())
+    splitter = Splitter(corpus)                              # kestrel.data.splits
+    counts = ReadCounts()                                    # kestrel.data.read_counts
+    for dialogue in splitter.read("train", counts): ...
+    print(counts.table())
 
-One file a format reads drafts; `repair.finish` is the gate that every draft passes.
+A module for each format reads raw dialogues; `repair.repair` is the one way from there to a dialogue.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
-from kestrel.data.formats.recognize import FORMATS, READERS, resolve
-from kestrel.data.locate import Part, locate
-from kestrel.data.repair import Draft, finish
-from kestrel.data.tally import Tally
+from kestrel.data.formats.recognize import FORMATS, recognize
+from kestrel.data.locate import locate
+from kestrel.data.raw import RawDialogue, SourceFile
+from kestrel.data.read_counts import ReadCounts
+from kestrel.data.repair import repair
 from kestrel.errors import KestrelError
-
-__all__ = ["FORMATS", "Corpus", "Tally", "open_corpus"]
 
 
 @dataclass(frozen=True)
@@ -37,33 +32,33 @@ class Corpus:
 
     Attributes:
         source: as given.
-        format: one of `FORMATS`.
-        files: the local files it is read from (for a hub set: in the Hub's cache).
+        format: a key of `FORMATS`.
+        paths: the local files that it is read from (for a hub set: in the Hub's cache).
         fingerprint: file name -> sha256; for a hub set also "hub id" and "hub revision" (the commit).
-        splits: the splits that the source has, among train, validation, test, in this order; always with train.
-        both_sides: whether a conversation whose both personas are known yields a dialogue for each owner.
+        files: split -> its files; the splits are among train, validation, test, in this order, always with train.
     """
 
     source: str
     format: str
-    files: list[Path]
+    paths: list[Path]
     fingerprint: dict[str, str]
-    splits: tuple[str, ...]
-    both_sides: bool
-    parts: dict[str, list[Part]]
+    files: dict[str, list[SourceFile]]
 
-    def place(self, split: str, dialogue_id: str) -> str:
-        """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
-        return next(draft.where for draft in self.drafts(split, Tally()) if draft.dialogue_id == dialogue_id)
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the source has."""
+        return tuple(self.files)
 
-    def drafts(self, split: str, tally: Tally) -> Iterator[Draft]:
+    def raw_dialogues(self, split: str, counts: ReadCounts) -> Iterator[RawDialogue]:
         """What the reader of the format finds, before repair."""
-        parts = self.parts[split]
-        for number, part in enumerate(parts):
-            prefix = split if len(parts) == 1 else f"{split}.{number}"
-            yield from READERS[self.format](part.path, part.section, prefix, self.both_sides, tally)
+        for file in self.files[split]:
+            yield from FORMATS[self.format].read(replace(file, counts=counts))
 
-    def refuse_repeated_ids(self, split: str, ids: np.ndarray) -> None:
+    def location(self, split: str, dialogue_id: str) -> str:
+        """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
+        return next(raw.where for raw in self.raw_dialogues(split, ReadCounts()) if raw.dialogue_id == dialogue_id)
+
+    def require_unique_ids(self, split: str, ids: np.ndarray) -> None:
         """Looks for two equal hashes: sorted, not as a set, which takes ten times the memory.
 
         Args:
@@ -71,27 +66,18 @@ class Corpus:
             ids: hashes of the ids of its dialogues that were kept, in their order, uint64 of shape (dialogues,).
 
         Raises:
-            KestrelError: a dialogue_id stands twice; naming both places, for which the split is read again.
+            KestrelError: a dialogue_id occurs twice; names both places, for which the split is read again.
         """
         ordered = np.sort(ids)
         if (ordered[1:] == ordered[:-1]).any():
             order = np.argsort(ids, kind="stable")
-            again = order[1:][ids[order[1:]] == ids[order[:-1]]]
-            kept = (draft for draft in self.drafts(split, Tally()) if finish(draft, Tally()) is not None)
-            draft = next(islice(kept, int(again.min()), None))
+            repeated = order[1:][ids[order[1:]] == ids[order[:-1]]]
+            kept = (raw for raw in self.raw_dialogues(split, ReadCounts()) if repair(raw, ReadCounts()) is not None)
+            raw = next(islice(kept, int(repeated.min()), None))
+            first = self.location(split, raw.dialogue_id)
             raise KestrelError(
-                f"{draft.where}: the dialogue_id {draft.dialogue_id!r} stands at "
-                f"{self.place(split, draft.dialogue_id)} already; make it unique."
+                f"{raw.where}: the dialogue_id {raw.dialogue_id!r} is used at {first} already; make it unique."
             )
-
-    def refuse_nothing(self, split: str, dropped: Counter[str]) -> NoReturn:
-        """Says why no dialogue of a split was kept.
-
-        Raises:
-            KestrelError: always.
-        """
-        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in dropped.most_common())
-        raise KestrelError(f"{self.source}: the {split} split yields no dialogue ({reasons or 'it has none'}).")
 
 
 def open_corpus(source: str, format: str = "auto", *, revision: str | None = None, both_sides: bool = True) -> Corpus:
@@ -99,25 +85,22 @@ def open_corpus(source: str, format: str = "auto", *, revision: str | None = Non
 
     Args:
         source: a file, a folder with a file for each split, or a hub id `owner/name`.
-        format: one of `FORMATS`, or "auto" to tell by the content.
+        format: a key of `FORMATS`, or "auto" to recognize it by the content.
         revision: branch, tag or commit of a hub set.
-        both_sides: see `Corpus`.
+        both_sides: whether a conversation whose personas are both known yields a dialogue for each owner.
+
     Raises:
         KestrelError: no such source, not reachable, of no known format, or not of the one named.
     """
     located = locate(source, revision)
-    formats = {
-        part.path: resolve(part.path, part.section, format) for parts in located.parts.values() for part in parts
-    }
+    files: dict[str, list[SourceFile]] = {}
+    for split, parts in located.files.items():
+        prefixes = [split] if len(parts) == 1 else [f"{split}.{number}" for number in range(len(parts))]
+        files[split] = [
+            replace(part, id_prefix=prefix, both_sides=both_sides) for part, prefix in zip(parts, prefixes, strict=True)
+        ]
+    formats = {file.path: recognize(file, format) for parts in files.values() for file in parts}
     if len(set(formats.values())) > 1:
-        told = ", ".join(f"{path.name} is {name}" for path, name in formats.items())
-        raise KestrelError(f"{source}: the files are of different formats: {told}.")
-    return Corpus(
-        source=source,
-        format=next(iter(formats.values())),
-        files=located.files,
-        fingerprint=located.fingerprint(),
-        splits=tuple(located.parts),
-        both_sides=both_sides,
-        parts=located.parts,
-    )
+        found = ", ".join(f"{path.name} is {name}" for path, name in formats.items())
+        raise KestrelError(f"{source}: the files are of different formats: {found}.")
+    return Corpus(source, next(iter(formats.values())), located.paths, located.fingerprint(), files)

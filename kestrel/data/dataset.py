@@ -1,102 +1,99 @@
-"""The dataset artifact: tokenized dialogues in Arrow, what they look like in numbers, and whether they still fit."""
+"""The dataset artifact: tokenized dialogues in Arrow, and whether they still fit a run."""
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+import json
+import os
+import sys
+from collections.abc import Iterable
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kestrel.config.settings import Settings
+from kestrel.data.split_statistics import SplitStatistics
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
-from kestrel.runtime.atomic import write_json
-from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
+from kestrel.prompt.prompt import IGNORED, Prompt, Rendered, Unrenderable
+from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, sha256_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 _BATCH = 1000  # dialogues that are rendered together
-
-
-@dataclass
-class SplitStatistics:
-    """Counts of one split, filled while it is written."""
-
-    dialogues: int = 0
-    replies: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    truncated_dialogues: int = 0
-    turns_cut: int = 0
-    replies_cut: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """The counts, and shares and percentiles made of them. Lengths are in tokens."""
-        lengths = np.asarray(self.lengths if self.lengths else [0])
-        return {
-            "dialogues": self.dialogues,
-            "replies": self.replies,
-            "tokens": self.tokens,
-            "supervised_tokens": self.supervised_tokens,
-            "supervised_share": self.supervised_tokens / max(1, self.tokens),
-            "tokens_a_dialogue": {
-                "mean": float(lengths.mean()),
-                **{f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)},
-                "max": int(lengths.max()),
-            },
-            "truncated_dialogues": self.truncated_dialogues,
-            "turns_cut": self.turns_cut,
-            "replies_cut": self.replies_cut,
-            "dropped_at_rendering": dict(self.dropped),
-        }
-
-    def why_dropped(self) -> str:
-        """What rendering dropped, by reason, on one line."""
-        return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common()) or "there was none"
+_ARROW_FILE = "data-00000-of-00001.arrow"
 
 
 def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> SplitStatistics:
-    """Renders dialogues and writes them as a `datasets` folder, holding no more than a batch in memory.
+    """Renders dialogues and writes them as `Dataset.save_to_disk` does, with no more than a batch in memory.
+
+    `Dataset.from_generator` and `save_to_disk` write the same rows twice, and a fingerprint that differs each time.
 
     Args:
         dialogues: consumed once.
         prompt: how they become tokens.
-        folder: where the split is written, by `Dataset.save_to_disk`'s layout.
+        folder: where the split is written; it must not exist.
     """
-    from kestrel.data.arrow import SplitWriter, rows_of
+    from datasets import DatasetInfo
+    from datasets.arrow_writer import ArrowWriter
 
     statistics = SplitStatistics()
-    stream = iter(dialogues)
-    with SplitWriter(folder) as writer:
-        while batch := list(islice(stream, _BATCH)):
-            if rendered := list(_counted(batch, prompt, statistics)):
-                writer.write(rows_of(rendered))
+    remaining = iter(dialogues)
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / _ARROW_FILE), features=_features()) as writer:
+        while batch := list(islice(remaining, _BATCH)):
+            for dialogue, rendered in zip(batch, prompt.render_all(batch), strict=True):
+                if isinstance(rendered, Unrenderable):
+                    statistics.dropped[rendered.reason] += 1
+                else:
+                    statistics.add(dialogue, rendered)
+                    writer.write(_row(dialogue, rendered))
+        writer.finalize()
+    DatasetInfo(features=_features()).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": _ARROW_FILE}],
+        "_fingerprint": sha256_of(folder / _ARROW_FILE)[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return statistics
 
 
-def _counted(batch: list[Dialogue], prompt: Prompt, statistics: SplitStatistics) -> Iterator[tuple[Dialogue, Rendered]]:
-    for dialogue, rendered in zip(batch, prompt.render_all(batch), strict=True):
-        if isinstance(rendered, Unrenderable):
-            statistics.dropped[rendered.reason] += 1
-            continue
-        statistics.dialogues += 1
-        statistics.replies += len(rendered.reply_spans)
-        statistics.tokens += len(rendered.input_ids)
-        statistics.supervised_tokens += sum([end - start for start, end in rendered.reply_spans])
-        statistics.truncated_dialogues += rendered.first_turn > 0
-        statistics.turns_cut += rendered.first_turn
-        statistics.replies_cut += sum([turn.speaker == "self" for turn in dialogue.turns[: rendered.first_turn]])
-        statistics.lengths.append(len(rendered.input_ids))
-        yield dialogue, rendered
+def _features() -> Features:
+    from datasets import Features, List, Value
+
+    texts, integers = List(Value("string")), List(Value("int32"))
+    return Features(
+        {
+            "dialogue_id": Value("string"),
+            "persona": texts,
+            "partner_persona": texts,
+            "turns": List({"speaker": Value("string"), "text": Value("string")}),
+            "candidates": List(texts),
+            "input_ids": integers,
+            "labels": integers,
+            "reply_spans": List(integers),
+        }
+    )
+
+
+def _row(dialogue: Dialogue, rendered: Rendered) -> dict[str, Any]:
+    return {
+        "dialogue_id": dialogue.dialogue_id,
+        "persona": dialogue.persona,
+        "partner_persona": dialogue.partner_persona,
+        "turns": [turn._asdict() for turn in dialogue.turns],
+        "candidates": dialogue.candidates,
+        "input_ids": rendered.input_ids,
+        "labels": rendered.labels,
+        "reply_spans": rendered.reply_spans,
+    }
 
 
 def dialogue_of(row: dict[str, Any]) -> Dialogue:
@@ -108,13 +105,6 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
         partner_persona=tuple(row["partner_persona"]),
         candidates=tuple(tuple(options) for options in row["candidates"]),
     )
-
-
-def write_statistics(folder: Path, statistics: dict[str, SplitStatistics], corpus: dict[str, Any]) -> dict[str, Any]:
-    """Writes statistics.json: what each split holds, and what reading the corpus dropped and repaired."""
-    content = {"splits": {split: counts.as_json() for split, counts in statistics.items()}, "corpus": corpus}
-    write_json(folder / "statistics.json", content)
-    return content
 
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
@@ -182,3 +172,19 @@ def supervised_of(dataset: Dataset) -> np.ndarray:
     rows = np.asarray(pc.list_parent_indices(spans_of_rows))
     spans = np.asarray(pc.list_flatten(pc.list_flatten(spans_of_rows))).reshape(-1, 2)
     return np.bincount(rows, weights=spans[:, 1] - spans[:, 0], minlength=len(dataset)).astype(np.int64)
+
+
+def print_rows(dataset: Dataset, prompt: Prompt, count: int) -> None:
+    """Prints the first rows as the model sees them, supervised tokens in green or in [brackets]."""
+    in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if in_color else ("[", "]")
+    for row in dataset.select(range(min(count, len(dataset)))):
+        ids, supervised = row["input_ids"], [label != IGNORED for label in row["labels"]]
+        print(f"\n── {row['dialogue_id']}: {len(ids)} tokens, {sum(supervised)} supervised " + "─" * 20)
+        start = 0
+        for is_supervised, run in groupby(supervised):
+            end = start + len(list(run))
+            text = prompt.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            print(f"{before}{text}{after}" if is_supervised else text, end="")
+            start = end
+        print()

@@ -23,7 +23,7 @@ _NOT_TEXT = {
 }
 
 
-def head(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """The first bytes of a data file, without byte order mark and leading blanks.
 
     Raises:
@@ -60,8 +60,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             # At line feeds only, as bytes are split: a text's own idea of line ends has more of them.
             lines: Iterator[str] = io.StringIO(block.decode("utf-8"), newline="\n")
         except UnicodeDecodeError:
-            at = number + 1
-            lines = (_decode(raw, path, at + index) for index, raw in enumerate(io.BytesIO(block)))
+            first = number + 1
+            lines = (_decode(raw, path, first + index) for index, raw in enumerate(io.BytesIO(block)))
         for line in lines:
             number += 1
             if number == 1:
@@ -70,7 +70,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The file in pieces of whole lines: to read and to decode line by line takes three times as long."""
+    """The file in blocks of whole lines: reading and decoding line by line takes three times as long."""
     lines, rest = 0, b""
     try:
         with path.open("rb") as file:

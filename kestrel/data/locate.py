@@ -1,16 +1,17 @@
-"""From a source (file, folder or hub id) to local files, by split."""
+"""The local files of a source (file, folder or hub id), by split."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
 from kestrel.errors import KestrelError
 from kestrel.hub import use_cache_without_network
+from kestrel.runtime.manifest import sha256_of
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
@@ -30,65 +31,54 @@ _HUB_FILES = {
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file, or the section of a JSON file, that belongs to a split."""
-
-    path: Path
-    section: str | None = None
-
-
-@dataclass(frozen=True)
 class Located:
-    """What was found: parts by split (in the order train, validation, test) and where the files came from."""
+    """Files by split (in the order train, validation, test), the folder they are below, and their commit on the Hub."""
 
-    parts: dict[str, list[Part]]
+    files: dict[str, list[SourceFile]]
     root: Path
-    origin: dict[str, str]
+    hub_commit: dict[str, str] = field(default_factory=dict)
 
     @property
-    def files(self) -> list[Path]:
-        return list(dict.fromkeys(part.path for parts in self.parts.values() for part in parts))
+    def paths(self) -> list[Path]:
+        return list(dict.fromkeys(file.path for files in self.files.values() for file in files))
 
     def fingerprint(self) -> dict[str, str]:
         """File name below the source -> sha256; for the hub also the id and the commit."""
-        return self.origin | {path.relative_to(self.root).as_posix(): _sha256(path) for path in self.files}
+        return self.hub_commit | {path.relative_to(self.root).as_posix(): sha256_of(path) for path in self.paths}
 
 
 def locate(source: str, revision: str | None) -> Located:
     """Finds the files of a source.
 
     One file is the train split, whatever its name, unless it is a JSON object with a list for each split. In a folder,
-    the files' names (train*, valid*, dev*, test*; or such a word in the name, or the name of the folder that holds it)
-    tell the split.
+    the split is in the files' names (train*, valid*, dev*, test*; or such a word in the name or in that of a folder).
 
     Raises:
-        KestrelError: nothing there, or more than one thing that could be meant.
+        KestrelError: the source does not exist, or several of its files could be one split.
     """
     path = Path(source).expanduser()
     if path.exists() and revision:
-        raise KestrelError(f"{source} is on this machine; a revision ({revision}) is for data sets of the Hub only.")
+        raise KestrelError(f"{source} is a local path; data.revision ({revision}) is for data sets of the Hub only.")
     if path.is_dir():
-        return Located(_folder(path, source), path, {})
+        return Located(_files_of_folder(path, source), path)
     if path.exists():
-        named = {SECTIONS[section]: [Part(path, section)] for section in sections(path)}
-        return Located(
-            {split: named[split] for split in SPLITS if split in named} or {"train": [Part(path)]}, path.parent, {}
-        )
-    local = path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source) or path.parent.exists()
-    if local:
-        raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_nearest(path)}")
-    return _hub(source, revision)
+        by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in sections(path)}
+        files = {split: by_split[split] for split in SPLITS if split in by_split}
+        return Located(files or {"train": [SourceFile(path)]}, path.parent)
+    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source) or path.parent.exists():
+        raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_suggestion(path)}")
+    return _download(source, revision)
 
 
-def _nearest(path: Path) -> str:
+def _suggestion(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path()
     names = {entry.name.lower(): entry for entry in folder.iterdir() if not entry.name.startswith(".")}
     close = difflib.get_close_matches(path.name.lower(), names, n=1, cutoff=0.4)
-    return f" The nearest name there is {names[close[0]]}." if close else ""
+    return f" Did you mean {names[close[0]]}?" if close else ""
 
 
-def _folder(folder: Path, source: str) -> dict[str, list[Part]]:
-    found = sorted(
+def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
+    paths = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix in SUFFIXES
@@ -96,23 +86,23 @@ def _folder(folder: Path, source: str) -> dict[str, list[Part]]:
         and not _NOT_DATA.match(path.name)
         and not any(piece.startswith(".") for piece in path.relative_to(folder).parts)
     )
-    by_split: dict[str, list[Part]] = {}
+    by_split: dict[str, list[SourceFile]] = {}
     for split in SPLITS:
-        files = [path for path in found if _split_of(path, folder) == split]
+        files = [path for path in paths if _split_of(path, folder) == split]
         if len({re.sub(r"\d+", "#", path.name) for path in files}) > 1:
             names = ", ".join(path.relative_to(folder).as_posix() for path in files[:6])
             raise KestrelError(
                 f"{source}: several files could be the {split} split ({names}). "
-                "Give one file, or a folder that holds one form of the data."
+                "Set data.source to one file, or to a folder that holds one form of the data."
             )
         if files:
-            by_split[split] = [Part(path) for path in files]
+            by_split[split] = [SourceFile(path) for path in files]
     if "train" in by_split:
         return by_split
-    seen = ", ".join(path.relative_to(folder).as_posix() for path in found[:6]) or "no data file"
+    found = ", ".join(path.relative_to(folder).as_posix() for path in paths[:6]) or "no data file"
     raise KestrelError(
-        f"{source}: no train split: a file whose name begins with 'train' ({'/'.join(SUFFIXES)}) is needed; found {seen}. "
-        "To cut all splits from one file, give that file."
+        f"{source}: no train split: a file whose name begins with 'train' ({'/'.join(SUFFIXES)}) is needed; found {found}. "
+        "To cut all splits from one file, set data.source to that file."
     )
 
 
@@ -128,7 +118,7 @@ def _split_of(path: Path, folder: Path) -> str | None:
     return None
 
 
-def _hub(repo_id: str, revision: str | None) -> Located:
+def _download(repo_id: str, revision: str | None) -> Located:
     """Downloads the files of a hub set into the Hub's cache, or finds them there, and treats them as a folder."""
     import huggingface_hub
 
@@ -143,19 +133,13 @@ def _hub(repo_id: str, revision: str | None) -> Located:
                 repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns, max_workers=2
             )
         )
-    # The Hub's client raises many kinds (its own, httpx's, OSError): all of them mean that the data is not here.
+    # The Hub's client raises many types (its own, httpx's, OSError): all of them mean that the data cannot be had.
     except Exception as error:
         raise KestrelError(
-            f"{repo_id} (revision {revision}) is not a file here, is not in the Hub's cache and could not be downloaded "
+            f"{repo_id} (revision {revision}) is not a local file, is not in the Hub's cache and could not be downloaded "
             f"({type(error).__name__}). Connect to the network (and unset HF_HUB_OFFLINE), fill the cache elsewhere "
             f"with `hf download --repo-type dataset {repo_id} --revision {revision}` and set HF_HOME to it, or set "
             "data.source to a folder with the downloaded files."
         ) from error
-    origin = {"hub id": repo_id, "hub revision": snapshot.name}
-    parts = _folder(snapshot, f"{repo_id} (in {snapshot})")
-    return Located(parts, snapshot, origin)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files = _files_of_folder(snapshot, f"{repo_id} (in {snapshot})")
+    return Located(files, snapshot, {"hub id": repo_id, "hub revision": snapshot.name})

@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kestrel.data.corpus import Corpus
-from kestrel.data.repair import finish, persona_key, stable_hash
-from kestrel.data.tally import Tally
+from kestrel.data.read_counts import ReadCounts
+from kestrel.data.repair import persona_key, repair, stable_hash
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 
@@ -46,35 +46,35 @@ class Reading:
     def __init__(self, corpus: Corpus, split: str, seed: int = 0, folder: Path | None = None):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open as long as this object exists
         self._ends = array("Q", [0])
-        self.rest = Tally()
+        self.rest = ReadCounts()
         keys = array("Q")
         failure: KestrelError | None = None
         with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
             try:
-                for draft in corpus.drafts(split, self.rest):
-                    dialogue = finish(draft, self.rest)
+                for raw in corpus.raw_dialogues(split, self.rest):
+                    dialogue = repair(raw, self.rest)
                     if dialogue is not None:
-                        self.rest.kept += 1
                         keys.extend(_keys(dialogue, seed))
                         self._add(dialogue)
                         bar.update()
             except KestrelError as error:
                 failure = error
         self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
-        corpus.refuse_repeated_ids(split, self.ranks)  # a repeated id comes before what stopped the reader
+        corpus.require_unique_ids(split, self.ranks)  # a repeated id comes before what stopped the reader
         if failure is not None:
             raise failure
         if not len(self.ranks):
-            corpus.refuse_nothing(split, self.rest.dropped)
+            why = self.rest.why_dropped() or "it has none"
+            raise KestrelError(f"{corpus.source}: the {split} split yields no dialogue ({why}).")
 
-    def dialogues(self, chosen: Iterable[int] | None = None) -> Iterator[tuple[Dialogue, Tally]]:
+    def dialogues(self, chosen: Iterable[int] | None = None) -> Iterator[tuple[Dialogue, ReadCounts]]:
         """Dialogues, each with what was counted since the dialogue before it in the source.
 
         Args:
-            chosen: their places in the source, from 0; None: all.
+            chosen: indices in the order of the source; None: all.
         """
-        for place in range(len(self.ranks)) if chosen is None else chosen:
-            start, end = self._ends[place], self._ends[place + 1]
+        for index in range(len(self.ranks)) if chosen is None else chosen:
+            start, end = self._ends[index], self._ends[index + 1]
             self._file.seek(start)
             yield _unpacked(self._file.read(end - start))
 
@@ -93,7 +93,7 @@ def _keys(dialogue: Dialogue, seed: int) -> tuple[int, int, int, int]:
 # marshal takes a quarter of pickle's time, and plain types only.
 
 
-def _packed(dialogue: Dialogue, counted: Tally) -> bytes:
+def _packed(dialogue: Dialogue, counted: ReadCounts) -> bytes:
     turns = [tuple(turn) for turn in dialogue.turns]
     ids = (dialogue.dialogue_id, dialogue.conversation_id)
     fields = (*ids, dialogue.persona, dialogue.partner_persona, turns, dialogue.candidates)
@@ -101,9 +101,9 @@ def _packed(dialogue: Dialogue, counted: Tally) -> bytes:
     return marshal.dumps((fields, counts))
 
 
-def _unpacked(record: bytes) -> tuple[Dialogue, Tally]:
+def _unpacked(record: bytes) -> tuple[Dialogue, ReadCounts]:
     fields, (read, kept, dropped, repaired, examples) = marshal.loads(record)
     dialogue_id, conversation_id, persona, partner_persona, turns, candidates = fields
     turns = tuple([Turn(*turn) for turn in turns])
     dialogue = Dialogue(dialogue_id, persona, turns, conversation_id, partner_persona, candidates)
-    return dialogue, Tally(read, kept, Counter(dropped), Counter(repaired), examples)
+    return dialogue, ReadCounts(read, kept, Counter(dropped), Counter(repaired), examples)

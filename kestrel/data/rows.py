@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from kestrel.data.lines import LONGEST_LINE, head, text_lines
+from kestrel.data.lines import LONGEST_LINE, first_bytes, text_lines
 from kestrel.errors import KestrelError
 
-Container = Literal["parquet", "json", "jsonl", "csv", "numbered"]
+FileType = Literal["parquet", "json", "jsonl", "csv", "numbered"]
 SECTIONS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 
 _CHUNK = 2**20
@@ -52,27 +52,27 @@ class Row:
             raise KestrelError(f"{self.where}: '{key}' must be a list of objects, found {self._found(key)}.")
         return [Row(f"{self.where}, {key}[{index}]", item) for index, item in enumerate(value)]
 
-    def label(self, key: str) -> str:
+    def identifier(self, key: str) -> str:
         """A column that identifies something: a printable text or a whole number."""
         value = self.values.get(key, self)
-        label = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-        if not label.strip() or not label.isprintable():
+        text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+        if not text.strip() or not text.isprintable():
             raise KestrelError(
                 f"{self.where}: '{key}' must be a printable text or a whole number, found {self._found(key)}."
             )
-        return label
+        return text
 
     def _found(self, key: str) -> str:
         return repr(self.values[key])[:60] if key in self.values else f"only {sorted(self.values)}"
 
 
-def container(path: Path) -> Container:
-    """What kind of file this is, by its first bytes.
+def file_type(path: Path) -> FileType:
+    """The type of a file, by its first bytes.
 
     Raises:
-        KestrelError: the file is empty, or plainly not data (see `lines.head`).
+        KestrelError: the file is empty, or plainly not data (see `lines.first_bytes`).
     """
-    start = head(path)
+    start = first_bytes(path)
     if start.startswith(b"PAR1"):
         return "parquet"
     if start.startswith(b"[") or _JSON_SECTIONS.match(start):
@@ -84,7 +84,7 @@ def container(path: Path) -> Container:
 
 def sections(path: Path) -> list[str]:
     """The keys of a JSON object of lists that name splits, in the file's order; empty for any other file."""
-    if container(path) != "json":
+    if file_type(path) != "json":
         return []
     found = []
     for section, _, _ in _json_items(path):
@@ -98,11 +98,11 @@ def rows(path: Path, section: str | None = None) -> Iterator[Row]:
 
     Args:
         path: a file of any kind but ParlAI's.
-        section: for a JSON object of lists, the key whose list is wanted; None: all.
+        section: for a JSON object of lists, the key whose list is meant; None: all.
     Raises:
         KestrelError: malformed, with the place.
     """
-    kind = container(path)
+    kind = file_type(path)
     if kind == "parquet":
         yield from _parquet(path)
     elif kind == "json":
@@ -136,7 +136,7 @@ def _csv(path: Path) -> Iterator[Row]:
     try:
         columns = next(reader)
         if len(set(columns)) != len(columns):
-            raise KestrelError(f"{path}:1: a column name stands twice in {columns}.")
+            raise KestrelError(f"{path}:1: a column name occurs twice in {columns}.")
         start = reader.line_num + 1
         for cells in reader:
             where = f"{path}:{start}"

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 import preprocess
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Model
-from kestrel.data.dataset import load_split, open_dataset
+from kestrel.data.dataset import load_split, open_dataset, print_rows
 from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
 from kestrel.prompt.tokenizer import load_tokenizer
 
@@ -155,7 +155,8 @@ def test_show(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], mo
     assert preprocess.main(argv) == 0
     plain = capsys.readouterr().out.partition("wrote ")[2]
     assert plain.count("── ") == 2 and "\033[" not in plain and plain.count("<|endoftext|>]") == 6
-    row = load_split(tmp_path / "run" / "dataset", "train", "x")[0]
+    rows = load_split(tmp_path / "run" / "dataset", "train", "x")
+    row = rows[0]
     told, supervised = len(row["input_ids"]), sum(label != -100 for label in row["labels"])
     assert f"{row['dialogue_id']}: {told} tokens, {supervised} supervised" in plain
     assert "Persona: " + " ".join(row["persona"]) in plain
@@ -165,12 +166,12 @@ def test_show(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], mo
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    preprocess.show(tmp_path / "run" / "dataset", Prompt(make.falcon_like(), "plain", 1024), 2)
+    print_rows(rows, Prompt(make.falcon_like(), "plain", 1024), 2)
     coloured = capsys.readouterr().out
     assert coloured.count("\033[32m") == coloured.count("\033[0m") == 6
     assert coloured.replace("\033[32m", "[").replace("\033[0m", "]").strip() in plain
     monkeypatch.setenv("NO_COLOR", "1")
-    preprocess.show(tmp_path / "run" / "dataset", Prompt(make.falcon_like(), "plain", 1024), 99)
+    print_rows(rows, Prompt(make.falcon_like(), "plain", 1024), 99)
     assert "\033[" not in capsys.readouterr().out
 
 
@@ -252,12 +253,12 @@ def test_a_file_in_the_place_of_the_dataset_stays(
 
 
 def test_little_is_imported() -> None:
-    """The toy's dataset is made without torch, pandas or datasets, which take longer to import than it takes to make."""
+    """The quickstart's dataset is made without torch, which takes longer to import than the dataset takes to make."""
     code = (
         "import sys, preprocess, tempfile\n"
         "run = tempfile.mkdtemp()\n"
         "assert preprocess.main(['--config', 'configs/quickstart.yaml', '--run_dir', run, '--show', '1']) == 0\n"
-        "print('imported:', sorted({'torch', 'pandas', 'datasets', 'peft', 'accelerate'} & set(sys.modules)))\n"
+        "print('imported:', sorted({'torch', 'peft', 'accelerate'} & set(sys.modules)))\n"
         "from transformers import AutoTokenizer\n"
         "AutoTokenizer.from_pretrained('quickstart/base')\n"
         "print('torch' in sys.modules)\n"

@@ -25,7 +25,8 @@ from make_corpora import (
     write,
 )  # fmt: skip
 
-from kestrel.data.corpus import FORMATS, open_corpus
+from kestrel.data.corpus import open_corpus
+from kestrel.data.formats.recognize import FORMATS
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 
@@ -41,13 +42,13 @@ def test_the_same_dialogue_from_every_format(tmp_path: Path, format: str, dressi
     source = write(tmp_path, content)
     corpus = open_corpus(source)
     assert corpus.format == format
-    dialogues, tally = read(source, both_sides=False)
+    dialogues, counts = read(source, both_sides=False)
     assert [dialogue.turns for dialogue in dialogues] == [TURNS]
     assert dialogues[0].persona == tuple(PERSONA)
     expected = tuple(map(tuple, DISTRACTORS)) if format in ("parlai", "huggingface", "truecased", "kestrel") else ()
     assert dialogues[0].candidates == expected
-    assert not tally.dropped
-    assert not tally.repaired
+    assert not counts.dropped
+    assert not counts.repaired
 
 
 @pytest.mark.parametrize("format", ["huggingface", "truecased", "cynaptics", "synthetic"])
@@ -77,7 +78,7 @@ def test_parlai_personas(tmp_path: Path, kind: str) -> None:
         assert other.turns[0].speaker == "self"
 
 
-def test_parlai_both_sides_already_told_are_not_told_again(tmp_path: Path) -> None:
+def test_parlai_adds_no_side_that_the_file_holds_already(tmp_path: Path) -> None:
     said = [f"utterance {number}" for number in range(10)]
     first = "".join(f"{at // 2 + 3} {said[at]}\t{said[at + 1]}\n" for at in range(0, 10, 2))
     mirror = ["__ SILENCE __", *said[:9]]
@@ -100,9 +101,9 @@ def test_histories_that_contradict_each_other_drop_the_dialogue(tmp_path: Path) 
     bad = steps()
     bad[0]["candidates"] = ["another gold reply"]
     rows = [{"personality": PERSONA, "utterances": turns} for turns in (bad, steps())]
-    dialogues, tally = read(write(tmp_path, json.dumps({"train": rows})))
+    dialogues, counts = read(write(tmp_path, json.dumps({"train": rows})))
     assert len(dialogues) == 1
-    assert tally.dropped == {"histories of its rows contradict each other": 1}
+    assert counts.dropped == {"histories of its rows contradict each other": 1}
 
 
 def test_a_history_that_begins_with_the_owner(tmp_path: Path) -> None:
@@ -114,9 +115,9 @@ def test_a_history_that_begins_with_the_owner(tmp_path: Path) -> None:
 
 def test_cynaptics_keeps_the_longest_row_of_a_conversation(tmp_path: Path) -> None:
     short = CYNAPTICS | {"dialogue": CYNAPTICS["dialogue"][:3], "reference": SAID[3]}
-    dialogues, tally = read(write(tmp_path, "\n".join(json.dumps(row) for row in (short, CYNAPTICS, short))))
+    dialogues, counts = read(write(tmp_path, "\n".join(json.dumps(row) for row in (short, CYNAPTICS, short))))
     assert [dialogue.turns for dialogue in dialogues] == [TURNS]
-    assert tally.repaired == {"rows left out: a longer row holds the same conversation": 2}
+    assert counts.repaired == {"rows left out: a longer row holds the same conversation": 2}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,9 @@ def test_synthetic_mess(tmp_path: Path, conversation: str, expected: str) -> Non
 
 
 def test_synthetic_rows_without_turns_are_counted_for_both_owners(tmp_path: Path) -> None:
-    dialogues, tally = read(write(tmp_path, table(spc("No conversation was made."), spc(tagged()))))
+    dialogues, counts = read(write(tmp_path, table(spc("No conversation was made."), spc(tagged()))))
     assert len(dialogues) == 2
-    assert tally.dropped == {"no reply by the persona's owner": 2}
+    assert counts.dropped == {"no reply by the persona's owner": 2}
     assert {dialogue.conversation_id for dialogue in dialogues} == {"train-000001"}
 
 
@@ -159,10 +160,10 @@ def test_repairs_are_counted(tmp_path: Path) -> None:
         {"speaker": "partner", "text": "bye"},
     ]
     record = {"persona": ["p", ""], "turns": turns, "candidates": [["q"], [], ["gold", "r"]]}
-    dialogues, tally = read(write(tmp_path, json.dumps(record)))
+    dialogues, counts = read(write(tmp_path, json.dumps(record)))
     assert [turn.text for turn in dialogues[0].turns] == ["hi there", "ab", "x y", "gold"]
     assert dialogues[0].candidates == (("q",), ("r",))
-    assert tally.repaired == {
+    assert counts.repaired == {
         "texts joined: they ran over several lines or held tabs": 1,
         "texts freed of control characters or broken surrogates": 2,
         "turns removed: empty": 1,
@@ -171,7 +172,7 @@ def test_repairs_are_counted(tmp_path: Path) -> None:
         "persona sentences removed: empty": 1,
         "candidates removed: the gold reply among the distractors": 1,
     }
-    assert "data.x:1" in tally.table()
+    assert "data.x:1" in counts.table()
 
 
 def test_a_very_long_turn_passes(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_folder_of_native_splits(tmp_path: Path) -> None:
         write(tmp_path, parlai("self"), name)
     corpus = open_corpus(str(tmp_path))
     assert corpus.splits == ("train", "validation")
-    assert set(corpus.fingerprint) == {path.name for path in corpus.files}
+    assert set(corpus.fingerprint) == {path.name for path in corpus.paths}
     write(tmp_path, parlai("both"), "train_both_original.txt")
     with pytest.raises(KestrelError, match="several files could be the train split"):
         open_corpus(str(tmp_path))

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kestrel.data.corpus import FORMATS, Tally, open_corpus
+from kestrel.data.corpus import open_corpus
+from kestrel.data.formats.recognize import FORMATS
+from kestrel.data.read_counts import ReadCounts
 from kestrel.data.reading import Reading
 from kestrel.data.splits import Splitter
 from kestrel.dialogue import Dialogue
@@ -69,15 +71,15 @@ def corpus(data: bytes, format: str) -> None:
     source = open_corpus(str(_file("source", data)), format)
     for split in source.splits:
         reading = Reading(source, split)
-        tally = reading.rest
+        counts = reading.rest
         for dialogue, counted in reading.dialogues():
             _is_sound(dialogue)
-            tally.absorb(counted)
-        assert tally.read == tally.kept + tally.dropped.total()
+            counts.add(counted)
+        assert counts.read == counts.kept + counts.dropped.total()
     with contextlib.suppress(KestrelError):  # three dialogues need not be enough for three splits
         cut = Splitter(source, validation_fraction=0.3, test_fraction=0.3)
         for split in cut.splits:
-            assert list(cut.read(split, Tally()))
+            assert list(cut.read(split, ReadCounts()))
 
 
 def config(data: bytes) -> None:

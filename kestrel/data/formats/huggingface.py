@@ -7,50 +7,50 @@ the gold one last. Reference: https://github.com/huggingface/transfer-learning-c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from kestrel.data.repair import Draft, Utterance, normalised
-from kestrel.data.rows import Row, rows
-from kestrel.data.tally import Tally
+from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
+from kestrel.data.read_counts import ReadCounts
+from kestrel.data.repair import normalized
+from kestrel.data.rows import Row
 from kestrel.errors import KestrelError
 
+COLUMNS = {"personality", "utterances"}
 
-def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
-    """Drafts of one file, or of one section of it."""
-    for index, row in enumerate(rows(path, section)):
-        turns = assemble(row.objects("utterances"), row.where, tally)
+
+def read(file: SourceFile) -> Iterator[RawDialogue]:
+    for index, row in enumerate(file.rows()):
+        turns = turns_of_steps(row.objects("utterances"), row.where, file.counts)
         if turns is not None:
-            yield Draft(row.where, f"{prefix}-{index:06d}", row.texts("personality"), turns)
+            yield RawDialogue(row.where, file.dialogue_id(index), row.texts("personality"), turns)
 
 
-def assemble(steps: Sequence[Row], where: str, tally: Tally) -> tuple[Utterance, ...] | None:
-    """Makes one conversation of rows that each hold `history` and `candidates`, the gold reply last.
+def turns_of_steps(steps: Sequence[Row], where: str, counts: ReadCounts) -> tuple[RawTurn, ...] | None:
+    """The turns of one conversation from rows that each hold `history` and `candidates`, the gold reply last.
 
-    The longest history tells the conversation. Each reply must stand in it where its own history ends; otherwise the
-    rows contradict each other, the dialogue is counted as dropped, and the result is None.
+    The longest history is the conversation. Each reply must be in it where its own history ends; otherwise the rows
+    contradict each other, the dialogue is counted as dropped, and the result is None.
     """
     if not steps:
         return ()
     histories = [step.texts("history") for step in steps]
-    offers = [step.texts("candidates") for step in steps]
-    for step, offer in zip(steps, offers, strict=True):
-        if not offer:
+    candidate_lists = [step.texts("candidates") for step in steps]
+    for step, candidates in zip(steps, candidate_lists, strict=True):
+        if not candidates:
             raise KestrelError(f"{step.where}: 'candidates' is empty; its last entry must be the gold reply.")
     last = max(range(len(steps)), key=lambda index: len(histories[index]))
-    texts = [*histories[last], offers[last][-1]]
+    texts = [*histories[last], candidate_lists[last][-1]]
     distractors: dict[int, tuple[str, ...]] = {}
-    for history, offer in zip(histories, offers, strict=True):
+    for history, candidates in zip(histories, candidate_lists, strict=True):
         at = len(history)
-        if [normalised(text) for text in (*history[-1:], offer[-1])] != [
-            normalised(text) for text in texts[max(at - 1, 0) : at + 1]
-        ]:
-            tally.read += 1
-            tally.drop("histories of its rows contradict each other", where)
+        expected = texts[max(at - 1, 0) : at + 1]
+        if list(map(normalized, (*history[-1:], candidates[-1]))) != list(map(normalized, expected)):
+            counts.read += 1
+            counts.drop("histories of its rows contradict each other", where)
             return None
-        texts[at] = offer[-1]
-        distractors[at] = offer[:-1]
+        texts[at] = candidates[-1]
+        distractors[at] = candidates[:-1]
     end = len(texts) - 1
     return tuple(
-        Utterance("self" if (end - at) % 2 == 0 else "partner", text, distractors.get(at, ()))
+        RawTurn("self" if (end - at) % 2 == 0 else "partner", text, distractors.get(at, ()))
         for at, text in enumerate(texts)
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from kestrel.data.repair import Draft, Utterance
-from kestrel.data.rows import rows
-from kestrel.data.tally import Tally
+from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
+
+COLUMNS = {"Persona", "chat"}
 
 # The sentences are joined by ". ", after a full stop of their own or not, or by nothing after " ."
 _BETWEEN_SENTENCES = re.compile(
@@ -16,11 +15,10 @@ _BETWEEN_SENTENCES = re.compile(
 )
 
 
-def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
-    """Drafts of one file."""
-    for index, row in enumerate(rows(path, section)):
+def read(file: SourceFile) -> Iterator[RawDialogue]:
+    for index, row in enumerate(file.rows()):
         persona = tuple(_BETWEEN_SENTENCES.split(row.text("Persona").strip()))
         # An empty line is somebody's empty turn: it counts for whose turn it is, and is removed later.
         lines = row.text("chat").strip("\r\n").split("\n")
-        turns = tuple(Utterance("self" if at % 2 else "partner", line) for at, line in enumerate(lines))
-        yield Draft(row.where, f"{prefix}-{index:06d}", persona, turns)
+        turns = tuple(RawTurn("self" if at % 2 else "partner", line) for at, line in enumerate(lines))
+        yield RawDialogue(row.where, file.dialogue_id(index), persona, turns)

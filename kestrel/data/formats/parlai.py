@@ -1,6 +1,6 @@
 """ParlAI's text form of Persona-Chat and ConvAI2: self, other, both and none; original and revised; with candidates.
 
-Each line is `N text`, where N counts from 1 within a dialogue. The first lines tell the personas; the others are
+Each line is `N text`, where N counts from 1 within a dialogue. The first lines are the personas; the others are
 `text<TAB>reply[<TAB>reward[<TAB>candidate|...|gold]]`, the reply being the persona's owner's.
 Reference: FbDeprecatedDialogTeacher of ParlAI (https://github.com/facebookresearch/ParlAI).
 """
@@ -14,49 +14,51 @@ from pathlib import Path
 import numpy as np
 
 from kestrel.data.lines import text_lines
-from kestrel.data.repair import Draft, Utterance, opening, persona_key, stable_hash
-from kestrel.data.tally import Tally
+from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
+from kestrel.data.repair import conversation_id_from, persona_key, stable_hash
 from kestrel.errors import KestrelError
 
-OWN = "your persona:"
-PARTNERS = "partner's persona:"
+COLUMNS: set[str] = set()  # numbered lines instead
+
+_OWN = "your persona:"
+_PARTNERS = "partner's persona:"
 
 
-def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
-    """Drafts of one file. A dialogue of a `both` file is followed by the partner's side of it.
+def read(file: SourceFile) -> Iterator[RawDialogue]:
+    """A dialogue of a `both` file is followed by the partner's side of it.
 
-    ConvAI2's `both` files hold each conversation once for each owner already; then nothing is added. To know that takes
-    a first pass over the file, which keeps 8 bytes a dialogue.
+    ConvAI2's `both` files already hold each conversation once for each owner; then nothing is added. To find that out
+    takes a first pass over the file, which keeps 8 bytes a dialogue.
 
     Raises:
         KestrelError: a malformed line, with file and line.
     """
-    told: np.ndarray | None = None
-    for draft in _dialogues(path, prefix):
-        yield draft
-        if both_sides and draft.persona and draft.partner_persona:
-            if told is None:
-                owners = (_owned(native, native.persona) for native in _dialogues(path, prefix))
-                told = np.unique(np.fromiter(owners, np.uint64))
-            key = _owned(draft, draft.partner_persona)
-            at = int(np.searchsorted(told, key))
-            if at == len(told) or told[at] != key:
-                yield draft.other_side()
+    in_file: np.ndarray | None = None
+    for dialogue in _dialogues(file):
+        yield dialogue
+        if file.both_sides and dialogue.persona and dialogue.partner_persona:
+            if in_file is None:
+                sides = (_side_hash(each, each.persona) for each in _dialogues(file))
+                in_file = np.unique(np.fromiter(sides, np.uint64))
+            other = _side_hash(dialogue, dialogue.partner_persona)
+            at = int(np.searchsorted(in_file, other))
+            if at == len(in_file) or in_file[at] != other:
+                yield dialogue.other_side()
 
 
-def _owned(draft: Draft, persona: tuple[str, ...]) -> np.uint64:
+def _side_hash(dialogue: RawDialogue, persona: tuple[str, ...]) -> np.uint64:
     """A conversation and one of its owners, in 64 bits."""
-    return np.uint64(stable_hash(str(persona_key(persona)), opening(draft.turns)))
+    return np.uint64(stable_hash(str(persona_key(persona)), conversation_id_from(dialogue.turns)))
 
 
-def _dialogues(path: Path, prefix: str) -> Iterator[Draft]:
-    expected = True
-    for index, block in enumerate(_blocks(path)):
-        draft = _draft(block, path, f"{prefix}-{index:06d}")
+def _dialogues(file: SourceFile) -> Iterator[RawDialogue]:
+    persona_expected = True
+    for index, block in enumerate(_blocks(file.path)):
+        dialogue = _dialogue(block, file.path, file.dialogue_id(index))
         if index == 0:
-            # A file is of one kind: where the first dialogue tells no persona of the owner, the file never does.
-            expected = bool(draft.persona)
-        yield draft if expected else replace(draft, personas_expected=False)
+            # A file is of one kind: where the first dialogue has no persona of the owner, none has.
+            persona_expected = bool(dialogue.persona)
+        yield dialogue if persona_expected else replace(dialogue, persona_expected=False)
 
 
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
@@ -64,32 +66,32 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     block: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         line = line.rstrip("\r\n")
-        told, blank, text = line.partition(" ")
-        if not (blank and told.isdecimal() and len(told) < 10):
+        digits, space, text = line.partition(" ")
+        if not (space and digits.isdecimal() and len(digits) < 10):
             if not line.strip():
                 continue
             raise KestrelError(f"{path}:{number}: a ParlAI line is a number, a space and text; found {line[:60]!r}.")
         if "\r" in line:
             raise KestrelError(f"{path}:{number}: a carriage return inside the line; convert the line ends.")
-        count = int(told)
+        count = int(digits)
         if count == 1 and block:
             yield block
             block = []
         if count != len(block) + 1:
             raise KestrelError(
-                f"{path}:{number}: line {count} of a dialogue where {len(block) + 1} should stand; are lines missing?"
+                f"{path}:{number}: line {count} of a dialogue where line {len(block) + 1} is expected; are lines missing?"
             )
         block.append((number, text))
     if block:
         yield block
 
 
-def _draft(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> Draft:
-    personas: dict[str, list[str]] = {OWN: [], PARTNERS: []}
-    turns: list[Utterance] = []
+def _dialogue(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> RawDialogue:
+    personas: dict[str, list[str]] = {_OWN: [], _PARTNERS: []}
+    turns: list[RawTurn] = []
     for number, text in block:
         fields = text.split("\t")
-        owner = OWN if text.startswith(OWN) else PARTNERS if text.startswith(PARTNERS) else None
+        owner = next((kind for kind in personas if text.startswith(kind)), None)
         if owner and len(fields) == 1 and not turns:
             personas[owner].append(text.removeprefix(owner))
             continue
@@ -102,11 +104,11 @@ def _draft(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> Draft:
         candidates = fields[3].split("|") if len(fields) == 4 and fields[3] else []
         if candidates and candidates[-1].strip() == reply.strip():
             candidates.pop()
-        turns += (Utterance("partner", fields[0]), Utterance("self", reply, tuple(candidates)))
-    return Draft(
+        turns += (RawTurn("partner", fields[0]), RawTurn("self", reply, tuple(candidates)))
+    return RawDialogue(
         where=f"{path}:{block[0][0]}",
         dialogue_id=dialogue_id,
-        persona=tuple(personas[OWN]),
-        partner_persona=tuple(personas[PARTNERS]),
+        persona=tuple(personas[_OWN]),
+        partner_persona=tuple(personas[_PARTNERS]),
         turns=tuple(turns),
     )

@@ -1,65 +1,73 @@
-"""Which format a file has, by its content."""
+"""Which format a file has, by its content. A new format is one module and one entry in `FORMATS`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Protocol
 
 from kestrel.data.formats import cynaptics, huggingface, kaggle, own, parlai, synthetic, truecased
-from kestrel.data.rows import container, rows
+from kestrel.data.raw import RawDialogue, SourceFile
+from kestrel.data.rows import file_type
 from kestrel.errors import KestrelError
 
-READERS = {
-    "parlai": parlai.read,
-    "huggingface": huggingface.read,
-    "truecased": truecased.read,
-    "cynaptics": cynaptics.read,
-    "synthetic": synthetic.read,
-    "kaggle": kaggle.read,
-    "kestrel": own.read,
+
+class Format(Protocol):
+    """What the module of a format holds.
+
+    Attributes:
+        COLUMNS: what the first row must have; empty for ParlAI's numbered lines.
+    """
+
+    COLUMNS: set[str]
+
+    def read(self, file: SourceFile) -> Iterator[RawDialogue]:
+        """The dialogues of one file, in its order, as they are there."""
+
+
+FORMATS: dict[str, Format] = {
+    "parlai": parlai,
+    "huggingface": huggingface,
+    "truecased": truecased,
+    "cynaptics": cynaptics,
+    "synthetic": synthetic,
+    "kaggle": kaggle,
+    "kestrel": own,
 }
-FORMATS = tuple(READERS)
-
-# What the first row of each format must have. ParlAI's has no columns but lines that begin with a number.
-_COLUMNS = {
-    "huggingface": {"personality", "utterances"},
-    "truecased": {"personality", "candidates", "history", "conv_id"},
-    "cynaptics": {"conv_id", "persona_b", "dialogue", "reference"},
-    "synthetic": {*synthetic.PERSONAS, synthetic.CONVERSATION},
-    "kaggle": {"Persona", "chat"},
-    "kestrel": {"persona", "turns"},
-}
 
 
-def resolve(path: Path, section: str | None, wanted: str) -> str:
+def recognize(file: SourceFile, expected: str) -> str:
     """The format of a file.
 
     Args:
-        wanted: one of `FORMATS`, which is then only checked, or "auto".
+        file: only its beginning is read.
+        expected: a key of `FORMATS`, which is then only checked, or "auto".
+
     Raises:
-        KestrelError: the file is of no known format, of several, or not of the wanted one.
+        KestrelError: the file is of no known format, of several, or not of the expected one.
     """
-    if wanted != "auto" and wanted not in FORMATS:
-        raise KestrelError(f"{wanted!r} is not a data format; there are: auto, {', '.join(FORMATS)}.")
-    if container(path) == "numbered":
-        where, found, fitting = f"{path}:1", "numbered lines", ["parlai"]
+    if file_type(file.path) == "numbered":
+        where, content, matching = f"{file.path}:1", "numbered lines", ["parlai"]
     else:
-        row = next(rows(path, section), None)
+        row = next(file.rows(), None)
         if row is None:
-            raise KestrelError(f"{path}: the file has no rows.")
-        where, found = row.where, f"the columns {sorted(row.values)}"
-        fitting = [name for name, columns in _COLUMNS.items() if columns <= row.values.keys()]
-    if wanted in fitting:
-        return wanted
-    if wanted != "auto":
-        seems = f" It looks like {' or '.join(fitting)}." if fitting else ""
-        raise KestrelError(f"{where}: not in the format {wanted}, which needs {_needs(wanted)}; found {found}.{seems}")
-    if len(fitting) > 1:
-        raise KestrelError(f"{where}: this could be {' or '.join(fitting)}; name one as data.format.")
-    if not fitting:
+            raise KestrelError(f"{file.path}: the file has no rows.")
+        where, content = row.where, f"the columns {sorted(row.values)}"
+        matching = [name for name, each in FORMATS.items() if each.COLUMNS and each.COLUMNS <= row.values.keys()]
+    if expected in matching:
+        return expected
+    if expected != "auto":
+        hint = f" It looks like {' or '.join(matching)}." if matching else ""
+        raise KestrelError(
+            f"{where}: not in the format {expected}, which needs {_needs(expected)}; found {content}.{hint}"
+        )
+    if len(matching) > 1:
+        raise KestrelError(f"{where}: this could be {' or '.join(matching)}; set data.format to one of them.")
+    if not matching:
         known = "; ".join(f"{name}: {_needs(name)}" for name in FORMATS)
-        raise KestrelError(f"{where}: of no known format: found {found}. Known are {known}.")
-    return fitting[0]
+        raise KestrelError(f"{where}: the format is unknown: found {content}. Known formats are {known}.")
+    return matching[0]
 
 
 def _needs(name: str) -> str:
-    return "lines 'N text'" if name == "parlai" else "the columns " + ", ".join(sorted(_COLUMNS[name]))
+    columns = FORMATS[name].COLUMNS
+    return "the columns " + ", ".join(sorted(columns)) if columns else "lines 'N text'"

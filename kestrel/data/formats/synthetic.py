@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from kestrel.data.repair import Draft, Utterance
-from kestrel.data.rows import rows
-from kestrel.data.tally import Tally
+from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
+from kestrel.data.read_counts import ReadCounts
 
-PERSONAS = ("user 1 personas", "user 2 personas")
-CONVERSATION = "Best Generated Conversation"
+_PERSONAS = ("user 1 personas", "user 2 personas")
+_CONVERSATION = "Best Generated Conversation"
+COLUMNS = {*_PERSONAS, _CONVERSATION}
 
 _TAG = re.compile(r"(?P<mark>[*_#>\s-]*)user ?(?P<user>[12])\s*[*_]*\s*:(?P<text>.*)", re.IGNORECASE | re.DOTALL)
 _WORDS = r"name|city|town|hometown|country|state|age|job|location|place|school|company"
@@ -44,35 +43,35 @@ _GREETING = re.compile(r"\s*(?:hi|hello|hey)(?: there)?(?=[,.! ])", re.IGNORECAS
 _ASIDE = re.compile(r"[\[(*].*[\])*]")
 
 
-def read(path: Path, section: str | None, prefix: str, both_sides: bool, tally: Tally) -> Iterator[Draft]:
-    """Drafts of one file: user 2, who answers first as in the other sources, then user 1 where `both_sides`."""
-    for index, row in enumerate(rows(path, section)):
-        one, two = (tuple(line for line in row.text(key).split("\n") if line.strip()) for key in PERSONAS)
-        spoken = _conversation(row.text(CONVERSATION), row.where, tally)
-        turns = tuple(Utterance("partner" if user == "1" else "self", text) for user, text in spoken)
-        identity = f"{prefix}-{index:06d}"
-        draft = Draft(row.where, identity, two, turns, identity, one)
-        yield draft
-        if both_sides:
-            yield draft.other_side()
+def read(file: SourceFile) -> Iterator[RawDialogue]:
+    """User 2, who answers first as in the other sources, then user 1 where `both_sides`."""
+    for index, row in enumerate(file.rows()):
+        one, two = (tuple(line for line in row.text(key).split("\n") if line.strip()) for key in _PERSONAS)
+        spoken = _conversation(row.text(_CONVERSATION), row.where, file.counts)
+        turns = tuple(RawTurn("partner" if user == "1" else "self", text) for user, text in spoken)
+        dialogue_id = file.dialogue_id(index)
+        dialogue = RawDialogue(row.where, dialogue_id, two, turns, dialogue_id, one)
+        yield dialogue
+        if file.both_sides:
+            yield dialogue.other_side()
 
 
-def _conversation(text: str, where: str, tally: Tally) -> list[tuple[str, str]]:
+def _conversation(text: str, where: str, counts: ReadCounts) -> list[tuple[str, str]]:
     """(user, utterance) in order, free of placeholders and narration."""
     spoken: list[tuple[str, str]] = []
-    for user, said in _utterances(text, where, tally):
-        kept = _without_placeholders(said, where, tally)
+    for user, said in _utterances(text, where, counts):
+        kept = _without_placeholders(said, where, counts)
         if kept.strip():
             spoken.append((user, kept))
         else:
-            tally.repair("utterances left out: nothing but a placeholder", where)
+            counts.repair("utterances left out: nothing but a placeholder", where)
             if spoken and spoken[-1][0] != user:
                 spoken.pop()
-                tally.repair("utterances left out: the answer was nothing but a placeholder", where)
+                counts.repair("utterances left out: the answer was nothing but a placeholder", where)
     return spoken
 
 
-def _utterances(text: str, where: str, tally: Tally) -> Iterator[tuple[str, str]]:
+def _utterances(text: str, where: str, counts: ReadCounts) -> Iterator[tuple[str, str]]:
     user, said, open_ended = "", "", False
     for line in text.splitlines():
         line = line.strip()
@@ -82,30 +81,30 @@ def _utterances(text: str, where: str, tally: Tally) -> Iterator[tuple[str, str]
                 yield user, said
             user, said = tagged["user"], tagged["text"].strip()
             if tagged["mark"]:
-                tally.repair("utterances freed of markdown", where)
+                counts.repair("utterances freed of markdown", where)
                 said = said.strip("*_ ")
             open_ended = said.endswith(":")
         elif line and open_ended and not _ASIDE.fullmatch(line):
-            tally.repair("lines joined to the utterance they continue", where)
+            counts.repair("lines joined to the utterance they continue", where)
             said += " " + line
         elif line:
-            tally.repair("lines left out: narration, or an unknown speaker", where)
+            counts.repair("lines left out: narration, or an unknown speaker", where)
     if user:
         yield user, said
 
 
-def _without_placeholders(text: str, where: str, tally: Tally) -> str:
+def _without_placeholders(text: str, where: str, counts: ReadCounts) -> str:
     if not _HOLDS.search(text):
         return text
     text, times = _ADDRESS.subn("", text)
-    tally.repair("placeholders left out: a form of address", where, times)
+    counts.repair("placeholders left out: a form of address", where, times)
     kept = []
     for sentence in _SENTENCE_END.split(text):
         if _HOLDS.search(sentence):
             greeting = _GREETING.match(sentence)
             if greeting:
                 kept.append(greeting[0].strip() + "!")
-            tally.repair("sentences left out: a placeholder", where)
+            counts.repair("sentences left out: a placeholder", where)
         else:
             kept.append(sentence)
     return " ".join(kept)

@@ -1,4 +1,4 @@
-"""What a reader did to its source: read, kept, dropped and repaired, by reason."""
+"""What reading a source did: dialogues read, kept and dropped, and repairs, by reason."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ EXAMPLES_PER_REASON = 3
 
 
 @dataclass
-class Tally:
+class ReadCounts:
     """Counts of one reading.
 
-    `read == kept + dropped.total()` holds whenever the reading has finished: all three count dialogues, each owner of a
-    conversation for one. Repairs count what their reason names (turns, texts, candidates, lines, rows).
+    `read == kept + dropped.total()` holds whenever the reading has finished: all three count dialogues, one for each
+    owner of a conversation. Repairs count what their reason names (turns, texts, candidates, lines, rows).
 
     Attributes:
-        read: dialogues met in the source.
-        kept: dialogues handed on.
+        read: dialogues found in the source.
+        kept: dialogues passed on.
         dropped: dialogues left out, by reason.
         repaired: repairs, by reason; the reason begins with the unit that is counted.
         examples: reason -> the first few places where it happened.
@@ -32,15 +32,15 @@ class Tally:
     def drop(self, reason: str, where: str) -> None:
         """Counts one dialogue that is left out."""
         self.dropped[reason] += 1
-        self._remember(reason, where)
+        self._add_example(reason, where)
 
     def repair(self, reason: str, where: str, times: int = 1) -> None:
         """Counts `times` repairs; none when `times` is 0."""
         if times:
             self.repaired[reason] += times
-            self._remember(reason, where)
+            self._add_example(reason, where)
 
-    def absorb(self, other: Tally) -> None:
+    def add(self, other: ReadCounts) -> None:
         """Adds the counts of `other` to this one."""
         self.read += other.read
         self.kept += other.kept
@@ -48,14 +48,17 @@ class Tally:
         self.repaired.update(other.repaired)
         for reason, places in other.examples.items():
             for where in places:
-                self._remember(reason, where)
+                self._add_example(reason, where)
 
     def clear(self) -> None:
-        """Back to nothing counted."""
+        """Resets all counts."""
         self.read = self.kept = 0
-        self.dropped.clear()
-        self.repaired.clear()
-        self.examples.clear()
+        for counts in (self.dropped, self.repaired, self.examples):
+            counts.clear()
+
+    def why_dropped(self) -> str:
+        """The reasons for drops on one line; empty where nothing was dropped."""
+        return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.most_common())
 
     def table(self) -> str:
         """The counts as lines of text for a terminal: number, reason, the first place."""
@@ -65,7 +68,7 @@ class Tally:
                 lines.append(f"{count:>9,}  {title}: {reason} (first at {self.examples[reason][0]})")
         return "\n".join(lines)
 
-    def _remember(self, reason: str, where: str) -> None:
+    def _add_example(self, reason: str, where: str) -> None:
         places = self.examples.setdefault(reason, [])
         if len(places) < EXAMPLES_PER_REASON:
             places.append(where)
