@@ -1,4 +1,4 @@
-"""chat.py --web as a process, and its page as a user has it."""
+"""chat.py --web as a process, and its page in a browser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["i have a dog .", "i live in rome ."]
-# The contrast of the text of an element, named by its selector, with the ground behind it, as WCAG 2 counts it.
+# The contrast between the text of an element, named by its selector, and the ground behind it, as WCAG 2 defines it.
 CONTRAST = """
     const shade = color => {
         const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1}).getContext('2d');
@@ -32,13 +32,12 @@ CONTRAST = """
 class Served:
     """chat.py --web as a process."""
 
-    def __init__(self, arguments: list[str], *more: str):
+    def __init__(self, arguments: list[str], *more: str, **environment: str):
         command = [sys.executable, "chat.py", *arguments, "--persona", *PERSONA, "--web", "--port", "0", *more]
-        # A proxy of the environment is what a page of this machine must not be asked through.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "no_proxy": "*"}
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "no_proxy": "*", **environment},
+        )  # fmt: skip
         assert self.process.stdout and self.process.stderr
         self.printed = ""
         while not (found := re.search(r"http://(\S+):(\d+) in a browser", self.printed)):
@@ -49,13 +48,18 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def end(self, number: int) -> tuple[int, str]:
+        """Sends a signal; returns the exit status and the remaining output."""
         self.process.send_signal(number)
-        said = self.process.communicate(timeout=30)
-        return self.process.returncode, "".join(said)
+        output = self.process.communicate(timeout=30)
+        return self.process.returncode, "".join(output)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
 class Page:
-    """The page as its user has it."""
+    """The page in a browser."""
 
     def __init__(self, browser: Any, url: str):
         from selenium.webdriver.support.ui import WebDriverWait
@@ -64,6 +68,7 @@ class Page:
         self.waiting = WebDriverWait(browser, 30, poll_frequency=0.05)
         browser.get(url)
         self.until(lambda: self.find("#message textarea") and self.find("#export") and self.find("#persona textarea"))
+        self.until(self.idle)
 
     def until(self, condition):
         from selenium.common.exceptions import StaleElementReferenceException
@@ -83,22 +88,34 @@ class Page:
         script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
         return list(self.browser.execute_script(script, selector))
 
-    def said(self) -> list[str]:
-        return self.texts("#transcript p")
+    def messages(self, system: str = "adapter") -> list[str]:
+        """Messages in a system's column."""
+        return self.texts(f"#{system} .user .message-content")
+
+    def answers(self, system: str = "adapter") -> list[str]:
+        return self.texts(f"#{system} .bot .message-content")
+
+    def box(self) -> str:
+        return str(self.find("#message textarea")[0].get_attribute("value"))
+
+    def toast(self, text: str) -> None:
+        """Waits for a message of the page."""
+        self.until(lambda: any(text in shown for shown in self.texts(".toast-body")))
 
     def idle(self) -> bool:
-        return bool(self.find("#transcript .nothing, #transcript [aria-busy=false]"))
-
-    def say(self, message: str) -> None:
-        """Types a message and waits until it is answered."""
-        before = len(self.texts("#transcript .message"))
-        self.find("#message textarea")[0].send_keys(message + "\n")
-        self.until(lambda: len(self.texts("#transcript .message")) == before + 1 and self.idle())
+        return bool(self.find("#message .submit-button")) and not self.find("#message .stop-button")
 
     def begin(self, message: str) -> None:
-        """Types a message and waits for the first words of its answer."""
+        """Sends a message and waits for the first characters of its answer."""
+        before = len(self.messages())
         self.find("#message textarea")[0].send_keys(message + "\n")
-        self.until(lambda: len(self.said()) > 1 and len(self.said()[-1]) > 1 and not self.idle())
+        self.until(lambda: len(self.messages()) == before + 1 and len(self.answers()[-1]) > 1 and not self.idle())
+
+    def say(self, message: str, system: str = "adapter") -> None:
+        """Sends a message and waits for the whole answer."""
+        before = len(self.messages(system))
+        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.until(lambda: len(self.messages(system)) == before + 1 and self.idle())
 
     def click(self, selector: str) -> None:
         self.find(selector)[0].click()

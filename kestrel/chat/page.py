@@ -1,24 +1,25 @@
-"""The conversation as a page: persona, messages, adapter and base side by side, sampling, export. Needs Gradio."""
+"""The web page: persona, adapter and base in a column each, sampling, export. Needs Gradio."""
 
 from __future__ import annotations
 
+import html
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from kestrel.chat import transcript
-from kestrel.chat.conversation import Conversation, Exchange, System, sentences
-from kestrel.chat.streaming import EMPTY, Speaker
+from kestrel.chat.conversation import Conversation, Exchange, System
+from kestrel.chat.persona import split_sentences
+from kestrel.chat.streaming import EMPTY_ANSWER, ChatModel
 from kestrel.config.settings import Generation
 from kestrel.errors import KestrelError
 
-# Fonts of the machine: a page that fetches one from elsewhere tells that somebody is here. The darker shades, because
-# white or grey on Gradio's own is hard to read.
+# The machine's own fonts: loading one from a server would tell that server who chats. The darker shades give the text
+# the contrast that Gradio's own lack.
 THEME = gr.themes.Soft(
     primary_hue="emerald",
     neutral_hue="slate",
@@ -28,221 +29,248 @@ THEME = gr.themes.Soft(
     body_background_fill="*neutral_50",
     body_text_color_subdued="*neutral_500",
     body_text_color_subdued_dark="*neutral_400",
-    button_secondary_background_fill_hover_dark="*neutral_500",
-    block_title_background_fill="none",
-    block_title_background_fill_dark="none",
-    block_title_padding="0",
-    block_title_text_color="*neutral_600",
-    block_title_text_color_dark="*neutral_300",
-    block_title_text_weight="600",
+    block_label_background_fill_dark="*primary_700",
+    block_label_text_color="*primary_800",
+    block_title_background_fill_dark="*primary_700",
+    block_title_text_color="*primary_800",
     button_primary_background_fill="*primary_700",
     button_primary_background_fill_dark="*primary_700",
     checkbox_label_background_fill_selected="*primary_700",
     checkbox_label_background_fill_selected_dark="*primary_700",
-    slider_color="*primary_700",
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
 )
-# On a narrow screen the conversation comes before what it can be told. An answer is either asked for or stopped.
-CSS = (
-    transcript.CSS
-    + """
-.gradio-container, .gradio-container main {width: 100%; max-width: 1180px !important; margin: 0 auto !important}
-footer {display: none !important}
+# On a narrow screen the conversation comes before the controls. The top panel holds a button
+# that would clear a column but not the conversation.
+CSS = """
+.gradio-container main {width: 100%; max-width: 1180px !important; margin: 0 auto !important}
 @media (max-width: 760px) {
   #columns {flex-direction: column-reverse; flex-wrap: nowrap}
   #columns > * {width: 100%}
-  #transcript {height: 56vh}
+  .conversation {height: 50vh !important}
 }
-.gradio-container:not(:has([aria-busy=true])) #message .stop-button {display: none}
-.gradio-container:has([aria-busy=true]) #message .submit-button {display: none}
+.conversation .top-panel {display: none}
+.conversation .bubble-wrap {padding-top: 34px}
 """
-)
+# The browser makes the exported file itself, so the server stores no conversation.
+_DOWNLOAD = """text => {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
+  link.download = JSON.parse(text).dialogue_id + '.jsonl';
+  link.click();
+}"""
+
+
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of every event
 
 
 @dataclass
 class Session:
-    """What one open page is in the middle of.
+    """The state of one open page.
 
     Attributes:
-        conversation: its persona and exchanges; begun anew, another one.
-        answering: set to end the answer that is being made; None while there is none.
-        taken_back: whether the message that is being answered is to be forgotten.
-        told_of_cut: whether the user knows that old turns are left out.
+        conversation: persona and exchanges; starting over replaces it.
+        stop: set to end the answer in progress; None when no answer is in progress.
+        undone: whether the user took back the message that is being answered.
+        warned_of_cut: whether the user knows that old turns are left out.
     """
 
     conversation: Conversation
-    answering: threading.Event | None = None
-    taken_back: bool = False
-    told_of_cut: bool = False
+    stop: threading.Event | None = None
+    undone: bool = False
+    warned_of_cut: bool = False
 
 
-def chosen_of(settings: Generation, sample: bool, temperature: float, top_p: float, top_k: int, new: int) -> Generation:
-    """The run's settings with what the page's controls say."""
-    # A browser has one kind of number; transformers refuses a temperature of 2 that is not 2.0.
+@contextmanager
+def errors_on_page() -> Iterator[None]:
+    """Shows a KestrelError as a message on the page."""
+    try:
+        yield
+    except KestrelError as error:
+        raise gr.Error(str(error), print_exception=False) from None
+
+
+def generation_settings(
+    settings: Generation, sample: bool, temperature: float, top_p: float, top_k: int, max_new_tokens: int
+) -> Generation:
+    """The run's settings with the values of the page's controls."""
+    # JavaScript sends 2.0 as 2, and transformers refuses an integer temperature.
     sampling = {"temperature": float(temperature), "top_p": float(top_p), "top_k": int(top_k) or None}
-    nothing = dict.fromkeys(sampling)
-    # Beams and sampling exclude each other.
-    beams = {"num_beams": 1, "length_penalty": None} if sample else {}
-    return settings.model_copy(
-        update={"do_sample": sample, "max_new_tokens": int(new), **(sampling if sample else nothing), **beams}
-    )
+    update = {**sampling, "num_beams": 1, "length_penalty": None} if sample else dict.fromkeys(sampling)
+    return settings.model_copy(update={"do_sample": sample, "max_new_tokens": int(max_new_tokens), **update})
 
 
 class Page:
-    """The page's events. Each returns what the components show next.
+    """The page's layout and event handlers.
 
     Args:
-        speaker: the model.
-        persona: that a page begins with.
-        settings: what its controls begin with.
-        folder: for exported files.
+        model: answers the messages.
+        persona: shown when a page opens.
+        settings: initial values of the controls.
     """
 
-    def __init__(self, speaker: Speaker, persona: tuple[str, ...], settings: Generation, folder: Path):
-        self.speaker, self.persona, self.settings, self.folder = speaker, persona, settings, folder
+    def __init__(self, model: ChatModel, persona: tuple[str, ...], settings: Generation):
+        self.model, self.persona, self.settings = model, persona, settings
 
     def send(
-        self, message: str, session: Session, persona: str, talks: System, beside: bool, *controls: Any
-    ) -> Iterator[tuple[Any, ...]]:
-        """Answers a message: the talking system first, then, if it is shown, the other one over the same prompt."""
-        if not message.strip():
-            raise gr.Error("There is no message.", print_exception=False)
-        if session.answering is not None:
-            raise gr.Error("Another answer is being made; wait for its end, or stop it.", print_exception=False)
-        try:
-            wanted = sentences(persona.splitlines(), "the persona")
-            if wanted != session.conversation.persona:
+        self, message: str, session: Session, persona: str, system: System, compare: bool, *controls: Any
+    ) -> Iterator[list[Any]]:
+        """Answers a message: first the chosen system, then, to compare, the other one on the same prompt."""
+        with errors_on_page():
+            if not message.strip():
+                raise KestrelError("The message is empty.")
+            if session.stop is not None:
+                raise KestrelError("An answer is still in progress; wait for it, or stop it.")
+            sentences = split_sentences(persona.splitlines(), "the persona")
+            if sentences != session.conversation.persona:
                 if session.conversation.exchanges:
-                    gr.Info("Another person, so a new conversation.")
-                self._begin(session, wanted)
+                    gr.Info("The persona changed, so a new conversation starts.")
+                self._start(session, sentences)
             conversation = session.conversation
-            context, cut = self.speaker.context(conversation.dialogue(message))
-        except KestrelError as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        if cut and not session.told_of_cut:
-            gr.Info(f"The first {cut} turns no longer fit into the prompt; the oldest are left out from here on.")
-            session.told_of_cut = True
-        stop = session.answering = threading.Event()
-        session.taken_back = False
-        began = exchange = Exchange(message, talks, "")
+            context, cut = self.model.context(conversation.dialogue(message))
+        if cut and not session.warned_of_cut:
+            gr.Info(f"The conversation no longer fits into the prompt; the oldest turns ({cut} now) are left out.")
+            session.warned_of_cut = True
+        stop = session.stop = threading.Event()
+        session.undone = False
+        exchange = Exchange(message, system, "")
+        answers = self.model.stream_exchange(
+            exchange, context, compare, generation_settings(self.settings, *controls), stop
+        )
         try:
-            chosen = chosen_of(self.settings, *controls)
-            for exchange in self.speaker.exchange(began, context, beside, chosen, stop):
-                now = transcript.transcript([*conversation.exchanges, exchange], busy=True)
-                # Of the box only the message is taken: what is typed meanwhile is the next one.
-                yield gr.skip() if exchange.reply else "", session, now, gr.skip()
+            yield [gr.Textbox("", submit_btn=False, stop_btn=True), *self._columns(session, exchange)]
+            for exchange in answers:
+                # The message box is skipped: the user may already be typing the next message.
+                yield [gr.skip(), *self._columns(session, exchange)]
                 if stop.is_set():
                     break
-        except Exception as error:  # noqa: BLE001  of many types, and the page is to live on
-            yield message, *self._shown(session)  # else the page would wait for the rest of the answer
-            raise gr.Error(f"There is no answer: {error}", print_exception=False) from None
+        except Exception as error:  # noqa: BLE001  of many types, and the page must stay usable
+            yield [_idle_box(message), *self._columns(session)]
+            raise gr.Error(f"The model failed to answer: {error}", print_exception=False) from None
         finally:
-            session.answering = None
-        forgotten = session.taken_back or session.conversation is not conversation
-        if exchange.reply and not forgotten:
+            session.stop = None
+        started_over = session.conversation is not conversation
+        dropped = session.undone or not exchange.reply
+        if not started_over and not dropped:
             conversation.exchanges.append(exchange)
-        elif not forgotten and not stop.is_set():
-            gr.Warning(f"{EMPTY.capitalize()}.")
-        back = session.conversation is conversation and (forgotten or not exchange.reply)
-        yield message if back else gr.skip(), *self._shown(session)
+        elif not started_over and not stop.is_set():
+            gr.Warning(f"{EMPTY_ANSWER.capitalize()}.")
+        box = _idle_box(message) if dropped and not started_over else _idle_box()
+        yield [box, *self._columns(session)]
 
     def stop(self, session: Session) -> None:
-        if session.answering is not None:
-            session.answering.set()
+        if session.stop is not None:
+            session.stop.set()
 
-    def undo(self, session: Session) -> tuple[Any, ...]:
-        """Takes back the last message, into the box where it was typed, and its answers."""
-        if session.answering is not None:  # `send` does the rest
-            session.taken_back = True
-            session.answering.set()
-            return (gr.skip(),) * 4
-        if not session.conversation.exchanges:
-            raise gr.Error("There is nothing to take back.", print_exception=False)
-        message = session.conversation.exchanges.pop().message
-        return message, *self._shown(session)
+    def undo(self, session: Session) -> list[Any]:
+        """Removes the last message with its answers, and puts the message back into the box."""
+        if session.stop is not None:  # `send` then does the rest
+            session.undone = True
+            session.stop.set()
+            return [gr.skip()] * (1 + len(self.model.systems))
+        with errors_on_page():
+            if not session.conversation.exchanges:
+                raise KestrelError("No message to take back.")
+        return [session.conversation.exchanges.pop().message, *self._columns(session)]
 
-    def reset(self, session: Session, persona: str) -> tuple[Any, ...]:
-        """Begins anew, as the person that the page describes."""
-        try:
-            self._begin(session, sentences(persona.splitlines(), "the persona"))
-        except KestrelError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+    def reset(self, session: Session, persona: str) -> list[Any]:
+        """Starts a new conversation with the persona on the page."""
+        with errors_on_page():
+            self._start(session, split_sentences(persona.splitlines(), "the persona"))
         self.stop(session)
-        return "", *self._shown(session)
+        return ["", *self._columns(session)]
 
-    def _begin(self, session: Session, persona: tuple[str, ...]) -> None:
-        session.conversation = Conversation(persona)
-        session.told_of_cut = False
+    def export(self, session: Session) -> str:
+        with errors_on_page():
+            return json.dumps(session.conversation.as_row(), ensure_ascii=False) + "\n"
 
-    def _shown(self, session: Session) -> tuple[Any, ...]:
-        conversation = session.conversation
-        if not conversation.exchanges:
-            return session, transcript.transcript([]), gr.DownloadButton(value=None, interactive=False)
-        file = self.folder / f"{conversation.dialogue_id}.jsonl"
-        file.write_text(json.dumps(conversation.as_row(), ensure_ascii=False) + "\n", encoding="utf-8")
-        everything = transcript.transcript(conversation.exchanges)
-        return session, everything, gr.DownloadButton(value=str(file), interactive=True)
+    def _start(self, session: Session, persona: tuple[str, ...]) -> None:
+        session.conversation, session.warned_of_cut = Conversation(persona), False
+
+    def _columns(self, session: Session, latest: Exchange | None = None) -> list[gr.Chatbot]:
+        """A column for each system that has answered: its messages, and its answers."""
+        exchanges = [*session.conversation.exchanges, *([latest] if latest else [])]
+        columns = []
+        for name in self.model.systems:
+            messages: list[Any] = [
+                # Gradio (6.31) inserts a message as HTML even when it renders no Markdown. The dict keeps it from
+                # stripping indentation.
+                {"role": role, "content": {"type": "text", "text": html.escape(text or "…", quote=False)}}
+                for exchange in exchanges
+                if name in exchange.replies
+                for role, text in (("user", exchange.message), ("assistant", exchange.replies[name]))
+            ]
+            is_empty_page = not exchanges and name == self.model.systems[0]
+            columns.append(gr.Chatbot(messages, visible=bool(messages) or is_empty_page))
+        return columns
 
     # -- layout --------------------------------------------------------------------------------------------------
 
     def blocks(self) -> gr.Blocks:
-        """Components, and which event leads where."""
-        both = len(self.speaker.systems) == 2
+        """The components, and what each event calls."""
+        systems = list(self.model.systems)
         with gr.Blocks(title="Kestrel", analytics_enabled=False) as page:
             session = gr.State(Session(Conversation(self.persona)))
             gr.Markdown("# Kestrel")
             with gr.Row(elem_id="columns"):
                 with gr.Column(scale=1, min_width=290):
-                    persona = gr.Textbox(
-                        "\n".join(self.persona), label="Persona, one sentence a line", lines=5, max_lines=12,
-                        elem_id="persona",
-                    )  # fmt: skip
-                    with gr.Group(visible=both):
-                        talks = gr.Radio(
-                            list(self.speaker.systems),
-                            value=self.speaker.systems[0],
-                            label="Who talks",
-                            elem_id="talks",
-                        )
-                        beside = gr.Checkbox(False, label="ask both, side by side", elem_id="beside")
+                    text = "\n".join(self.persona)
+                    persona = gr.Textbox(text, label="Persona, one sentence a line", lines=5, elem_id="persona")
+                    with gr.Group(visible=len(systems) > 1):
+                        system = gr.Radio(systems, value=systems[0], label="Who answers", elem_id="system")
+                        compare = gr.Checkbox(False, label="compare adapter and base", elem_id="compare")
                     controls = self._controls()
                 with gr.Column(scale=3):
-                    said = gr.HTML(transcript.transcript([]), elem_id="transcript", apply_default_css=False)
+                    with gr.Row():
+                        chats = [_chatbot(name, visible=name == systems[0]) for name in systems]
                     message = gr.Textbox(
-                        placeholder="Say something", label="Message", show_label=False, submit_btn=True, stop_btn=True,
+                        placeholder="Say something", label="Message", show_label=False, submit_btn=True, stop_btn=False,
                         autofocus=True, max_lines=6, elem_id="message",
                     )  # fmt: skip
                     with gr.Row():
                         undo = gr.Button("Undo", size="sm", min_width=90, elem_id="undo")
                         reset = gr.Button("Start over", size="sm", min_width=90, elem_id="reset")
-                        export = gr.DownloadButton(
-                            "Export", size="sm", min_width=90, interactive=False, elem_id="export"
-                        )
-            shown = [message, session, said, export]
-            quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-            # Without a limit: the speaker lets them answer one after the other, and each shows meanwhile what it was told.
-            said_to = [message, session, persona, talks, beside, *controls]
-            message.submit(self.send, said_to, shown, concurrency_limit=None, **quiet)
-            message.stop(self.stop, [session], None, queue=False, **quiet)
-            undo.click(self.undo, [session], shown, **quiet)
-            reset.click(self.reset, [session, persona], shown, **quiet)
+                        export = gr.Button("Export", size="sm", min_width=90, elem_id="export")
+            exported = gr.Textbox(visible="hidden")
+            shown = [message, *chats]
+            asked = [message, session, persona, system, compare, *controls]
+            # No limit here: the model answers one message at a time, and a page that waits still shows its message.
+            message.submit(self.send, asked, shown, concurrency_limit=None, **_QUIET)
+            message.stop(self.stop, [session], None, concurrency_limit=None, **_QUIET)
+            undo.click(self.undo, [session], shown, **_QUIET)
+            reset.click(self.reset, [session, persona], shown, **_QUIET)
+            exporting = export.click(self.export, [session], [exported], **_QUIET)
+            exporting.success(None, [exported], None, js=_DOWNLOAD, **_QUIET)
         return page
 
     def _controls(self) -> list[Any]:
-        """Sampling, with the run's settings to begin with; what has no effect without it shows with it."""
+        """The sampling controls, set to the run's settings; the sliders of sampling show only while it is on."""
         chosen = self.settings
         with gr.Group():
-            longest = min(max(256, chosen.max_new_tokens), self.speaker.most_new_tokens)
+            longest = min(max(256, chosen.max_new_tokens), self.model.most_new_tokens)
             new = gr.Slider(1, longest, chosen.max_new_tokens, step=1, label="max_new_tokens", elem_id="new")
             sample = gr.Checkbox(chosen.do_sample, label="sample, not the likeliest token", elem_id="sample")
-            sliders = [
-                gr.Slider(0.05, 2, chosen.temperature or 1.0, step=0.05, label="temperature", visible=chosen.do_sample),
-                gr.Slider(0.05, 1, chosen.top_p or 1.0, step=0.05, label="top_p", visible=chosen.do_sample),
-                gr.Slider(0, 200, chosen.top_k or 0, step=1, label="top_k (0: all)", visible=chosen.do_sample),
-            ]
-        sample.change(
-            lambda on: [gr.Slider(visible=on)] * len(sliders), [sample], sliders, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+            with gr.Group(visible=chosen.do_sample) as sampling:
+                sliders = [
+                    gr.Slider(0.05, 2, chosen.temperature or 1.0, step=0.05, label="temperature"),
+                    gr.Slider(0.05, 1, chosen.top_p or 1.0, step=0.05, label="top_p"),
+                    gr.Slider(0, 200, chosen.top_k or 0, step=1, label="top_k (0: all)"),
+                ]
+        sample.change(lambda on: gr.Group(visible=on), [sample], [sampling], **_QUIET)
         return [sample, *sliders, new]
+
+
+def _idle_box(message: str | None = None) -> gr.Textbox:
+    """The message box ready for a message, with a text to start from if one is given."""
+    text: dict[str, Any] = {} if message is None else {"value": message}
+    return gr.Textbox(**text, submit_btn=True, stop_btn=False)
+
+
+def _chatbot(system: System, visible: bool) -> gr.Chatbot:
+    """A column in which everything is plain text: no Markdown, no HTML, no formulas."""
+    return gr.Chatbot(
+        label=system, visible=visible, elem_id=system, elem_classes="conversation", height="min(560px, 64vh)",
+        render_markdown=False, latex_delimiters=[], allow_tags=False, sanitize_html=True, buttons=[],
+        feedback_options=None, group_consecutive_messages=False, min_width=200,
+        placeholder="Say something. The model answers as the owner of this persona.",
+    )  # fmt: skip

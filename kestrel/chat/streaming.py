@@ -1,4 +1,4 @@
-"""Answers as they are made: token by token, from the adapter or the base, until they end or are told to stop."""
+"""Answers that grow token by token, from the adapter or the base, and can be stopped at any moment."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kestrel.generation.respond import generate, generation_config
 from kestrel.generation.stop_strings import StopStrings
 from kestrel.prompt.prompt import TOO_LONG, Prompt, Unrenderable
 
-_LOOK_EVERY = 0.1  # seconds between two looks at whether one that waits for the model still wants it
-EMPTY = "the answer is empty: it ended before it began; your message is taken back, so say it otherwise, or sample"
+_POLL_SECONDS = 0.1  # how often an answer that waits for the model checks whether it was stopped
+EMPTY_ANSWER = "the answer is empty and your message was taken back: rephrase it, or sample"
 
 
-class Speaker:
+class ChatModel:
     """The loaded model with the prompt that it was trained with.
 
     Args:
         model: the base, or a PeftModel on it.
-        prompt: as of training; its max_length leaves room for an answer in the model's context.
-        systems: whom the model can speak as: adapter and base, or base where no adapter is loaded.
+        prompt: as in training; its max_length leaves space for an answer in the model's context.
+        systems: adapter and base, or base alone where no adapter is loaded.
     """
 
     def __init__(self, model: torch.nn.Module, prompt: Prompt, systems: Sequence[System]):
@@ -41,14 +41,13 @@ class Speaker:
 
     @property
     def most_new_tokens(self) -> int:
-        """Longest answer that fits the model's context behind any prompt."""
+        """The longest answer that fits the model's context after any prompt."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
         return int(limit) - self.prompt.max_length
 
     def context(self, dialogue: Dialogue) -> tuple[list[int], int]:
-        """Tokens of the prompt after the last turn, and how many of the oldest turns did not fit into it.
-
-        It is the prompt of training: what a reply here would be predicted from, had the dialogue been trained on.
+        """Token ids of the prompt after the last turn, exactly as in training, and how many of the oldest turns were
+        left out to make it fit.
 
         Raises:
             KestrelError: persona and last message alone are too long, or a text spells a control token.
@@ -59,102 +58,97 @@ class Speaker:
         except Unrenderable as error:
             if error.reason == TOO_LONG:
                 raise KestrelError(
-                    f"persona and message alone take more than the {self.prompt.max_length:,} tokens that a prompt may "
-                    "have: prompt.max_length, or the model's context less generation.max_new_tokens; shorten them"
+                    f"persona and message together exceed the {self.prompt.max_length:,} tokens of a prompt "
+                    "(prompt.max_length, or the model's context less generation.max_new_tokens); shorten them"
                 ) from None
             raise KestrelError(f"{str(error).removeprefix(f'dialogue {dialogue.dialogue_id}: ')}; reword it") from None
         return rendered.input_ids[: rendered.reply_spans[-1][0]], rendered.first_turn
 
-    def exchange(
+    def stream_exchange(
         self,
-        began: Exchange,
+        exchange: Exchange,
         context: Sequence[int],
-        beside: bool,
-        chosen: Generation,
+        compare: bool,
+        settings: Generation,
         stop: threading.Event | None = None,
     ) -> Generator[Exchange, None, None]:
-        """Yields an exchange as its answer grows, and then, if both are asked, the other system's over the same prompt.
-
-        First comes the one that is given, without an answer: the model may still be busy with another one's.
-        """
-        yield began
-        exchange = began
-        for system in (began.system, *(s for s in self.systems if beside and s != began.system)):
-            with contextlib.closing(self.answer(context, system, chosen, stop)) as answer:
+        """Yields an exchange as its reply grows and then, to compare, as the other system's answer grows."""
+        for system in (exchange.system, *(s for s in self.systems if compare and s != exchange.system)):
+            with contextlib.closing(self.stream_answer(context, system, settings, stop)) as answer:
                 for text in answer:
-                    if system == began.system:
+                    if system == exchange.system:
                         exchange = replace(exchange, reply=text)
                     else:
                         exchange = replace(exchange, beside={system: text})
                     yield exchange
 
-    def answer(
-        self, context: Sequence[int], system: System, chosen: Generation, stop: threading.Event | None = None
+    def stream_answer(
+        self, context: Sequence[int], system: System, settings: Generation, stop: threading.Event | None = None
     ) -> Generator[str, None, None]:
-        """Yields the answer as far as it is known, each time with more text; the last one is the whole answer.
+        """Yields the answer so far, each time with more text; the last one is the whole answer.
 
-        The model works in a thread of its own, so that the one that reads can be interrupted at any moment. When the
-        reading ends early, the model stops after the token it is at.
+        The model works in a thread of its own, so that the reader can be interrupted at any moment. When the reader
+        closes the generator, the model stops after the current token.
 
         Args:
-            context: from `context`.
+            context: token ids from `context`.
             system: who answers.
-            chosen: sampling, lengths and stop strings. Beams are shown when they are done.
-            stop: ends the answer where it is, also while another one is still to be waited for.
+            settings: sampling, lengths and stop strings. Of several beams, only the final answer is shown.
+            stop: set to end the answer, also while it still waits for another one to end.
         """
-        said: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
-        unread = threading.Event()
+        texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        closed = threading.Event()
 
-        def over() -> bool:
-            return unread.is_set() or (stop is not None and stop.is_set())
+        def stopped() -> bool:
+            return closed.is_set() or (stop is not None and stop.is_set())
 
         def work() -> None:
             try:
-                while not over():
-                    if self._one_at_a_time.acquire(timeout=_LOOK_EVERY):
+                while not stopped():
+                    if self._one_at_a_time.acquire(timeout=_POLL_SECONDS):
                         try:
-                            self._generate(context, system, chosen, said, over)
+                            self._generate(context, system, settings, texts.put, stopped)
                         finally:
                             self._one_at_a_time.release()
                         break
-                said.put(None)
-            except BaseException as error:  # noqa: BLE001  raised again in the thread that reads
-                said.put(error)
+                texts.put(None)
+            except BaseException as error:  # noqa: BLE001  raised again in the reader's thread
+                texts.put(error)
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            while (item := said.get()) is not None:
+            while (item := texts.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            unread.set()
+            closed.set()
             worker.join()
 
     def _generate(
         self,
         context: Sequence[int],
         system: System,
-        chosen: Generation,
-        said: queue.SimpleQueue[str | BaseException | None],
-        over: Callable[[], bool],
+        settings: Generation,
+        show: Callable[[str], None],
+        stopped: Callable[[], bool],
     ) -> None:
-        shown, start, stops = "", len(context), StopStrings(self.prompt, chosen.stop_strings)
+        shown, start, stops = "", len(context), StopStrings(self.prompt, settings.stop_strings)
 
-        def look(sequences: torch.Tensor) -> list[bool]:
-            """Passes on the text so far; tells of each row whether that is all."""
+        def rows_ended(sequences: torch.Tensor) -> list[bool]:
+            """Shows the text so far."""
             nonlocal shown
             rows = [stops.text_so_far(row[start:]) for row in sequences.tolist()]
-            if len(rows) == 1 and len(rows[0][0]) > len(shown):  # with several beams none is the answer yet
+            if len(rows) == 1 and len(rows[0][0]) > len(shown):  # with several beams, none is the answer yet
                 shown = rows[0][0]
-                said.put(shown)
-            return [ended or over() for _, ended in rows]
+                show(shown)
+            return [ended or stopped() for _, ended in rows]
 
         ids = torch.tensor([context], device=next(self.model.parameters()).device)
-        as_base = system == "base" and "adapter" in self.systems
-        with self.model.disable_adapter() if as_base else contextlib.nullcontext():
-            config = generation_config(chosen, self.prompt)
-            generated = generate(self.model, config, ids, torch.ones_like(ids), look)
-        if not over():
-            said.put(stops.text_so_far(generated[0, start:].tolist(), is_whole=True)[0])
+        config = generation_config(settings, self.prompt)
+        without_adapter = system == "base" and "adapter" in self.systems
+        with self.model.disable_adapter() if without_adapter else contextlib.nullcontext():
+            generated = generate(self.model, config, ids, torch.ones_like(ids), rows_ended)
+        if not stopped():
+            show(stops.text_so_far(generated[0, start:].tolist(), is_whole=True)[0])

@@ -1,4 +1,4 @@
-"""The conversation in a terminal, or over a pipe: lines in, answers out as they are made."""
+"""The conversation in a terminal, or over a pipe: one line of input is one message or command."""
 
 from __future__ import annotations
 
@@ -11,49 +11,50 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kestrel.chat.conversation import Conversation, Exchange, System, read_persona, save, sentences
-from kestrel.chat.sampling import changed, described
-from kestrel.chat.streaming import EMPTY, Speaker
+from kestrel.chat.conversation import Conversation, Exchange, System, save
+from kestrel.chat.persona import read_persona, split_sentences
+from kestrel.chat.sampling import change_setting, settings_in_effect
+from kestrel.chat.streaming import EMPTY_ANSWER, ChatModel
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
 
 HELP = """\
-/persona                    show the person, and type in another one
-/persona FILE               be the person of a text file with one sentence a line; the conversation begins anew
-/persona ONE. | TWO.        be the person of these sentences, parted by |
-/reset                      begin anew as the same person
+/persona                    show the persona, and type in another one
+/persona FILE               take the persona from a text file, one sentence a line; starts a new conversation
+/persona ONE. | TWO.        take these sentences, separated by |
+/reset                      start a new conversation with the same persona
 /undo                       take back your last message and its answer
-/compare [MESSAGE]          adapter and base side by side on your next message, or on this one; the conversation
-                            goes on from the one that talks
-/system adapter|base        who talks
-/set [NAME VALUE]           how answers are made: show it, or change it, as in /set temperature 0.7
+/compare [MESSAGE]          adapter and base both answer your next message, or this one, side by side; the
+                            conversation continues from the answer of the current system
+/system adapter|base        choose who answers
+/set [NAME VALUE]           show the generation settings, or change one: /set temperature 0.7
 /save FILE                  add the conversation to a file of JSON lines, which preprocess.py reads
 /help                       this list
-/quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, a second one leaves
-A message that begins with a slash: write two."""
+/quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, and a second Ctrl-C leaves
+To begin a message with a slash, type two."""
 
 
-class Leaving(Exception):
-    """The user is done."""
+class Leave(Exception):
+    """The user wants to leave."""
 
 
 class Terminal:
     """One conversation, line by line.
 
     Args:
-        speaker: the model.
-        conversation: its persona, and nothing said yet.
-        system: who talks at first.
-        chosen: sampling, lengths and stop strings.
+        model: answers the messages.
+        persona: its owner is who the model speaks as.
+        settings: sampling, lengths and stop strings.
     """
 
-    def __init__(self, speaker: Speaker, conversation: Conversation, system: System, chosen: Generation):
-        self.speaker, self.conversation, self.system, self.chosen = speaker, conversation, system, chosen
+    def __init__(self, model: ChatModel, persona: tuple[str, ...], settings: Generation):
+        self.model, self.conversation, self.settings = model, Conversation(persona), settings
+        self.system = model.systems[0]  # the adapter where one is loaded
         self._compare_next = False
-        self._told_of_cut = False
+        self._warned_of_cut = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/persona": self._persona,
-            "/reset": self._reset,
+            "/reset": lambda rest: self._reset(self.conversation.persona),
             "/undo": self._undo,
             "/compare": self._compare,
             "/system": self._system,
@@ -67,10 +68,10 @@ class Terminal:
         """Talks until the input ends or the user leaves.
 
         Raises:
-            Interrupted: Ctrl-C a second time, or told to end.
+            Interrupted: a second Ctrl-C, or another signal that ends the process.
         """
         if sys.stdin.isatty():
-            import readline  # noqa: F401  arrow keys and earlier lines in input()
+            import readline  # noqa: F401  gives input() arrow keys and a history
         self._show_persona()
         print("/help lists the commands.\n")
         warned = False  # whether the next Ctrl-C leaves
@@ -81,18 +82,18 @@ class Terminal:
                 self._handle(line)
             except KeyboardInterrupt as error:
                 number = error.exit_status - 128 if isinstance(error, Interrupted) else signal.SIGINT
-                if warned or number != signal.SIGINT:  # who is told to end by anything but Ctrl-C is not asked again
+                if warned or number != signal.SIGINT:  # only Ctrl-C gets a second chance
                     print(flush=True)
-                    raise Interrupted(number, "left; what was not saved is gone") from None
+                    raise Interrupted(number, "left; what was not saved is lost") from None
                 warned = True
                 print("\n(Ctrl-C again leaves)", flush=True)
-            except (Leaving, EOFError):
+            except (Leave, EOFError):
                 break
             except KestrelError as error:
                 print(f"({error})", flush=True)
 
     def _read(self, label: str) -> str:
-        """A line of input; one that comes over a pipe is shown, so that what is printed can be read as a dialogue."""
+        """A line of input; one from a pipe is printed, so that the output reads as a dialogue."""
         line = input(label)
         if not sys.stdin.isatty():
             print(line, flush=True)
@@ -103,33 +104,32 @@ class Terminal:
             name, _, rest = line.partition(" ")
             if name not in self._commands:
                 close = difflib.get_close_matches(name, self._commands, n=1)
-                raise KestrelError(f"{name} is no command; {f'did you mean {close[0]}?' if close else 'see /help'}")
+                raise KestrelError(f"unknown command {name}; {f'did you mean {close[0]}?' if close else 'see /help'}")
             self._commands[name](rest.strip())
         elif line:
             self._say(line.removeprefix("/") if line.startswith("//") else line)
 
-    # -- talking -------------------------------------------------------------------------------------------------
-
     def _say(self, message: str) -> None:
         compare, self._compare_next = self._compare_next, False
-        context, cut = self.speaker.context(self.conversation.dialogue(message))
-        if cut and not self._told_of_cut:
+        context, cut = self.model.context(self.conversation.dialogue(message))
+        if cut and not self._warned_of_cut:
             print(f"(the first {cut} turns no longer fit into prompt.max_length; from here on the oldest are left out)")
-            self._told_of_cut = True
-        began = exchange = Exchange(message, self.system, "")
-        shown: _Columns | _Line = _Columns(self.speaker.systems) if compare else _Line(self.system)
+            self._warned_of_cut = True
+        exchange = Exchange(message, self.system, "")
+        view: _Columns | _Line = _Columns(self.model.systems) if compare else _Line(self.system)
+        answers = self.model.stream_exchange(exchange, context, compare, self.settings)
         try:
-            with contextlib.closing(self.speaker.exchange(began, context, compare, self.chosen)) as growing:
-                for exchange in growing:
-                    shown.grow(exchange)  # last: what can be seen is known, whenever Ctrl-C comes
-            shown.end(exchange)
+            with contextlib.closing(answers):
+                for exchange in answers:
+                    view.update(exchange)  # after the assignment: an interrupted exchange keeps all that was shown
+            view.finish(exchange)
         except KeyboardInterrupt:
             if exchange.reply:
                 self.conversation.exchanges.append(exchange)
                 print(" …", end="")
             raise
         if not exchange.reply:
-            raise KestrelError(f"{EMPTY}{'' if self.chosen.do_sample else ': /set do_sample true'}")
+            raise KestrelError(f"{EMPTY_ANSWER}{'' if self.settings.do_sample else ': /set do_sample true'}")
         self.conversation.exchanges.append(exchange)
 
     # -- commands ------------------------------------------------------------------------------------------------
@@ -137,33 +137,32 @@ class Terminal:
     def _persona(self, rest: str) -> None:
         if not rest:
             self._show_persona()
-            print("Type another, one sentence a line; an empty line ends it, or keeps this one.")
+            print("Type another persona, one sentence a line. An empty line ends it; alone, it keeps this one.")
             lines: list[str] = []
             while line := self._read("  ").strip():
                 lines.append(line)
             if not lines:
                 return
-            persona = sentences(lines, "/persona")
-        elif "|" in rest or (" " in rest and not path_of(rest).is_file()):
-            persona = sentences(rest.split("|"), "/persona")
+            persona = split_sentences(lines, "/persona")
+        elif "|" in rest or (" " in rest and not typed_path(rest).is_file()):
+            persona = split_sentences(rest.split("|"), "/persona")
         else:
-            persona = read_persona(path_of(rest))
-        self._reset("", persona)
+            persona = read_persona(typed_path(rest))
+        self._reset(persona)
         self._show_persona()
 
-    def _reset(self, rest: str, persona: tuple[str, ...] | None = None) -> None:
-        self.conversation.reset(persona)
-        self._told_of_cut = False
+    def _reset(self, persona: tuple[str, ...]) -> None:
+        self.conversation, self._warned_of_cut = Conversation(persona), False
         print("(a new conversation)")
 
     def _undo(self, rest: str) -> None:
         if not self.conversation.exchanges:
-            raise KestrelError("there is nothing to take back")
+            raise KestrelError("nothing to take back")
         print(f"(taken back: {readable(self.conversation.exchanges.pop().message)})")
 
     def _compare(self, rest: str) -> None:
-        if len(self.speaker.systems) < 2:
-            raise KestrelError("no adapter is loaded, so there is only the base; see generation.systems")
+        if len(self.model.systems) < 2:
+            raise KestrelError("no adapter is loaded, only the base; see generation.systems")
         self._compare_next = True
         if rest:
             self._say(rest)
@@ -171,69 +170,69 @@ class Terminal:
             print("(adapter and base both answer your next message)")
 
     def _system(self, rest: str) -> None:
-        match = [system for system in self.speaker.systems if system == rest.lower()]
+        match = [system for system in self.model.systems if system == rest.lower()]
         if not match:
-            raise KestrelError(f"who can talk here: {', '.join(self.speaker.systems)}; {self.system} does")
+            raise KestrelError(f"/system takes {' or '.join(self.model.systems)}; now {self.system} answers")
         self.system = match[0]
-        print(f"({self.system} talks)")
+        print(f"({self.system} answers)")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ").replace(": ", " ").partition(" ")
         if value:
-            self.chosen = changed(self.chosen, name, value.strip(), self.speaker.most_new_tokens)
+            self.settings = change_setting(self.settings, name, value.strip(), self.model.most_new_tokens)
         elif name:
-            raise KestrelError(f"/set {name} needs a value; /set alone shows what holds")
-        print(described(self.chosen))
+            raise KestrelError(f"/set {name} needs a value; /set alone shows the current ones")
+        print(settings_in_effect(self.settings))
 
     def _save(self, rest: str) -> None:
         if not rest:
             raise KestrelError("/save needs the name of a file")
-        path = path_of(rest)
+        path = typed_path(rest)
         count = save(self.conversation, path)
         print(f"(saved; {path} holds {count:,} conversation{'s' if count > 1 else ''})")
 
     def _quit(self, rest: str) -> None:
-        raise Leaving
+        raise Leave
 
     def _show_persona(self) -> None:
-        print("The model is this person:")
+        print("The model speaks as this persona:")
         for sentence in self.conversation.persona:
             print(f"  {readable(sentence)}")
 
 
 class _Line:
-    """An answer that grows behind the name of who gives it."""
+    """An answer that grows after the name of its system."""
 
     def __init__(self, system: System):
         self._length = 0
         print(f"{system}> ", end="", flush=True)
 
-    def grow(self, exchange: Exchange) -> None:
+    def update(self, exchange: Exchange) -> None:
         more, self._length = exchange.reply[self._length :], len(exchange.reply)
         print(readable(more), end="", flush=True)
 
-    def end(self, exchange: Exchange) -> None:
+    def finish(self, exchange: Exchange) -> None:
         print(flush=True)
 
 
 class _Columns:
-    """Answers that grow side by side, drawn anew each time; without a terminal they are shown when they are done."""
+    """Answers that grow side by side, drawn over each time; without a terminal they are printed once, at the end."""
 
     def __init__(self, systems: Sequence[System]):
-        self._nothing = dict.fromkeys(systems, "")
+        self._systems = systems
         self._rows = 0
 
-    def grow(self, exchange: Exchange) -> None:
+    def update(self, exchange: Exchange) -> None:
         block = self._block(exchange, "…")
         # What has scrolled out of sight cannot be drawn over.
         if sys.stdout.isatty() and block.count("\n") + 1 < shutil.get_terminal_size().lines:
             self._draw(block)
 
-    def end(self, exchange: Exchange) -> None:
+    def finish(self, exchange: Exchange) -> None:
         self._draw(self._block(exchange, "(empty)"))
 
-    def _block(self, exchange: Exchange, nothing: str) -> str:
-        return side_by_side({**self._nothing, exchange.system: exchange.reply, **exchange.beside}, nothing)
+    def _block(self, exchange: Exchange, placeholder: str) -> str:
+        return side_by_side({system: exchange.replies.get(system) or placeholder for system in self._systems})
 
     def _draw(self, block: str) -> None:
         over = f"\x1b[{self._rows}F\x1b[J" if self._rows else ""
@@ -241,28 +240,25 @@ class _Columns:
         print(f"{over}{block}", flush=True)
 
 
-def path_of(given: str) -> Path:
-    """A path as people type it: in quotation marks perhaps, and with ~ for their home."""
-    if len(given) > 1 and given[0] == given[-1] and given[0] in "'\"":
-        given = given[1:-1]
+def typed_path(text: str) -> Path:
+    """A path as people type it: perhaps in quotation marks, or with ~ for their home."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
     try:
-        return Path(given).expanduser()
-    except RuntimeError:  # ~ of a user that is not known
-        return Path(given)
+        return Path(text).expanduser()
+    except RuntimeError:  # ~ with an unknown user
+        return Path(text)
 
 
 def readable(text: str) -> str:
-    """Text that a terminal cannot mistake for its own control sequences."""
+    """Text in which a terminal finds no control sequences."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def side_by_side(answers: dict[System, str], nothing: str = "(empty)") -> str:
-    """Answers in columns as wide as the terminal allows, each below who gave it."""
+def side_by_side(answers: dict[System, str]) -> str:
+    """Answers in columns as wide as the terminal allows, each below its system's name."""
     width = max(20, (shutil.get_terminal_size().columns - 3 * (len(answers) - 1)) // len(answers))
-    columns = [
-        [f"{system}>", *textwrap.wrap(readable(text) or nothing, width, drop_whitespace=True)]
-        for system, text in answers.items()
-    ]
+    columns = [[f"{system}>", *textwrap.wrap(readable(text), width)] for system, text in answers.items()]
     height = max(map(len, columns))
     rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
     return "\n".join(" │ ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)

@@ -19,8 +19,8 @@ from make_models import make_tokenizer
 import chat
 import preprocess
 from kestrel.chat.conversation import Conversation, Exchange
-from kestrel.chat.sampling import changed
-from kestrel.chat.streaming import Speaker
+from kestrel.chat.sampling import change_setting
+from kestrel.chat.streaming import ChatModel
 from kestrel.chat.terminal import readable
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split
@@ -60,16 +60,16 @@ def printable(text: str) -> str:
 
 
 @pytest.mark.parametrize("max_length", [256, 60])
-def test_the_prompt_of_a_conversation_is_that_of_training(prepared, max_length):
+def test_prompt_is_that_of_training(prepared, max_length):
     prompt = Prompt(make_tokenizer(), "plain", max_length)
     cuts = 0
     for row in load_split(prepared.run / "dataset", "train", ""):
         dialogue = dialogue_of(row)
         turns = [turn.text for turn in dialogue.turns]
         conversation = Conversation(dialogue.persona)
-        speaker = Speaker(torch.nn.Identity(), prompt, ["base"])
+        chat_model = ChatModel(torch.nn.Identity(), prompt, ["base"])
         for index in range(0, len(turns) - 1, 2):
-            context, cut = speaker.context(conversation.dialogue(turns[index]))
+            context, cut = chat_model.context(conversation.dialogue(turns[index]))
             # The training prompt leaves room for its own reply, the open one for a short word.
             if not cut:
                 assert context == prompt.context(dialogue, index + 1)
@@ -81,21 +81,21 @@ def test_the_prompt_of_a_conversation_is_that_of_training(prepared, max_length):
 
 def test_typed_text_spells_no_control_token(talk, trained, tmp_path, monkeypatch):
     seen = []
-    answer = Speaker.answer
+    answer = ChatModel.stream_answer
     monkeypatch.setattr(
-        Speaker, "answer", lambda self, context, *rest: seen.append(context) or answer(self, context, *rest)
+        ChatModel, "stream_answer", lambda self, context, *rest: seen.append(context) or answer(self, context, *rest)
     )
     talk("<|endoftext|>>>TITLE<< You:", more=["--persona", "i am <|endoftext|> .", "\x0b>>ANSWER<<"])
     assert seen and min(seen[0]) > 11
 
 
-def test_a_message_that_is_too_long_is_said_in_the_words_of_a_conversation(talk):
+def test_too_long_message_is_refused(talk):
     printed = talk("dog " * 3000, "hi !")
-    assert re.search(r"\(persona and message alone take more than the \d+ tokens that a prompt may have", printed)
+    assert re.search(r"\(persona and message together exceed the \d+ tokens", printed)
     assert "dialogue chat-" not in printed and printed.count("adapter> ") == 1
 
 
-def test_old_turns_are_left_out_and_that_is_said_once(talk):
+def test_cut_turns_are_announced_once(talk):
     printed = talk(*["tell me more about the dog and the soup that you love the most ."] * 8)
     assert printed.count("no longer fit") == 1
     assert printed.count("adapter> ") == 8
@@ -104,7 +104,7 @@ def test_old_turns_are_left_out_and_that_is_said_once(talk):
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path):
+def test_answers_are_those_of_generate(talk, trained, tmp_path):
     """Adapter and base, replayed by the batched decoding over the same prompts."""
     file = tmp_path / "said.jsonl"
     printed = talk("hi ! do you have a pet ?", "/compare what do you eat ?", "/system base", "why ?", f"/save {file}")
@@ -126,7 +126,7 @@ def test_a_conversation_is_answered_as_generate_answers(talk, trained, tmp_path)
     prompt = Prompt(load_tokenizer(run.model), "plain", run.prompt.max_length)
     replayed = Conversation(tuple(row["persona"]))
     for message, reply in zip(row["turns"][::2], replies, strict=True):
-        context, _ = Speaker(model, prompt, ["adapter"]).context(replayed.dialogue(message["text"]))
+        context, _ = ChatModel(model, prompt, ["adapter"]).context(replayed.dialogue(message["text"]))
         as_adapter = respond(model, prompt, [context], run.generation)[0].text
         with model.disable_adapter():
             as_base = respond(model, prompt, [context], run.generation)[0].text
@@ -164,16 +164,16 @@ def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
         assert len(said) == 4
 
 
-def test_personas_from_a_file_typed_in_and_of_a_dialogue(talk, trained, tmp_path):
+def test_persona_from_file_input_or_dialogue(talk, trained, tmp_path):
     file = tmp_path / "someone.txt"
     file.write_text("i have a cat .\n\n  i like   rice .\n", encoding="utf-8")
-    assert "person:\n  i have a cat .\n  i like rice .\n/help" in talk(more=["--persona", str(file)])
-    assert "person:\n  i have a cat .\n  i like rice .\n" in talk(f"/persona {file}")
+    assert "persona:\n  i have a cat .\n  i like rice .\n/help" in talk(more=["--persona", str(file)])
+    assert "persona:\n  i have a cat .\n  i like rice .\n" in talk(f"/persona {file}")
     typed = talk("/persona", "i have a cat .", "i like rice .", "", "hi !")
-    assert "person:\n  i have a cat .\n  i like rice .\n" in typed and "adapter> " in typed
+    assert "persona:\n  i have a cat .\n  i like rice .\n" in typed and "adapter> " in typed
     rows = load_split(trained.run / "dataset", "test", "")
     for options, row in (([], rows[0]), (["--dialogue", rows[2]["dialogue_id"]], rows[2])):
-        assert "person:\n  " + "\n  ".join(row["persona"]) + "\n/help" in talk(more=options)
+        assert "persona:\n  " + "\n  ".join(row["persona"]) + "\n/help" in talk(more=options)
 
 
 def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
@@ -182,12 +182,12 @@ def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
     (tmp_path / "someone.txt").write_text("i have a cat .\n", encoding="utf-8")
     lines = ["/persona ~/someone.txt", "hi !", '/save "my talk.jsonl"', "/save ~/other.jsonl", "/system BASE"]
     printed = talk(*lines)
-    assert "person:\n  i have a cat ." in printed and "(base talks)" in printed
+    assert "persona:\n  i have a cat ." in printed and "(base answers)" in printed
     assert saved(tmp_path / "my talk.jsonl") == saved(tmp_path / "other.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my talk.jsonl", "other.jsonl", "someone.txt"]
 
 
-def test_how_answers_are_made_can_be_set_as_the_options_set_it(talk, tmp_path):
+def test_set_has_the_effect_of_the_options(talk, tmp_path):
     files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
     talk("/set temperature 3", "/set max_new_tokens=5", "hi !", "and ?", f"/save {files[0]}")
     options = ["--generation.do_sample", "--generation.temperature", "3", "--generation.max_new_tokens", "5"]
@@ -197,7 +197,7 @@ def test_how_answers_are_made_can_be_set_as_the_options_set_it(talk, tmp_path):
     assert one == two != three
 
 
-def test_what_cannot_be_set_is_said_and_nothing_changes(talk):
+def test_wrong_set_changes_nothing(talk):
     wrong = (
         "top_p 9",
         "seed 1",
@@ -209,9 +209,9 @@ def test_what_cannot_be_set_is_said_and_nothing_changes(talk):
     )
     printed = talk("/set", *(f"/set {setting}" for setting in wrong), "/set")
     for message in (
-        "top_p: input should be less than or equal to 1, found '9'", "seed is nothing that can be set here",
+        "top_p: input should be less than or equal to 1, found '9'", "seed cannot be set here",
         "do_sample: input should be a valid boolean, found 'maybe'", "top_k: expected integer or null, found '['",
-        "/set temperature needs a value", "has room for", "length_penalty has no effect without num_beams above 1",
+        "/set temperature needs a value", "fit into the model's context", "length_penalty has no effect without num_beams above 1",
     ):  # fmt: skip
         assert message in printed
     first, *_, last = printed.split("you> /set\n")[1:]
@@ -220,17 +220,17 @@ def test_what_cannot_be_set_is_said_and_nothing_changes(talk):
 
 @given(st.lists(st.sampled_from(["do_sample true", "do_sample false", "temperature 2", "top_k 3", "top_p 0.5",
                                  "num_beams 2", "num_beams 1", "length_penalty 2", "temperature null"])))  # fmt: skip
-def test_whatever_is_set_is_what_the_settings_allow(changes):
+def test_set_gives_only_valid_settings(changes):
     chosen = Generation()
     for change in changes:
         with contextlib.suppress(KestrelError):
-            chosen = changed(chosen, *change.split(), 1000)
+            chosen = change_setting(chosen, *change.split(), 1000)
     experiment = {"run_dir": "x", "data": {"source": "x"}, "model": {"name": "x"}}
     allowed = Settings.model_validate({**experiment, "generation": chosen.model_dump()})
     assert conflicts(allowed) == []
 
 
-def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, tmp_path):
+def test_conversation_survives_mistakes(talk, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("not dialogues\n", encoding="utf-8")
     printed = talk(
@@ -238,8 +238,8 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, tmp_path
         f"/save {tmp_path}", f"/save {other}", "//slash", "/quit", "never read",
     )  # fmt: skip
     for message in (
-        "did you mean /save?", "needs the name of a file", "nothing to save", "who can talk here: adapter, base",
-        "nobody.txt: No such file", "name another file", "holds something else",
+        "did you mean /save?", "needs the name of a file", "nothing to save", "/system takes adapter or base",
+        "nobody.txt: No such file", "name another file", "does not hold dialogues",
     ):  # fmt: skip
         assert message in printed
     assert printed.count("adapter> ") == 2 and "never read" not in printed
@@ -249,7 +249,7 @@ def test_what_cannot_be_done_is_said_and_the_conversation_goes_on(talk, tmp_path
 # -- the script ------------------------------------------------------------------------------------------------------
 
 
-def test_it_needs_no_lock_and_leaves_the_run_as_it_was(talk, trained):
+def test_run_folder_is_neither_locked_nor_changed(talk, trained):
     def everything() -> dict[str, str]:
         return {str(path): sha256_of(path) for path in sorted(trained.run.rglob("*")) if path.is_file()}
 
@@ -261,17 +261,17 @@ def test_it_needs_no_lock_and_leaves_the_run_as_it_was(talk, trained):
     assert before.keys() == everything().keys()
 
 
-def test_the_base_can_be_talked_to_without_an_adapter(prepared, monkeypatch, capsys):
+def test_base_needs_no_adapter(prepared, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi !\n/compare\n/system adapter\n"))
     assert chat.main(prepared.arguments(*PERSONA, "--generation.systems", "base")) == 0
     printed = capsys.readouterr().out
-    assert "base> " in printed and "no adapter is loaded" in printed and "who can talk here: base" in printed
+    assert "base> " in printed and "no adapter is loaded" in printed and "/system takes base" in printed
     assert chat.main(prepared.arguments(*PERSONA)) == 1
     said = capsys.readouterr().err
     assert "there is no adapter" in said and "--generation.systems base" in said
 
 
-def test_sampling_draws_by_the_seed(talk, tmp_path):
+def test_seed_decides_the_samples(talk, tmp_path):
     said = []
     for number, seed in enumerate(["1", "1", "2"]):
         file = tmp_path / f"{number}.jsonl"
@@ -283,21 +283,21 @@ def test_sampling_draws_by_the_seed(talk, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        (["--host", "0.0.0.0"], 2, "--host: belongs to --web"),
-        (["--web", "--port", "70000"], 2, "--port: a port is 0"),
-        ([*PERSONA, "--dialogue", "x"], 2, "--dialogue: names a persona, and --persona another"),
+        (["--host", "0.0.0.0"], 2, "--host: needs --web"),
+        (["--web", "--port", "70000"], 2, "--port: expected 0"),
+        ([*PERSONA, "--dialogue", "x"], 2, "--dialogue: --persona already gives the persona"),
         (["--persona", "nobody.txt"], 1, "nobody.txt: No such file"),
         (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
         (["--dialogue", "x"], 1, "test has no 'x'; its ids are test-0"),
         (["--run_dir", "nowhere"], 1, "or give a persona: --persona FILE"),
     ],
 )
-def test_a_wrong_call_says_what_is_wrong(talk, options, status, message):
+def test_wrong_options_are_named(talk, options, status, message):
     assert message in talk(more=options, status=status)
     assert not Path("nowhere").exists()
 
 
-def test_in_another_python_the_missing_package_and_the_environment_are_named(tmp_path):
+def test_missing_package_and_interpreter_are_named(tmp_path):
     """As when `python` is not that of the environment."""
     for name in ("pydantic", "torch"):
         blocked = f"import sys; sys.modules[{name!r}] = None; sys.argv = sys.argv[1:]; import runpy; "

@@ -1,4 +1,4 @@
-"""Answers as they are made: what a reader sees of one while it grows, and what it has become in the end."""
+"""Answers while they grow: what a reader sees of one, and what it is in the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 
 from kestrel.adapter.lora import add_lora
-from kestrel.chat.streaming import Speaker
+from kestrel.chat.streaming import ChatModel
 from kestrel.config.settings import Generation, Lora
 from kestrel.generation.respond import respond
 from kestrel.generation.stop_strings import StopStrings
@@ -24,12 +24,12 @@ def prompt() -> Prompt:
 
 
 @pytest.fixture(scope="module")
-def speaker(prompt: Prompt) -> Speaker:
+def chat_model(prompt: Prompt) -> ChatModel:
     model = add_lora(make_model(), Lora(r=4, target_modules="all-linear"), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return Speaker(model, prompt, ["adapter", "base"])
+    return ChatModel(model, prompt, ["adapter", "base"])
 
 
 @given(
@@ -38,19 +38,19 @@ def speaker(prompt: Prompt) -> Speaker:
     beams=st.sampled_from([1, 1, 2]),
 )
 @settings(max_examples=25, deadline=None)
-def test_what_is_shown_grows_into_what_generate_writes(speaker, prompt, context, stops, beams):
+def test_answer_grows_into_the_one_that_generate_writes(chat_model, prompt, context, stops, beams):
     chosen = Generation(max_new_tokens=12, stop_strings=stops, num_beams=beams)
-    shown = list(speaker.answer(context, "adapter", chosen))
-    assert shown[-1] == respond(speaker.model, prompt, [context], chosen)[0].text
+    shown = list(chat_model.stream_answer(context, "adapter", chosen))
+    assert shown[-1] == respond(chat_model.model, prompt, [context], chosen)[0].text
     assert all(after.startswith(before) for before, after in pairwise(shown))
-    with speaker.model.disable_adapter():
-        alone = respond(speaker.model, prompt, [context], chosen)[0].text
-    assert list(speaker.answer(context, "base", chosen))[-1] == alone
+    with chat_model.model.disable_adapter():
+        alone = respond(chat_model.model, prompt, [context], chosen)[0].text
+    assert list(chat_model.stream_answer(context, "base", chosen))[-1] == alone
 
 
 @given(text=st.text(max_size=20), stops=st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=3))
 @settings(max_examples=200, deadline=None)
-def test_nothing_is_shown_that_is_taken_back(prompt, text, stops):
+def test_shown_text_never_changes(prompt, text, stops):
     """Whatever bytes a token ends in the middle of, and whatever a stop string begins with."""
     ids = prompt.tokenizer(text, add_special_tokens=False)["input_ids"]
     before = ""
@@ -65,12 +65,12 @@ def test_nothing_is_shown_that_is_taken_back(prompt, text, stops):
     assert not any(stop in whole for stop in stops if not stop.isspace())
 
 
-def test_who_stops_reading_stops_the_model(speaker, prompt):
+def test_closing_the_answer_stops_the_model(chat_model, prompt):
     steps = []
-    hook = speaker.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
-    answer = speaker.answer(prompt.tokenizer("You:")["input_ids"], "adapter", Generation(max_new_tokens=2000))
+    hook = chat_model.model.get_output_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    answer = chat_model.stream_answer(prompt.tokenizer("You:")["input_ids"], "adapter", Generation(max_new_tokens=2000))
     next(answer)
     answer.close()
     hook.remove()
     assert 0 < len(steps) < 1000
-    assert list(speaker.answer([20, 30], "base", Generation(max_new_tokens=3)))  # and it can be asked again
+    assert list(chat_model.stream_answer([20, 30], "base", Generation(max_new_tokens=3)))  # and it can be asked again

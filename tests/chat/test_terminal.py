@@ -61,7 +61,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_at_a_terminal_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
+def test_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
     at = Terminal(trained.arguments(*PERSONA))
     at.until("you> ")
     at.type("\x1b[200~hi !\nany pets ?\x1b[201~\n")
@@ -79,7 +79,7 @@ def test_at_a_terminal_pasted_lines_are_one_message_and_columns_grow(trained, tm
 
 
 @pytest.mark.parametrize("speaking", [True, False])
-def test_who_is_told_to_end_ends_at_once(speaking, trained):
+def test_sigterm_ends_it_at_once(speaking, trained):
     endless = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
     at = Terminal(trained.arguments(*PERSONA, *endless))
     at.until("you> ")
@@ -90,7 +90,7 @@ def test_who_is_told_to_end_ends_at_once(speaking, trained):
         time.sleep(1)  # until it waits for a line
     os.kill(at.pid, signal.SIGTERM)
     assert at.ended() == 143
-    assert "what was not saved is gone" in at.seen and "again leaves" not in at.seen
+    assert "what was not saved is lost" in at.seen and "again leaves" not in at.seen
 
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):
@@ -126,12 +126,12 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        assert b"what was not saved is gone" in process.stderr.read()
+        assert b"what was not saved is lost" in process.stderr.read()
     row = json.loads((tmp_path / "x.jsonl").read_text(encoding="utf-8"))
     assert 0 < len(row["turns"][1]["text"]) < 4000  # what was said until then
 
 
 @given(st.text(max_size=200), st.text(max_size=200))
-def test_a_terminal_is_told_nothing_but_text(one, two):
+def test_terminal_gets_no_control_sequences(one, two):
     printed = side_by_side({"adapter": one, "base": two}) + readable(one)
     assert all(char.isprintable() or char == "\n" for char in printed)
