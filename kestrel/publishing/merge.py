@@ -1,7 +1,7 @@
 """A model without adapter, for engines that take none: the adapter merged into the base it was trained on.
 
-That base is the 4-bit one. Its weights are made 16-bit again and the adapter is added to those: merging into 4-bit
-weights rounds the update away, and the original 16-bit weights are another base.
+That base is the 4-bit one. Its weights are converted back to 16 bit and the adapter is added to those: merging into
+4-bit weights rounds the update away, and the original 16-bit weights are another base.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kestrel.model.base import base_identity, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.publishing.usage import example_prompt, render
 from kestrel.runtime.atomic import clear_beside, folder_atomically
 from kestrel.runtime.disk_space import merged_bytes, room_for, saying_disk_full
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, write_manifest
@@ -47,7 +48,7 @@ _QUESTIONS = ("hi ! how are you ?", "what do you do for a living ?", "any pets ?
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model does on the samples.
+    """What a model computes on the sample contexts.
 
     Attributes:
         logits: float32 (positions, vocabulary), on the CPU.
@@ -62,8 +63,8 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     """Merges, saves, loads what was saved, and proves that it answers like the adapter.
 
     Args:
-        settings: of the run; model.adapter names another adapter than the run's own.
-        folder: where the model is written; made whole or not at all.
+        settings: of the run; model.adapter may name another adapter than the run's own.
+        folder: to write the model to; it appears whole or not at all.
         again: the options of this call, for messages.
 
     Raises:
@@ -71,7 +72,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         ProofError: the merged model computes something else.
     """
     clear_beside(folder)
-    require_free(folder)
+    require_replaceable(folder)
     config = load_config(settings.model)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     base_id = base_identity(settings.model, config)
@@ -79,7 +80,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
     needed = merged_bytes(weights, settings.quantization.compute_dtype, len(prompt.tokenizer))
     room = room_for("the merged model's files", needed, folder, "name another folder")
-    with room, _telling_memory(needed), folder_atomically(folder) as target, saying_disk_full(target):
+    with room, _advice_on_memory(needed), folder_atomically(folder) as target, saying_disk_full(target):
         contexts = sample_contexts(settings, prompt, again)
         adapted = load_model(settings, prompt, (adapter_folder, manifest))
         before = behaviour(adapted, prompt, contexts, settings)
@@ -91,69 +92,69 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         del adapted, merged
         gc.collect()
         after = behaviour(_loaded(target, settings), prompt, contexts, settings)
-        apart, same = compare(before, after, settings.quantization.compute_dtype)
-        said = (
-            f"logits of adapter and merged model differ by {apart:.2%}, and {same} of {len(contexts)} greedy answers are "
-            "the same"
+        difference, same = compare(before, after, settings.quantization.compute_dtype)
+        proof = (
+            f"the logits of adapter and merged model differ by {difference:.2%}, and {same} of {len(contexts)} greedy "
+            "answers are the same"
         )
-        (target / "README.md").write_text(readme(prompt, settings, said), encoding="utf-8")
+        (target / "README.md").write_text(readme(prompt, settings, proof), encoding="utf-8")
         write_manifest(
             target,
             _KIND,
             settings={"quantization": settings.quantization.model_dump()},
             made_from={"base": base_id, "adapter": identity_of(manifest), "prompt_sha256": prompt.identity()["sha256"]},
-            logits_apart=apart,
+            logits_apart=difference,
             same_answers=same,
             answers=len(contexts),
         )
-    print(f"proven on what was saved: {said}")
-    print(f"wrote {folder}; its README.md says how to serve it")
+    print(f"proven on the saved model: {proof}")
+    print(f"wrote {folder}; its README.md shows how to serve it")
 
 
-def require_free(folder: Path) -> None:
-    """Refuses a folder that holds anything but an older merged model, which is replaced.
+def require_replaceable(folder: Path) -> None:
+    """Refuses a folder that holds anything but an older merged model.
 
     Raises:
         KestrelError: naming what would be lost.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise KestrelError(f"--merge {folder}: {nearest} is a file; name a folder that is new or empty")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not there:
+        raise KestrelError(f"--merge {folder}: {nearest} is a file; name a new or empty folder")
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not present:
         return
     try:
         manifest = read_manifest(folder, _KIND, "", check_files=False)
     except KestrelError:
-        raise KestrelError(f"--merge {folder}: it holds something else; name a folder that is new or empty") from None
-    if others := sorted(there - manifest["files"].keys() - {MANIFEST}):
+        raise KestrelError(f"--merge {folder}: the folder holds something else; name a new or empty one") from None
+    if others := sorted(present - manifest["files"].keys() - {MANIFEST}):
         raise KestrelError(
-            f"--merge {folder}: beside an older merged model it holds {', '.join(others[:5])}; move that away, or name "
-            "another folder"
+            f"--merge {folder}: besides an older merged model, the folder holds {', '.join(others[:5])}; move that away, "
+            "or name another folder"
         )
 
 
 @contextmanager
-def _telling_memory(needed: int) -> Iterator[None]:
+def _advice_on_memory(needed: int) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise KestrelError(
-            f"out of memory: the merged model alone takes {needed / 2**30:.1f} GiB. Where the graphics card is too small, "
-            "hide it and merge in main memory, which is slower: put CUDA_VISIBLE_DEVICES= before the same command"
+            f"out of memory: the merged model alone takes {needed / 2**30:.1f} GiB. If the GPU is too small, merge in main "
+            "memory, which is slower: put CUDA_VISIBLE_DEVICES= before the same command"
         ) from None
 
 
 def _make_readable(folder: Path) -> None:
-    """Gives the weights the rights of the other files: safetensors (0.8) writes for the owner alone, and servers often
-    run as somebody else."""
-    rights = (folder / "config.json").stat().st_mode & 0o777
+    """Gives the weights the permissions of the other files: safetensors (0.8) lets only the owner read them, and
+    servers often run as another user."""
+    permissions = (folder / "config.json").stat().st_mode & 0o777
     for path in folder.iterdir():
-        path.chmod(rights)
+        path.chmod(permissions)
 
 
 def sample_contexts(settings: Settings, prompt: Prompt, again: str) -> list[list[int]]:
-    """Prompts of the run's validation or test dialogues; of a few invented ones where there is no data set."""
+    """Prompts of the run's validation or test dialogues, or of a few invented ones if the run has no data set."""
     try:
         folder, _ = open_dataset(settings, prompt, f"python preprocess.py {again}")
     except KestrelError:
@@ -169,8 +170,8 @@ def behaviour(
     model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Settings
 ) -> Behaviour:
     """Logits at the end of each context, and greedy answers."""
-    chosen = greedy(settings.generation)
     device = next(model.parameters()).device
+    chosen = greedy(settings.generation)
     model.eval()
     with torch.no_grad():
         logits = [
@@ -181,18 +182,18 @@ def behaviour(
 
 
 def compare(before: Behaviour, after: Behaviour, compute_dtype: str) -> tuple[float, int]:
-    """Relative difference of the logits, and how many answers are the same.
+    """The relative difference of the logits, and how many answers are the same.
 
     Raises:
-        ProofError: they differ by more than rounding does.
+        ProofError: the logits differ by more than rounding explains.
     """
-    apart = ((after.logits - before.logits).norm() / before.logits.norm()).item()
-    if not apart <= _LIMIT[compute_dtype]:
+    difference = ((after.logits - before.logits).norm() / before.logits.norm()).item()
+    if not difference <= _LIMIT[compute_dtype]:
         raise ProofError(
-            f"the merged model is not the adapter on its base: their logits differ by {apart:.2%}, more than the "
-            f"{_LIMIT[compute_dtype]:.1%} that rounding explains; nothing was written"
+            f"the merged model does not compute what the adapter on its base does: their logits differ by {difference:.2%}, "
+            f"more than the {_LIMIT[compute_dtype]:.1%} that rounding explains; nothing was written"
         )
-    return apart, sum(a.text == b.text for a, b in zip(before.responses, after.responses, strict=True))
+    return difference, sum(a.text == b.text for a, b in zip(before.responses, after.responses, strict=True))
 
 
 def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTrainedModel:
@@ -207,14 +208,14 @@ def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTraine
     merged: PreTrainedModel = again.merge_and_unload(safe_merge=True)
     config = merged.config
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
-        # The class takes one key/value head here and never reads this field, which transformers (5.23) fills with the
-        # number of query heads; llama.cpp's converter believes it and fails.
+        # Falcon-7B has one key/value head. transformers (5.23) sets this field to the number of query heads and never
+        # reads it; llama.cpp's converter reads it and fails.
         config.num_kv_heads = 1
     return merged
 
 
 def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
-    """What anybody loads from the folder."""
+    """The saved model, loaded as anybody would load it."""
     from transformers import AutoModelForCausalLM
 
     from kestrel.model.base import device
@@ -227,35 +228,14 @@ def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     return loaded
 
 
-def serving(folder: str, dtype: str) -> str:
+def serving_commands(folder: str, dtype: str) -> str:
     """The commands that serve a merged model."""
     return f"""vllm serve {folder} --dtype {dtype}
 text-generation-launcher --model-id {folder} --dtype {dtype}
 python convert_hf_to_gguf.py {folder} --outfile model.gguf && llama-server -m model.gguf"""
 
 
-def readme(prompt: Prompt, settings: Settings, said: str) -> str:
-    """How to serve the model, and what of that was tried."""
-    from kestrel.publishing.contents import example_prompt
-
-    text = "".join(example_prompt(prompt)[0])
-    return f"""# A merged model
-
-The adapter of a Kestrel run, added to the weights of its base as the run held them. Tried when it was made: saved,
-loaded with transformers' `AutoModelForCausalLM`, and compared on sample dialogues:
-{said}.
-
-The prompt is Kestrel's `{prompt.format}` format, and a reply ends with token {prompt.end_id}. An example:
-
-```text
-{text}
-```
-
-Engines that take no adapter take this. The commands, for this folder, follow the engines' documentation; with this
-model none of them was tried. With the small Falcon that comes with Kestrel, llama.cpp's was, and vLLM's and TGI's were
-not: Kestrel's docs/publishing.md has more. Compare a few answers with `generate.py` before you rely on one.
-
-```bash
-{serving(".", settings.quantization.compute_dtype)}
-```
-"""
+def readme(prompt: Prompt, settings: Settings, proof: str) -> str:
+    """How to serve the model, and how far that was tried."""
+    commands = serving_commands(".", settings.quantization.compute_dtype)
+    return render("merged.md", example=example_prompt(prompt), proof=proof, commands=commands) + "\n"

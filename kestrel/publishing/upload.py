@@ -1,4 +1,4 @@
-"""What publishing asks of the Hugging Face Hub: access, a sound card, and one commit with all files."""
+"""What publishing needs from the Hugging Face Hub: access, a valid card, and one commit with all files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,18 @@ from kestrel.runtime.manifest import MANIFEST
 
 CARD = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")
-_OF_AN_EMPTY_ONE = {
-    ".gitattributes",
-    ".gitignore",
-    CARD,
-    "LICENSE",
-}  # what the Hub's page may put into a new repository
+_EMPTY_REPOSITORY = {".gitattributes", ".gitignore", CARD, "LICENSE"}  # the Hub's page creates new ones with these
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What a publication did.
+    """The result of an upload.
 
     Attributes:
         url: of the repository.
         oid: of the repository's newest commit.
-        is_new: False where the Hub had the same content already.
+        is_new: False if the repository already had the same content.
     """
 
     url: str
@@ -41,10 +36,10 @@ class Commit:
 
 
 def base_config(name: str, revision: str | None, key: str = "model.name") -> dict[str, Any]:
-    """A base model's config.json, from its folder or the Hub, read without what importing its architecture costs.
+    """A base model's config.json, from its folder or from the Hub.
 
     Raises:
-        KestrelError: not to be had.
+        KestrelError: it cannot be read or downloaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -58,13 +53,14 @@ def base_config(name: str, revision: str | None, key: str = "model.name") -> dic
 
 
 def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
-    """Whether the token can publish there, asked before anything is sent.
+    """Checks, before anything is sent, that the token and the repository fit.
 
     Returns:
-        Who the token belongs to, and whether the repository is, or will be, private.
+        The token's owner, and whether the repository is, or will be, private.
 
     Raises:
-        KestrelError: no token, no answer, a public repository where a private one is asked for, or one with other things.
+        KestrelError: no token, no connection, a repository that is public although a private one is wanted, or one that
+            holds something else.
     """
     from huggingface_hub import HfApi, errors
 
@@ -76,12 +72,12 @@ def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
         except errors.RepositoryNotFoundError:
             return user, private
     is_private = bool(found.private)
-    there = {entry.rfilename for entry in found.siblings or []}
-    others = sorted(there - _OF_AN_EMPTY_ONE)
-    if others and MANIFEST not in there:
+    present = {entry.rfilename for entry in found.siblings or []}
+    others = sorted(present - _EMPTY_REPOSITORY)
+    if others and MANIFEST not in present:
         raise KestrelError(
-            f"hub.repo_id {repo_id}: the repository holds {', '.join(others[:3])} and nothing that was published from "
-            "here; name another repository"
+            f"hub.repo_id {repo_id}: the repository holds {', '.join(others[:3])} but no adapter of Kestrel; name "
+            "another repository"
         )
     if private and not is_private:
         raise KestrelError(
@@ -91,16 +87,16 @@ def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
     return user, is_private
 
 
-def check_named(base: str, ours: Mapping[str, Any], datasets: Iterable[str]) -> None:
-    """Whether the Hub has what a card names.
+def check_card_links(base: str, ours: Mapping[str, Any], datasets: Iterable[str]) -> None:
+    """Checks that the Hub has the base and the data sets that the card names.
 
     Args:
-        base: id of the base.
+        base: its id.
         ours: config.json of the base that the adapter was trained on.
-        datasets: ids.
+        datasets: their ids.
 
     Raises:
-        KestrelError: it has not, or that base has another shape.
+        KestrelError: one does not exist, or that base has another shape than ours.
     """
     from huggingface_hub import HfApi
 
@@ -108,8 +104,8 @@ def check_named(base: str, ours: Mapping[str, Any], datasets: Iterable[str]) -> 
     for key in _SHAPE:
         if theirs.get(key) != ours.get(key) and None not in (theirs.get(key), ours.get(key)):
             raise KestrelError(
-                f"hub.base_model {base}: its {key} is {theirs[key]!r} on the Hub, and {ours[key]!r} in model.name, which is "
-                "therefore no copy of it"
+                f"hub.base_model {base}: its {key} is {theirs[key]!r} on the Hub but {ours[key]!r} in model.name, which "
+                "therefore is not a copy of it"
             )
     for name in datasets:
         with plain_hub_errors(f"the data set {name} that the card would name (hub.datasets, or else data.source)"):
@@ -117,10 +113,10 @@ def check_named(base: str, ours: Mapping[str, Any], datasets: Iterable[str]) -> 
 
 
 def validate_card(content: str, repo_id: str) -> None:
-    """Has the Hub itself look at a card's metadata.
+    """Lets the Hub check a card's metadata.
 
     Raises:
-        KestrelError: what it finds wrong.
+        KestrelError: it refuses them, with its reasons.
     """
     from huggingface_hub import ModelCard
 
@@ -128,11 +124,11 @@ def validate_card(content: str, repo_id: str) -> None:
         try:
             ModelCard(content, ignore_metadata_errors=False).validate()
         except ValueError as error:
-            raise KestrelError(f"the Hub refuses the card's metadata: {_told_by_hub(str(error))}") from None
+            raise KestrelError(f"the Hub refuses the card's metadata: {_reasons(str(error))}") from None
 
 
-def _told_by_hub(answer: str) -> str:
-    """What the check of the metadata found, out of the JSON that the client (2.4) hands on as it came."""
+def _reasons(answer: str) -> str:
+    """The reasons in the JSON answer, which the client (huggingface_hub 2.4) passes on unread."""
     try:
         return "; ".join(str(found["message"]) for found in json.loads(answer)["errors"]) or answer
     except (ValueError, KeyError, TypeError):
@@ -140,18 +136,18 @@ def _told_by_hub(answer: str) -> str:
 
 
 def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], message: str) -> Commit:
-    """Makes one commit of all files; large ones that a former call brought there are not sent again.
+    """Makes one commit of all files. Large files that an earlier call sent are not sent again.
 
-    Files of `PUBLISHED_FILES` that are no longer among the given ones are removed; others are left alone.
+    Files of `PUBLISHED_FILES` that are not given are deleted from the repository; its other files stay.
 
     Args:
-        repo_id: owner/name; made if need be, and left as it is otherwise.
+        repo_id: owner/name; created if it does not exist.
         private: of a new repository.
-        files: content or place, by name in the repository.
+        files: content or path, by name in the repository.
         message: of the commit.
 
     Raises:
-        KestrelError: refused or interrupted; the same call goes on.
+        KestrelError: refused or interrupted; the same call continues.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -162,9 +158,9 @@ def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], messa
     with plain_hub_errors(f"hub.repo_id {repo_id}"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         before = api.model_info(repo_id)
-        there = {entry.rfilename for entry in before.siblings or []}
-        gone = sorted(there.intersection(PUBLISHED_FILES).difference(files))
-        operations += [CommitOperationDelete(name) for name in gone]
+        present = {entry.rfilename for entry in before.siblings or []}
+        outdated = sorted(present.intersection(PUBLISHED_FILES).difference(files))
+        operations += [CommitOperationDelete(name) for name in outdated]
         api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
         after = api.model_info(repo_id).sha
     return Commit(str(url), str(after), after != before.sha)

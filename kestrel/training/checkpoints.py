@@ -21,6 +21,10 @@ from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, wri
 
 _KIND = "checkpoint"
 _STATE = "trainer_state.json"
+# Of training.*, what shapes the weights. A resumed run and a published adapter must agree in these; others may change.
+DECISIVE_TRAINING_SETTINGS = {
+    "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
+}  # fmt: skip
 
 
 def resume_fingerprint(
@@ -35,16 +39,13 @@ def resume_fingerprint(
         prompt_sha256: the prompt's identity.
         steps: optimizer steps of the whole run, which shape the learning rate.
     """
-    deciding = {
-        "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
-    }  # fmt: skip
     return {
         "dataset": dataset,
         "base": base,
         "prompt_sha256": prompt_sha256,
         "quantization": settings.quantization.model_dump(),
         "lora": settings.lora.model_dump(),
-        "training": {**settings.training.model_dump(include=deciding), "steps": steps},
+        "training": {**settings.training.model_dump(include=DECISIVE_TRAINING_SETTINGS), "steps": steps},
         "seed": settings.seed,
     }
 

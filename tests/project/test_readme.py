@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kestrel.config.keys import all_keys
-from kestrel.publishing.merge import serving
+from kestrel.publishing.merge import serving_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -31,7 +31,7 @@ COMMANDS = sorted({command for text in PAGES.values() for command in commands_of
 # One of our scripts, alone or in several processes. The launcher's own options are not checked.
 SCRIPT = r"(?:python|torchrun\b.*?|accelerate launch\b.*?) (\w+\.py --config.*)"
 TOOL = r"python ((?:quickstart|benchmarks|docs|tools)/\w+\.py)"
-SERVING = serving("merged", "bfloat16").splitlines()
+SERVING = serving_commands("merged", "bfloat16").splitlines()
 
 
 def run(*command: str) -> str:

@@ -27,7 +27,7 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
 
     folder = tmp_path / "merged"
     assert publish.main(merging(trained, folder)) == 0
-    assert "proven on what was saved" in capsys.readouterr().out
+    assert "proven on the saved model" in capsys.readouterr().out
     facts = read_json(folder / "manifest.json", "")
     assert facts["logits_apart"] < 1e-4 and facts["same_answers"] == facts["answers"] > 0
     assert "quantization_config" not in read_json(folder / "config.json", "")
@@ -41,7 +41,7 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
     base = AutoModelForCausalLM.from_pretrained(trained.base)
     name = "transformer.h.0.self_attention.query_key_value.weight"
     assert not torch.equal(model.state_dict()[name], base.state_dict()[name])
-    assert "with this model none of them was tried" in " ".join((folder / "README.md").read_text().split())
+    assert "none was tried with this model" in " ".join((folder / "README.md").read_text().split())
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.[jm][sd]*"))
 
 
@@ -66,7 +66,7 @@ def test_a_merge_into_another_base_is_caught_and_leaves_nothing(
     monkeypatch.setattr(merge, "_merged", usual)
     folder = tmp_path / "merged"
     assert publish.main(merging(trained, folder)) == 1
-    assert "not the adapter on its base" in capsys.readouterr().err
+    assert "does not compute what the adapter on its base does" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,7 +28,7 @@ def sent(hub: Hub) -> list[str]:
     ("more", "status", "message"),
     [
         (["--run_dir", "NEW"], 1, "there is no adapter in"),
-        (["--model.adapter", "someone/lora"], 2, "publishes the run's own adapter, not someone/lora"),
+        (["--model.adapter", "someone/lora"], 2, "only the run's own adapter is published, not someone/lora"),
         (["--hub.repo_id", "tester/x.git"], 2, "expected an id on the Hub"),
         (["--hub.datasets", "my data"], 2, "expected ids on the Hub such as owner/name, found 'my data'"),
         (["--dryrun"], 2, "did you mean --dry-run?"),
@@ -59,7 +59,7 @@ def test_base_and_data_that_the_card_names_must_be_on_the_hub(evaluated: Experim
     for more, message in (
         (["--hub.base_model", "tiny/typo"], "hub.base_model tiny/typo: the Hub knows no such repository"),
         (["--hub.base_model", "tiny/empty"], "hub.base_model tiny/empty: the repository lacks a file"),
-        (["--hub.base_model", "tiny/other"], "its hidden_size is 128 on the Hub, and 64 in model.name"),
+        (["--hub.base_model", "tiny/other"], "its hidden_size is 128 on the Hub but 64 in model.name"),
         (["--hub.datasets", "tiny/dialogues", "tiny/typo"], "the data set tiny/typo that the card would name"),
     ):
         done = run("publish.py", *publishing(evaluated, *more), hub=hub, home=tmp_path / "home")
@@ -82,7 +82,7 @@ def test_a_repository_with_other_things_is_not_written_to(evaluated: Experiment,
     for name, message in (
         (
             f"{USER}/model",
-            "holds config.json, generation_config.json, model.safetensors and nothing that was published",
+            "holds config.json, generation_config.json, model.safetensors but no adapter of Kestrel",
         ),
         ("somebody/model", "name another repository"),
         ("somebody/new", "the token may not write there"),
@@ -143,7 +143,7 @@ def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment
     fewer = ["--generation.max_dialogues", "1"]
     assert generate.main(evaluated.arguments("--run_dir", str(run_dir), *fewer)) == 0
     assert publish.main(given) == 1
-    assert "has made anew or removed since; make them again: delete" in capsys.readouterr().err
+    assert "has replaced or removed since; delete" in capsys.readouterr().err
     (run_dir / "evaluation" / "metrics.json").write_text(json.dumps({"systems": {}}))
     assert publish.main(given) == 1
     assert "metrics.json is damaged or scores no adapter" in capsys.readouterr().err

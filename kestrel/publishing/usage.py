@@ -1,0 +1,111 @@
+"""How others use what is published: an example of the prompt, a program that answers it, and the README templates."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from kestrel.dialogue import Dialogue, Turn
+from kestrel.errors import KestrelError
+from kestrel.evaluation.report import escape_markdown
+from kestrel.evaluation.tables import Table
+from kestrel.prompt.prompt import Prompt
+
+EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt in the run's format.
+
+    Attributes:
+        format: plain, chat or original.
+        pieces: its text; each piece is tokenized on its own.
+        first_ids: token ids before the first piece, such as a beginning-of-sequence token.
+        end_id: the token that ends a reply.
+    """
+
+    format: str
+    pieces: list[str]
+    first_ids: list[int]
+    end_id: int
+
+    @cached_property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+def example_prompt(prompt: Prompt) -> PromptExample:
+    """The prompt of a short invented dialogue.
+
+    Raises:
+        KestrelError: tokenizing the pieces one by one does not give the prompt's token ids.
+    """
+    turns = (*EXAMPLE.turns, Turn("self", "ok"))
+    segments = prompt.segments(Dialogue(EXAMPLE.dialogue_id, EXAMPLE.persona, turns))
+    pieces = [segment.text for segment in segments[:-2]]
+    tokenized = [prompt.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces]
+    from_pieces = [token for ids in tokenized for token in ids]
+    ids = prompt.open_context(EXAMPLE)
+    first_ids = ids[: len(ids) - len(from_pieces)]
+    if first_ids + from_pieces != ids:
+        raise KestrelError(
+            "the card's example would not be tokenized as in training; please report this with the tokenizer's name"
+        )
+    return PromptExample(prompt.format, pieces, first_ids, prompt.end_id)
+
+
+def usage_program(repo_id: str, base: str, manifest: Mapping[str, Any], example: PromptExample, is_falcon: bool) -> str:
+    """A program that loads base and adapter as they were trained and answers the example."""
+    quantization = manifest["settings"]["quantization"]
+    return render(
+        "usage.py",
+        repo_id=repo_id,
+        base=base,
+        commit=base_commit(manifest),
+        quantization=quantization,
+        four_bit=quantization["bits"] == 4,
+        is_falcon=is_falcon,
+        example=example,
+        pieces=json.dumps(example.pieces, ensure_ascii=False),
+    )
+
+
+def base_commit(manifest: Mapping[str, Any]) -> str | None:
+    """The base's commit on the Hub, where the adapter's manifest records one."""
+    commit: str | None = (manifest["made_from"].get("base") or {}).get("commit")
+    return commit
+
+
+def render(template: str, **values: Any) -> str:
+    """A text from `templates/`, without the line break at its end."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {
+        "markdown": lambda value: escape_markdown(str(value)),
+        "code_block": _code_block,
+        "table": _table,
+        "count": lambda number: f"{number:,}",
+    }
+    return environment.get_template(f"{template}.jinja").render(values)
+
+
+def _code_block(text: str, language: str) -> str:
+    """A fenced block that its content cannot end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _table(table: Table) -> str:
+    rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
+    rows.insert(1, ["---"] * len(table.columns))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
