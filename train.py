@@ -82,12 +82,12 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     if resume and patience and callbacks.evaluations_without_progress(checkpoints.history(resume)) >= patience:
         steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
 
-    passes.stay_within(settings)
-    chosen = passes.plan(settings, config, dialogues, resume)
+    passes.limit_gpu_memory(settings)
+    chosen = passes.plan_passes(settings, config, dialogues, resume)
     if chosen.estimate is not None:
         print(chosen.line())
     if not chosen.fits:
-        print(f"warning: {passes.too_much(settings, chosen)}", file=sys.stderr)
+        print(f"warning: {passes.shortage(settings, chosen)}", file=sys.stderr)
     base, audit = load_base(settings, to_be_sharded=sharded)
     check_context(base, int(max(lengths.max(), lengths_of(validation_rows).max())))
     print(f"base: {audit.line()}")

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kestrel.batching import batches_within
-from kestrel.model.likelihood import SpanRequest, spans_of, with_labels
+from kestrel.model.likelihood import SpanRequest, collate_requests, sums_by_span
 from kestrel.model.loss import causal_lm_of, nll_of_hidden
 
 # The most memory that a position of a pass without gradient takes, in hidden states: the layer's input, norm, fused
@@ -207,7 +207,7 @@ def compute_prefixes(
         chosen = [sequences[position] for position in positions]
         cache = DynamicCache(config=causal_lm_of(model).config)
         nll = _pass(model, chosen, past_key_values=cache)
-        scores |= dict(zip(positions.tolist(), spans_of(chosen, nll), strict=True))
+        scores |= dict(zip(positions.tolist(), sums_by_span(chosen, nll), strict=True))
         prefixes.add(positions.tolist(), cache)
     if prefixes.nbytes:
         yield prefixes, scores
@@ -254,7 +254,7 @@ def continuation_nll(
             scored.append(SpanRequest(ids, [(1, len(ids))]))
         length = max(len(sequence.input_ids) for sequence in scored)
         batch = prefixes.copy_rows([(wanted[name][0], len(wanted[name][1]) - 1) for name, _ in chosen], length)
-        scores = spans_of(scored, _pass(model, scored, **batch.inputs(0, length)))
+        scores = sums_by_span(scored, _pass(model, scored, **batch.inputs(0, length)))
         del batch  # before the next rows are copied
         for (name, number), (pair,) in zip(chosen, scores, strict=True):
             results[name][number] = pair
@@ -270,7 +270,7 @@ def _pass(model: torch.nn.Module, sequences: Sequence[SpanRequest], **inputs: An
     """
     causal_lm = causal_lm_of(model)
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in with_labels(sequences).items()}
+    batch = {name: tensor.to(device) for name, tensor in collate_requests(sequences).items()}
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     hidden = backbone(input_ids=batch["input_ids"], use_cache=True, **inputs).last_hidden_state
     predicting = batch["predicting"]

@@ -1,4 +1,4 @@
-"""How likely given replies are: of the references (perplexity) and of candidate replies (hits@1)."""
+"""The likelihood of given replies: of references (perplexity) and of candidate replies (hits@1)."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from kestrel.prompt.prompt import IGNORED
 
 @dataclass(frozen=True)
 class SpanRequest:
-    """A token sequence and the spans in it whose likelihood is wanted, in order and apart from each other."""
+    """A token sequence and the spans in it to score, in order and without overlap."""
 
     input_ids: Sequence[int]
     spans: Sequence[tuple[int, int]]
 
 
-def with_labels(sequences: Sequence[SpanRequest]) -> dict[str, torch.Tensor]:
-    """The sequences as a right-padded batch, as of `loss.collate`, whose supervised tokens are the spans."""
+def collate_requests(requests: Sequence[SpanRequest]) -> dict[str, torch.Tensor]:
+    """The batch that `loss.collate` makes, with the spans as supervised tokens."""
     rows = []
-    for sequence in sequences:
-        labels = [IGNORED] * len(sequence.input_ids)
-        for start, end in sequence.spans:
-            labels[start:end] = sequence.input_ids[start:end]
-        rows.append({"input_ids": sequence.input_ids, "labels": labels})
+    for request in requests:
+        labels = [IGNORED] * len(request.input_ids)
+        for start, end in request.spans:
+            labels[start:end] = request.input_ids[start:end]
+        rows.append({"input_ids": request.input_ids, "labels": labels})
     return collate(rows, pad_id=0)
 
 
-def spans_of(sequences: Sequence[SpanRequest], nll: torch.Tensor | None) -> list[list[tuple[float, int]]]:
-    """Sums up the likelihoods of a batch's supervised tokens.
+def sums_by_span(requests: Sequence[SpanRequest], nll: torch.Tensor | None) -> list[list[tuple[float, int]]]:
+    """Sums the likelihoods of a batch's supervised tokens over each span.
 
     Args:
-        sequences: of the batch.
+        requests: of the batch, as given to `collate_requests`.
         nll: float32 (supervised tokens,), row by row; None where there are none.
 
     Returns:
-        For each sequence, (sum in nats, tokens) of each span.
+        For each request, (sum in nats, tokens) of each span.
 
     Raises:
         ProofError: a likelihood is not finite.
@@ -51,9 +51,9 @@ def spans_of(sequences: Sequence[SpanRequest], nll: torch.Tensor | None) -> list
         raise ProofError(NOT_FINITE)
     results: list[list[tuple[float, int]]] = []
     first = 0
-    for sequence in sequences:
+    for request in requests:
         results.append([])
-        for start, end in sequence.spans:
+        for start, end in request.spans:
             results[-1].append((float(values[first : first + end - start].sum()), end - start))
             first += end - start
     return results
@@ -61,30 +61,28 @@ def spans_of(sequences: Sequence[SpanRequest], nll: torch.Tensor | None) -> list
 
 @torch.no_grad()
 def span_nll(
-    model: torch.nn.Module, sequences: Sequence[SpanRequest], tokens_per_step: int
+    model: torch.nn.Module, requests: Sequence[SpanRequest], tokens_per_step: int
 ) -> list[list[tuple[float, int]]]:
-    """Negative log-likelihood of each span given all tokens before it.
-
-    One forward pass scores every span of a sequence, so a dialogue's references cost one pass together.
+    """Negative log-likelihood of each span given all tokens before it; one forward pass scores all spans of a request.
 
     Args:
         model: prepared by `loss.attach_token_nll`; it is left in evaluation mode.
-        sequences: what to score.
+        requests: what to score.
         tokens_per_step: most tokens of a batch, padding included.
 
     Returns:
-        For each sequence, in order, (sum in nats, tokens) of each span.
+        For each request, in order, (sum in nats, tokens) of each span.
 
     Raises:
         ProofError: a likelihood is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
-    results: list[list[tuple[float, int]]] = [[] for _ in sequences]
-    lengths = np.asarray([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
-    for positions in batches_within(lengths, tokens_per_step) if len(sequences) else ():
-        chosen = [sequences[position] for position in positions]
-        batch = {name: tensor.to(device) for name, tensor in with_labels(chosen).items()}
-        for position, scores in zip(positions, spans_of(chosen, token_nll(model, batch)), strict=True):
+    results: list[list[tuple[float, int]]] = [[] for _ in requests]
+    lengths = np.asarray([len(request.input_ids) for request in requests], dtype=np.int64)
+    for positions in batches_within(lengths, tokens_per_step) if requests else ():
+        chosen = [requests[position] for position in positions]
+        batch = {name: tensor.to(device) for name, tensor in collate_requests(chosen).items()}
+        for position, scores in zip(positions, sums_by_span(chosen, token_nll(model, batch)), strict=True):
             results[position] = scores
     return results

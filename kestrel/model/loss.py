@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 NOT_FINITE = (
     "the model gives a reply a likelihood that is not finite: its weights are broken, or numbers overflow in "
-    "quantization.compute_dtype, where bfloat16 and float32 have more room than float16"
+    "quantization.compute_dtype; bfloat16 and float32 have a wider range than float16"
 )
 # (causal LM, hidden (targets, hidden size), targets int64 (targets,)) -> a value per target, such as `nll_of_hidden`
 OfHidden = Callable[["PreTrainedModel", torch.Tensor, torch.Tensor], torch.Tensor]
-CHUNK = 512  # positions projected at a time: 133 MB of float32 logits for Falcon's vocabulary
+CHUNK = 512  # positions projected at once: 133 MB of float32 logits for Falcon's vocabulary
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The causal language model inside an adapter or inside nothing."""
+    """The causal language model, without PEFT's wrapper if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded int64 batch (rows, longest): input_ids, attention_mask, labels. Besides, what is told of places in it.
+    """A right-padded batch. The mask and labels of -100 mark padding; its id may be the end token's.
 
-    Which tokens are padding is said by the mask and by labels of -100, never by their id, which may be the end token's.
-    `predicting` (supervised tokens,) are the places in the flattened batch whose next token is supervised, `first` (distinct
-    tokens,) and `which` (rows * longest,) say where the same token stands, as of `falcon.Repeats`. They are looked up here,
-    in ordinary memory: a GPU that is asked where the labels are has to be waited for.
+    Returns:
+        int64 tensors: `input_ids`, `attention_mask` and `labels` (rows, longest); `predicting` (supervised tokens,), the
+        positions in the flattened batch whose next token is supervised; `first` and `which`, as of `falcon.Repeats`. The
+        last three are computed here, on the host, because asking the GPU for them would stall it.
     """
     lengths = np.asarray([len(row["input_ids"]) for row in rows])
     ids = np.full((len(rows), lengths.max()), pad_id, dtype=np.int64)
@@ -70,10 +70,10 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 class _ProjectedNll(torch.autograd.Function):
-    """Negative log-likelihoods through a frozen output head, whose gradient is made while the logits are there.
+    """Negative log-likelihoods through a frozen output head, with the gradient computed while the logits are in memory.
 
-    A position's likelihood depends on its own hidden state alone, so the gradient for a unit weight of each can be made at
-    once and scaled when the weights are known: the logits are neither kept nor made twice.
+    A position's likelihood depends on its own hidden state alone, so the forward pass computes the gradient for unit
+    weight and the backward pass scales it: the logits are neither kept nor computed twice.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class _ProjectedNll(torch.autograd.Function):
             logits = hidden[rows] @ weight.t()
             result[rows] = nll(logits, targets[rows], backward=grad is not None)
             if grad is not None:
-                torch.mm(logits, weight, out=grad[rows])  # which are their gradient now
+                torch.mm(logits, weight, out=grad[rows])  # `nll` left the gradient in the logits
             del logits  # before the next ones are made
         ctx.grad = grad
         return result
@@ -96,10 +96,9 @@ class _ProjectedNll(torch.autograd.Function):
 
 
 def _after_head(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
-    """What an architecture does with its logits: a factor f and a bound c of c tanh(f x / c), or None for no bound.
+    """The factor f and bound c (None: no bound) of an architecture's logits c tanh(f x / c).
 
-    Cohere, Granite and Falcon-H1 have a factor, Gemma a bound (transformers 5.23). What else there may be, `prove_loss`
-    finds.
+    Cohere, Granite and Falcon-H1 have a factor, Gemma a bound (transformers 5.23). `prove_loss` detects anything else.
     """
     config = causal_lm.config
     factor = float(getattr(causal_lm, "logit_scale", 1.0))
@@ -120,7 +119,7 @@ def nll_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor, targets: tor
     """Negative log-likelihood of each target.
 
     Args:
-        causal_lm: whose output head makes logits of hidden states.
+        causal_lm: with the output head.
         hidden: (targets, hidden size), the last hidden state before each target.
         targets: int64 (targets,), token ids.
 
@@ -135,12 +134,12 @@ def nll_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor, targets: tor
         scaled = hidden if factor == 1 else hidden * factor
         result: torch.Tensor = _ProjectedNll.apply(scaled, head.weight, targets)
         return result
-    pieces = []  # a head with an adapter, a bias, a bound or somebody's hook, through autograd
-    for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+    pieces = []  # through autograd: a head with an adapter, a bias, a bound or a hook
+    for states, expected in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(_chunk_nll, head, states, wanted, factor, bound, use_reentrant=False))
+            pieces.append(checkpoint(_chunk_nll, head, states, expected, factor, bound, use_reentrant=False))
         else:
-            pieces.append(_chunk_nll(head, states, wanted, factor, bound))
+            pieces.append(_chunk_nll(head, states, expected, factor, bound))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -151,7 +150,7 @@ def _at_supervised_tokens(
     fused: falcon.Backbone | None,
 ) -> torch.Tensor:
     predicting = batch["predicting"]
-    if fused is not None and fused.is_free():
+    if fused is not None and fused.can_run():
         repeats = falcon.Repeats(batch["first"], batch["which"]) if "which" in batch else None
         hidden = fused.hidden_states(batch["input_ids"], predicting, repeats)
     else:
@@ -168,15 +167,15 @@ def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none") -> 
     Going through `forward` runs the hooks of what wraps a model: PEFT, and sharding, which gathers the base.
 
     Args:
-        model: the causal LM, with its adapter if it is to have one.
-        recompute: what the backward pass makes again to save memory, as of `falcon.Backbone`. In other architectures
-            each layer is checkpointed for anything but none.
+        model: the causal LM with or without an adapter.
+        recompute: what the backward pass recomputes to save memory, as of `falcon.Backbone`. In other architectures
+            anything but none checkpoints each layer.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    fused = falcon.Backbone(backbone, recompute) if falcon.is_alike(backbone) else None
-    if recompute != "none" and (fused is None or not fused.is_free()):
+    fused = falcon.Backbone(backbone, recompute) if falcon.supports(backbone) else None
+    if recompute != "none" and (fused is None or not fused.can_run()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
@@ -213,7 +212,7 @@ def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: str) -> None:
-    """Checks our likelihoods against the architecture's own logits, which may be scaled or capped after the head.
+    """Compares `token_nll` with the likelihoods by the architecture's own logits, which may be scaled or capped.
 
     Raises:
         ProofError: they differ by more than the compute type's rounding, or are not finite.
@@ -231,6 +230,6 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
     difference = ((ours - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
     if not difference <= (1e-4 if compute_dtype == "float32" else 2e-2):
         raise ProofError(
-            f"the loss is not this architecture's own: {difference:.2%} apart; its logits are changed after the output "
-            "head in a way that Kestrel does not know. Take another base, or report it with the model's name"
+            f"the loss differs from this architecture's own by {difference:.2%}: its logits are changed after the output "
+            "head in a way that Kestrel does not know. Use another base, or report it with the model's name"
         )

@@ -25,7 +25,7 @@ from kestrel.errors import KestrelError
 from kestrel.model import falcon
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
-from kestrel.planning.random_base import stand_in
+from kestrel.planning.random_base import random_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Bytes of optimizer state for a trained weight. The 8-bit optimizer's two bytes may be paged out, but start on the GPU.
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2}
-WORKSPACE = 64 * 2**20  # what cuBLAS takes through torch's allocator on recent GPUs
+WORKSPACE = 64 * 2**20  # of cuBLAS, through torch's allocator, on recent GPUs
 CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocator
-SLACK = 0.08  # of the peak: what the allocator holds in pieces that fit nothing
+SLACK = 0.08  # of the peak: fragments that the allocator cannot use
 
 
 class CannotEstimate(KestrelError):
-    """An architecture that does not run on shapes alone."""
+    """The architecture does not run on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Estimate:
         gradients: of LoRA's weights.
         optimizer: its state.
         kept: what the largest pass keeps for its backward pass.
-        momentary: what comes on top of that at the worst moment.
-        logits: of `momentary`, or less: scores over the vocabulary, and their gradients.
+        momentary: on top of that at the peak.
+        logits: peak of the scores over the vocabulary and their gradients, part of `momentary`.
         workspace: of the matrix products.
     """
 
@@ -87,7 +87,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Of all tensors: what `torch.cuda.max_memory_allocated()` returns after training."""
+        """Of all tensors, what `torch.cuda.max_memory_allocated()` returns after training."""
         fixed = self.base + self.adapter + self.gradients + self.optimizer
         return fixed + self.kept + self.momentary + self.workspace
 
@@ -98,12 +98,7 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates for one base and adapter, whatever the passes.
-
-    Args:
-        settings: of the run.
-        config: the base's architecture.
-    """
+    """Estimates the memory of passes for one base and adapter."""
 
     def __init__(self, settings: Settings, config: PretrainedConfig):
         self._settings = settings
@@ -111,8 +106,8 @@ class Estimator:
         self._models: dict[falcon.Recompute, nn.Module] = {}
         model = self._model("none")
         causal_lm = causal_lm_of(model)
-        knows_mlp = falcon.is_alike(getattr(causal_lm, causal_lm.base_model_prefix))
-        # The levels of training.recompute that differ, by rising recomputation.
+        knows_mlp = falcon.supports(getattr(causal_lm, causal_lm.base_model_prefix))
+        # The values of training.recompute that differ for this architecture, least recomputation first.
         self.levels: list[falcon.Recompute] = ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
         base = (p for p in model.parameters() if not p.requires_grad)
         self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
@@ -122,28 +117,24 @@ class Estimator:
 
     def _model(self, recompute: falcon.Recompute) -> nn.Module:
         if recompute not in self._models:
-            model = stand_in(self._settings, self._config, torch.device("meta"))
+            model = random_model(self._settings, self._config, torch.device("meta"))
             attach_token_nll(model, recompute)
             self._models[recompute] = model.train()
         return self._models[recompute]
 
     def estimate(self, shape: Pass, recompute: falcon.Recompute) -> Estimate:
-        """Memory at the worst moment of a training step whose largest pass is the given one.
-
-        Args:
-            shape: of the pass.
-            recompute: none, mlp or full.
+        """Memory at the peak of a training step whose largest pass has the given shape.
 
         Raises:
-            CannotEstimate: the architecture cannot be run on shapes alone.
+            CannotEstimate: the architecture does not run on the meta device.
         """
         model = self._model(recompute)
         try:
             with _as_on_a_gpu():
                 kept, peak, logits = _run_on_shapes(model, shape)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # of operators that need contents
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # operators that read values
             raise CannotEstimate(
-                f"the memory of a {self._config.model_type} cannot be estimated ({str(error).splitlines()[0]}); give "
+                f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
                 "training.tokens_per_step and training.recompute"
             ) from error
         return Estimate(
@@ -158,7 +149,7 @@ class Estimator:
 
 
 def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:
-    """Bytes kept between forward and backward pass, at the worst moment, and of logits at theirs."""
+    """Bytes kept between forward and backward pass, peak bytes, and peak bytes of logits alone."""
     ids = torch.empty(shape.rows, shape.length, dtype=torch.long, device="meta")
     batch = {"input_ids": ids, "labels": torch.empty_like(ids), "predicting": ids.new_empty(shape.supervised)}
     for parameter in model.parameters():
@@ -173,7 +164,7 @@ def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:
 
 
 def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Everything that is there before the step."""
+    """Every tensor that exists before the step."""
     yield from more
     yield from model.buffers()
     for parameter in model.parameters():
@@ -186,25 +177,25 @@ def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torc
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is active, until they are freed.
+    """Counts the bytes of all tensors created while it is active, until they are freed.
 
     Args:
-        there: tensors that are not counted.
-        width: tensors with a last dimension of this size are counted apart, too.
+        existing: tensors that are not counted.
+        width: tensors with a last dimension of this size are also counted separately.
     """
 
-    def __init__(self, there: Iterable[torch.Tensor], width: int):
+    def __init__(self, existing: Iterable[torch.Tensor], width: int):
         super().__init__()
         self._known: dict[int, Any] = {}
         self._width = width
         self.live = self.peak = self._live_of_wide = self.peak_of_wide = 0
-        for tensor in there:
-            self._meet(tensor, counts=False)
+        for tensor in existing:
+            self._register(tensor, counts=False)
 
-    def _meet(self, tensor: torch.Tensor, counts: bool = True) -> None:
+    def _register(self, tensor: torch.Tensor, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:  # a view, or an operation in place
+        if key in self._known:  # a view, or the result of an in-place operation
             return
         size = storage.nbytes() if counts else 0
         wide = size if tensor.dim() > 1 and tensor.shape[-1] == self._width else 0
@@ -224,7 +215,7 @@ class _Allocations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, torch.Tensor):
-                self._meet(leaf)
+                self._register(leaf)
         return result
 
 

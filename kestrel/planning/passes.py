@@ -1,4 +1,4 @@
-"""How many tokens a forward pass may hold, and what the backward pass makes again: given, or what fits the device."""
+"""How many tokens a forward pass holds and what the backward pass recomputes: as configured, or what fits the device."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
-_ENOUGH = 2048  # tokens in a pass that keep a GPU busy; below, making activations again costs less than small passes do
-_STEP = 64  # tokens; finer choices are worth nothing
+_ENOUGH = 2048  # tokens per pass that keep a GPU busy; below, recomputation costs less than smaller passes
+_STEP = 64  # tokens
 _TRIALS = 5
 _RECORD = "passes.json"  # in a checkpoint
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the passes of a run are made.
+    """How a run cuts its steps into passes.
 
     Attributes:
         tokens_per_step: most tokens, padding included, in one pass.
         recompute: none, mlp or full.
-        estimate: of memory; None where nothing asked for one.
-        memory: bytes that there are; None without a GPU.
+        estimate: of memory; None where none was needed.
+        memory: available bytes; None without a GPU.
     """
 
     tokens_per_step: int
@@ -47,33 +47,33 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """By estimate, if there is one."""
+        """By the estimate, if any."""
         return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
 
     def line(self) -> str:
-        """One line for the terminal, of a plan with an estimate."""
+        """One line for the terminal; needs an estimate."""
         assert self.estimate is not None and self.memory is not None
         return (
             f"passes of up to {self.tokens_per_step:,} tokens, recompute {self.recompute}: "
-            f"{self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB by estimate"
+            f"about {self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB"
         )
 
 
-def capacity(settings: Settings) -> int | None:
-    """Bytes of GPU memory that training may use: what the settings name, else what is free now; None without a GPU.
+def available_memory(settings: Settings) -> int | None:
+    """Bytes of GPU memory for training: training.device_memory, else what is free now; None without a GPU.
 
-    Of several processes' GPUs, the one with least decides, so that all make the same passes.
+    The process with the least memory decides, so that all make the same passes.
     """
     named = memory_bytes(settings.training.device_memory)
     if not torch.cuda.is_available():
         return named
     free, total = torch.cuda.mem_get_info(device())
-    found = min(total, free + CONTEXT)  # this process's context is there already
+    found = min(total, free + CONTEXT)  # this process has its context already
     return distributed.all_reduce_min(found if named is None else min(named, found))
 
 
-def stay_within(settings: Settings) -> None:
-    """Lets this process take no more of the GPU than training.device_memory."""
+def limit_gpu_memory(settings: Settings) -> None:
+    """Limits this process to training.device_memory, if set."""
     named = memory_bytes(settings.training.device_memory)
     if named is not None and torch.cuda.is_available():
         total = torch.cuda.mem_get_info(device())[1]
@@ -81,12 +81,12 @@ def stay_within(settings: Settings) -> None:
 
 
 class Dialogues:
-    """Lengths of the training dialogues, and what they make of passes.
+    """The training dialogues of each step, and the passes they make.
 
     Args:
-        lengths: tokens of each row.
-        supervised: of these, tokens with a label.
-        steps: row numbers of each optimizer step, which the processes of the run share.
+        lengths: int64 (rows,), tokens of each row.
+        supervised: int64 (rows,), tokens with a label.
+        steps: row numbers of each optimizer step, over all processes.
     """
 
     def __init__(self, lengths: np.ndarray, supervised: np.ndarray, steps: Sequence[np.ndarray]):
@@ -111,58 +111,47 @@ class Dialogues:
         return found
 
     def largest(self, tokens_per_step: int) -> Pass:
-        """A pass that takes as much memory as any of the run."""
+        """A pass that takes at least as much memory as any of the run."""
         passes = self.passes(tokens_per_step)
         widest = max(passes, key=lambda one: one.tokens)
         return Pass(widest.rows, widest.length, max(one.supervised for one in passes))
 
     def filled(self, tokens: int) -> Pass:
-        """A pass of that many tokens, of dialogues as long and as densely supervised as there are."""
+        """A pass of that many tokens, of the longest and most densely supervised dialogues."""
         rows = -(-tokens // self.longest)
         return Pass(rows, tokens // rows, int(tokens * self._density))
 
 
-def plan(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, checkpoint: Path | None = None) -> Plan:
-    """What the settings say; where they say auto, what the run was begun with, or what fits the device by estimate.
-
-    Args:
-        settings: of the run.
-        config: the base's architecture.
-        dialogues: of the run.
-        checkpoint: that training goes on from.
-    """
+def plan_passes(
+    settings: Settings, config: PretrainedConfig, dialogues: Dialogues, checkpoint: Path | None = None
+) -> Plan:
+    """The checkpoint's plan if it was made for the same settings; else the settings, with what fits the device for auto."""
     if settings.training.dense_weights:
         print("note: training.dense_weights has no effect any more; remove it", file=sys.stderr)
     recorded = read_passes(checkpoint, settings) if checkpoint is not None else None
     if recorded is not None:
         return recorded
-    memory = capacity(settings)
+    memory = available_memory(settings)
     if memory is None or (settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"):
-        return without_estimate(settings)
+        return configured_plan(settings)
     try:
-        return choose(settings, Estimator(settings, config), memory, dialogues)
+        return best_plan(settings, Estimator(settings, config), memory, dialogues)
     except CannotEstimate as error:
         print(f"warning: {error}", file=sys.stderr)
-        return without_estimate(settings)
+        return configured_plan(settings)
 
 
-def without_estimate(settings: Settings) -> Plan:
-    """The settings' own values, and fixed ones for auto."""
+def configured_plan(settings: Settings) -> Plan:
+    """The settings' values, and fixed ones for auto."""
     tokens, recompute = settings.training.tokens_per_step, settings.training.recompute
     return Plan(WITHOUT_A_GPU if tokens == "auto" else tokens, "none" if recompute == "auto" else recompute)
 
 
-def choose(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
-    """The least recomputation with which passes of a reasonable size fit, and the largest size that does.
-
-    Args:
-        settings: of the run.
-        estimator: of its memory.
-        memory: bytes that it may use.
-        dialogues: of the run.
+def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
+    """The least recomputation that lets passes of a reasonable size fit into `memory` bytes, with the largest such passes.
 
     Returns:
-        Where nothing fits, what takes least.
+        Where nothing fits, the plan that needs least.
 
     Raises:
         CannotEstimate: the architecture cannot be run on shapes alone.
@@ -207,13 +196,7 @@ def _largest_that_fits(planned: Callable[[int], Plan], low: int, high: int) -> P
 
 
 def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = False) -> str:
-    """What to change where memory does not suffice.
-
-    Args:
-        settings: of the run.
-        recompute: none, mlp or full, as the run makes its passes.
-        smaller_passes: whether they can be smaller.
-    """
+    """Which settings to change when memory runs out; `recompute` is in use, `smaller_passes` are possible."""
     changes = ["lower training.tokens_per_step"] if smaller_passes else []
     if settings.quantization.bits != 4:
         changes.append("set quantization.bits: 4")
@@ -224,35 +207,34 @@ def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = Fa
         changes.append("name fewer layers in lora.target_modules")
     if settings.training.optimizer != "paged_adamw_8bit":
         changes.append("set training.optimizer: paged_adamw_8bit")
-    return "in order of effect: " + ", ".join(changes)
+    return "most effective first: " + ", ".join(changes)
 
 
-def too_much(settings: Settings, chosen: Plan) -> str:
-    """A sentence for a plan that does not fit."""
-    assert chosen.estimate is not None and chosen.memory is not None
+def shortage(settings: Settings, plan: Plan) -> str:
+    """The warning for a plan that does not fit."""
+    assert plan.estimate is not None and plan.memory is not None
     smaller_passes = settings.training.tokens_per_step != "auto"
-    return (
-        f"training needs {chosen.estimate.needed / GIB:.1f} GiB by estimate, there are {chosen.memory / GIB:.1f}; "
-        + remedies(settings, chosen.recompute, smaller_passes)
+    return f"training needs about {plan.estimate.needed / GIB:.1f} GiB and has {plan.memory / GIB:.1f}; " + remedies(
+        settings, plan.recompute, smaller_passes
     )
 
 
-def write_passes(checkpoint: Path, settings: Settings, chosen: Plan) -> None:
-    """Records in a checkpoint how passes are made: dropout's draws depend on it, so a resumed run must do the same."""
+def write_passes(checkpoint: Path, settings: Settings, plan: Plan) -> None:
+    """Records the plan in a checkpoint. Dropout depends on the passes, so a resumed run must make the same ones."""
     write_json(
         checkpoint / _RECORD,
         {
             "asked": _asked(settings),
-            "chosen": {"tokens_per_step": chosen.tokens_per_step, "recompute": chosen.recompute},
+            "chosen": {"tokens_per_step": plan.tokens_per_step, "recompute": plan.recompute},
         },
     )
 
 
 def read_passes(checkpoint: Path, settings: Settings) -> Plan | None:
-    """What a checkpoint records; None where other settings were asked for, or nothing is recorded."""
+    """The plan that a checkpoint records; None without one, or if it was made for other settings."""
     if not (checkpoint / _RECORD).exists():
         return None
-    record = read_json(checkpoint / _RECORD, "begin anew with --training.resume never")
+    record = read_json(checkpoint / _RECORD, "start again with --training.resume never")
     return Plan(**record["chosen"]) if record["asked"] == _asked(settings) else None
 
 

@@ -1,7 +1,7 @@
-"""A model of the base's shape without its weights: to count what training will take, and to time it.
+"""A model of the base's shape with random weights, to estimate memory and to time passes.
 
-Nothing is downloaded and nothing is quantized. On the meta device it takes no memory at all; on a GPU its weights are
-arbitrary numbers in the layout of 4-bit ones, which are computed with as fast as the real ones.
+Nothing is downloaded or quantized. On the meta device it takes no memory; on a GPU its random weights have the layout of
+4-bit ones, so passes take as long as with the real ones.
 """
 
 from __future__ import annotations
@@ -23,14 +23,8 @@ if TYPE_CHECKING:
 _SPREAD = 0.02  # the standard deviation that models are commonly initialized with
 
 
-def stand_in(settings: Settings, config: PretrainedConfig, device: torch.device) -> PeftModel:
-    """The base with a fresh adapter, as `load_base` and `add_lora` make it, with arbitrary weights.
-
-    Args:
-        settings: of the run.
-        config: the base's architecture.
-        device: where it is to be; on meta it has shapes only.
-    """
+def random_model(settings: Settings, config: PretrainedConfig, device: torch.device) -> PeftModel:
+    """The base with a new adapter, as `load_base` and `add_lora` make it, with random weights; on meta, shapes only."""
     from transformers import AutoModelForCausalLM
 
     wanted = settings.quantization
@@ -50,7 +44,7 @@ def stand_in(settings: Settings, config: PretrainedConfig, device: torch.device)
         _fill(model, device)
     forbid_repacking(model)
     model.requires_grad_(False)
-    model.is_loaded_in_4bit = wanted.bits == 4  # peft chooses its layers by it
+    model.is_loaded_in_4bit = wanted.bits == 4  # peft chooses its layer classes by it
     with device:
         return add_lora(model, settings.lora, settings.seed)
 
@@ -94,7 +88,7 @@ def _linear_in_4bit(
 
 
 def _fill(model: nn.Module, device: torch.device) -> None:
-    """Moves what is still on the meta device to a real one: matrices random, vectors at one, buffers at zero."""
+    """Moves what is still on the meta device to a real one: matrices random, vectors one, buffers zero."""
     moved: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
         for name, parameter in module._parameters.items():

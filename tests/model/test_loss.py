@@ -137,7 +137,7 @@ def test_logits_that_change_after_the_head(architecture, monkeypatch):
     assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-4 * torch.linalg.norm(gradients[1]) > 0
 
     monkeypatch.setattr(kestrel.model.loss, "_after_head", lambda causal_lm: (1.0, None))
-    with pytest.raises(ProofError, match="not this architecture's own"):
+    with pytest.raises(ProofError, match="differs from this architecture's own"):
         prove_loss(model, batch, "float32")
 
 

@@ -17,7 +17,7 @@ from kestrel.model.loss import attach_token_nll
 from kestrel.planning import dry_run
 from kestrel.planning.memory import Pass
 from kestrel.planning.passes import Dialogues, Plan
-from kestrel.planning.random_base import stand_in
+from kestrel.planning.random_base import random_model
 from kestrel.runtime.run_folder import locked_run_folder
 
 
@@ -51,17 +51,22 @@ def test_it_says_what_training_takes_and_touches_nothing(without_weights, tmp_pa
     said = capsys.readouterr().out
     rows = numbers_of(said)
     values = list(rows.values())
-    assert "in nf4" in said and "it fits" in said and "8 steps" in said and "% of what is computed is padding" in said
+    assert (
+        "in nf4" in said
+        and "it fits" in said
+        and "8 steps" in said
+        and "% of the computed positions are padding" in said
+    )
     assert sum(values[:7]) == pytest.approx(rows["peak of all tensors"], abs=0.05)
     assert rows["with the allocator's slack and CUDA's context"] > rows["peak of all tensors"]
     assert "training.tokens_per_step: " in said and "recompute: none, chosen for auto" in said
-    assert "time: not measured, there is no GPU here" in said
+    assert "time: not measured, this machine has no GPU" in said
 
 
 def test_without_a_card_nothing_is_compared(without_weights, capsys):
     assert train.main([*without_weights, "--training.tokens_per_step", "77"]) == 0
     said = capsys.readouterr().out
-    assert "no graphics card found; name one" in said and "training.tokens_per_step: 77\n" in said
+    assert "no GPU found; name a size" in said and "training.tokens_per_step: 77\n" in said
 
 
 def test_what_does_not_fit_is_an_error_that_says_what_helps_most(without_weights, capsys):
@@ -70,7 +75,7 @@ def test_what_does_not_fit_is_an_error_that_says_what_helps_most(without_weights
     said = capsys.readouterr()
     assert "it does not fit" in said.out and "not measured" in said.out
     left = [float(value) for value in re.findall(r"less: ([\d.]+) MiB\)", said.err)]
-    assert "training does not fit; in order of effect:\n" in said.err
+    assert "training does not fit; most effective changes first:\n" in said.err
     assert left == sorted(left) and len(left) > 1 and max(left) < 1024
     assert "lora.r: 1000" in said.err
 
@@ -92,7 +97,7 @@ def test_memory_that_is_no_amount_is_refused(prepared, capsys, text):
     assert "expected an amount of memory such as 24GiB" in capsys.readouterr().err
 
 
-def test_passes_are_timed_on_a_stand_in():
+def test_passes_are_timed():
     chosen = Settings(
         run_dir="unused",
         data=Data(source="unused"),
@@ -100,7 +105,7 @@ def test_passes_are_timed_on_a_stand_in():
         quantization=Quantization(compute_dtype="float32"),
         lora=Lora(r=4),
     )
-    model = stand_in(chosen, make_config("falcon"), torch.device("cpu")).train()
+    model = random_model(chosen, make_config("falcon"), torch.device("cpu")).train()
     attach_token_nll(model)
     passes = [Pass(1 + index % 3, 20 + index, 10) for index in range(40)]
     shapes = dry_run._sample(passes, Pass(4, 60, 100))
@@ -119,11 +124,11 @@ def test_the_time_of_a_run_is_that_of_its_passes():
     lengths = np.full(40, 60)
     dialogues = Dialogues(lengths, lengths // 2, np.array_split(np.arange(40), 10))
     said = dry_run._measured(chosen, make_config("falcon"), Plan(120, "mlp"), dialogues)
-    found = re.match(r"about (\d+) s of training, from 12 passes with arbitrary weights \(([\d,]+) tokens/s", said)
+    found = re.match(r"about (\d+) s of training, from 12 passes with random weights \(([\d,]+) tokens/s", said)
     assert found is not None
     assert int(found[1]) == pytest.approx(2400 / int(found[2].replace(",", "")), abs=0.6)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(42.4, "42 s"), (600, "10 min"), (9000, "2.5 h")])
-def test_times_are_spoken(seconds, said):
-    assert dry_run._spoken(seconds) == said
+def test_durations(seconds, said):
+    assert dry_run._duration(seconds) == said

@@ -21,7 +21,7 @@ from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
 from kestrel.planning import memory
 from kestrel.planning.memory import GIB, CannotEstimate, Estimator, Pass
-from kestrel.planning.random_base import stand_in
+from kestrel.planning.random_base import random_model
 
 TARGETS = {
     "falcon": ["query_key_value"], "llama": ["q_proj", "v_proj"], "qwen2": "all-linear",
@@ -57,7 +57,7 @@ def falcon_7b() -> Any:
     ],
 )
 def test_within_a_tenth_of_what_was_measured(monkeypatch, targets, measured):
-    monkeypatch.setattr(falcon, "is_alike", lambda backbone: False)
+    monkeypatch.setattr(falcon, "supports", lambda backbone: False)
     estimator = Estimator(settings_for(lora=Lora(target_modules=targets)), falcon_7b())
     assert estimator.parameters == 6_921_720_704
     for shape, recompute, peak in measured:
@@ -75,7 +75,7 @@ def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
     for device in ("meta", "cpu"):
         config = make_config(architecture)
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # GPT-2's
-        model = stand_in(settings, config, torch.device(device)).train()
+        model = random_model(settings, config, torch.device(device)).train()
         attach_token_nll(model)
         ids = torch.zeros(3, 40, dtype=torch.long, device=device)
         batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(60, device=device)}
@@ -154,17 +154,19 @@ def test_an_architecture_that_asks_for_numbers_is_refused_in_words(monkeypatch):
     estimator = Estimator(settings_for(), make_config("falcon"))
     monkeypatch.setattr(memory, "token_nll", lambda model, batch: batch["input_ids"].sum().item())
     with pytest.raises(
-        CannotEstimate, match=r"memory of a falcon cannot be estimated .* give training.tokens_per_step"
+        CannotEstimate, match=r"memory of a falcon model cannot be estimated .* set training.tokens_per_step"
     ):
         estimator.estimate(Pass(1, 20, 5), "none")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("architecture", list(TARGETS))
-def test_a_stand_in_computes(architecture, double_quant):
-    """With its arbitrary weights it is as good as the base for taking the time."""
+def test_a_random_model_computes(architecture, double_quant):
+    """With its random weights it is as good as the base for taking the time."""
     chosen = Quantization(compute_dtype="float32", double_quant=double_quant)
-    model = stand_in(settings_for(architecture, quantization=chosen), make_config(architecture), torch.device("cpu"))
+    model = random_model(
+        settings_for(architecture, quantization=chosen), make_config(architecture), torch.device("cpu")
+    )
     held = {type(module).__name__ for module in causal_lm_of(model).modules()}
     assert "Linear4bit" in held
     attach_token_nll(model)

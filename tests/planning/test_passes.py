@@ -29,7 +29,7 @@ from kestrel.errors import KestrelError
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import passes
 from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
-from kestrel.planning.passes import Dialogues, Plan, choose
+from kestrel.planning.passes import Dialogues, Plan, best_plan
 from kestrel.training import arguments
 from kestrel.training.trainer import DialogueTrainer
 
@@ -65,7 +65,7 @@ def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
 @given(LENGTHS, st.integers(1, 32), st.integers(4, 60))
 def test_what_is_chosen_fits_and_is_the_largest_that_does(lengths, batch_size, gib):
     dialogues, estimator = dialogues_of(lengths, batch_size), Arithmetic()
-    chosen = choose(settings_for(), estimator, gib * 2**30, dialogues)
+    chosen = best_plan(settings_for(), estimator, gib * 2**30, dialogues)
 
     def needed(tokens: int, level: str) -> int:
         return estimator.estimate(dialogues.filled(tokens), level).needed
@@ -86,19 +86,19 @@ def test_what_is_chosen_fits_and_is_the_largest_that_does(lengths, batch_size, g
 
 def test_given_values_are_kept():
     dialogues = dialogues_of(np.full(32, 300), 32)
-    chosen = choose(settings_for(tokens_per_step=3000), Arithmetic(), 8 * 2**30, dialogues)
+    chosen = best_plan(settings_for(tokens_per_step=3000), Arithmetic(), 8 * 2**30, dialogues)
     assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (3000, "mlp", True)
-    chosen = choose(settings_for(recompute="none"), Arithmetic(), 8 * 2**30, dialogues)
+    chosen = best_plan(settings_for(recompute="none"), Arithmetic(), 8 * 2**30, dialogues)
     assert chosen.recompute == "none" and 300 <= chosen.tokens_per_step < 2048
-    chosen = choose(settings_for(recompute="none", tokens_per_step=9000), Arithmetic(), 8 * 2**30, dialogues)
+    chosen = best_plan(settings_for(recompute="none", tokens_per_step=9000), Arithmetic(), 8 * 2**30, dialogues)
     assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (9000, "none", False)
 
 
 def test_without_a_gpu_numbers_are_fixed(prepared, capsys):
     """And training.dense_weights, which older configs have, is ignored with a note."""
     settings, _ = resolve(str(prepared.config), {"training.dense_weights": "true"}, [])
-    assert passes.capacity(settings) is None
-    chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]  neither is looked at
+    assert passes.available_memory(settings) is None
+    chosen = passes.plan_passes(settings, None, None)  # type: ignore[arg-type]  neither is looked at
     assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
     assert "training.dense_weights has no effect any more" in capsys.readouterr().err
 
@@ -109,11 +109,11 @@ def test_of_a_card_what_is_named_or_free_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
     limits = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
-    assert passes.capacity(settings_for()) == 20 * gib + CONTEXT
-    assert passes.capacity(settings_for(device_memory="12GiB")) == 12 * gib
-    assert passes.capacity(settings_for(device_memory="80 GB")) == 20 * gib + CONTEXT
-    passes.stay_within(settings_for())
-    passes.stay_within(settings_for(device_memory="12GiB"))
+    assert passes.available_memory(settings_for()) == 20 * gib + CONTEXT
+    assert passes.available_memory(settings_for(device_memory="12GiB")) == 12 * gib
+    assert passes.available_memory(settings_for(device_memory="80 GB")) == 20 * gib + CONTEXT
+    passes.limit_gpu_memory(settings_for())
+    passes.limit_gpu_memory(settings_for(device_memory="12GiB"))
     assert limits == [pytest.approx((12 * gib - CONTEXT) / (24 * gib))]
 
 
@@ -203,7 +203,7 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     # Whoever asks for something else gets it.
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "999"}, [])
-    assert passes.plan(settings, None, None, tmp_path / "run/checkpoints/checkpoint-8").tokens_per_step == 999  # type: ignore[arg-type]
+    assert passes.plan_passes(settings, None, None, tmp_path / "run/checkpoints/checkpoint-8").tokens_per_step == 999  # type: ignore[arg-type]
 
 
 def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path, monkeypatch, capsys):
@@ -298,12 +298,12 @@ def test_auto_takes_what_fits_a_named_card(prepared, tmp_path, capsys):
     """The whole way through train.py, on a CPU that stands for the card."""
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.device_memory", "720MiB", "--training.max_steps", "2"]
     assert train.main(arguments) == 0
-    found = re.search(r"passes of up to ([\d,]+) tokens, recompute none: 0.7 of 0.7 GiB", capsys.readouterr().out)
+    found = re.search(r"passes of up to ([\d,]+) tokens, recompute none: about 0.7 of 0.7 GiB", capsys.readouterr().out)
     assert found is not None
     record = json.loads((tmp_path / "run/checkpoints/checkpoint-2/passes.json").read_text())
     assert f"{record['chosen']['tokens_per_step']:,}" == found[1]
     assert train.main([*arguments, "--training.device_memory", "600MiB"]) == 0
-    assert re.search(r"warning: training needs 0.\d GiB by estimate, there are 0.6;", capsys.readouterr().err)
+    assert re.search(r"warning: training needs about 0.\d GiB and has 0.6;", capsys.readouterr().err)
 
 
 def test_where_nothing_can_be_estimated_numbers_are_fixed(prepared, monkeypatch, capsys):
@@ -312,6 +312,6 @@ def test_where_nothing_can_be_estimated_numbers_are_fixed(prepared, monkeypatch,
 
     monkeypatch.setattr(passes, "Estimator", refuse)
     settings, _ = resolve(str(prepared.config), {"training.device_memory": "24GiB"}, [])
-    chosen = passes.plan(settings, None, None)  # type: ignore[arg-type]
+    chosen = passes.plan_passes(settings, None, None)  # type: ignore[arg-type]
     assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
     assert "warning: the memory of a mamba cannot be estimated" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Fused operations: Triton kernels on a GPU, and what stands in for them on a CPU."""
+"""Fused operations: Triton kernels on a GPU, and their plain forms for a CPU."""

@@ -1,15 +1,15 @@
-"""Falcon's attention on the fast kernels.
+"""Falcon's attention on fused kernels.
 
-Falcon has many query heads and one key/value head, and transformers hands both to `scaled_dot_product_attention` as
-they are. No fused kernel takes unequal numbers of heads without being told, so torch falls back to plain matrix
-products that hold every attention score in memory: on one H200 a training step is 1.4 times slower and needs twice the
-memory. Repeating the one head as a view, without copying it, gives every kernel what it takes. The result is the same.
+Falcon has many query heads and one key/value head, and transformers passes both to `scaled_dot_product_attention`
+unchanged. torch's fused kernels need equal numbers of heads, so it falls back to plain matrix products that keep every
+attention score in memory: on one H200 a training step is 1.4 times slower and needs twice the memory. Expanding the one
+head as a view, without a copy, lets the fused kernels run. The result is the same.
 
-Training has kernels of its own for this (`attention_gpu.py`), which know that all heads meet the same keys. torch's flash
-kernels take 1.7 times as long for dialogues on an H200; cuDNN's are as fast as ours, but make a plan for each new length,
-for 100 ms, and dialogues bring a new length with every pass.
+Training has its own kernels (`attention_gpu.py`), in which all heads share the keys. torch's flash kernels take 1.7 times
+as long for dialogues on an H200; cuDNN's are as fast as ours but need 100 ms to plan for each new length, and nearly every
+pass has one.
 
-For torch 2.11 to 2.13 and transformers 5.17 to 5.23; `test_stock_falcon_misses_the_fused_kernel` fails when it is no
+For torch 2.11 to 2.13 and transformers 5.17 to 5.23; `test_stock_falcon_misses_the_fused_kernel` fails when this is no
 longer needed.
 """
 
@@ -24,16 +24,15 @@ import torch.nn.functional as F
 
 from kestrel.model.kernels import elementwise
 
-_BLOCK = 64  # queries that meet the same keys
+_BLOCK = 64  # queries per block
 
 _stock = F.scaled_dot_product_attention
 
 
 def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """As torch's function; a single key/value head is seen by every query head.
+    """torch's function, with a single key/value head shared by all query heads.
 
-    Where each head has one query, as in generation, the heads are as many queries of one head: the keys are then read
-    once and not once a head.
+    With one query per head, as in generation, the heads become the queries of one head, so the keys are read once.
 
     Args:
         query: (batch, heads, queries, head size).
@@ -49,7 +48,7 @@ def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
 
 def use_fused_kernels(model_type: str) -> None:
-    """Lets attention take the fused kernels that suit dialogues, for the rest of the process."""
+    """Selects the fused attention kernels that suit dialogues, for the rest of the process."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     if model_type == "falcon":
         F.scaled_dot_product_attention = _with_repeated_heads
@@ -83,10 +82,10 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Plain products, for CPUs, whose own kernel is slower than these for lengths of dialogues.
+    """Plain matrix products for CPUs, faster than torch's CPU kernel at the lengths of dialogues.
 
-    All heads are rows of one matrix, and a block of queries meets no key behind its last one. The weights are kept: an
-    autograd of the single steps would go through the scores and the sliced keys twice as often.
+    All heads are rows of one matrix, and a block of queries skips the keys after its last one. The attention weights are
+    kept; autograd over the single steps would traverse scores and keys twice as often.
 
     Inputs are queries (batch, length, heads, size), key and value (batch, length, size); the output is like the queries.
     """
@@ -125,12 +124,12 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Where blocks of queries start and end."""
+    """Start and end of each block of queries."""
     return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention of many query heads to one key/value head, as `scaled_dot_product_attention` computes it.
+    """Causal attention of many query heads to one key/value head.
 
     Args:
         query: (batch, heads, length, head size).
@@ -146,13 +145,13 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32):
         out = _BlockwiseAttention.apply(query.transpose(1, 2), key[:, 0], value[:, 0])
         return out.transpose(1, 2)
-    every = (-1, query.shape[1], -1, -1)
-    return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
+    heads = (-1, query.shape[1], -1, -1)
+    return F.scaled_dot_product_attention(query, key.expand(heads), value.expand(heads), is_causal=True)
 
 
 @contextmanager
 def stock_attention() -> Iterator[None]:
-    """torch's own function while the block runs, to compare with."""
+    """torch's own function inside the block, for comparison."""
     former = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _stock
     try:

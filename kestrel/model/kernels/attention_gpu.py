@@ -1,11 +1,11 @@
 """Causal attention of many query heads to one key/value head, in Triton.
 
-All heads meet the same keys, so a block of queries is some heads at some neighbouring positions: it reads a key once for
-all of them, and dialogues, which are short, leave little of a block behind the diagonal. The gradients of key and value
-are summed over the heads of a block where they are made. Scores are never in memory (Dao, FlashAttention-2, 2023); the
-backward pass makes them again, once for the gradient of the queries and once for those of key and value.
+All heads share the keys, so a block of queries is several heads at neighbouring positions: it reads each key once for all
+of them, and wastes little beyond the diagonal although dialogues are short. The gradients of key and value are summed over
+the heads of a block where they are computed. Scores never reach memory (Dao, FlashAttention-2, 2023); the backward pass
+recomputes them, once for the gradient of the queries and once for those of key and value.
 
-Products read the compute type and add up in float32. `tests/model/test_attention.py` holds it against plain products.
+Products read the compute type and accumulate in float32. `tests/model/test_attention.py` compares with plain products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A block of queries, a block of keys, and who computes them: the fastest of some dozen on an H200.
+# Sizes of the blocks of queries and keys, and warps: the fastest of about a dozen on an H200.
 _FORWARD = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
 _OF_QUERIES = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
 _OF_KEYS = {"POSITIONS": 8, "HEADS": 8, "KEYS": 64, "num_warps": 4, "num_stages": 1}
@@ -24,7 +24,7 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _rows_of(block, group, length, heads, POSITIONS: tl.constexpr, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Position and head of each row of a block of queries, and whether there is such a row."""
+    """Position and head of each row of a block of queries, and whether the row exists."""
     row = tl.arange(0, POSITIONS * HEADS)
     position = block * POSITIONS + row // HEADS
     head = group * HEADS + row % HEADS
@@ -32,10 +32,10 @@ def _rows_of(block, group, length, heads, POSITIONS: tl.constexpr, HEADS: tl.con
 
 
 @triton.jit
-def _load_rows(start, position, head, there, a_position, a_head, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A block of queries, or of what belongs to them: (rows, SIZE), zeros where there is no such row."""
+def _load_rows(start, position, head, valid, a_position, a_head, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of queries or their gradients: (rows, SIZE), zeros in rows that do not exist."""
     places = position[:, None] * a_position + head[:, None] * a_head + tl.arange(0, SIZE)[None, :]
-    return tl.load(start + places, mask=there[:, None], other=0.0)
+    return tl.load(start + places, mask=valid[:, None], other=0.0)
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def _attend(  # type: ignore[no-untyped-def]
     feature = tl.arange(0, SIZE)
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
-        there = at < length
-        k = tl.load(keys + at[None, :] * k_length + feature[:, None], mask=there[None, :], other=0.0)
+        valid = at < length
+        k = tl.load(keys + at[None, :] * k_length + feature[:, None], mask=valid[None, :], other=0.0)
         scores = tl.dot(q, k) * scale
         if DIAGONAL:
             scores = tl.where(at[None, :] <= position[:, None], scores, -1e30)
@@ -55,7 +55,7 @@ def _attend(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(highest - higher)
         highest, total = higher, total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(values + at[:, None] * v_length + feature[None, :], mask=there[:, None], other=0.0)
+        v = tl.load(values + at[:, None] * v_length + feature[None, :], mask=valid[:, None], other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
     return highest, total, acc
 
@@ -67,27 +67,27 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
-    position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+    position, head, valid = _rows_of(block, group, length, heads, POSITIONS, HEADS)
     feature = tl.arange(0, SIZE)
-    q = _load_rows(query + batch * q_batch, position, head, there, q_length, q_head, SIZE)
+    q = _load_rows(query + batch * q_batch, position, head, valid, q_length, q_head, SIZE)
     keys, values = key + batch * k_batch, value + batch * v_batch
     highest = tl.full([POSITIONS * HEADS], -1e30, tl.float32)
     total = tl.zeros([POSITIONS * HEADS], tl.float32)
     acc = tl.zeros([POSITIONS * HEADS, SIZE], tl.float32)
-    behind = block * POSITIONS // KEYS * KEYS  # keys that all queries of the block see
+    split = block * POSITIONS // KEYS * KEYS  # keys before all queries of the block
     end = tl.minimum(length, (block + 1) * POSITIONS)
     highest, total, acc = _attend(
-        q, keys, values, k_length, v_length, position, highest, total, acc, 0, behind, length, scale, False, SIZE, KEYS
+        q, keys, values, k_length, v_length, position, highest, total, acc, 0, split, length, scale, False, SIZE, KEYS
     )
     highest, total, acc = _attend(
-        q, keys, values, k_length, v_length, position, highest, total, acc, behind, end, length, scale, True, SIZE, KEYS
+        q, keys, values, k_length, v_length, position, highest, total, acc, split, end, length, scale, True, SIZE, KEYS
     )
     row = position * heads + head
     tl.store(
         out + batch * length * heads * SIZE + row[:, None] * SIZE + feature[None, :], acc / total[:, None],
-        mask=there[:, None],
+        mask=valid[:, None],
     )  # fmt: skip
-    tl.store(sums + batch * length * heads + row, highest + tl.log2(total), mask=there)
+    tl.store(sums + batch * length * heads + row, highest + tl.log2(total), mask=valid)
 
 
 @triton.jit
@@ -98,9 +98,9 @@ def _of_queries(  # type: ignore[no-untyped-def]
     feature = tl.arange(0, SIZE)
     for first in range(begin, end, KEYS):
         at = first + tl.arange(0, KEYS)
-        there = at < length
-        k = tl.load(keys + at[:, None] * k_length + feature[None, :], mask=there[:, None], other=0.0)
-        v = tl.load(values + at[None, :] * v_length + feature[:, None], mask=there[None, :], other=0.0)
+        valid = at < length
+        k = tl.load(keys + at[:, None] * k_length + feature[None, :], mask=valid[:, None], other=0.0)
+        v = tl.load(values + at[None, :] * v_length + feature[:, None], mask=valid[None, :], other=0.0)
         weights = tl.exp2(tl.dot(q, tl.trans(k)) * scale - logsum[:, None])
         if DIAGONAL:
             weights = tl.where(at[None, :] <= position[:, None], weights, 0.0)
@@ -116,30 +116,30 @@ def _query_gradient_kernel(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
-    position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+    position, head, valid = _rows_of(block, group, length, heads, POSITIONS, HEADS)
     feature = tl.arange(0, SIZE)
-    q = _load_rows(query + batch * q_batch, position, head, there, q_length, q_head, SIZE)
-    g = _load_rows(grad + batch * g_batch, position, head, there, g_length, g_head, SIZE)
+    q = _load_rows(query + batch * q_batch, position, head, valid, q_length, q_head, SIZE)
+    g = _load_rows(grad + batch * g_batch, position, head, valid, g_length, g_head, SIZE)
     before = batch * length * heads
     row = position * heads + head
     whole = row[:, None] * SIZE + feature[None, :]
-    o = tl.load(out + before * SIZE + whole, mask=there[:, None], other=0.0)
+    o = tl.load(out + before * SIZE + whole, mask=valid[:, None], other=0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), axis=1)
-    tl.store(deltas + before + row, delta, mask=there)
-    logsum = tl.load(sums + before + row, mask=there, other=0.0)
+    tl.store(deltas + before + row, delta, mask=valid)
+    logsum = tl.load(sums + before + row, mask=valid, other=0.0)
     keys, values = key + batch * k_batch, value + batch * v_batch
     acc = tl.zeros([POSITIONS * HEADS, SIZE], tl.float32)
-    behind = block * POSITIONS // KEYS * KEYS
+    split = block * POSITIONS // KEYS * KEYS
     end = tl.minimum(length, (block + 1) * POSITIONS)
     acc = _of_queries(
-        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, 0, behind, length, scale, False, SIZE,
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, 0, split, length, scale, False, SIZE,
         KEYS,
     )  # fmt: skip
     acc = _of_queries(
-        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, behind, end, length, scale, True,
+        q, g, keys, values, k_length, v_length, position, logsum, delta, acc, split, end, length, scale, True,
         SIZE, KEYS,
     )  # fmt: skip
-    tl.store(grad_query + before * SIZE + whole, acc * scale_of_gradient, mask=there[:, None])
+    tl.store(grad_query + before * SIZE + whole, acc * scale_of_gradient, mask=valid[:, None])
 
 
 @triton.jit
@@ -149,13 +149,13 @@ def _of_keys(  # type: ignore[no-untyped-def]
     DIAGONAL: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     for block in range(begin, end):
-        position, head, there = _rows_of(block, group, length, heads, POSITIONS, HEADS)
+        position, head, valid = _rows_of(block, group, length, heads, POSITIONS, HEADS)
         row = position * heads + head
-        # Rows that are not there read zeros, and add none.
-        q = _load_rows(queries, position, head, there, q_length, q_head, SIZE)
-        g = _load_rows(grads, position, head, there, g_length, g_head, SIZE)
-        logsum = tl.load(sums + row, mask=there, other=0.0)
-        delta = tl.load(deltas + row, mask=there, other=0.0)
+        # Rows that do not exist read zeros and add nothing.
+        q = _load_rows(queries, position, head, valid, q_length, q_head, SIZE)
+        g = _load_rows(grads, position, head, valid, g_length, g_head, SIZE)
+        logsum = tl.load(sums + row, mask=valid, other=0.0)
+        delta = tl.load(deltas + row, mask=valid, other=0.0)
         weights = tl.exp2(tl.dot(k, tl.trans(q)) * scale - logsum[None, :])
         if DIAGONAL:
             weights = tl.where(at[:, None] <= position[None, :], weights, 0.0)
@@ -171,19 +171,19 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
     q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length, g_batch, g_length, g_head,
     SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """What the heads of one group add to the gradients of a block of keys and values: (group, batch, length, 2, SIZE)."""
+    """Gradients of a block of keys and values, summed over the heads of one group: (group, batch, length, 2, SIZE)."""
     block, group, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     at = block * KEYS + tl.arange(0, KEYS)
-    there = (at < length)[:, None]
+    valid = (at < length)[:, None]
     feature = tl.arange(0, SIZE)[None, :]
-    k = tl.load(key + batch * k_batch + at[:, None] * k_length + feature, mask=there, other=0.0)
-    v = tl.load(value + batch * v_batch + at[:, None] * v_length + feature, mask=there, other=0.0)
+    k = tl.load(key + batch * k_batch + at[:, None] * k_length + feature, mask=valid, other=0.0)
+    v = tl.load(value + batch * v_batch + at[:, None] * v_length + feature, mask=valid, other=0.0)
     of_key = tl.zeros([KEYS, SIZE], tl.float32)
     of_value = tl.zeros([KEYS, SIZE], tl.float32)
     queries, grads, before = query + batch * q_batch, grad + batch * g_batch, batch * length * heads
     blocks = tl.cdiv(length, POSITIONS)
     begin = block * KEYS // POSITIONS
-    middle = tl.minimum(blocks, begin + KEYS // POSITIONS)  # from here on, all queries see all keys of the block
+    middle = tl.minimum(blocks, begin + KEYS // POSITIONS)  # from here on, all keys of the block are before the queries
     of_key, of_value = _of_keys(
         k, v, queries, grads, sums + before, deltas + before, q_length, q_head, g_length, g_head, at, of_key, of_value,
         begin, middle, group, length, heads, scale, True, SIZE, POSITIONS, HEADS,
@@ -193,8 +193,8 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
         middle, blocks, group, length, heads, scale, False, SIZE, POSITIONS, HEADS,
     )  # fmt: skip
     write = partial + ((group * tl.num_programs(2) + batch) * length + at[:, None]) * 2 * SIZE + feature
-    tl.store(write, of_key * scale_of_gradient, mask=there)
-    tl.store(write + SIZE, of_value, mask=there)
+    tl.store(write, of_key * scale_of_gradient, mask=valid)
+    tl.store(write + SIZE, of_value, mask=valid)
 
 
 def supports(query: Tensor) -> bool:
@@ -210,7 +210,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention.
 
     Args:
-        query: (batch, heads, length, size), of any strides but the last, which is 1; so of the others.
+        query: (batch, heads, length, size); the last stride is 1, here and below.
         key, value: (batch, 1, length, size).
 
     Returns:
@@ -229,7 +229,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of what `attend` was given.
+    """Gradients of the inputs of `attend`.
 
     Args:
         grad: (batch, heads, length, size), of the output.

@@ -1,7 +1,7 @@
-"""What stands between the matrix products of a Falcon layer: rotary positions, norm, dropout, GELU, dense 4-bit weights.
+"""The operations between the matrix products of a Falcon layer: rotary positions, norm, dropout, GELU, dequantization.
 
-Each has a plain form here, and on a GPU with Triton one kernel (`elementwise_gpu.py`), which reads and writes memory once
-where separate operations would do it up to ten times.
+Each has a plain form here and, on a GPU with Triton, a kernel (`elementwise_gpu.py`) that reads and writes memory once
+where separate operations would do so up to ten times.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def kernels_for(x: Tensor) -> Any:
 
 
 def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
-    """Rotates queries and key by their positions and lays them beside the value.
+    """Rotates queries and key by their positions and writes them next to the value.
 
     Args:
         parts: queries (batch, length, heads, size), key and value (batch, length, 1, size).
         cos, sin: (length, size), of Falcon's rotary embedding, whose second half repeats its first.
-        out: contiguous (batch, length, heads + 2, size), filled with queries, key and value. The inputs may be views of it.
-        back: turn the other way, which is what the gradients need.
+        out: contiguous (batch, length, heads + 2, size), to receive queries, key and value. The inputs may be views of it.
+        back: rotate the other way, as gradients need.
     """
     kernels = kernels_for(out)
     half = out.shape[-1] // 2
@@ -59,7 +59,7 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
 
 
 def _kept(x: Tensor, p: float, seed: int) -> Tensor:
-    """Draws 16 bits for each number, which is faster than a float each; p is met to 1 / 65536."""
+    """The dropout mask: 16 random bits per number, which is faster than a float; p is exact to 1 / 65536."""
     generator = torch.Generator(x.device).manual_seed(seed)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
     words.random_(-(2**63), 2**63 - 1, generator=generator)
@@ -68,7 +68,7 @@ def _kept(x: Tensor, p: float, seed: int) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x / (1 - p) where it is kept, 0 elsewhere. The same seed keeps the same, so that no mask need be stored."""
+    """x / (1 - p) where kept, 0 elsewhere. The same seed gives the same mask, so none is stored."""
     kernels = kernels_for(x)
     if kernels is not None:
         return kernels.dropout(x, p, seed)
@@ -90,7 +90,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `gelu`'s input, in the place of its output's."""
+    """Gradient of `gelu`'s input, written over its output's."""
     kernels = kernels_for(x)
     if kernels is not None:
         return kernels.gelu_backward_(grad, x)
@@ -101,9 +101,9 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     """Negative log-likelihood of each row's target, in float32.
 
     Args:
-        logits: (rows, vocabulary); overwritten, with each row's gradient of its own result if `backward`.
+        logits: (rows, vocabulary); overwritten, if `backward` with the gradient of each row's result.
         targets: int64 (rows,).
-        backward: whether the gradient is wanted.
+        backward: whether to compute the gradient.
 
     Returns:
         float32 (rows,), in nats.
@@ -112,11 +112,11 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     if kernels is not None:
         return kernels.nll(logits, targets, backward)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    wanted = targets[:, None]
-    result = -log_probabilities.gather(1, wanted)[:, 0]
+    columns = targets[:, None]
+    result = -log_probabilities.gather(1, columns)[:, 0]
     if backward:
         gradient = log_probabilities.exp_()
-        logits.copy_(gradient.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32)))
+        logits.copy_(gradient.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=torch.float32)))
     return result
 
 
@@ -131,7 +131,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
 def norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor, more: Tensor
 ) -> Tensor:
-    """Gradient of `norm`'s input, plus `more`: the gradient that comes to it on another way."""
+    """Gradient of `norm`'s input, plus `more`: its gradient through other paths."""
     kernels = kernels_for(x)
     if kernels is not None:
         return kernels.norm_backward(grad, x, mean, deviation, weight, more)
@@ -146,7 +146,7 @@ class DenseWeight:
     def __init__(self, layer: nn.Module):
         weight: Any = layer.weight
         self._state = getattr(weight, "quant_state", None)
-        self._held = weight.detach().as_subclass(Tensor)  # without the cost of a subclass at each use
+        self._held = weight.detach().as_subclass(Tensor)  # avoids the overhead of the subclass
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
         """(out, in) in `dtype`."""

@@ -1,4 +1,4 @@
-"""The kernels of `elementwise.py` in Triton. Arithmetic is in float32 whatever is read and written."""
+"""The operations of `elementwise.py` as Triton kernels. Arithmetic is in float32 whatever the inputs and outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _WARPS = 4
 _ROTATED = 16  # heads at a time
 
 
-# A length is sometimes a multiple of 16; compiling a second kernel for that would cost more than it saves.
+# Without this, lengths that are multiples of 16 would compile a second kernel, which costs more than it saves.
 @triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch"])
 def _rotate_kernel(  # type: ignore[no-untyped-def]
     query, key, value, cos, sin, out,
     length, heads, sign, q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length,
     SIZE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Turns the heads of one token, each of 2 x SIZE numbers."""
+    """Rotates the heads of one token, each of 2 x SIZE numbers."""
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // length, token % length
     place = tl.arange(0, SIZE)[None, :]
@@ -33,12 +33,12 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     queries, target = query + batch * q_batch + position * q_length, out + token * (heads + 2) * 2 * SIZE
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
-        there = head < heads
+        valid = head < heads
         read, write = queries + head * q_head + place, target + head * (2 * SIZE) + place
-        low = tl.load(read, mask=there).to(tl.float32)
-        high = tl.load(read + SIZE, mask=there).to(tl.float32)
-        tl.store(write, low * c - high * s, mask=there)
-        tl.store(write + SIZE, high * c + low * s, mask=there)
+        low = tl.load(read, mask=valid).to(tl.float32)
+        high = tl.load(read + SIZE, mask=valid).to(tl.float32)
+        tl.store(write, low * c - high * s, mask=valid)
+        tl.store(write + SIZE, high * c + low * s, mask=valid)
     read, write = key + batch * k_batch + position * k_length + place, target + heads * 2 * SIZE + place
     low, high = tl.load(read).to(tl.float32), tl.load(read + SIZE).to(tl.float32)
     tl.store(write, low * c - high * s)
@@ -49,7 +49,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
-    """As `elementwise.rotate`; size / 2 is a power of two. Each program does one token, so that it may work in place."""
+    """As `elementwise.rotate`; size / 2 is a power of two. Each program does one token, so it can work in place."""
     query, key, value = parts
     batch, length, heads, size = query.shape
     _rotate_kernel[(batch * length,)](
@@ -63,17 +63,17 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
 def _dropout_kernel(part, total, out, count, p, scale, seed, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    # One draw of the generator gives four numbers; each program's four blocks take one each. Seven of Philox' ten rounds
-    # pass the tests that its authors hold it to (Salmon and others, 2011).
+    # Each draw gives four numbers, one for each of the program's four blocks. Seven of Philox' ten rounds pass its
+    # authors' tests (Salmon et al., 2011).
     draws = tl.rand4x(seed, program * BLOCK + lane, n_rounds=7)
     for quarter in tl.static_range(4):
         place = program * (4 * BLOCK) + quarter * BLOCK + lane
-        there = place < count
-        x = tl.load(part + place, mask=there).to(tl.float32)
+        valid = place < count
+        x = tl.load(part + place, mask=valid).to(tl.float32)
         kept = tl.where(draws[quarter] >= p, x * scale, 0.0)
         if ADD:
-            kept += tl.load(total + place, mask=there).to(tl.float32)
-        tl.store(out + place, kept, mask=there)
+            kept += tl.load(total + place, mask=valid).to(tl.float32)
+        tl.store(out + place, kept, mask=valid)
 
 
 def _drop(part: Tensor, total: Tensor, out: Tensor, p: float, seed: int, add: bool) -> Tensor:
@@ -97,14 +97,14 @@ def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
 def _norm_kernel(x_of, weight_of, bias_of, out, means, deviations, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
-    there = place < size
-    x = tl.load(x_of + row * size + place, mask=there, other=0.0).to(tl.float32)
+    valid = place < size
+    x = tl.load(x_of + row * size + place, mask=valid, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=0) / size
-    centred = tl.where(there, x - mean, 0.0)
+    centred = tl.where(valid, x - mean, 0.0)
     deviation = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
-    weight = tl.load(weight_of + place, mask=there).to(tl.float32)
-    bias = tl.load(bias_of + place, mask=there).to(tl.float32)
-    tl.store(out + row * size + place, centred * deviation * weight + bias, mask=there)
+    weight = tl.load(weight_of + place, mask=valid).to(tl.float32)
+    bias = tl.load(bias_of + place, mask=valid).to(tl.float32)
+    tl.store(out + row * size + place, centred * deviation * weight + bias, mask=valid)
     tl.store(means + row, mean)
     tl.store(deviations + row, deviation)
 
@@ -123,17 +123,17 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, T
 def _norm_backward_kernel(grad_of, x_of, means, deviations, weight_of, more_of, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
-    there = place < size
+    valid = place < size
     here = row * size + place
     deviation = tl.load(deviations + row)
-    x = tl.load(x_of + here, mask=there, other=0.0).to(tl.float32)
-    normed = tl.where(there, (x - tl.load(means + row)) * deviation, 0.0)
-    grad = tl.load(grad_of + here, mask=there, other=0.0).to(tl.float32)
-    grad *= tl.load(weight_of + place, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_of + here, mask=valid, other=0.0).to(tl.float32)
+    normed = tl.where(valid, (x - tl.load(means + row)) * deviation, 0.0)
+    grad = tl.load(grad_of + here, mask=valid, other=0.0).to(tl.float32)
+    grad *= tl.load(weight_of + place, mask=valid, other=0.0).to(tl.float32)
     along = tl.sum(grad * normed, axis=0) / size
     result = (grad - tl.sum(grad, axis=0) / size - normed * along) * deviation
-    result += tl.load(more_of + here, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + here, result, mask=there)
+    result += tl.load(more_of + here, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out + here, result, mask=valid)
 
 
 def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, more: Tensor) -> Tensor:
@@ -148,19 +148,19 @@ def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weig
 def _gelu_kernel(x_of, grad_of, out, count, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     start = tl.program_id(0).to(tl.int64) * BLOCK
     place = tl.arange(0, BLOCK)
-    there = place < count - start
-    x = tl.load(x_of + start + place, mask=there).to(tl.float32)
+    valid = place < count - start
+    x = tl.load(x_of + start + place, mask=valid).to(tl.float32)
     # The normal distribution's tail beyond |x|, within 1e-7: Abramowitz and Stegun, 7.1.26. The library's error function
-    # takes longer than the memory does, and this exponential is what the gradient needs, too.
+    # takes longer than the memory access, and the gradient needs this exponential anyway.
     bell = tl.exp2(x * x * -0.7213475204444817)
     t = 1 / (1 + 0.2316418882663604 * tl.abs(x))
     tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
     y = tl.where(x < 0, tail, 1 - tail)
     if BACKWARD:
-        y = tl.load(grad_of + start + place, mask=there).to(tl.float32) * (y + x * bell * 0.3989422804014327)
+        y = tl.load(grad_of + start + place, mask=valid).to(tl.float32) * (y + x * bell * 0.3989422804014327)
     else:
         y = x * y
-    tl.store(out + start + place, y, mask=there)
+    tl.store(out + start + place, y, mask=valid)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -197,9 +197,9 @@ def _nll_kernel(logits_of, targets, nll, width, BACKWARD: tl.constexpr, BLOCK: t
     tl.store(nll + row, whole - wanted)
     if BACKWARD:
         for first in range(0, width, BLOCK):
-            there = first + lane < width
-            x = tl.load(start + first + lane, mask=there).to(tl.float32)
-            tl.store(start + first + lane, tl.exp(x - whole) - tl.where(first + lane == target, 1.0, 0.0), mask=there)
+            valid = first + lane < width
+            x = tl.load(start + first + lane, mask=valid).to(tl.float32)
+            tl.store(start + first + lane, tl.exp(x - whole) - tl.where(first + lane == target, 1.0, 0.0), mask=valid)
 
 
 def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
@@ -212,7 +212,7 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
 
 
 def dequantizes(state: Any) -> bool:
-    """Whether these constants are laid out as `dequantize` reads them: bitsandbytes' nested 4-bit blocks."""
+    """Whether `dequantize` reads this layout: bitsandbytes' nested 4-bit blocks."""
     second = state.state2 if state.nested else None
     return second is not None and second.blocksize == 256 and state.blocksize == 64 and state.shape.numel() % 64 == 0
 
@@ -221,24 +221,24 @@ def dequantizes(state: Any) -> bool:
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
     packed, code, scales, scale_code, scale_scales, offset, out, count, BLOCKS: tl.constexpr
 ):
-    """Makes BLOCKS quantization blocks dense: 64 weights in 32 bytes, which share a scale."""
+    """Dequantizes BLOCKS blocks, each of 64 weights in 32 bytes with one scale."""
     start = tl.program_id(0).to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
-    there = block < count - start
-    scale = tl.load(scale_code + tl.load(scales + start + block, mask=there, other=0).to(tl.int32))
-    scale = scale * tl.load(scale_scales + (start + block) // 256, mask=there, other=0.0) + tl.load(offset)
+    valid = block < count - start
+    scale = tl.load(scale_code + tl.load(scales + start + block, mask=valid, other=0).to(tl.int32))
+    scale = scale * tl.load(scale_scales + (start + block) // 256, mask=valid, other=0.0) + tl.load(offset)
     place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    byte = tl.load(packed + start * 32 + place, mask=there[:, None], other=0).to(tl.int32)
+    byte = tl.load(packed + start * 32 + place, mask=valid[:, None], other=0).to(tl.int32)
     first, second = tl.load(code + (byte >> 4)) * scale[:, None], tl.load(code + (byte & 15)) * scale[:, None]
     write = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + start * 64 + write, tl.interleave(first, second), mask=there[:, None])
+    tl.store(out + start * 64 + write, tl.interleave(first, second), mask=valid[:, None])
 
 
 _QUANTIZATION_BLOCKS = 32
 
 
 def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """Dense (out, in) weights of packed 4-bit ones whose constants are quantized too (`dequantizes`)."""
+    """Dense (out, in) weights of packed 4-bit ones with quantized constants (`dequantizes`)."""
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     count, nested = packed.numel() // 32, state.state2
     _dequantize_kernel[(triton.cdiv(count, _QUANTIZATION_BLOCKS),)](
