@@ -155,17 +155,20 @@ def capture_chat() -> None:
     with subprocess.Popen([*command, "--web", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            address = next((line.split()[0] for line in server.stdout if "in a browser" in line), None)
+            address = next((line.split()[1] for line in server.stdout if "in a browser" in line), None)
             if address is None:
                 raise RuntimeError("chat.py --web did not start; its message is above")
             browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
             try:
                 browser.get(address)
                 waiting = WebDriverWait(browser, 60)
-                waiting.until(lambda page: page.find_elements("css selector", "#beside input")).pop().click()
+                waiting.until(lambda page: page.find_elements("css selector", "#compare input")).pop().click()
                 for count, message in enumerate(messages, start=1):
                     browser.find_element("css selector", "#message textarea").send_keys(f"{message}\n")
-                    answered = f"return document.querySelectorAll('[aria-busy=false] .answers').length === {count}"
+                    answered = (
+                        "return document.querySelector('#message .submit-button') !== null && "
+                        f"document.querySelectorAll('#base .bot .message-content').length === {count}"
+                    )
                     waiting.until(lambda page, script=answered: page.execute_script(script))
                 browser.save_screenshot(str(IMAGES / "chat.png"))
             finally:

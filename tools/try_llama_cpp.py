@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _TOKENS = 32
-# The converter knows tokenizers by what they make of one text, so it knows Falcon's and not the toy's, which splits alike.
+# The converter recognizes tokenizers by how they split one text: Falcon's, but not the toy's, which works the same way.
 _CONVERT = """
 import runpy, sys
 from conversion.base import TextModel
@@ -31,12 +31,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def contexts(generations: Path, most: int) -> list[str]:
     """Prompts of a generations file, as text."""
-    found = []
+    prompts = []
     for line in generations.read_text(encoding="utf-8").splitlines()[:most]:
         row = json.loads(line)
-        said = [f"{'Partner' if turn['speaker'] == 'partner' else 'You'}: {turn['text']}" for turn in row["history"]]
-        found.append("\n".join([f"Persona: {' '.join(row['persona'])}", *said, "You:"]))
-    return found
+        turns = [f"{'Partner' if turn['speaker'] == 'partner' else 'You'}: {turn['text']}" for turn in row["history"]]
+        prompts.append("\n".join([f"Persona: {' '.join(row['persona'])}", *turns, "You:"]))
+    return prompts
 
 
 def expected(folder: Path, texts: list[str]) -> list[str]:
@@ -59,8 +59,8 @@ def served(model: Path, texts: list[str]) -> list[str]:
     parameters = library.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.warmup = str(model), 2048, False
     server = library.Server(parameters)
-    asked = [{"prompt": text, "n_predict": _TOKENS, "temperature": 0, "top_k": 1} for text in texts]
-    return [server.handle_completions(request)["choices"][0]["text"] for request in asked]
+    requests = [{"prompt": text, "n_predict": _TOKENS, "temperature": 0, "top_k": 1} for text in texts]
+    return [server.handle_completions(request)["choices"][0]["text"] for request in requests]
 
 
 def main() -> int:
@@ -80,7 +80,7 @@ def main() -> int:
         if ours != theirs:
             print(f"transformers: {ours!r}\n   llama.cpp: {theirs!r}")
     same = sum(ours == theirs for ours, theirs in pairs)
-    print(f"{same} of {len(pairs)} greedy answers of llama.cpp are those of transformers")
+    print(f"{same} of {len(pairs)} greedy answers of llama.cpp equal those of transformers")
     return 0 if same >= 0.9 * len(pairs) else 1  # rounding decides where two words are equally likely
 
 
