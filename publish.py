@@ -13,6 +13,7 @@ adapter; it sends nothing.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,11 +43,10 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.publishing.upload import CARD, base_config, check_access, check_card_links, upload, validate_card
 
     files = files_to_publish(settings, repo_id, options.again)
-    card = files[CARD]
-    assert isinstance(card, bytes)
+    card = files[CARD].decode()
     show(settings, files)
     if options.dry_run:
-        print(f"\n{card.decode()}\nnothing was sent")
+        print(f"\n{card}\nnothing was sent")
         return
 
     user, private = check_access(repo_id, settings.hub.private)
@@ -55,7 +55,7 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
         print("note: the repository is private and stays so; its page on the Hub can change that", file=sys.stderr)
     ours = base_config(settings.model.name, settings.model.revision)
     check_card_links(base_on_hub(settings), ours, datasets_on_hub(settings))
-    validate_card(card.decode(), repo_id)
+    validate_card(card, repo_id)
     commit = upload(repo_id, settings.hub.private, files, "Adapter, evaluation and card")
     print(f"wrote {commit.url}" if commit.is_new else f"{commit.url} already has the same content; no commit was made")
 
@@ -75,12 +75,11 @@ def checked_repo_id(settings: Settings) -> str:
     return settings.hub.repo_id
 
 
-def show(settings: Settings, files: Mapping[str, bytes | Path]) -> None:
-    """Prints each file with its size in bytes, and warnings."""
+def show(settings: Settings, files: Mapping[str, bytes]) -> None:
+    """Prints each file with its size in bytes and its sha256, and warnings."""
     print(f"{settings.hub.repo_id}, {'private' if settings.hub.private else 'public'}:")
     for name, content in sorted(files.items()):
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        print(f"  {size:>13,}  {name}")
+        print(f"  {len(content):>13,}  {hashlib.sha256(content).hexdigest()}  {name}")
     if "metrics.json" not in files:
         print("warning: this adapter has no evaluation, and the card says so", file=sys.stderr)
     if settings.hub.license is None:

@@ -5,10 +5,12 @@ Dialogues, checkpoints, generations, reports and logs are never published.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ from kestrel.training.checkpoints import DECISIVE_TRAINING_SETTINGS
 _METRICS = ("signature", "split", "n_replies", "n_dialogues", "normalization", "paired_test", "paired", "verdicts")
 
 
-def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, bytes | Path]:
-    """The content of each file, or the path to read it from, by name.
+def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, bytes]:
+    """The content of each file by name, read once, so that exactly what is checked and shown is sent.
 
     Args:
         settings: of the run; those that shaped the training must not have changed since.
@@ -38,29 +40,22 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
         again: the options of this call, for messages.
 
     Raises:
-        KestrelError: no adapter, a damaged one, one of other settings, or an evaluation of another adapter.
+        KestrelError: no adapter, a damaged one, one of other settings, a folder with other files or links, or an
+            evaluation of another adapter.
     """
     run, base = Path(settings.run_dir), base_on_hub(settings)
     folder, remedy = run / "adapter", f"train it again with: python train.py {again}"
     require_made(folder, "adapter", f"train it with: python train.py {again}")
-    manifest = read_manifest(folder, "adapter", remedy)
+    manifest = read_manifest(folder, "adapter", remedy, check_files=False)
+    files = read_adapter_files(folder, manifest["files"], remedy)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     _require_settings_of_training(settings, manifest, folder, remedy)
-    prompts = {"prompt": read_json(folder / PROMPT, remedy)}, {"prompt": prompt.identity()}
+    prompts = {"prompt": json.loads(files[PROMPT])}, {"prompt": prompt.identity()}
     require_equal(f"the adapter in {folder}", *prompts, remedy)
 
-    files: dict[str, bytes | Path] = {}
-    for name in ADAPTER_FILES:
-        if (folder / name).is_file():
-            files[name] = folder / name
-    base_of_adapter = {
-        "base_model_name_or_path": base,
-        "revision": (manifest["made_from"].get("base") or {}).get("commit"),
-    }
-    config = _json({**read_json(folder / CONFIG, remedy), **base_of_adapter})
-    files[CONFIG] = config
-    digests = {name: digest for name, digest in manifest["files"].items() if name in files}
-    digests[CONFIG] = hashlib.sha256(config).hexdigest()
+    commit = (manifest["made_from"].get("base") or {}).get("commit")
+    files[CONFIG] = _json({**json.loads(files[CONFIG]), "base_model_name_or_path": base, "revision": commit})
+    digests = {**manifest["files"], CONFIG: hashlib.sha256(files[CONFIG]).hexdigest()}
     public_manifest = {**manifest, "base_model": {**manifest["base_model"], "name": base}, "files": digests}
     files[MANIFEST] = _json(sealed(public_manifest))
     # generate.py may have had the same adapter from this folder or, published before, from the Hub.
@@ -71,7 +66,7 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
     files["config.yaml"] = describe(public, {}).encode()
     for name, content in files.items():
         if name.endswith((".json", ".jinja", ".yaml")):
-            _refuse_private_text(name, content.read_bytes() if isinstance(content, Path) else content)
+            _refuse_private_text(name, content)
     facts = CardFacts(
         repo_id=repo_id,
         base=base,
@@ -86,6 +81,47 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
         example=example_prompt(prompt),
     )
     files[CARD] = model_card(facts).encode()
+    return files
+
+
+def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) -> dict[str, bytes]:
+    """The content of the adapter's files, opened without following links.
+
+    Args:
+        folder: of the adapter; it may hold these files and its manifest, and nothing else.
+        digests: the sha256 of each file, as the manifest records it.
+        remedy: what to do about a damaged adapter, for messages.
+
+    Raises:
+        KestrelError: the folder holds another file, or one that is missing, changed, or not a regular file.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO would otherwise wait for a writer
+    files = {}
+    try:
+        handle = os.open(folder, flags | os.O_DIRECTORY)
+        try:
+            own = {MANIFEST, *(digests.keys() & set(ADAPTER_FILES))}
+            if others := sorted({*os.listdir(handle), *digests} - own):
+                raise KestrelError(
+                    f"{folder} holds {', '.join(map(repr, others[:5]))}; only what train.py wrote there is published, so "
+                    "move other files away"
+                )
+            for name in own:
+                with open(os.open(name, flags, dir_fd=handle), "rb") as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        raise KestrelError(f"{folder / name} is not a regular file; {remedy}")
+                    files[name] = file.read()
+        finally:
+            os.close(handle)
+    except OSError as error:
+        name = error.filename if error.filename not in (None, str(folder), folder) else "."
+        reason = "it is a link" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
+        raise KestrelError(f"{folder / str(name)} cannot be published: {reason}; {remedy}") from None
+    for name, digest in digests.items():
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            raise KestrelError(
+                f"{folder / name} is damaged or was edited: its sha256 is not the recorded one; {remedy}"
+            )
     return files
 
 

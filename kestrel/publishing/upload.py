@@ -135,7 +135,7 @@ def _reasons(answer: str) -> str:
         return answer
 
 
-def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], message: str) -> Commit:
+def upload(repo_id: str, private: bool, files: Mapping[str, bytes], message: str) -> Commit:
     """Makes one commit of all files. Large files that an earlier call sent are not sent again.
 
     Files of `PUBLISHED_FILES` that are not given are deleted from the repository; its other files stay.
@@ -143,7 +143,7 @@ def upload(repo_id: str, private: bool, files: Mapping[str, bytes | Path], messa
     Args:
         repo_id: owner/name; created if it does not exist.
         private: of a new repository.
-        files: content or path, by name in the repository.
+        files: content by name in the repository.
         message: of the commit.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -32,6 +33,9 @@ def test_published_and_loaded_back_it_gives_the_same_tokens(evaluated: Experimen
     assert (
         published <= set(PUBLISHED_FILES) and {"README.md", "metrics.json", "config.yaml", "prompt.json"} <= published
     )
+    listed = re.findall(r"^ +[\d,]+  ([0-9a-f]{64})  (\S+)$", done.said, re.MULTILINE)
+    sent = {name: hashlib.sha256(repository.files[name]).hexdigest() for name in published}
+    assert {name: digest for digest, name in listed} == sent, "exactly what is listed is sent"
     everything = b"".join(repository.files.values())
     for local in (TOKEN, str(tmp_path), str(evaluated.run), str(evaluated.base), str(evaluated.source), str(ROOT)):
         assert local.encode() not in everything, local
@@ -142,7 +146,7 @@ def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tm
     assert done.status == 0 and "nothing was sent" in done.said and "model-index" in done.said
     assert not [request for request in hub.requests if request.startswith(("POST", "PUT"))]
     for name in ("adapter_model.safetensors", "README.md", "metrics.json"):
-        assert re.search(rf"\d  {name}", done.said)
+        assert re.search(rf"\d  [0-9a-f]{{64}}  {name}", done.said)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from publishing_runs import REPO, publishing, run, stopped_at_a_large_file
 
 import generate
 import publish
+from kestrel.errors import KestrelError
+from kestrel.publishing.contents import read_adapter_files
 from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.manifest import sealed, sha256_of
 
 
 def sent(hub: Hub) -> list[str]:
@@ -160,14 +165,58 @@ def test_metadata_that_the_hub_itself_refuses_stops_it_before_anything_is_sent(
     assert sent(hub) == []
 
 
-def test_what_else_lies_in_the_run_is_not_published(evaluated: Experiment, tmp_path: Path, capsys) -> None:
+def test_other_files_of_the_run_are_not_published(evaluated: Experiment, tmp_path: Path, capsys) -> None:
     shutil.copytree(evaluated.run, tmp_path / "run")
-    for name in ("dialogues.jsonl", "optimizer.pt", "trainer_state.json", ".env", "adapter_model.bin"):
-        (tmp_path / "run" / "adapter" / name).write_text("mine")
+    for name in ("dialogues.jsonl", "optimizer.pt", ".env", "vocab.txt"):
         (tmp_path / "run" / name).write_text("mine")
     assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"), "--dry-run")) == 0
-    listed = {line.split()[1] for line in capsys.readouterr().out.splitlines() if re.fullmatch(r" +[\d,]+  \S+", line)}
+    listed = set(re.findall(r"^ +[\d,]+  [0-9a-f]{64}  (\S+)$", capsys.readouterr().out, re.MULTILINE))
     assert {"README.md", "adapter_model.safetensors", "prompt.json"} <= listed <= set(PUBLISHED_FILES)
+
+
+def linked(path: Path) -> None:
+    """Moves a file or folder away and leaves a link to it."""
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def listed_in_the_manifest(adapter: Path) -> None:
+    manifest = read_json(adapter / "manifest.json", "")
+    manifest["files"]["../config.yaml"] = sha256_of(adapter / ".." / "config.yaml")
+    write_json(adapter / "manifest.json", sealed(manifest))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda adapter: (adapter / "notes.md").write_text("mine"), "holds 'notes.md'"),
+        (lambda adapter: (adapter / "vocab.txt").symlink_to("/etc/passwd"), "holds 'vocab.txt'"),
+        (lambda adapter: (adapter / "merges.txt").hardlink_to(adapter / ".." / "config.yaml"), "holds 'merges.txt'"),
+        (lambda adapter: os.mkfifo(adapter / "\x1b[2Jvocab.json"), r"holds '\x1b[2Jvocab.json'"),
+        (listed_in_the_manifest, "holds '../config.yaml'"),
+        (lambda adapter: linked(adapter), "adapter cannot be published: it is a link"),
+        (lambda adapter: (adapter / "prompt.json").unlink(), "prompt.json cannot be published: No such file"),
+        (lambda adapter: (adapter / "prompt.json").write_text("{}"), "prompt.json is damaged or was edited"),
+    ],
+)
+def test_only_regular_files_that_the_manifest_lists_are_published(
+    evaluated: Experiment, tmp_path: Path, capsys, tamper: Callable[[Path], object], message: str
+) -> None:
+    shutil.copytree(evaluated.run, tmp_path / "run")
+    tamper(tmp_path / "run" / "adapter")
+    assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"))) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("replace", [linked, lambda path: (path.unlink(), os.mkfifo(path))])
+def test_link_or_pipe_in_place_of_a_listed_file_is_not_opened(evaluated: Experiment, tmp_path: Path, replace) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(evaluated.run / "adapter", adapter)
+    digests = read_json(adapter / "manifest.json", "")["files"]
+    replace(adapter / "prompt.json")
+    (adapter / "elsewhere").unlink(missing_ok=True)
+    with pytest.raises(KestrelError, match=r"prompt.json (cannot be published: it is a link|is not a regular file)"):
+        read_adapter_files(adapter, digests, "")
 
 
 def test_spaces_in_paths(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
