@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_WINDOW = 50  # batches that are sorted by length together
+_WINDOW = 50  # batches whose rows are sorted by length together
 
 
 def steps_of_run(
     lengths: np.ndarray, batch_size: int, epochs: float, max_steps: int | None, seed: int
 ) -> list[np.ndarray]:
-    """The whole run's order: the row numbers of each optimizer step.
+    """The order of the whole run: the row numbers of each optimizer step.
 
-    Each epoch is a fresh permutation. Within windows of 50 batches rows are put together by length, so that little is
-    padded, and the batches are shuffled again, so that long and short ones come in no order.
+    Each epoch is a new permutation. Within windows of 50 batches, rows are sorted by length, so that little is padded,
+    and then the batches are shuffled.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows of one optimizer step, over all processes.
+        batch_size: rows of one optimizer step, over all ranks.
         epochs: passes over the rows; ignored where max_steps is given.
         max_steps: optimizer steps.
         seed: of the order.
@@ -43,25 +43,25 @@ def steps_of_run(
     return steps[:total]
 
 
-def share_of(lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
-    """Which rows of an optimizer step one of several processes computes, the longest first; lengths are dealt evenly.
+def share_of(lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """Which rows of an optimizer step one rank computes, the longest first; each rank has long and short ones.
 
     Args:
         lengths: tokens of each row of the step.
-        process: from 0; this one has the longest row of all.
-        processes: that share the step.
+        rank: rank 0 has the longest row of all.
+        world_size: the number of ranks.
 
     Returns:
-        Positions into `lengths`; none where there are more processes than rows.
+        Positions into `lengths`; none for some ranks where the step has fewer rows than ranks.
     """
-    return np.argsort(-lengths, kind="stable")[process::processes]
+    return np.argsort(-lengths, kind="stable")[rank::world_size]
 
 
 def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
     """Cuts rows into batches of similar length that hold at most `tokens` tokens, padding included.
 
     The longest rows come first, so that a device too small for them fails at once. A row that is longer than the
-    budget makes a batch of its own.
+    budget is a batch of its own.
 
     Args:
         lengths: tokens of each row.
@@ -79,7 +79,7 @@ def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 
 
 def even_batches_within(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """As few batches as `batches_within` makes, of sizes as even as can be: a small last one would leave a GPU idle.
+    """As few batches as `batches_within` makes, as equal in size as possible: a small last one would leave a GPU idle.
 
     Args:
         lengths: tokens of each row.

@@ -1,4 +1,4 @@
-"""What a persona dialogue is, for every reader, the prompt and the metrics."""
+"""A persona dialogue, as every reader, the prompt and the metrics use it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Turn(NamedTuple):
-    """One utterance. `self` is the owner of the persona, whose replies are learned; `partner` is the other one."""
+    """One utterance. `self` is the owner of the persona, whose replies are learned; `partner` is the other speaker."""
 
     speaker: Speaker
     text: str
@@ -29,10 +29,10 @@ class Dialogue:
         conversation_id: shared by all dialogues that come from one conversation (both owners of it, or several rows
             of one source); dialogues that share it never straddle two splits.
         persona: the owner's sentences.
-        partner_persona: the partner's sentences; empty where the source does not tell them.
-        turns: in order, no two neighbours by the same speaker, no empty text, at least one by `self`.
+        partner_persona: the partner's sentences; empty where the source does not have them.
+        turns: in order; speakers alternate, no text is empty, and at least one turn is by `self`.
         candidates: for each turn by `self`, in order, the distractor replies offered by the source (without the
-            reference); an empty list where there are none. As long as the number of turns by `self`, or empty.
+            reference); an empty list where it offers none. One entry for each turn by `self`, or no entry at all.
     """
 
     dialogue_id: str
@@ -54,11 +54,11 @@ def reordered(dialogue: Dialogue, seed: int, order: int) -> Dialogue:
 
     Args:
         seed: of the run.
-        order: 0 is the order as given. The shuffle of any other number depends on seed, dialogue and number alone, so
-            that it is the same in every process and whichever other orders are asked for.
+        order: 0 is the order as given. Any other shuffle depends on seed, dialogue and number alone, so that it is the
+            same in every process and whichever other orders are generated.
 
     Returns:
-        An order that reads otherwise than the given one; the dialogue itself where fewer than two sentences differ.
+        The dialogue in another order than the given one; unchanged where fewer than two sentences differ.
     """
     if order == 0 or len(set(dialogue.persona)) < 2:
         return dialogue

@@ -108,24 +108,22 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what is in the dataset."""
+    """The settings on which the dataset depends."""
     data = settings.data.model_dump()
     return {"data": data, "prompt": settings.prompt.model_dump(), "seed": settings.seed}
 
 
 def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path, dict[str, Any]]:
-    """Checks that the run's dataset is whole and was made with these settings, this tokenizer and this prompt.
+    """Checks that the run's dataset is complete and was made with these settings, this tokenizer and this prompt.
 
     Args:
-        settings: of this run.
-        prompt: as this run renders.
-        command: the command that makes the dataset, for messages.
+        command: what creates the dataset, for messages.
 
     Returns:
         Its folder and its manifest.
 
     Raises:
-        KestrelError: missing, damaged, or made otherwise; naming what differs.
+        KestrelError: missing, damaged, or made with other settings; names what differs.
     """
     folder = Path(settings.run_dir) / "dataset"
     remedy = f"make it with: {command}"
@@ -155,7 +153,7 @@ def load_split(folder: Path, split: str, remedy: str) -> Dataset:
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:
-    """Tokens of each row, int64, without reading them."""
+    """Tokens of each row, int64, from the lists' lengths."""
     import pyarrow.compute as pc
 
     column = dataset.with_format("arrow")[:]["input_ids"] if len(dataset) else []
@@ -163,7 +161,7 @@ def lengths_of(dataset: Dataset) -> np.ndarray:
 
 
 def supervised_of(dataset: Dataset) -> np.ndarray:
-    """Supervised tokens of each row, int64, without reading them."""
+    """Supervised tokens of each row, int64, from the reply spans."""
     import pyarrow.compute as pc
 
     if not len(dataset):

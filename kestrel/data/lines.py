@@ -24,10 +24,10 @@ _NOT_TEXT = {
 
 
 def first_bytes(path: Path) -> bytes:
-    """The first bytes of a data file, without byte order mark and leading blanks.
+    """The first bytes of a data file, without byte order mark and leading white space.
 
     Raises:
-        KestrelError: the file cannot be read, is empty, or is plainly something else (an archive, a web page, a Git LFS
+        KestrelError: the file cannot be read, is empty, or is clearly something else (an archive, a web page, a Git LFS
             pointer, UTF-16).
     """
     try:
@@ -57,7 +57,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     for block in _blocks(path):
         try:
-            # At line feeds only, as bytes are split: a text's own idea of line ends has more of them.
+            # Lines end at line feeds only, as bytes are split; str.splitlines would find more line ends.
             lines: Iterator[str] = io.StringIO(block.decode("utf-8"), newline="\n")
         except UnicodeDecodeError:
             first = number + 1

@@ -20,8 +20,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 _NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|state)\b", re.IGNORECASE)
 
-# Which files of a known hub set are the data, and on which revision: the loading script of personachat_truecased is no
-# longer run by `datasets` (4.0 and later), but the Hub keeps a converted copy.
+# Which files of a known hub set are the data, and in which revision: `datasets` (4.0 and later) does not run the loading
+# script of personachat_truecased, but the Hub keeps a converted copy.
 _HUB_FILES = {
     "AlekseyKorshuk/persona-chat": (None, ["data/*.parquet"]),
     "Cynaptics/persona-chat": (None, ["data/*.parquet"]),
@@ -119,7 +119,7 @@ def _split_of(path: Path, folder: Path) -> str | None:
 
 
 def _download(repo_id: str, revision: str | None) -> Located:
-    """Downloads the files of a hub set into the Hub's cache, or finds them there, and treats them as a folder."""
+    """Downloads the files of a hub set into the Hub's cache, unless it has them, and treats them as a folder."""
     import huggingface_hub
 
     default, patterns = _HUB_FILES.get(repo_id, (None, [f"*{suffix}" for suffix in SUFFIXES]))

@@ -14,8 +14,8 @@ from kestrel.data.raw import RawDialogue, RawTurn
 from kestrel.data.read_counts import ReadCounts
 from kestrel.dialogue import Dialogue, Turn
 
-# Long enough to tell conversations apart, short enough that both owners' versions of one conversation agree: the
-# version of the one who spoke first ends one utterance earlier, or later, than the other's.
+# Enough to distinguish conversations, and few enough that both owners' versions of one conversation agree: the version
+# of the one who spoke first ends one turn earlier, or later, than the other's.
 _FIRST_TURNS = 6
 
 _SUSPECT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -32,8 +32,8 @@ def stable_hash(*parts: str) -> int:
 
 
 def normalized(text: str) -> str:
-    """Letters and digits in lower case: what makes two sentences the same sentence."""
-    if text.isascii():  # the same, three times as fast
+    """Letters and digits in lower case, to compare sentences."""
+    if text.isascii():  # the same result, three times as fast
         return " ".join(text.lower().translate(_ASCII_WORDS).split())
     return _NOT_WORD.sub(" ", text.casefold()).strip()
 
@@ -44,7 +44,7 @@ def persona_key(sentences: Iterable[str]) -> int:
 
 
 def is_silence(text: str) -> bool:
-    """Whether this is ParlAI's mark for a partner who says nothing, in any casing."""
+    """Whether this is ParlAI's mark for a partner who says nothing, in upper or lower case."""
     return "__" in text and text.strip().startswith("__") and normalized(text) == "silence"
 
 

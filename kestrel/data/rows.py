@@ -1,4 +1,4 @@
-"""Rows of JSON lines, JSON, CSV and Parquet, streamed, with their place in the file and checked access to columns."""
+"""Rows of JSON lines, JSON, CSV and Parquet files, with their place in the file and checked access to columns."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def rows(path: Path, section: str | None = None) -> Iterator[Row]:
     """Streams the rows of a file in bounded memory.
 
     Args:
-        path: a file of any kind but ParlAI's.
+        path: a JSON, CSV or Parquet file.
         section: for a JSON object of lists, the key whose list is meant; None: all.
     Raises:
         KestrelError: malformed, with the place.
@@ -130,7 +130,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    # The limit is the interpreter's, 131,072 by default: a long conversation in one cell exceeds it.
+    # The default limit is 131,072 characters, which a long conversation in one cell exceeds.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     reader = csv.reader((line for _, line in text_lines(path)), strict=True)
     try:
@@ -169,39 +169,41 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _json_items(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(section or "", place, object) of `[{...}, ...]` or `{"train": [{...}, ...], ...}`, one object in memory."""
     with path.open("rb") as file:
-        buffer = _Json(path, file)
-        if buffer.peek() == "[":
-            yield from _json_array(buffer, "")
+        json_text = _JsonText(path, file)
+        if json_text.peek() == "[":
+            yield from _json_array(json_text, "")
         else:
-            buffer.take("{")
+            json_text.take("{")
             seen: set[str] = set()
             while True:
-                key = buffer.value('"')
+                key = json_text.value('"')
                 if key not in SECTIONS or key in seen:
-                    raise KestrelError(f"{buffer.place()}: the key {key!r} is not one of {list(SECTIONS)}, each once.")
+                    raise KestrelError(
+                        f"{json_text.place()}: the key {key!r} is not one of {list(SECTIONS)}, each once."
+                    )
                 seen.add(key)
-                buffer.take(":")
-                yield from _json_array(buffer, key)
-                if buffer.take(",}") == "}":
+                json_text.take(":")
+                yield from _json_array(json_text, key)
+                if json_text.take(",}") == "}":
                     break
-        buffer.end()
+        json_text.end()
 
 
-def _json_array(buffer: _Json, section: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    buffer.take("[")
-    if buffer.peek() == "]":
-        buffer.take("]")
+def _json_array(json_text: _JsonText, section: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    json_text.take("[")
+    if json_text.peek() == "]":
+        json_text.take("]")
         return
     index = 0
     while True:
-        yield section, f"{buffer.path}: {section}[{index}]", buffer.value("{")
+        yield section, f"{json_text.path}: {section}[{index}]", json_text.value("{")
         index += 1
-        if buffer.take(",]") == "]":
+        if json_text.take(",]") == "]":
             return
 
 
-class _Json:
-    """A JSON text read by chunks; the standard library's decoder does the values."""
+class _JsonText:
+    """A JSON text read in chunks; the standard library decodes the values."""
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path = path
@@ -241,7 +243,7 @@ class _Json:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
                 return value
             except json.JSONDecodeError as error:
-                # A value cut off by the chunk's end fails at the end, or in a text that has no end yet.
+                # A value that the chunk cuts off fails at the end of the chunk, or inside a string without an end.
                 cut_off = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated string")
                 if len(self._text) - self._at > LONGEST_LINE or not (cut_off and self._more(size)):
                     raise KestrelError(f"{self.place(error.pos)}: not JSON ({error.msg}).") from error
@@ -250,7 +252,7 @@ class _Json:
                 raise KestrelError(f"{self.place()}: not JSON ({_reason(error)}).") from error
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raises an error if anything follows."""
         if self.peek():
             raise KestrelError(f"{self.place()}: more text after the end of the JSON value.")
 

@@ -1,8 +1,8 @@
 """What a tokenizer's chat template writes around the texts of a dialogue, and whether it can be trained on.
 
 The template is run with marks in place of the texts, so that no text of a user is ever read as a template or as a
-control token. A template is refused whose prompt for a reply changes once the reply, or what follows it, is known: what
-trains would not be what generates.
+control token. A template is refused if its prompt for a reply changes once the reply, or what follows it, is known:
+the model would train on another prompt than it generates from.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from kestrel.errors import KestrelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Some templates write today's date, and a prompt that changes overnight would not be the one that trained. The library
-# makes text of functions that it is given for a template (transformers 5.23), so the date is pinned within it.
+# Some templates write today's date, and the prompt must be the same on the day of generation. The library turns functions
+# that are passed for a template into text (transformers 5.23), so the date is fixed inside the template.
 _DATE = (
     "{%- macro strftime_now(format) -%}{%- if format == '%Y-%m-%d' -%}2024-07-26{%- else -%}26 Jul 2024{%- endif -%}"
     "{%- endmacro -%}"
 )
 _REWRITES = (
-    "the chat template writes a reply's prompt differently once the reply or what follows it is known, so what trains "
-    "would not be what generates; use prompt.format: plain"
+    "the chat template writes a reply's prompt differently once the reply or what follows it is known, so the model would "
+    "train on another prompt than it generates from; use prompt.format: plain"
 )
 _UNCLOSED = "the chat template closes a reply with no control token; use prompt.format: plain"
 
@@ -35,11 +35,11 @@ class ChatTemplate:
         controls: its control tokens, as text.
 
     Attributes:
-        lead: blanks between a reply's prompt and its text, which are the reply's to produce; mostly none.
-        end: what closes a reply: blanks, mostly none, and a control token.
+        lead: white space between a reply's prompt and its text, which the reply begins with; mostly none.
+        end: what closes a reply: white space, mostly none, and a control token.
 
     Raises:
-        KestrelError: there is no template, or it cannot be trained on.
+        KestrelError: the tokenizer has no template, or it cannot be trained on.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: list[str]):
@@ -54,7 +54,7 @@ class ChatTemplate:
         self._takes_system = self._writes_system()
         self._frames: dict[tuple[str, ...], list[str]] = {}
         exchange = ("partner", "self")
-        before = self._upto_last(exchange)
+        before = self._before_last(exchange)
         prompt = self._run(exchange[:1], prompt=True)
         self.lead = before[len(prompt) :]
         if not before.startswith(prompt) or self.lead.strip():
@@ -65,7 +65,7 @@ class ChatTemplate:
         if not control:
             raise KestrelError(_UNCLOSED)
         self.end = after[: len(after) - len(visible)] + control
-        for exchanges in (1, 2, 3, 4):  # of a longer dialogue, its own last replies are the proof
+        for exchanges in (1, 2, 3, 4):  # longer dialogues are checked when they are rendered
             self.frames(exchange * exchanges)
 
     def frames(self, speakers: tuple[str, ...]) -> list[str]:
@@ -93,7 +93,7 @@ class ChatTemplate:
             self._without_end(around[-1])
             earlier = speakers[:-2]
             if (
-                self._upto_last(speakers) != self._run(speakers[:-1], prompt=True) + self.lead
+                self._before_last(speakers) != self._run(speakers[:-1], prompt=True) + self.lead
                 or earlier
                 and self._around(earlier)[:-1] != around[: len(earlier) + 1]
             ):
@@ -107,20 +107,20 @@ class ChatTemplate:
         return frame[len(self.end) :]
 
     def _around(self, speakers: tuple[str, ...]) -> list[str]:
-        """What stands before the persona, before each turn, and after the last."""
+        """What is written before the persona, before each turn, and after the last."""
         rest, around = self._run(speakers, prompt=False), []
         for number in range(len(speakers) + 1):
-            before, found, rest = rest.partition(_mark(number))
-            if not found:
+            before, mark, rest = rest.partition(_mark(number))
+            if not mark:
                 raise KestrelError("the chat template leaves out or reorders messages; use prompt.format: plain")
             around.append(before)
         return [*around, rest]
 
-    def _upto_last(self, speakers: tuple[str, ...]) -> str:
+    def _before_last(self, speakers: tuple[str, ...]) -> str:
         return self._run(speakers, prompt=False).partition(_mark(len(speakers)))[0]
 
     def _run(self, speakers: tuple[str, ...], prompt: bool) -> str:
-        """The template's own rendering of a dialogue with a mark for each text; `prompt`: for a reply to come."""
+        """The template's rendering of a dialogue with a mark for each text; `prompt`: with the beginning of a reply."""
         messages = [
             {"role": "user" if speaker == "partner" else "assistant", "content": _mark(number)}
             for number, speaker in enumerate(speakers, start=1)
@@ -140,7 +140,7 @@ class ChatTemplate:
             )
         except Exception as error:  # noqa: BLE001  a template raises whatever its author chose
             raise KestrelError(
-                f"the tokenizer's chat template fails: {error}; correct it or use prompt.format: plain"
+                f"the tokenizer's chat template fails: {error}; fix it or use prompt.format: plain"
             ) from None
 
     def _writes_system(self) -> bool:
@@ -153,5 +153,5 @@ class ChatTemplate:
 
 
 def _mark(number: int) -> str:
-    """Stands for a text while the template runs; made of private-use characters, which no template writes."""
+    """A placeholder for a text while the template runs, of private-use characters, which no template writes."""
     return f"\ue000{number}\ue001"

@@ -1,15 +1,15 @@
-"""How a dialogue becomes tokens, and which of them are supervised. Nothing else in the project knows.
+"""How a dialogue becomes tokens, and which of them are supervised. Decided here and nowhere else.
 
 A dialogue is rendered as segments, and each segment is tokenized on its own. So the prompt of any turn is a token
-prefix of the training sequence up to that turn, whatever the tokenizer merges across a boundary of text. What is
-supervised is known by position: each reply's own tokens and the end token after it.
+prefix of the training sequence up to that turn, whatever the tokenizer merges across boundaries of text. Supervised
+are, by position, the tokens of each reply and the end token after it.
 
     plain       Persona: i have two dogs. i like cars.⏎
                 Partner: hi ! how are you ?⏎
                 You:| great , and you ?<eos>|⏎        | supervised |
                 Partner: ...
     chat        the tokenizer's chat template, with the persona in the system message
-    original    that of Kestrel's forerunner; only a dialogue's last reply is supervised (kestrel.original_format)
+    original    that of Kestrel's forerunner; only a dialogue's last reply is supervised (original_format.py)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.chat_template import ChatTemplate
 from kestrel.prompt.original_format import introduction, prompt_text
-from kestrel.prompt.word_cache import Words, cuts_at_blanks
+from kestrel.prompt.word_cache import WordCache, can_split_at_spaces
 from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that the loss skips, as everywhere in PyTorch
 VERSION = 1
 
-# Kind of a segment: frame may hold control tokens, text never does, reply is text that is supervised, end closes a
-# reply with a control token and is supervised with it.
+# Kind of a segment: a frame may contain control tokens, a text never does, a reply is a text that is supervised, an end
+# closes a reply with a control token and is supervised with it.
 Kind = Literal["frame", "text", "reply", "end"]
 Format = Literal["plain", "chat", "original"]
 
@@ -50,13 +50,11 @@ _CANARY = Dialogue(
         Turn("self", "ok"),
     ),
 )
-
-
 TOO_LONG = "longer than prompt.max_length"
 
 
 class Unrenderable(KestrelError):
-    """A dialogue that cannot be rendered. `reason` is what it is counted under."""
+    """A dialogue that cannot be rendered. Drops are counted by `reason`."""
 
     def __init__(self, reason: str, message: str):
         self.reason = reason
@@ -114,17 +112,17 @@ class Prompt:
         self.format = format
         self.max_length = max_length
         if tokenizer.eos_token_id is None:
-            raise KestrelError("the tokenizer has no end-of-text token, so the end of a reply cannot be taught")
+            raise KestrelError("the tokenizer has no end-of-text token, so the end of a reply cannot be learned")
         self._control_ids = _control_ids(tokenizer)
-        # Looked up once: the library searches for them at each access.
+        # Kept here because the library searches for them at each access.
         self._unknown, self._unknown_id = tokenizer.unk_token, tokenizer.unk_token_id
-        self._words = Words(self._tokenized) if cuts_at_blanks(tokenizer) else None
-        self._texts: dict[str, list[int]] = {}  # tokens of the texts of one batch
-        self._frame_ids: dict[str, list[int]] = {}  # tokens of frames, of which there are few
+        self._cache = WordCache(self._tokenized) if can_split_at_spaces(tokenizer) else None
+        self._text_ids: dict[str, list[int]] = {}  # tokens of the texts of one batch
+        self._frame_ids: dict[str, list[int]] = {}  # tokens of frames, of which few exist
         controls = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._control_ids))]
         self._template = ChatTemplate(tokenizer, controls) if format == "chat" else None
         if self._template is None:
-            # The beginning-of-text token where this tokenizer puts one; a chat template writes its own.
+            # The beginning-of-text token where this tokenizer adds one; a chat template writes its own.
             self._beginning = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
             end_text, self._end_ids = str(tokenizer.eos_token), [int(tokenizer.eos_token_id)]
         else:
@@ -136,7 +134,7 @@ class Prompt:
     # -- segments ------------------------------------------------------------------------------------------------
 
     def segments(self, dialogue: Dialogue, first_turn: int = 0) -> list[Segment]:
-        """The dialogue from `first_turn` on, cut where tokenization may not merge."""
+        """The dialogue from `first_turn` on, cut where the tokenizer must not merge."""
         turns = dialogue.turns[first_turn:]
         if self._template is not None:
             return self._chat_segments(self._template, dialogue.persona, turns)
@@ -189,23 +187,23 @@ class Prompt:
         Raises:
             Unrenderable: even the last exchange does not fit, or a text cannot be tokenized as text.
         """
-        return self._fitted(dialogue, self.max_length)
+        return self._truncated(dialogue, self.max_length)
 
     def render_all(self, dialogues: Sequence[Dialogue]) -> list[Rendered | Unrenderable]:
-        """As `render`, with one call of the tokenizer for all; what cannot be rendered stands as its exception."""
+        """As `render`, with one call of the tokenizer for all; returns the exception for what cannot be rendered."""
         texts = {self._turn_text(turn) for dialogue in dialogues for turn in dialogue.turns}
         texts.update(map(self._persona_text, dialogues))
-        if self._words is not None:
-            self._texts = self._words.tokens(texts)
+        if self._cache is not None:
+            self._text_ids = self._cache.tokens(texts)
         elif texts:
-            self._texts.update(zip(texts, self._tokenized(list(texts)), strict=True))
+            self._text_ids.update(zip(texts, self._tokenized(list(texts)), strict=True))
         results: list[Rendered | Unrenderable] = []
         for dialogue in dialogues:
             try:
                 results.append(self.render(dialogue))
             except Unrenderable as error:
                 results.append(error)
-        self._texts.clear()
+        self._text_ids.clear()
         return results
 
     def context(self, dialogue: Dialogue, turn: int) -> list[int]:
@@ -219,7 +217,7 @@ class Prompt:
         return self.context(placeholder, len(dialogue.turns))
 
     def reply_ids(self, text: str) -> list[int]:
-        """Tokens of a reply as they stand in a training sequence, its end included.
+        """Tokens of a reply as in a training sequence, its end included.
 
         Raises:
             Unrenderable: the text cannot be tokenized as text.
@@ -227,27 +225,27 @@ class Prompt:
         return [*self._tokens_of_text(self._turn_text(Turn("self", text)), f"the reply {text[:80]!r}"), *self._end_ids]
 
     def reply_text(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens. Spaces before punctuation stay: the library's clean-up would alter them."""
+        """Text of generated tokens, without the library's clean-up, which removes spaces before punctuation."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
-    def _fitted(self, dialogue: Dialogue, max_length: int) -> Rendered:
+    def _truncated(self, dialogue: Dialogue, max_length: int) -> Rendered:
         """The rendering with as many of the newest turns as fit."""
-        rendered = self._joined(dialogue, 0)
+        rendered = self._rendered_from(dialogue, 0)
         if len(rendered.input_ids) <= max_length:
             return rendered
-        # What the texts alone take from each turn on; frames and ends come on top.
+        # A lower bound of the length from each turn on: texts without frames and ends.
         where = f"dialogue {dialogue.dialogue_id}"
-        texts_from, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
+        at_least, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
         for index in reversed(range(len(dialogue.turns))):
             total += len(self._tokens_of_text(self._turn_text(dialogue.turns[index]), where))
-            # The original format joins texts before it tokenizes them, which may take fewer tokens.
-            texts_from[index] = 0 if self.format == "original" else total
+            # The original format joins texts before it tokenizes them, which may give fewer tokens.
+            at_least[index] = 0 if self.format == "original" else total
         last_reply = max((index for index, _ in dialogue.replies()), default=0)
         for index, turn in enumerate(dialogue.turns[:last_reply]):
-            # A start is a partner's turn, so that the first reply that is left has something to answer.
-            if index > 0 and turn.speaker == "partner" and texts_from[index] <= max_length:
-                rendered = self._joined(dialogue, index)
+            # Starts are partner's turns, so that the first reply that is left has something to answer.
+            if index > 0 and turn.speaker == "partner" and at_least[index] <= max_length:
+                rendered = self._rendered_from(dialogue, index)
                 if len(rendered.input_ids) <= max_length:
                     return rendered
         raise Unrenderable(
@@ -255,7 +253,7 @@ class Prompt:
             f"{where}: persona and last exchange alone are longer than prompt.max_length {max_length}; raise it",
         )
 
-    def _joined(self, dialogue: Dialogue, first_turn: int) -> Rendered:
+    def _rendered_from(self, dialogue: Dialogue, first_turn: int) -> Rendered:
         where = f"dialogue {dialogue.dialogue_id}"
         ids = list(self._beginning)
         spans: list[tuple[int, int]] = []
@@ -271,23 +269,23 @@ class Prompt:
                 ids += self._tokens_of_text(segment.text, where)
                 if segment.kind == "reply" and len(ids) == reply_start:
                     raise Unrenderable(
-                        "reply without a token", f"{where}: the tokenizer leaves nothing of {segment.text[:80]!r}"
+                        "reply without a token", f"{where}: the tokenizer makes no token of {segment.text[:80]!r}"
                     )
         return Rendered(ids, spans, first_turn)
 
     def _tokenized(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts, control tokens spelled in them read as text; one call, which uses all cores."""
+        """Tokens of texts, with control tokens spelled in them read as text; one call, so that all cores are used."""
         ids: list[list[int]] = self.tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
 
     def _tokens_of_text(self, text: str, where: str) -> list[int]:
-        tokens = self._texts.get(text)
+        tokens = self._text_ids.get(text)
         if tokens is None:
             (tokens,) = self._tokenized([text])
-        spelled = self._unknown is not None and self._unknown in text and self._unknown_id in tokens
-        if spelled or not self._control_ids.isdisjoint(tokens):
+        spells_unknown = self._unknown is not None and self._unknown in text and self._unknown_id in tokens
+        if spells_unknown or not self._control_ids.isdisjoint(tokens):
             raise Unrenderable(
                 "text spells a control token", f"{where}: the tokenizer reads a control token in {text[:80]!r}"
             )
@@ -302,8 +300,8 @@ class Prompt:
     # -- identity ------------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, Any]:
-        """What makes two prompts the same, for prompt.json; its `sha256` changes with any token of any rendering."""
-        canary = self._fitted(_CANARY, sys.maxsize)
+        """What identifies a prompt, for prompt.json; its `sha256` changes with any token of any rendering."""
+        canary = self._truncated(_CANARY, sys.maxsize)
         identity: dict[str, Any] = {
             "format": self.format,
             "version": VERSION,
@@ -319,8 +317,8 @@ class Prompt:
 
 
 def _one_line(text: str) -> str:
-    """In the plain format a line break begins a turn, so that a text must not hold one."""
-    # Of what is printable, only the blank is white space: most texts are one line already, and this is faster.
+    """In the plain format a line break begins a turn, so a text must not contain one."""
+    # The only printable white space is " ". Most texts are one line already, and this test is faster.
     if text.isprintable() and "  " not in text and text == text.strip():
         return text
     return " ".join(text.split())
@@ -331,10 +329,9 @@ def _system_text(persona: Sequence[str]) -> str:
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that steer a model and that no text may spell: special tokens and added tokens that look like mark-up.
+    """Ids that control a model and that no text may spell: special tokens and added tokens that look like markup.
 
-    Added words and runs of blanks are text. So is the token for what a tokenizer does not know, unless it doubles as
-    the end or the beginning of a text.
+    Added words and runs of spaces are text. So is the unknown token, unless it is also the end or the beginning of a text.
     """
     markup = {
         index
@@ -346,10 +343,10 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over everything that decides which ids a text becomes."""
+    """sha256 of everything that decides which ids a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
-    # Left behind by the last call, not part of what the tokenizer is.
+    # State of the last call, not part of the tokenizer.
     pipeline |= {"truncation": None, "padding": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return sha256_of_json([pipeline, special])

@@ -1,4 +1,4 @@
-"""The tokenizer of the base model, without torch where that can be: preprocess.py needs nothing else of the model."""
+"""The tokenizer of the base model, without torch where possible: preprocess.py needs nothing else of the model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model, which every script loads first: here it is told whose code will run.
+    """The tokenizer of the base model. Every script loads it first, so the warning about remote code is here.
 
     Raises:
         KestrelError: it cannot be found or loaded.
     """
     if settings.trust_remote_code:
         print(
-            f"warning: model.trust_remote_code is true: Python code that comes with {settings.name} runs as you, and can "
-            "read, change and send whatever you can, your token of the Hub included",
+            f"warning: model.trust_remote_code is true: Python code that comes with {settings.name} runs with your rights and "
+            "can read, change and send whatever you can, including your token of the Hub",
             file=sys.stderr,
         )
     with plain_loading_errors("tokenizer", settings.name):
@@ -42,11 +42,11 @@ def _is_plain_falcon(folder: Path) -> bool:
     """Whether this is a local Falcon, for which AutoTokenizer would choose the plain fast tokenizer.
 
     AutoTokenizer imports the models' configurations, and they import torch: two seconds and 200 MB that preprocess.py
-    needs for nothing else (transformers 5.23; a test tells when that is no longer so).
+    does not need (transformers 5.23; tests/chain/test_preprocess.py, test_little_is_imported, fails when that changes).
     """
     try:
-        read = [json.loads((folder / name).read_text("utf-8")) for name in ("config.json", "tokenizer_config.json")]
-        model, tokenizer = read
+        files = (folder / name for name in ("config.json", "tokenizer_config.json"))
+        model, tokenizer = (json.loads(path.read_text("utf-8")) for path in files)
         return (
             (folder / "tokenizer.json").is_file()
             and model["model_type"] == "falcon"
@@ -54,4 +54,4 @@ def _is_plain_falcon(folder: Path) -> bool:
             and "auto_map" not in {**model, **tokenizer}
         )
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # whatever is wrong with it, the library says
+        return False  # the library reports what is wrong

@@ -1,8 +1,8 @@
-"""Tokens of many texts, word by word from memory, where that is what the tokenizer would do itself.
+"""Tokens of many texts, looked up word by word, for tokenizers where that gives the same tokens.
 
-Byte-level BPE first cuts a text into pieces, and no piece goes on over a blank: " how" in "hi , how" becomes the same
-tokens wherever it stands. So a word is tokenized once and then looked up, which takes a twentieth of the time. What is
-remembered came from the tokenizer itself; only the cutting is ours, and only where it is proven to be exact.
+Byte-level BPE first cuts a text into pieces, and no piece continues across a space: " how" in "hi , how" becomes the
+same tokens in every text. So a word is tokenized once, by the tokenizer itself, and then looked up, which takes a
+twentieth of the time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 
-_MOST_WORDS = 2**17  # some 40 MB; beyond it, memory begins anew
-_MOST_LEADS = 2**12
-_LONGEST = 64  # characters; what is longer hardly comes again
+_MAX_WORDS = 2**17  # some 40 MB; the cache is then cleared
+_MAX_BEGINNINGS = 2**12
+_MAX_LENGTH = 64  # characters; longer words hardly occur again
 
 
-def cuts_at_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text may be cut before every single blank without a change in its tokens.
+def can_split_at_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text may be cut before every single space without a change in its tokens.
 
-    That holds for the pattern of GPT-2's byte-level pre-tokenizer (a piece is an optional blank and letters, digits or
-    marks), which Falcon's shares: the steps before it part punctuation from the rest, those after it only cut pieces
-    further. Nothing else may look at a whole text: no normalizer, and no added token that is matched in it.
+    That holds for the pattern of GPT-2's byte-level pre-tokenizer (a piece is an optional space and letters, digits or
+    marks), which Falcon's shares: the steps before it separate punctuation, those after it only cut pieces further.
+    Nothing else may see a whole text: no normalizer, and no added token that is matched in it.
     """
     from transformers import TokenizersBackend
 
@@ -54,7 +54,7 @@ def cuts_at_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-class Words:
+class WordCache:
     """Remembers the tokens of words.
 
     Args:
@@ -63,44 +63,47 @@ class Words:
 
     def __init__(self, tokenize: Tokenize):
         self._tokenize = tokenize
-        self._leads: dict[str, list[int]] = {}  # what stands before the first blank of a text
-        self._words: dict[str, list[int]] = {}  # tokens of a blank and the word
+        self._beginnings: dict[str, list[int]] = {}  # tokens of what comes before the first space of a text
+        self._words: dict[str, list[int]] = {}  # tokens of a space and the word after it
 
     def tokens(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Tokens of each text; what cannot be cut is tokenized whole."""
-        found: dict[str, list[int]] = {}
-        unknown = self._look_up(texts, found)
+        """Tokens of each text; a text that cannot be cut is tokenized whole."""
+        result: dict[str, list[int]] = {}
+        unknown = self._look_up(texts, result)
         self._learn(unknown)
-        whole = self._look_up(unknown, found)
-        found |= zip(whole, self._tokenize(whole), strict=True) if whole else ()
-        return found
+        whole = self._look_up(unknown, result)
+        result |= zip(whole, self._tokenize(whole), strict=True) if whole else ()
+        return result
 
-    def _look_up(self, texts: Iterable[str], found: dict[str, list[int]]) -> list[str]:
-        """Adds the tokens of texts to `found`; returns the texts that hold something unknown."""
+    def _look_up(self, texts: Iterable[str], result: dict[str, list[int]]) -> list[str]:
+        """Adds the tokens of texts to `result`; returns the texts with a word that is not in the cache."""
         word, unknown = self._words.__getitem__, []
         for text in texts:
-            lead, *words = text.split(" ")
+            beginning, *words = text.split(" ")
             try:
-                found[text] = [*self._leads[lead], *chain.from_iterable(map(word, words))]
+                result[text] = [*self._beginnings[beginning], *chain.from_iterable(map(word, words))]
             except KeyError:
                 unknown.append(text)
         return unknown
 
     def _learn(self, texts: list[str]) -> None:
-        if len(self._words) > _MOST_WORDS:
+        if len(self._words) > _MAX_WORDS:
             self._words.clear()
-        if len(self._leads) > _MOST_LEADS:
-            self._leads.clear()
-        leads: set[str] = set()
-        words: set[str] = set()
-        for text in texts:
-            lead, *rest = text.split(" ")
-            leads.add(lead)
-            words.update(rest)
-        # A piece may end where blanks end, so that a cut next to other blanks would not be exact.
-        leads = {lead for lead in leads - self._leads.keys() if len(lead) <= _LONGEST and not lead[-1:].isspace()}
-        words = {word for word in words - self._words.keys() if len(word) <= _LONGEST and word.split() == [word]}
-        if leads:
-            self._leads |= zip(leads, self._tokenize(list(leads)), strict=True)
+        if len(self._beginnings) > _MAX_BEGINNINGS:
+            self._beginnings.clear()
+        split = [text.split(" ") for text in texts]
+        # A piece may end where spaces end, so that a cut next to other white space would not be exact.
+        beginnings = {
+            text
+            for text in {text for text, *_ in split} - self._beginnings.keys()
+            if len(text) <= _MAX_LENGTH and not text[-1:].isspace()
+        }
+        words = {
+            word
+            for word in {word for _, *words in split for word in words} - self._words.keys()
+            if len(word) <= _MAX_LENGTH and word.split() == [word]
+        }
+        if beginnings:
+            self._beginnings |= zip(beginnings, self._tokenize(list(beginnings)), strict=True)
         if words:
             self._words |= zip(words, self._tokenize([" " + word for word in words]), strict=True)

@@ -182,7 +182,7 @@ def test_render_all_is_render(kind: tuple[str, str], batch: list[Dialogue], max_
             assert (caught.value.reason, str(caught.value)) == (result.reason, str(result))
         else:
             assert result == prompt.render(dialogue)
-    assert not prompt._texts, "nothing of a batch stays in memory"
+    assert not prompt._text_ids, "nothing of a batch stays in memory"
 
 
 @pytest.mark.parametrize("kind", [("falcon", "plain"), ("byte level", "chat")], ids=" ".join)

@@ -14,7 +14,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kestrel.prompt import word_cache
-from kestrel.prompt.word_cache import Words, cuts_at_blanks
+from kestrel.prompt.word_cache import WordCache, can_split_at_spaces
 
 ROOT = Path(__file__).resolve().parents[2]
 CUT = {
@@ -61,15 +61,15 @@ def plainly(made: PreTrainedTokenizerFast) -> Callable[[list[str]], list[list[in
 
 
 @cache
-def remembering(name: str) -> Words:
-    return Words(plainly(tokenizer(name)))
+def remembering(name: str) -> WordCache:
+    return WordCache(plainly(tokenizer(name)))
 
 
 @pytest.mark.parametrize("name", CUT)
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(TEXT, min_size=1, max_size=4))
 def test_looked_up_as_tokenized(name: str, texts: list[str]) -> None:
-    assert cuts_at_blanks(tokenizer(name))
+    assert can_split_at_spaces(tokenizer(name))
     for given_ in (texts, texts[::-1]):  # once learned, and once known
         assert remembering(name).tokens(given_) == dict(zip(given_, plainly(tokenizer(name))(given_), strict=True))
 
@@ -82,7 +82,7 @@ def test_words_that_are_known_are_not_tokenized_again(name: str) -> None:
         asked.extend(texts)
         return plainly(tokenizer(name))(texts)
 
-    memory = Words(ask)
+    memory = WordCache(ask)
     memory.tokens(["\nPartner: hi ! how are you ?", " i have two dogs"])
     assert sorted(asked) == sorted(
         ["", "\nPartner:", *(" hi ! how are you ? i have two dogs".replace(" ", "\0 ").split("\0")[1:])]
@@ -94,13 +94,13 @@ def test_words_that_are_known_are_not_tokenized_again(name: str) -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "_MOST_WORDS", 50)
-    monkeypatch.setattr(word_cache, "_MOST_LEADS", 20)
-    memory = Words(plainly(tokenizer("falcon")))
+    monkeypatch.setattr(word_cache, "_MAX_WORDS", 50)
+    monkeypatch.setattr(word_cache, "_MAX_BEGINNINGS", 20)
+    memory = WordCache(plainly(tokenizer("falcon")))
     for number in range(30):
         texts = [f"{number}x{other} a{number} b{other} " + "c" * 1000 for other in range(10)]
         assert list(memory.tokens(texts).values()) == plainly(tokenizer("falcon"))(texts)
-        assert len(memory._words) <= 50 + 11 and len(memory._leads) <= 20 + 10
+        assert len(memory._words) <= 50 + 11 and len(memory._beginnings) <= 20 + 10
     assert max(map(len, memory._words)) <= 64
 
 
@@ -138,11 +138,11 @@ NOT_CUT: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 @pytest.mark.parametrize("name", NOT_CUT)
 def test_what_may_look_further_than_a_word_is_left_alone(name: str) -> None:
-    assert not cuts_at_blanks(NOT_CUT[name]())
+    assert not can_split_at_spaces(NOT_CUT[name]())
 
 
 @pytest.mark.parametrize("name", ["normalizer", "added words"])
 def test_there_a_cut_would_change_tokens(name: str) -> None:
     """The property above is not empty: for these tokenizers it does not hold."""
     made, text = NOT_CUT[name](), "i have two dogs"
-    assert Words(plainly(made)).tokens([text])[text] != plainly(made)([text])[0]
+    assert WordCache(plainly(made)).tokens([text])[text] != plainly(made)([text])[0]

@@ -1,7 +1,7 @@
 """Hugging Face's JSON of ConvAI2 and the hub set AlekseyKorshuk/persona-chat: a dialogue a row, a history a reply.
 
-`personality` is the owner's persona; each of `utterances` has the full `history` up to a reply and its `candidates`,
-the gold one last. Reference: https://github.com/huggingface/transfer-learning-conv-ai.
+`personality` is the owner's persona; each of `utterances` has the full `history` before a reply and its `candidates`,
+the gold reply last. Reference: https://github.com/huggingface/transfer-learning-conv-ai.
 """
 
 from __future__ import annotations

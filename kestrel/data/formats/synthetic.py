@@ -1,15 +1,15 @@
 """Synthetic-Persona-Chat (CSV, and the hub set google/Synthetic-Persona-Chat): both personas, text by a language model.
 
-The conversations are messy. What is done, each counted:
+The conversations are messy. These repairs are made and counted:
 
-- Placeholders ("[user 1's name]", "(name)", "User 2" used as a name): a form of address goes ("Nice to meet you,
-  [name]." becomes "Nice to meet you."); otherwise the sentence that holds the placeholder goes, but for a greeting that
-  leads it. No name is invented. An utterance of which nothing remains goes together with the one that it answers, so
-  that what is left still takes turns.
+- Placeholders ("[user 1's name]", "(name)", "User 2" used as a name): a form of address is removed ("Nice to meet you,
+  [name]." becomes "Nice to meet you."); otherwise the sentence with the placeholder is removed, except for a greeting at
+  its beginning. No name is invented. An utterance of which nothing remains is removed together with the one that it
+  answers, so that the speakers still alternate.
 - Markdown around the speaker's tag ("*User 1:* Hi!", "* User 1: Hi! *") is removed.
-- Lines without a speaker: after an utterance that ends with a colon they continue it (a recipe, a list); anything else
-  is narration ("[A few minutes later]", "At the gym", "Adam: You too.", "* * *") and is left out.
-- Blank lines separate and mean nothing. A speaker who goes on after narration: one turn (merged in `repair`).
+- Lines without a speaker: after an utterance that ends with a colon they continue it (a recipe, a list); any others are
+  narration ("[A few minutes later]", "At the gym", "Adam: You too.", "* * *") and are left out.
+- Blank lines are ignored. Turns of one speaker before and after narration become one turn (in `repair`).
 
 Source: Jandaghi et al. 2023, https://arxiv.org/abs/2312.10007.
 """
@@ -32,7 +32,7 @@ _PLACEHOLDER = (
     r"(?:\[[^\]]*\]?|\{[^}]*\}?|<\w[^>]*>"
     rf"|\((?:(?:your|my|first|last|user ?_?[12])(?:'s)? )?(?:user|{_WORDS})\)|\(user ?[12]\)|\buser ?_?[12]\b(?:'s)?)"
 )
-_HOLDS = re.compile(_PLACEHOLDER, re.IGNORECASE)
+_HAS_PLACEHOLDER = re.compile(_PLACEHOLDER, re.IGNORECASE)
 _ADDRESS = re.compile(
     rf",\s*{_PLACEHOLDER}(?=\s*(?:[.!?,]|$))|(?<=\bhi) {_PLACEHOLDER}(?=[,.!])|(?<=\bhello) {_PLACEHOLDER}(?=[,.!])"
     rf"|(?<=\bhey) {_PLACEHOLDER}(?=[,.!])",
@@ -57,10 +57,10 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
 
 
 def _conversation(text: str, where: str, counts: ReadCounts) -> list[tuple[str, str]]:
-    """(user, utterance) in order, free of placeholders and narration."""
+    """(user, utterance) in order, without placeholders and narration."""
     spoken: list[tuple[str, str]] = []
-    for user, said in _utterances(text, where, counts):
-        kept = _without_placeholders(said, where, counts)
+    for user, utterance in _utterances(text, where, counts):
+        kept = _without_placeholders(utterance, where, counts)
         if kept.strip():
             spoken.append((user, kept))
         else:
@@ -72,35 +72,35 @@ def _conversation(text: str, where: str, counts: ReadCounts) -> list[tuple[str, 
 
 
 def _utterances(text: str, where: str, counts: ReadCounts) -> Iterator[tuple[str, str]]:
-    user, said, open_ended = "", "", False
+    user, utterance, open_ended = "", "", False
     for line in text.splitlines():
         line = line.strip()
         tagged = _TAG.fullmatch(line)
         if tagged and not _ASIDE.fullmatch(tagged["text"].strip()):
             if user:
-                yield user, said
-            user, said = tagged["user"], tagged["text"].strip()
+                yield user, utterance
+            user, utterance = tagged["user"], tagged["text"].strip()
             if tagged["mark"]:
                 counts.repair("utterances freed of markdown", where)
-                said = said.strip("*_ ")
-            open_ended = said.endswith(":")
+                utterance = utterance.strip("*_ ")
+            open_ended = utterance.endswith(":")
         elif line and open_ended and not _ASIDE.fullmatch(line):
             counts.repair("lines joined to the utterance they continue", where)
-            said += " " + line
+            utterance += " " + line
         elif line:
             counts.repair("lines left out: narration, or an unknown speaker", where)
     if user:
-        yield user, said
+        yield user, utterance
 
 
 def _without_placeholders(text: str, where: str, counts: ReadCounts) -> str:
-    if not _HOLDS.search(text):
+    if not _HAS_PLACEHOLDER.search(text):
         return text
     text, times = _ADDRESS.subn("", text)
     counts.repair("placeholders left out: a form of address", where, times)
     kept = []
     for sentence in _SENTENCE_END.split(text):
-        if _HOLDS.search(sentence):
+        if _HAS_PLACEHOLDER.search(sentence):
             greeting = _GREETING.match(sentence)
             if greeting:
                 kept.append(greeting[0].strip() + "!")
