@@ -1,4 +1,4 @@
-"""benchmarks/generate.py runs, counts what it answers, and times nothing that says something else than the model would."""
+"""benchmarks/generate.py runs, counts its answers, and times no answers that differ from the model's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def prompt() -> Prompt:
 
 
 @pytest.mark.parametrize("replies", [1, 3, 4, 8])
-def test_as_many_replies_as_asked_for(prompt: Prompt, replies: int) -> None:
+def test_the_number_of_replies_is_exact(prompt: Prompt, replies: int) -> None:
     rows = rows_of([DIALOGUE], prompt, replies)
     assert sum(len(questions) for questions in questions_of(rows, prompt)) == replies
     assert len({row["dialogue_id"] for row in rows}) == len(rows) == -(-replies // 3)
 
 
-def test_a_token_of_another_context_is_found(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_from_another_context_is_detected(prompt: Prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     attach_token_nll(model)
     asked = [question for questions in questions_of(rows_of([DIALOGUE], prompt, 3), prompt) for question in questions]

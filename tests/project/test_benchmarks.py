@@ -1,4 +1,4 @@
-"""The benchmarks: that they run, that a wrong loss is not timed, and that their arithmetic is right."""
+"""The benchmarks run, do not time a wrong loss, and calculate correctly."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_equal_loss_agrees_whatever_the_adapter_was(reference: Path) -> None:
-    """Systems begin with adapters of their own; the check gives them all the same one, and takes it away again."""
+def test_the_same_loss_agrees_whatever_the_adapter(reference: Path) -> None:
+    """Each system starts with its own adapter; the check sets the same one for all and restores theirs afterwards."""
     model = _with_lora(seed=2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
@@ -62,7 +62,7 @@ def test_an_equal_loss_agrees_whatever_the_adapter_was(reference: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["context", "adapter", "one token less"])
-def test_a_loss_that_is_not_the_models_is_refused(reference: Path, wrong: str) -> None:
+def test_a_different_loss_is_refused(reference: Path, wrong: str) -> None:
     model = _with_lora(seed=2)
 
     def loss_of(number: int, span: tuple[int, int], row: dict[str, Any]) -> float:
@@ -81,8 +81,8 @@ def test_a_loss_that_is_not_the_models_is_refused(reference: Path, wrong: str) -
 
 
 @pytest.mark.parametrize(("scale", "agrees"), [(1.0, True), (1.5, False), (0.0, False)])
-def test_a_gradient_that_is_not_the_models_is_refused(reference: Path, scale: float, agrees: bool) -> None:
-    """Scale 0 is what repacked 4-bit weights give: training that goes on and learns nothing."""
+def test_a_different_gradient_is_refused(reference: Path, scale: float, agrees: bool) -> None:
+    """A scale of 0 is what repacked 4-bit weights give: training runs and learns nothing."""
     model = _with_lora(seed=2)
     supervised = sum(end - start for row in _ROWS for start, end in row["reply_spans"])
 
@@ -98,15 +98,15 @@ def test_a_gradient_that_is_not_the_models_is_refused(reference: Path, scale: fl
 
 
 @given(st.lists(st.integers(1, 500), min_size=40, max_size=300), st.integers(20, 60))
-def test_sampled_examples_are_as_long_as_all_are(lengths: list[int], count: int) -> None:
-    """An epoch is extrapolated from them, so their mean may differ by no more than the widest step of the quantiles."""
+def test_sampled_examples_have_the_mean_length_of_all(lengths: list[int], count: int) -> None:
+    """An epoch is extrapolated from them, so the means may differ at most by the widest step between quantiles."""
     chosen = peers.spread([{"input_ids": [0] * length} for length in lengths], count)
     assert len(chosen) == min(count, len(lengths))
     mean = sum(len(example["input_ids"]) for example in chosen) / len(chosen)
     assert abs(mean - sum(lengths) / len(lengths)) <= (max(lengths) - min(lengths)) / len(chosen) + 1e-9
 
 
-def test_one_example_a_turn_supervises_each_reply_once() -> None:
+def test_one_example_per_turn_supervises_each_reply_once() -> None:
     examples = peers.turns_of(_ROWS)
     whole = [[token for start, end in row["reply_spans"] for token in row["input_ids"][start:end]] for row in _ROWS]
     parts = [[label for label in example["labels"] if label != -100] for example in examples]
@@ -118,17 +118,11 @@ def test_one_example_a_turn_supervises_each_reply_once() -> None:
 
 
 def test_a_row_counts_the_dialogues_tokens_once() -> None:
-    """Half an epoch of 1,000 tokens in 2 s is an epoch in 4 s, whatever was computed twice or padded."""
+    """Half an epoch of 1,000 tokens in 2 s makes 4 s per epoch, whatever was recomputed or padded."""
     system = System("some", "trl-turns", 8, 1, 5)
     facts = {"tokens": 1000, "linear_parameters": 10**6, "matrix_flops": 10**10}
-    measured = {
-        "seconds": 2.0,
-        "processor_seconds": 1.9,
-        "tokens": 500.0,
-        "dialogues": 5.0,
-        "real": 3000,
-        "positions": 4000,
-    }
+    measured = {"seconds": 2.0, "processor_seconds": 1.9, "tokens": 500.0, "dialogues": 5.0}
+    measured |= {"real": 3000, "positions": 4000}
     row = row_of(system, {**measured, "peak_bytes": 2**30, "loss_difference": 0.0}, facts)
     assert row["epoch_seconds"] == 4.0
     assert row["useful_tokens_per_second"] == 250.0
@@ -138,7 +132,7 @@ def test_a_row_counts_the_dialogues_tokens_once() -> None:
     assert "not timed: its loss is another" in table({"rows": [row, refused]})
 
 
-def test_names_in_a_profile_are_unique_and_configs_exist() -> None:
+def test_profiles_have_unique_names_and_existing_configs() -> None:
     for profile in PROFILES.values():
         names = [system.name for system in profile.systems]
         assert len(set(names)) == len(names)
@@ -151,7 +145,7 @@ def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
-    """On a small model and few dialogues; with TRL where it is installed."""
+    """With a small model and few dialogues; with TRL if it is installed."""
     corpus = write_corpus(tmp_path / "corpus", dialogues=24)
     names = ["kestrel", "original", *(["trl-turns", "trl-dialogues", "trl-packed"] if find_spec("trl") else [])]
     output = tmp_path / "result.json"
@@ -168,7 +162,7 @@ def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
         assert row["epoch_seconds"] > 0 and row["peak_bytes"] > 2**20
         assert (row["padding_share"] > 0.5) == (name == "original")
         assert name in done.stdout.rpartition("| system |")[2]
-    # Losses of one layer in float32 may be the very same; a gradient made in another way hardly is.
+    # Losses of one layer in float32 may be identical; gradients computed in different ways hardly ever are.
     assert 0 < rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
     assert record["versions"]["torch"] and record["date"] and record["device"]
 
@@ -179,23 +173,14 @@ def test_an_unknown_row_is_a_usage_error() -> None:
     assert "trl-dialogues" in done.stderr
 
 
-def test_a_record_tells_the_command_without_paths_of_the_machine() -> None:
-    typed = [
-        "--profile",
-        "cpu",
-        "--text",
-        "/home/me/a.txt",
-        "--output=/home/me/b.json",
-        "--model",
-        "/home/me/c",
-        "--steps=3",
-    ]
-    told = "python benchmarks/train.py --profile cpu --text FILE --model FOLDER --steps=3"
-    assert command_of("train.py", typed) == told
+def test_the_recorded_command_has_no_paths_of_the_machine() -> None:
+    typed = "--profile cpu --text /home/me/a.txt --output=/home/me/b.json --model /home/me/c --steps=3"
+    recorded = "python benchmarks/train.py --profile cpu --text FILE --model FOLDER --steps=3"
+    assert command_of("train.py", typed.split()) == recorded
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "preprocess.py"])
-def test_a_text_that_is_not_there_is_said_in_one_line(script: str, tmp_path: Path) -> None:
+def test_a_missing_file_gives_one_line(script: str, tmp_path: Path) -> None:
     more = ["--profile", "cpu", "--only", "kestrel"] if script == "train.py" else []
     done = _run(script, "--text", str(tmp_path / "nowhere.txt"), *more)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The lock has every dependency at a version that all of them allow; every licence is known and permissive."""
+"""The lock has every dependency at a version that all others allow; every licence is known and permissive."""
 
 from __future__ import annotations
 
