@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
 from kestrel.evaluation.tables import Table, scores_table
+from kestrel.publishing.run_records import PublicEvaluation
 from kestrel.publishing.usage import PromptExample, base_commit, render, usage_program
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class CardFacts:
         datasets: the training data's ids on the Hub.
         data_name: the training data's name for people.
         manifest: of the adapter.
-        statistics: of the train split, as in the data set's statistics.json, or None.
-        metrics: as in metrics.json, or None.
+        statistics: of the train split, as in the data set's statistics.json.
+        evaluation: None if the adapter was not evaluated.
         example: of a prompt.
     """
 
@@ -47,8 +48,8 @@ class CardFacts:
     datasets: Sequence[str]
     data_name: str
     manifest: Mapping[str, Any]
-    statistics: Mapping[str, Any] | None
-    metrics: Mapping[str, Any] | None
+    statistics: Mapping[str, Any]
+    evaluation: PublicEvaluation | None
     example: PromptExample
 
 
@@ -60,7 +61,8 @@ def model_card(facts: CardFacts) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    name, metrics, manifest = facts.repo_id.partition("/")[2], facts.metrics, facts.manifest
+    name, manifest = facts.repo_id.partition("/")[2], facts.manifest
+    metrics = facts.evaluation.metrics if facts.evaluation else None
     data = ModelCardData(
         base_model=facts.base,
         datasets=list(facts.datasets) or None,
@@ -83,6 +85,7 @@ def model_card(facts: CardFacts) -> str:
         usage=usage_program(facts.repo_id, facts.base, manifest, facts.example, facts.is_falcon),
         example=facts.example,
         metrics=metrics,
+        decoding=_decoding(facts.evaluation.generation) if facts.evaluation else "",
         scores=scores_table(metrics) if metrics else None,
         signatures=[(shown, metrics["systems"]["adapter"][key]["signature"]) for key, _, shown in _METRICS]
         if metrics
@@ -154,14 +157,31 @@ def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResu
     ]
 
 
+def _decoding(generation: Mapping[str, Any]) -> str:
+    """How the answers were made, in words."""
+    if generation["do_sample"]:
+        how = "sampled" + "".join(
+            f", {key} {generation[key]}" for key in ("temperature", "top_p", "top_k") if generation[key]
+        )
+    else:
+        how = "greedy search" if generation["num_beams"] == 1 else f"{generation['num_beams']} beams"
+    limits = [f"at most {generation['max_new_tokens']} tokens"]
+    if generation["repetition_penalty"] != 1:
+        limits.append(f"repetition penalty {generation['repetition_penalty']:g}")
+    if generation["no_repeat_ngram_size"]:
+        limits.append(f"no repeated {generation['no_repeat_ngram_size']}-grams")
+    if generation["stop_strings"]:
+        limits.append(f"stop strings {', '.join(map(repr, generation['stop_strings']))}")
+    return "; ".join([how, *limits])
+
+
 def _training_table(facts: CardFacts, settings: Mapping[str, Any]) -> Table:
     manifest, lora, training, counts = facts.manifest, settings["lora"], settings["training"], facts.statistics
     targets = lora["target_modules"]
     loss, versions = manifest["eval_loss"], manifest["versions"].items()
     rows = {
-        "data": facts.data_name,
-        "dialogues in train": counts
-        and f"{counts['dialogues']:,} with {counts['replies']:,} replies and {counts['tokens']:,} tokens",
+        "data": f"{facts.data_name}, as dataset {manifest['made_from']['dataset']} of Kestrel",
+        "dialogues in train": f"{counts['dialogues']:,} with {counts['replies']:,} replies and {counts['tokens']:,} tokens",
         "LoRA": f"rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on "
         f"{targets if isinstance(targets, str) else ', '.join(targets)}; {manifest['trainable_parameters']:,} "
         "trained parameters",

@@ -14,9 +14,11 @@ from conftest import Experiment
 from hub_server import TOKEN, Hub
 from publishing_runs import BASE, REPO, ROOT, publishing, run
 
+import publish
 from kestrel.evaluation.report import escape_markdown
 from kestrel.publishing.model_card import check_metadata
 from kestrel.publishing.upload import PUBLISHED_FILES
+from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import sealed
 
 
@@ -158,6 +160,13 @@ def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tm
         (["--lora.r", "8"], 1, "lora.r: it was 4, now 8"),
         (["--training.learning_rate", "1e-3"], 1, "training.learning_rate"),
         (["--prompt.format", "original"], 1, "prompt.format"),
+        (["--data.source", "AlekseyKorshuk/persona-chat"], 1, "data.source: it was"),
+        (
+            ["--generation.do_sample", "--generation.temperature", "1.9"],
+            1,
+            "generation.temperature: it was None, now 1.9",
+        ),
+        (["--evaluation.normalization", "lower"], 1, "evaluation.normalization"),
         (["--hub.license", "Apache 2.0"], 1, "hub.license"),
         (["--hub.language", "English"], 1, "hub.language"),
     ],
@@ -165,23 +174,25 @@ def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tm
 def test_refused_before_anything_is_sent(
     evaluated: Experiment, capsys, more: list[str], status: int, message: str
 ) -> None:
-    import publish
-
     assert publish.main(publishing(evaluated, *more)) == status
     assert message in capsys.readouterr().err
 
 
-def test_evaluation_of_another_adapter_is_refused(evaluated: Experiment, tmp_path: Path, capsys) -> None:
-    import publish
-
+@pytest.mark.parametrize(
+    ("key", "message"), [("prompt_sha256", "scores another adapter"), ("dataset", "was trained on another data set")]
+)
+def test_evaluation_or_dataset_of_another_adapter_is_refused(
+    evaluated: Experiment, tmp_path: Path, capsys, key: str, message: str
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(evaluated.run, copy)
-    manifest = copy / "adapter" / "manifest.json"
-    described = json.loads(manifest.read_text())
-    described["made_from"]["dataset"] = "0" * 64
-    manifest.write_text(json.dumps(sealed(described)))
+    if key == "dataset":
+        shutil.rmtree(copy / "evaluation")
+    manifest = read_json(copy / "adapter" / "manifest.json", "")
+    manifest["made_from"][key] = "0" * 64
+    write_json(copy / "adapter" / "manifest.json", sealed(manifest))
     assert publish.main(publishing(evaluated, "--run_dir", str(copy), "--dry-run")) == 1
-    assert "another adapter" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from publishing_runs import REPO, publishing, run, stopped_at_a_large_file
 import generate
 import publish
 from kestrel.errors import KestrelError
-from kestrel.publishing.contents import read_adapter_files
+from kestrel.publishing.run_records import read_adapter_files
 from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import sealed, sha256_of
