@@ -1,4 +1,4 @@
-"""The prompt that Kestrel's forerunner trained on, character for character, so that its adapter can be scored.
+"""The original project's prompt, character for character, so that its adapter can be scored.
 
 Its script (Falcon-7b-FineTuned, Scripts/Script1.py) put a row of Cynaptics/persona-chat into an indented f-string:
 

@@ -9,7 +9,7 @@ are, by position, the tokens of each reply and the end token after it.
                 You:| great , and you ?<eos>|⏎        | supervised |
                 Partner: ...
     chat        the tokenizer's chat template, with the persona in the system message
-    original    that of Kestrel's forerunner; only a dialogue's last reply is supervised (original_format.py)
+    original    the original project's; only a dialogue's last reply is supervised (original_format.py)
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def test_a_full_disk_under_the_hubs_cache_is_named(
     assert done.status == 1 and f"the Hub's cache, {small}" in done.said and "HF_HOME" in done.said, done.said
 
 
-def test_the_forerunners_adapter_has_a_config(tmp_path: Path) -> None:
+def test_the_original_projects_adapter_has_a_config(tmp_path: Path) -> None:
     """Its prompt is the one of its adapter, and its splits are those of the config that it is compared with."""
     from kestrel.config.resolve import resolve
 

@@ -1,4 +1,4 @@
-"""The adapter that Kestrel's forerunner published is scored beside ours, with the config that is shipped for it."""
+"""The adapter that the original project published is scored beside ours, with the config shipped for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = "configs/falcon-7b-original.yaml"
 BASE, ADAPTER = "tiiuae/falcon-7b", "HarshBhati/Falcon-7b-FineTuned-weights"
 
 
-def test_both_stand_in_one_table(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+def test_one_table_has_both_adapters(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
     """Tiny models under the real names; the real dialogues are replaced too, since a test has no network."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()
