@@ -1,40 +1,33 @@
-"""Writes the tables of docs/performance.md from benchmarks/results, so that no number in it is typed by hand.
+"""Fills the tables of docs/performance.md from benchmarks/results, so that no number in it is typed by hand.
 
     make performance
 
-A block begins with `<!-- NAME: made by make performance -->` and ends with `<!-- end -->`. A block whose benchmark was not
-run yet says so.
+A block whose benchmark has not been run yet says so.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from blocks import ROOT, fill_page, table
+
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))
 Record = dict[str, Any]
 
 
 def where(record: Record) -> str:
-    """Command, machine, versions, commit and date, under a table."""
+    """The line under a table: command, machine, versions, commit and date."""
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     commit = (record.get("commit") or "")[:10]
     return f"\n`{record['command']}` on {record['device']}; {named}; commit {commit}, {record['date']}."
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def training(record: Record) -> str:
-    """Kestrel and its peers."""
+    """Training with Kestrel and with other toolkits."""
     timed = [row for row in record["rows"] if "epoch_seconds" in row]
     first = timed[0]["epoch_seconds"]
     rows = [
@@ -55,11 +48,11 @@ def training(record: Record) -> str:
         "peak GiB",
         "utilisation",
     ]
-    return _table(head, rows) + "\n" + where(record)
+    return table(head, rows) + "\n" + where(record)
 
 
 def waterfall(record: Record) -> str:
-    """One measure at a time."""
+    """One optimization at a time."""
     rows = [
         [
             row["what"].strip(), f"{row['tokens_per_second']:,.0f}", f"{row['utilisation']:.0%}",
@@ -73,18 +66,18 @@ def waterfall(record: Record) -> str:
         "which utilisation is counted against."
     )
     return (
-        _table(["measure", "useful tokens/s", "utilisation", "peak GiB", "padding"], rows) + "\n" + where(record) + rate
+        table(["measure", "useful tokens/s", "utilisation", "peak GiB", "padding"], rows) + "\n" + where(record) + rate
     )
 
 
 def generation(record: Record) -> str:
-    """Answers, with the likelihoods of all references."""
+    """Answers and the likelihoods of all references."""
     rows = [
         [row["name"], f"{row['seconds']:.1f}", f"{row['replies_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
         for row in record["rows"]
     ]
     head = [f"{record['replies']:,} replies of {record['new_tokens']} tokens", "s", "replies/s", "peak GiB"]
-    return _table(head, rows) + "\n" + where(record)
+    return table(head, rows) + "\n" + where(record)
 
 
 def estimates(record: Record) -> str:
@@ -96,11 +89,11 @@ def estimates(record: Record) -> str:
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    return _table(["config", "estimate, GiB", "measured, GiB", "difference"], rows) + "\n" + where(record)
+    return table(["config", "estimate, GiB", "measured, GiB", "difference"], rows) + "\n" + where(record)
 
 
 def preprocessing(records: list[Record]) -> str:
-    """Sizes of generated corpora."""
+    """Preprocessing of generated corpora of several sizes."""
     ordered = sorted(records, key=lambda row: row["dialogues"])
     rows = [
         [
@@ -111,17 +104,17 @@ def preprocessing(records: list[Record]) -> str:
     ]  # fmt: skip
     head = ["dialogues", "s", "processor s", "dialogues/s", "peak MiB"]
     last = ordered[-1]
-    return _table(head, rows) + "\n" + where({**last, "device": last["machine"]["processor"]})
+    return table(head, rows) + "\n" + where({**last, "device": last["machine"]["processor"]})
 
 
 def scoring(record: Record) -> str:
-    """What evaluate.py takes."""
+    """The time and memory of evaluate.py."""
     row = [
         f"{record['replies']:,}", f"{record['dialogues']:,}", str(record["systems"]), f"{record['resamples']:,}",
         f"{record['seconds']:.1f}", f"{record['peak_bytes'] / 2**20:,.0f}",
     ]  # fmt: skip
     head = ["replies of each system", "dialogues", "systems", "resamples", "s", "peak MiB"]
-    return _table(head, [row]) + "\n" + where(record)
+    return table(head, [row]) + "\n" + where(record)
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -137,26 +130,17 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """Replaces the block of that name.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    pattern = re.compile(rf"(<!-- {re.escape(name)}: made by make performance -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"docs/performance.md has no block {name}")
-    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+def blocks() -> dict[str, str]:
+    """The content of each block."""
+    contents = {}
+    for name, (pattern, content) in BLOCKS.items():
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+        contents[name] = content(records if "*" in pattern else records[0]) if records else "Not measured yet."
+    return contents
 
 
 def main() -> int:
-    page = ROOT / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
-    for name, (pattern, table) in BLOCKS.items():
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
-        whole = records if "*" in pattern else records[0] if records else None
-        text = fill(text, name, table(whole) if records else "Not measured yet.")
-    page.write_text(text, encoding="utf-8")
+    fill_page("docs/performance.md", blocks())
     return 0
 
 

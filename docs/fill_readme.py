@@ -1,8 +1,6 @@
 """Fills the generated blocks of README.md, so that no number in it is typed by hand.
 
-    make readme        runs the quickstart for its output and times; the tables come from the settings and benchmarks
-
-A block begins with `<!-- NAME: made by make readme -->` and ends with `<!-- end -->`.
+make readme        runs the quickstart for its output and times; the tables come from the settings and benchmarks
 """
 
 from __future__ import annotations
@@ -12,13 +10,13 @@ import datetime
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from blocks import ROOT, fill_page, table
+
 sys.path.insert(0, str(ROOT))
 RUN = "runs/quickstart"
 SCRIPTS = ("preprocess.py", "train.py", "generate.py", "evaluate.py")
@@ -72,14 +70,15 @@ def run_quickstart() -> tuple[str, str]:
 def measured_table() -> str:
     """Memory and speed of training Falcon-7B's shape, one row per config, from benchmarks/results."""
     record = json.loads((ROOT / "benchmarks" / "results" / "train-gpu.json").read_text(encoding="utf-8"))
-    rows = ["| config | peak GPU memory | tokens/s |", "|---|---|---|"]
-    for row in record["rows"]:
-        if row["kind"] == "kestrel":
-            speed = f"{row['useful_tokens_per_second']:,.0f}"
-            rows.append(f"| `{row['config']}` | {row['peak_bytes'] / 2**30:.1f} GiB | {speed} |")
+    rows = [
+        [f"`{row['config']}`", f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['useful_tokens_per_second']:,.0f}"]
+        for row in record["rows"]
+        if row["kind"] == "kestrel"
+    ]
     versions = record["versions"]
     named = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return "\n".join([*rows, "", f"{record['device']}, {named}, {record['date']}."])
+    measured = table(["config", "peak GPU memory", "tokens/s"], rows)
+    return f"{measured}\n\n{record['device']}, {named}, {record['date']}."
 
 
 def settings_table() -> str:
@@ -87,24 +86,17 @@ def settings_table() -> str:
     from kestrel.config.keys import all_keys
 
     keys = all_keys()
-    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows = []
     for name in SHOWN_KEYS:
         key = keys[name]
         default = "" if key.field.is_required() else f"`{key.default.removeprefix('default: ')}`"
-        rows.append(f"| `{name}` | {default} | {str(key.field.description).replace('|', chr(92) + '|')} |")
-    return "\n".join(rows)
+        rows.append([f"`{name}`", default, str(key.field.description).replace("|", r"\|")])
+    return table(["key", "default", "meaning"], rows)
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """The text with the block of that name replaced.
-
-    Raises:
-        SystemExit: the text has no such block.
-    """
-    pattern = re.compile(rf"(<!-- {re.escape(name)}: made by make readme -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"README.md has no block {name}")
-    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+def blocks() -> dict[str, str]:
+    """The content of the blocks that need no run."""
+    return {"settings": settings_table(), "measured memory": measured_table()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,14 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         "--settings-only", action="store_true", help="do not run the quickstart; keep its output and times"
     )
     arguments = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), "settings", settings_table())
-    text = fill(text, "measured memory", measured_table())
+    contents = blocks()
     if not arguments.settings_only:
         output, timing = run_quickstart()
-        text = fill(text, "quickstart output", f"```text\n{output}\n```")
-        text = fill(text, "quickstart times", timing)
-    readme.write_text(text, encoding="utf-8")
+        contents |= {"quickstart output": f"```text\n{output}\n```", "quickstart times": timing}
+    fill_page("README.md", contents)
     return 0
 
 

@@ -1,42 +1,37 @@
-"""Writes the tables of docs/scaling.md: arithmetic on figures that were measured on one GPU, and on assumed rates of links.
+"""Fills the tables of docs/scaling.md: estimates from speeds measured on one GPU and assumed speeds of links.
 
     make performance
 
-The model is t(n) = p a + k b + 2 (n-1)/n G / r for a step on n GPUs: k tokens on the GPU that has most, in p passes, and the
-all-reduce of G bytes of gradients over a link of r bytes a second. a and b, the seconds of a pass and of a token, are those
-of a line through two measured configs that differ in the size of their passes alone.
+A step on n GPUs takes t(n) = p a + k b + 2 (n-1)/n G / r: the busiest GPU computes k tokens in p passes, then G bytes of
+gradients are all-reduced over a link of r bytes per second. a and b, the seconds per pass and per token, come from a line
+through two measured configs that differ only in the size of their passes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from blocks import ROOT, fill_page, table
+
 MEASURED = ROOT / "benchmarks" / "results" / "train-gpu.json"
 PASSES = {"kestrel": 3072, "kestrel-8gb-card": 1536}  # training.tokens_per_step of the two configs
 CONFIGS = ("kestrel-max-throughput", "kestrel", "kestrel-8gb-card")
 DIALOGUES_A_STEP = 32
 GRADIENTS = 4 * 4_718_592  # bytes: float32, LoRA of r 16 on query_key_value
 PACKED = 6_625_951_744 // 2  # bytes of Falcon-7B's 4-bit weights
-# Bytes a second that an all-reduce of this size moves each way. Assumed, not measured: about two thirds of the nominal rate.
+# Bytes per second in each direction during an all-reduce of this size. Assumed: about two thirds of the nominal rate.
 LINKS = {"NVLink": 200e9, "PCIe 4 x16": 20e9, "Ethernet, 100 Gb/s": 8e9, "Ethernet, 10 Gb/s": 0.8e9}
-START = 60.0  # seconds to import, load, quantize and audit, which no GPU shortens; assumed
+START = 60.0  # seconds to import, load, quantize and audit, on any number of GPUs; assumed
 GPUS = (1, 2, 4, 8, 16)
 CORPORA = (300, 1_000, 3_000, 18_000, 100_000, 1_000_000)  # dialogues
-ENOUGH = 0.7  # of what n GPUs could save at best
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+ENOUGH = 0.7  # share of the ideal speedup that makes n GPUs worthwhile
 
 
 class Model:
-    """Seconds of steps and runs, from a record of benchmarks/train.py."""
+    """Seconds per step and per run, from a record of benchmarks/train.py."""
 
     def __init__(self, record: dict[str, Any]):
         self.rates = {row["name"]: float(row["useful_tokens_per_second"]) for row in record["rows"]}
@@ -46,7 +41,7 @@ class Model:
         self.tokens = record["tokens"] / record["dialogues"]
 
     def computing(self, gpus: int) -> float:
-        """Of one step, on the GPU that has most."""
+        """Seconds that the busiest GPU computes in a step."""
         tokens = math.ceil(DIALOGUES_A_STEP / gpus) * self.tokens
         return math.ceil(tokens / PASSES["kestrel"]) * self.a_pass + tokens * self.a_token
 
@@ -54,10 +49,10 @@ class Model:
         return self.computing(gpus) + reducing(gpus, rate)
 
     def run(self, gpus: int, rate: float, dialogues: int) -> float:
-        """Of one epoch, start included."""
+        """Seconds of one epoch, including the start."""
         return START + math.ceil(dialogues / DIALOGUES_A_STEP) * self.step(gpus, rate)
 
-    def that_pay(self, rate: float, dialogues: int) -> int:
+    def worthwhile(self, rate: float, dialogues: int) -> int:
         alone = self.run(1, rate, dialogues)
         return max(n for n in GPUS if alone / (n * self.run(n, rate, dialogues)) >= ENOUGH or n == 1)
 
@@ -72,7 +67,7 @@ def _time(seconds: float) -> str:
 
 
 def measured(record: dict[str, Any], model: Model) -> str:
-    """What it all rests on."""
+    """The measured speeds, and a and b."""
     rows = [[f"`{r['config']}`", f"{model.rates[r['name']]:,.0f}"] for r in record["rows"] if r["name"] in CONFIGS]
     versions = record["versions"]
     where = (
@@ -80,11 +75,11 @@ def measured(record: dict[str, Any], model: Model) -> str:
         f"{model.tokens:.0f} tokens a dialogue"
     )
     line = f"a = {1e3 * model.a_pass:.1f} ms a pass, b = {1e6 * model.a_token:.1f} µs a token"
-    return _table(["config", "useful tokens/s on one GPU"], rows) + f"\n\n{where}. From the last two: {line}."
+    return table(["config", "useful tokens/s on one GPU"], rows) + f"\n\n{where}. From the last two: {line}."
 
 
 def steps(model: Model) -> str:
-    """One step of 32 dialogues."""
+    """The time of a step of 32 dialogues."""
     rows = []
     for n in GPUS:
         reductions = [f"{1e3 * reducing(n, rate):.1f}" for rate in LINKS.values()]
@@ -92,52 +87,45 @@ def steps(model: Model) -> str:
         gains = [f"{model.step(1, rate) / model.step(n, rate):.1f}" for rate in (max(LINKS.values()), slowest)]
         rows.append([str(n), f"{1e3 * model.computing(n):.0f}", *reductions, *gains])
     head = ["GPUs", "computing, ms", *(f"{name}, ms" for name in LINKS), "× faster by NVLink", "× faster by 10 Gb/s"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def corpora(model: Model) -> str:
-    """How many GPUs pay."""
+    """How many GPUs are worth using for how many dialogues."""
     rows = []
     for dialogues in CORPORA:
         cells = [f"{dialogues:,}", _time(model.run(1, 1.0, dialogues))]
         for name in ("NVLink", "Ethernet, 10 Gb/s"):
-            best = model.that_pay(LINKS[name], dialogues)
+            best = model.worthwhile(LINKS[name], dialogues)
             cells.append(f"{best}: {_time(model.run(best, LINKS[name], dialogues))}")
         rows.append(cells)
-    return _table(["dialogues", "one GPU", "GPUs that pay by NVLink", "GPUs that pay by 10 Gb/s"], rows)
+    return table(["dialogues", "one GPU", "GPUs that pay by NVLink", "GPUs that pay by 10 Gb/s"], rows)
 
 
 def sharding(model: Model) -> str:
-    """A base that is gathered again and again."""
+    """The cost of gathering a sharded base in every pass."""
     computing = model.a_pass + PASSES["kestrel"] * model.a_token
     rows = []
     for name, rate in LINKS.items():
         gathering = 2 * PACKED * 7 / 8 / rate
         rows.append([name, f"{1e3 * gathering:,.0f}", f"{1e3 * computing:,.0f}", f"{gathering / computing:.1f}"])
-    return _table(["link", "gathering, ms a pass", "computing, ms a pass", "ratio"], rows)
+    return table(["link", "gathering, ms a pass", "computing, ms a pass", "ratio"], rows)
 
 
-def filled(text: str) -> str:
-    """The page with its tables made anew."""
+def blocks() -> dict[str, str]:
+    """The content of each block."""
     record = json.loads(MEASURED.read_text(encoding="utf-8"))
     model = Model(record)
-    blocks = {
+    return {
         "measured": measured(record, model),
         "steps": steps(model),
         "corpora": corpora(model),
         "sharding": sharding(model),
     }
-    for name, content in blocks.items():
-        pattern = re.compile(rf"(<!-- {name}: made by make performance -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)  # type: ignore[misc]
-        if count != 1:
-            raise SystemExit(f"docs/scaling.md has {count} blocks {name}")
-    return text
 
 
 def main() -> int:
-    page = ROOT / "docs" / "scaling.md"
-    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    fill_page("docs/scaling.md", blocks())
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import signal
@@ -236,13 +235,3 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
     assert generate.main([*arguments, "--run_dir", str(tmp_path / "again")]) == 0
     assert "resuming after 64 dialogues" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "generations").glob("*.jsonl")} == whole
-
-
-def test_scaling_tables_are_what_the_arithmetic_says():
-    spec = importlib.util.spec_from_file_location("fill_scaling", ROOT / "docs" / "fill_scaling.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert module.filled(page) == page, "run make performance"
-    assert module.reducing(2, 18_874_368) == 1 and module.reducing(1, 1.0) == 0

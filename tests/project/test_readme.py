@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -72,13 +73,19 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
         assert re.search(rf"^\| {re.escape(engine)} \| (?:no; |in |with )", page, re.MULTILINE), engine
 
 
-def test_generated_tables_of_the_readme_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "program", "command"),
+    [
+        ("README.md", "fill_readme", "make readme"),
+        ("docs/performance.md", "fill_performance", "make performance"),
+        ("docs/scaling.md", "fill_scaling", "make performance"),
+        ("docs/reliability.md", "fill_reliability", "python docs/fill_reliability.py"),
+    ],
+)
+def test_generated_tables_are_current(name: str, program: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import fill_readme
-
-    readme = PAGES["README.md"]
-    for name, table in (("settings", fill_readme.settings_table()), ("measured memory", fill_readme.measured_table())):
-        assert fill_readme.fill(readme, name, table) == readme, "run make readme"
+    blocks = importlib.import_module("blocks")
+    assert blocks.filled(PAGES[name], importlib.import_module(program).blocks()) == PAGES[name], f"run {command}"
 
 
 @pytest.mark.parametrize("name", PAGES)
