@@ -17,12 +17,13 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError, UsageError
 from kestrel.runtime.command_line import run_script
+from kestrel.runtime.signals import on_signals, raise_interrupted
 
 if TYPE_CHECKING:
     from kestrel.chat.streaming import ChatModel
+    from kestrel.config.settings import Settings
     from kestrel.prompt.prompt import Prompt
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -64,9 +65,11 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
         from kestrel.chat.server import serve
 
         port = 7860 if options.port is None else options.port
-        serve(model, persona, settings.generation, options.host or "127.0.0.1", port)
+        with on_signals(raise_interrupted):
+            serve(model, persona, settings.generation, options.host or "127.0.0.1", port)
     else:
-        Terminal(model, persona, settings.generation).run()
+        with on_signals(raise_interrupted):
+            Terminal(model, persona, settings.generation).run()
 
 
 def check(options: argparse.Namespace) -> None:

@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kestrel.config.settings import Settings
 from kestrel.runtime.command_line import run_script
+
+if TYPE_CHECKING:
+    from kestrel.config.settings import Settings
 
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:

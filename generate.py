@@ -17,24 +17,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kestrel.config.settings import Settings
 from kestrel.runtime.command_line import run_script
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from kestrel.config.settings import Settings
     from kestrel.generation.files import GenerationsFile
     from kestrel.prompt.prompt import Prompt
 
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel.runtime.manifest import require_made
+    from kestrel.runtime.manifest import require_artifact
 
     run, chosen = Path(settings.run_dir), settings.generation
     preprocess, train = f"python preprocess.py {options.again}", f"python train.py {options.again}"
-    require_made(run / "dataset", "dataset", f"make it with: {preprocess}")
+    require_artifact(run / "dataset", "dataset", f"make it with: {preprocess}")
     if "adapter" in chosen.systems and settings.model.adapter is None:
-        require_made(run / "adapter", "adapter", f"train it with: {train}")
+        require_artifact(run / "adapter", "adapter", f"train it with: {train}")
 
     from kestrel.adapter.load import load_model
     from kestrel.adapter.open import open_adapter

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kestrel.config.settings import Settings
 from kestrel.runtime.command_line import run_script
 
 if TYPE_CHECKING:
+    from kestrel.config.settings import Settings
     from kestrel.data.corpus import Corpus
     from kestrel.prompt.prompt import Prompt
 

@@ -17,11 +17,13 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kestrel.config.settings import Settings
 from kestrel.errors import UsageError
 from kestrel.runtime.command_line import run_script
+
+if TYPE_CHECKING:
+    from kestrel.config.settings import Settings
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "show the files and the card, send nothing"}),

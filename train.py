@@ -15,10 +15,12 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kestrel.config.settings import Settings
 from kestrel.runtime.command_line import run_script
+
+if TYPE_CHECKING:
+    from kestrel.config.settings import Settings
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "say what training will take, load no weights, write nothing"})
@@ -26,10 +28,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel.runtime.manifest import require_made
+    from kestrel.runtime.manifest import require_artifact
 
     run, remedy = Path(settings.run_dir), f"python preprocess.py {options.again}"
-    require_made(run / "dataset", "dataset", f"make it with: {remedy}")
+    require_artifact(run / "dataset", "dataset", f"make it with: {remedy}")
 
     from kestrel.adapter.lora import add_lora
     from kestrel.adapter.proof import save_and_prove

@@ -1,8 +1,8 @@
-"""The errors a user is meant to read. Everything else that escapes a script is a bug."""
+"""The errors that a user is meant to read. Any other that ends a script is a bug."""
 
 
 class KestrelError(Exception):
-    """A run that cannot go on: bad data, a missing artifact, a failed proof. Exit status 1.
+    """A run that cannot continue: bad data, a missing artifact, a failed proof. Exit status 1.
 
     The message says what happened, where (file, line, dialogue, key) and what to do.
     """
@@ -11,7 +11,7 @@ class KestrelError(Exception):
 
 
 class UsageError(KestrelError):
-    """A command line or a YAML file that means nothing. Exit status 2.
+    """An invalid command line or YAML file. Exit status 2.
 
     Args:
         problems: one line each; all of them are shown at once.
@@ -25,13 +25,13 @@ class UsageError(KestrelError):
 
 
 class ProofError(KestrelError):
-    """A check made during the run did not hold: what was asked for is not what happened."""
+    """A check during the run failed: what happened is not what the settings say."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop (SIGINT, SIGTERM) after it saved what can be resumed.
+    """SIGINT or SIGTERM stopped the run, after it saved what can be resumed.
 
-    No Exception: libraries that go on after any of those would swallow it.
+    Not an Exception, which libraries catch to continue.
 
     Args:
         signal_number: 2 or 15; the exit status is 128 more, as shells expect.

@@ -13,7 +13,7 @@ from kestrel.errors import ProofError
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import folder_atomically, write_json
-from kestrel.runtime.disk_space import adapter_bytes, room_for, saying_disk_full
+from kestrel.runtime.disk_space import adapter_bytes, disk_full_as_oserror, room_for
 from kestrel.runtime.manifest import write_manifest
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def save_and_prove(
         raise ProofError("the trained adapter changes no logit: it is the base; look at training.learning_rate")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     room = room_for("the adapter's files", adapter_bytes(weights, len(prompt.tokenizer)), folder)
-    with room, folder_atomically(folder) as target, saying_disk_full(target):
+    with room, folder_atomically(folder) as target, disk_full_as_oserror(target):
         model.save_pretrained(str(target), save_embedding_layers=False)
         (target / "README.md").unlink(missing_ok=True)  # peft's empty card would be mistaken for ours
         prompt.tokenizer.save_pretrained(str(target))

@@ -27,7 +27,14 @@ from kestrel.publishing.run_records import (
 )
 from kestrel.publishing.upload import CARD, base_config
 from kestrel.publishing.usage import example_prompt
-from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, require_equal, require_made, sealed
+from kestrel.runtime.manifest import (
+    MANIFEST,
+    identity_of,
+    read_manifest,
+    require_artifact,
+    require_equal,
+    with_own_hash,
+)
 
 
 def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, bytes]:
@@ -44,7 +51,7 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
     """
     run, base = Path(settings.run_dir), base_on_hub(settings)
     folder, remedy = run / "adapter", f"train it again with: python train.py {again}"
-    require_made(folder, "adapter", f"train it with: python train.py {again}")
+    require_artifact(folder, "adapter", f"train it with: python train.py {again}")
     manifest = read_manifest(folder, "adapter", remedy, check_files=False)
     files = read_adapter_files(folder, manifest["files"], remedy)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -56,7 +63,7 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
     files[CONFIG] = _json({**json.loads(files[CONFIG]), "base_model_name_or_path": base, "revision": commit})
     digests = {**manifest["files"], CONFIG: hashlib.sha256(files[CONFIG]).hexdigest()}
     public_manifest = {**manifest, "base_model": {**manifest["base_model"], "name": base}, "files": digests}
-    files[MANIFEST] = _json(sealed(public_manifest))
+    files[MANIFEST] = _json(with_own_hash(public_manifest))
     # generate.py may have had the same adapter from this folder or, published before, from the Hub.
     evaluation = evaluation_of(settings, {identity_of(manifest), identity_of(public_manifest)}, again)
     if evaluation is not None:

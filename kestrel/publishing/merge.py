@@ -29,8 +29,8 @@ from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.usage import example_prompt, render
-from kestrel.runtime.atomic import clear_beside, folder_atomically
-from kestrel.runtime.disk_space import merged_bytes, room_for, saying_disk_full
+from kestrel.runtime.atomic import clear_leftovers_of, folder_atomically
+from kestrel.runtime.disk_space import disk_full_as_oserror, merged_bytes, room_for
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         KestrelError: no adapter, one that does not fit, or a folder that holds something else.
         ProofError: the merged model computes something else.
     """
-    clear_beside(folder)
+    clear_leftovers_of(folder)
     require_replaceable(folder)
     config = load_config(settings.model)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
@@ -80,7 +80,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
     needed = merged_bytes(weights, settings.quantization.compute_dtype, len(prompt.tokenizer))
     room = room_for("the merged model's files", needed, folder, "name another folder")
-    with room, _advice_on_memory(needed), folder_atomically(folder) as target, saying_disk_full(target):
+    with room, _advice_on_memory(needed), folder_atomically(folder) as target, disk_full_as_oserror(target):
         contexts = sample_contexts(settings, prompt, again)
         adapted = load_model(settings, prompt, (adapter_folder, manifest))
         before = behaviour(adapted, prompt, contexts, settings)

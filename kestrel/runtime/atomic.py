@@ -13,94 +13,110 @@ from typing import IO, Any
 
 from kestrel.errors import KestrelError
 
-LEFT_BY_A_KILL = ".incomplete-"  # in the name of what is not finished yet; `clear_leftovers` removes it
+INCOMPLETE = ".incomplete-"  # in the names of unfinished files and folders; `clear_leftovers` removes them
+_unfinished: set[Path] = set()  # what this process is writing
 
 
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def remove_unfinished() -> None:
+    """Removes what this process has begun to write and will not finish."""
+    for path in list(_unfinished):
+        _remove(path)
 
 
-def _flush_below(folder: Path) -> None:
-    """Puts a folder's content on the disk, so that a power cut after its rename does not leave empty files."""
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of which nothing is left when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{INCOMPLETE}{os.getpid()}")
+    _remove(temporary)
+    _unfinished.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _unfinished.discard(temporary)
+
+
+@contextmanager
+def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """An open file that gets the name `path` when the block ends without an error.
+
+    Args:
+        path: name of the file; its folder is created.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    with _temporary(path) as temporary:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """An empty folder that gets the name `path` when the block ends without an error, in place of what was there.
+
+    A process killed at any moment leaves the old folder or the new one: under `path` or, between the two renames,
+    beside it, from where `clear_leftovers` restores it.
+
+    Raises:
+        KestrelError: `path` is a file, which is not deleted.
+    """
+    if path.exists() and not path.is_dir():
+        raise KestrelError(f"{path} is a file where a folder is needed; move it away, or give this run another run_dir")
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _fsync(temporary)
+        former = path.with_name(f".{path.name}.former-{os.getpid()}")
+        try:
+            if path.exists():
+                os.replace(path, former)
+            os.replace(temporary, path)
+        finally:
+            if former.exists() and not path.exists():
+                os.replace(former, path)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def _fsync(folder: Path) -> None:
+    """Writes a folder's content to the disk, so that a power cut after its rename does not leave empty files."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            if not path.is_dir():  # which not every file system can
+            if not path.is_dir():  # some file systems cannot synchronize folders
                 raise
         finally:
             os.close(descriptor)
 
 
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
-
-
-@contextmanager
-def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """An open file that appears under `path` when the block ends without an error, and not before.
-
-    Args:
-        path: of the file; its folder is made.
-        mode: "w" for UTF-8 text, "wb" for bytes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "incomplete")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            _flush(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends without an error; what stood there is replaced.
-
-    A process killed at any moment leaves the old folder or the new one: under `path`, or, between the two renames,
-    beside it, from where `run_folder` puts it back.
-
-    Raises:
-        KestrelError: a file stands there, which nobody may have meant to lose.
-    """
-    if path.exists() and not path.is_dir():
-        raise KestrelError(f"{path} is a file where a folder is to be made; move it away, or give another run_dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = _beside(path, "incomplete"), _beside(path, "former")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _flush_below(temporary)
-        if path.exists():
-            os.replace(path, former)
-        os.replace(temporary, path)
-    finally:
-        if former.exists() and not path.exists():
-            os.replace(former, path)
-        shutil.rmtree(former, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def clear_leftovers(folder: Path) -> None:
-    """Mends what killed processes left in a folder that no other process is writing to."""
-    _mend(sorted(folder.rglob(".*.former-*")), folder.rglob(f".*{LEFT_BY_A_KILL}*"))
+    """Restores and removes what killed processes left in a folder that no other process is writing to."""
+    _clear(folder.rglob(".*.former-*"), folder.rglob(f".*{INCOMPLETE}*"))
 
 
-def clear_beside(path: Path) -> None:
-    """Mends what killed processes of this machine left of one artifact, in a folder that others may be writing to."""
-    beside = {what: path.parent.glob(f".{glob.escape(path.name)}.{what}-*") for what in ("former", "incomplete")}
-    dead = {what: [left for left in found if not _is_alive(left.name)] for what, found in beside.items()}
-    _mend(dead["former"], dead["incomplete"])
+def clear_leftovers_of(path: Path) -> None:
+    """The same for one file or folder, beside others that living processes of this machine may be writing."""
+    name = f".{glob.escape(path.name)}"
+    former, incomplete = (
+        [left for left in path.parent.glob(f"{name}{kind}*") if not _is_alive(left.name.rpartition("-")[2])]
+        for kind in (".former-", INCOMPLETE)
+    )
+    _clear(former, incomplete)
 
 
-def _is_alive(leftover: str) -> bool:
-    """Whether the process that `_beside` named a file after still runs, here or, who knows, elsewhere."""
-    number = leftover.rpartition("-")[2]
+def _is_alive(number: str) -> bool:
+    """Whether the process of that number runs on this machine; True where it cannot be known."""
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:
@@ -110,28 +126,25 @@ def _is_alive(leftover: str) -> bool:
     return True
 
 
-def _mend(formers: Iterable[Path], incomplete: Iterable[Path]) -> None:
-    formers = list(formers)
+def _clear(formers: Iterable[Path], incomplete: Iterable[Path]) -> None:
+    formers = sorted(formers)
     for former in formers:
         path = former.with_name(former.name[1:].rpartition(".former-")[0])
         if not path.exists():
             os.replace(former, path)
     for left in [*formers, *incomplete]:
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        _remove(left)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all. NaN and infinity are refused: they are no JSON."""
+    """Writes JSON, whole or not at all. NaN and infinity are refused: JSON does not have them."""
     with write_atomically(path) as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Reads JSON that a script of ours wrote.
+    """Reads JSON that one of the scripts wrote.
 
     Raises:
         KestrelError: missing or damaged; `remedy` says what to do.

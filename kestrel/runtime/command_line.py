@@ -1,6 +1,6 @@
-"""What all scripts share: options, --help, the lock, and from whatever happens to an exit status and one message.
+"""What all scripts share: options, --help, the folder's lock, and an exit status and one message for every failure.
 
-Nothing heavy is imported before the settings are known to be valid.
+Nothing heavy is imported before the settings are known to be valid, and no package before Ctrl-C ends a script quietly.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -15,18 +16,103 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kestrel import not_installed
-from kestrel.config.keys import all_keys
-from kestrel.config.resolve import describe, resolve
-from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.runtime import distributed, rendezvous
-from kestrel.runtime.signals import on_signals, prepare_output
+from kestrel.runtime.run_folder import locked_run_folder
+from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals, prepare_output
+
+if TYPE_CHECKING:
+    from kestrel.config.settings import Settings
+
+Options = Sequence[tuple[str, dict[str, Any]]]  # flags, each with the keywords of `ArgumentParser.add_argument`
 
 
-def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:
+def run_script(
+    name: str,
+    doc: str,
+    steps: Callable[[Settings, argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    options: Options = (),
+    writes: bool = True,
+    together: bool = False,
+) -> int:
+    """Runs a script: settings, lock, steps.
+
+    Args:
+        name: the script's file name, for messages.
+        doc: its docstring, for --help.
+        steps: what it does with the settings and its own options, to which `again` is added: the options with which
+            another script works on the same run.
+        argv: arguments without the program's name; None for those of the process.
+        options: the script's own flags.
+        writes: whether it writes to the run folder, which it then locks, unless its flag --dry-run is given.
+        together: whether several processes share the work. In other scripts only the first process does anything.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
+    """
+    if not (together or distributed.is_first()):
+        return 0
+    prepare_output()
+    stderr = sys.stderr
+    run_dir = None
+    try:
+        with on_signals(exit_now):
+            arguments, settings, origin = _read_command_line(name, doc, argv, options)
+            run_dir = settings.run_dir
+            from kestrel.config.resolve import describe
+
+            if arguments.print_config:
+                if distributed.is_first():
+                    print(describe(settings, origin), end="", flush=True)
+                return 0
+            _quieten_libraries()
+            locks = writes and not getattr(arguments, "dry_run", False)
+            folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
+            with distributed.only_first_prints(), folder:
+                if together and (warning := rendezvous.launch_warning()):
+                    print(f"warning: {warning}", file=sys.stderr)
+                steps(settings, arguments)
+            distributed.leave_process_group()
+            return 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
+        status, message = _verdict(error, run_dir)
+        if text := distributed.failure_to_report(message):
+            if "--debug" in (sys.argv if argv is None else argv) and not isinstance(error, UsageError):
+                traceback.print_exc(file=stderr)
+            print(f"{name}: {_printable(text)}", file=stderr, flush=True)
+        return status
+
+
+def _read_command_line(
+    name: str, doc: str, argv: Sequence[str] | None, options: Options
+) -> tuple[argparse.Namespace, Settings, dict[str, str]]:
+    """The script's own options, the settings, and where each of them comes from."""
+    from kestrel.config.keys import all_keys
+    from kestrel.config.resolve import resolve
+
+    try:
+        with distributed.only_first_prints():  # --help
+            arguments, unknown = _parser(name, doc, options).parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UsageError([str(error)]) from None
+    keys = all_keys()
+    overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
+    flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
+    settings, origin = resolve(arguments.config, overrides, unknown, flags)
+    words = ["--config", arguments.config]
+    for dotted, given in overrides.items():
+        words += [f"--{dotted}", *(given if isinstance(given, list) else [given])]
+    arguments.again = shlex.join(words)
+    return arguments, settings, origin
+
+
+def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
+    from kestrel.config.keys import all_keys
+    from kestrel.config.settings import Settings
+
     parser = argparse.ArgumentParser(
         prog=name,
         description=textwrap.dedent(doc),
@@ -36,8 +122,8 @@ def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) 
         exit_on_error=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the experiment")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
-    parser.add_argument("--debug", action="store_true", help="show a traceback where a run fails")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     for flag, arguments in options:
         parser.add_argument(flag, **arguments)
     groups: dict[str, Any] = {}
@@ -46,7 +132,7 @@ def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) 
         if section not in groups:
             description = Settings.model_fields[section].annotation.__doc__ if section else None
             groups[section] = parser.add_argument_group(section or "experiment", description)
-        # A flag alone means true where that is a value; elsewhere its value is None and told to be missing.
+        # A flag alone means true for a Boolean; for others its value is None, which `resolve` reports as missing.
         alone = {} if key.takes_several else {"const": "true" if key.field.annotation is bool else None}
         groups[section].add_argument(
             f"--{key.dotted}",
@@ -60,125 +146,51 @@ def _parser(name: str, doc: str, options: Sequence[tuple[str, dict[str, Any]]]) 
     return parser
 
 
-def run_script(
-    name: str,
-    doc: str,
-    steps: Callable[[Settings, argparse.Namespace], None],
-    argv: Sequence[str] | None = None,
-    options: Sequence[tuple[str, dict[str, Any]]] = (),
-    writes: bool = True,
-    together: bool = False,
-) -> int:
-    """Runs one script: settings, lock, steps. Returns the exit status of DESIGN's contract.
-
-    Args:
-        name: file name of the script, for messages.
-        doc: its docstring, shown by --help.
-        steps: what it does, given the settings and the script's own options.
-        argv: arguments without the program's name; None takes those of the process.
-        options: the script's own flags, each with the keywords of `ArgumentParser.add_argument`.
-        writes: whether it makes something in the run folder, which is then locked and told the settings, unless it has
-            a flag --dry-run and that is given.
-        together: whether several processes share the work. Of other scripts' processes the first does it, and the rest
-            leave at once.
-    """
-    if not (together or distributed.is_first()):
-        return 0
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    run_dir = None
-    prepare_output()
-    errors = sys.stderr
-    try:
-        parser = _parser(name, doc, options)
-        try:
-            with distributed.only_first_speaks():  # --help
-                arguments, unknown = parser.parse_known_args(argv)
-        except argparse.ArgumentError as error:
-            raise UsageError([str(error)]) from None
-        keys = all_keys()
-        overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
-        flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
-        settings, origin = resolve(arguments.config, overrides, unknown, flags)
-        if arguments.print_config:
-            if distributed.is_first():
-                print(describe(settings, origin), end="", flush=True)
-            return 0
-        from kestrel.runtime.run_folder import locked_run_folder
-
-        run_dir = settings.run_dir
-        arguments.again = _typed_again(arguments.config, overrides)
-        _quieten_libraries()
-        dry = getattr(arguments, "dry_run", False)
-        folder = (
-            locked_run_folder(settings.run_dir, describe(settings, {}))
-            if writes and not dry
-            else contextlib.nullcontext()
-        )
-        with on_signals(), distributed.only_first_speaks(), folder:
-            if together and (warning := rendezvous.why_alone()):
-                print(f"warning: {warning}", file=sys.stderr)
-            steps(settings, arguments)
-        distributed.leave()
-        return 0
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last line of defence
-        status, message = _verdict(error, run_dir)
-        if told := distributed.failure_to_tell(message):
-            if debug and not isinstance(error, UsageError):
-                traceback.print_exc(file=errors)
-            print(f"{name}: {_printable(told)}", file=errors, flush=True)
-        return status
-
-
 def _printable(text: str) -> str:
-    """What a file or an option put into a message must not steer the terminal."""
+    """The message without control characters, which text from a file could send to the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _quieten_libraries() -> None:
-    """Progress bars only on a terminal; no deprecation notes that the user of a script can do nothing about."""
+    """Progress bars only on a terminal; no warnings that the user of a script can do nothing about."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
-
-
-def _typed_again(config: str, overrides: dict[str, Any]) -> str:
-    """The options of this call, as another script must be given them to speak of the same run."""
-    words = ["--config", config]
-    for dotted, given in overrides.items():
-        words += [f"--{dotted}", *(given if isinstance(given, list) else [given])]
-    return shlex.join(words)
+    # bitsandbytes (0.50) warns on CPUs with AVX512-BF16 that a package for repacking weights is missing, which
+    # `quantization.forbid_repacking` forbids.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     """Exit status and message for what ended a script."""
     if isinstance(error, UsageError):
-        several = (
-            f"{len(error.problems)} problems in the settings"
-            if len(error.problems) > 1
-            else "a problem in the settings"
-        )
-        return 2, several + "\n  " + "\n  ".join(error.problems)
+        count = len(error.problems)
+        head = f"{count} problems in the settings" if count > 1 else "a problem in the settings"
+        return 2, "\n  ".join([head, *error.problems])
     if isinstance(error, KestrelError | Interrupted):
         return error.exit_status, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; run the same command again to go on"
+        return 130, INTERRUPTED
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("kestrel"):
-        return 1, not_installed(error.name.partition(".")[0])
+        return 1, (
+            f"the package {error.name.partition('.')[0]} is not installed for {sys.executable}; use .venv/bin/python, "
+            f"which make sets up, or run: {sys.executable} -m pip install -r requirements.txt"
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or run_dir or "standard output"
         return 1, f"the disk is full ({where}); free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return 1, f"no permission to write: {error.filename or error}; mend it, or give this run another run_dir"
+        return 1, f"no permission to write: {error.filename or error}; change that, or give this run another run_dir"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return 1, (
             "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
             "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
         )
-    if distributed.is_abandoned(error):
+    if distributed.is_lost_connection(error):
         return 1, (
-            "another process of this run ended without a word: killed, by the machine's lack of memory perhaps; the "
-            "launcher says below which. The same command goes on"
+            "another process of this run ended without a message, perhaps killed because memory ran out; the launcher "
+            "names it below. Run the same command again to continue"
         )
     return 1, f"unexpected {type(error).__name__}: {error}\n  run it again with --debug to see where"

@@ -1,4 +1,4 @@
-"""Room on the disk: estimated before a long stage begins, and named where it runs out after all."""
+"""Disk space: checked before a long stage begins, and named in the message if it runs out later."""
 
 from __future__ import annotations
 
@@ -11,63 +11,61 @@ from typing import Any
 
 from kestrel.errors import KestrelError
 
-_FULL = 2**20  # bytes; where less is free, that is why writing failed
-# Arrow bytes for a byte of source: 1.0 to 8.0 over the forms of Persona-Chat, most where both sides are learned.
+_FULL = 2**20  # bytes; if less is free when a write fails, the disk is full
+# Bytes of Arrow per byte of source: 1.0 to 8.0 over the formats of Persona-Chat, most where both sides are learned.
 _DATASET_FACTOR = 8
 _LARGEST_DIALOGUE = 2**16  # bytes in Arrow; a hundred turns
-_ADAPTER_BYTES = 4  # a trained weight, float32
-_CHECKPOINT_BYTES = 12  # the same with AdamW's two moments
-_TOKENIZER_BYTES = 64  # a word of the vocabulary, in tokenizer.json
+_ADAPTER_BYTES = 4  # per trained weight, float32
+_CHECKPOINT_BYTES = 12  # per trained weight, with AdamW's two moments
+_TOKENIZER_BYTES = 64  # per vocabulary entry in tokenizer.json
 _SMALL_FILES = 2**15  # bytes of configurations, manifests and random states in a checkpoint
-_LINE_BYTES = 256  # a line of a log; what a row of generations holds beside its texts
-_TOKEN_BYTES = 6  # text of a generated token
-_ELSE = "give this run another run_dir"
+_LINE_BYTES = 256  # per line of a log; per row of generations besides its texts
+_TOKEN_BYTES = 6  # of text per generated token
+_ALTERNATIVE = "give this run another run_dir"
 _REPORT_BYTES = 2**20  # the report's page and plots
 
 
 def is_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error means that no space, or no quota, is left. What safetensors and torch raise is no OSError."""
+    """Whether an error, which torch and safetensors do not raise as OSError, means that no space or quota is left."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
 
 
 @contextmanager
-def room_for(what: str, needed: int, folder: Path, else_: str = _ELSE) -> Iterator[None]:
-    """Lets the block write `what`, if there is room for it.
-
-    Errors of the libraries must have become OSError: `disk.saying_disk_full` makes them so.
+def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> Iterator[None]:
+    """Checks that there is room for what the block writes, and explains an OSError in it if the disk is full.
 
     Args:
-        what: is written, for messages.
+        what: is written, in the plural, for messages.
         needed: bytes that it will take, about.
-        folder: that is written to, or will be made below one that exists.
-        else_: what to do where no space can be freed.
+        folder: where; it need not exist.
+        alternative: what to do if no space can be freed.
 
     Raises:
-        KestrelError: there is no room for it, now or in the middle of it; saying what is needed and what is free.
+        KestrelError: no room, before or during the block, with what is needed and what is free.
     """
-    require_room(what, needed, folder, else_)
+    require_room(what, needed, folder, alternative)
     try:
         yield
     except OSError as error:
         if not is_full(error, _existing(folder)):
             raise
         raise KestrelError(
-            f"the disk is full; what was finished is kept. {_told(what, needed, folder, else_)}"
+            f"the disk is full; what was finished is kept. {_needed_and_free(what, needed, folder, alternative)}"
         ) from error
 
 
-def require_room(what: str, needed: int, folder: Path, else_: str = _ELSE) -> None:
-    """Refuses to begin what there is no room for. As `room_for`, for what is written later."""
+def require_room(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> None:
+    """The check of `room_for`, for what is written later."""
     if shutil.disk_usage(_existing(folder)).free < needed:
-        raise KestrelError(f"the disk is too full. {_told(what, needed, folder, else_)}")
+        raise KestrelError(f"the disk is too full. {_needed_and_free(what, needed, folder, alternative)}")
 
 
-def _told(what: str, needed: int, folder: Path, else_: str) -> str:
+def _needed_and_free(what: str, needed: int, folder: Path, alternative: str) -> str:
     free = _readable(shutil.disk_usage(_existing(folder)).free)
     need = f"In {folder}, {what} need about {_readable(needed)}, and {free} are free"
-    return f"{need}: free some space and run the same command again, or {else_}"
+    return f"{need}; free some space and run the same command again, or {alternative}"
 
 
 def _existing(folder: Path) -> Path:
@@ -82,19 +80,19 @@ def _readable(size: int) -> str:
 
 
 def dataset_bytes(sources: Sequence[Path], max_dialogues: int | None) -> int:
-    """About what the dataset of some source files takes."""
+    """About how many bytes the dataset of some source files takes."""
     size = _DATASET_FACTOR * sum(path.stat().st_size for path in sources)
     return size if max_dialogues is None else min(size, 3 * max_dialogues * _LARGEST_DIALOGUE)
 
 
 def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpoints: Path) -> int:
-    """About what a training writes, beside what it has written already: checkpoints, logs and the adapter.
+    """About how many bytes training still has to write: checkpoints, logs and the adapter.
 
     Args:
-        weights: trained.
-        vocabulary: words of the tokenizer, which is saved with each checkpoint.
+        weights: number of trained weights.
+        vocabulary: entries of the tokenizer, which is saved with each checkpoint.
         steps: of the whole run.
-        kept: checkpoints that stay on disk; one more is there for a moment.
+        kept: checkpoints that stay on disk, besides the one being written.
         checkpoints: their folder.
     """
     files = _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
@@ -105,22 +103,22 @@ def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpo
 
 
 def adapter_bytes(weights: int, vocabulary: int) -> int:
-    """About what an adapter takes, with the tokenizer beside it."""
+    """About how many bytes an adapter takes, with its tokenizer."""
     return _ADAPTER_BYTES * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
 def merged_bytes(weights: int, dtype: str, vocabulary: int) -> int:
-    """About what a model without adapter takes, with the tokenizer beside it."""
+    """About how many bytes a merged model takes, with its tokenizer."""
     return weights * (4 if dtype == "float32" else 2) + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
 def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:
-    """About what generations take.
+    """About how many bytes generations take.
 
     Args:
-        rows: of the dataset; `persona` and `turns` are read.
-        max_new_tokens: of an answer.
-        files: that are written, one after the other; each stands there twice for a moment.
+        rows: of the dataset, with `persona` and `turns`.
+        max_new_tokens: of a response.
+        files: number of files, written one after the other, each twice for a moment.
     """
     size = 0
     for row in rows:
@@ -134,16 +132,16 @@ def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: in
 
 
 def evaluation_bytes(generations: Sequence[Path]) -> int:
-    """About what scores, report and responses take."""
+    """About how many bytes scores, report and responses take."""
     return _REPORT_BYTES + 2 * sum(path.stat().st_size for path in generations if path.exists())
 
 
 @contextmanager
-def saying_disk_full(folder: Path) -> Iterator[None]:
-    """Turns what torch and safetensors raise on a full disk into the OSError that it is.
+def disk_full_as_oserror(folder: Path) -> Iterator[None]:
+    """Turns what torch and safetensors raise on a full disk into an OSError.
 
     Args:
-        folder: that is written to; it exists.
+        folder: where the block writes; it exists.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Several processes of one run, as torchrun and accelerate start them: who speaks, who decides, and how all of them end.
+"""Several processes of one run, as torchrun and accelerate start them: who prints, who decides, how all of them end.
 
-A launcher gives each process its number in RANK and their count in WORLD_SIZE. The first one, number 0, writes, prints
-and holds the folder's lock for all. What one process alone finds on disk it tells the others, so that all do the same.
-Without a launcher there is one process, and everything here costs nothing. torch is imported only where it is needed.
+The launcher gives each process its RANK and the WORLD_SIZE. The first process, rank 0, writes, prints and holds the
+folder's lock for all, and broadcasts what it reads from disk, so that all do the same. Without a launcher there is one
+process, and nothing here costs time. torch is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STORE_PATIENCE = timedelta(seconds=10)
+_STORE_TIMEOUT = timedelta(seconds=10)
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's, from 0."""
+    """Number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -41,39 +41,39 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def only_first_speaks() -> Iterator[None]:
-    """While the block runs, what the others print goes nowhere."""
+def only_first_prints() -> Iterator[None]:
+    """Discards what the other processes print while the block runs."""
     if is_first():
         yield
         return
     with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
+        open(os.devnull, "w", encoding="utf-8") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
     ):
         yield
 
 
-def leave() -> None:
-    """Ends what `join` began. After a failure it is not called: it might wait for a process that is gone."""
+def leave_process_group() -> None:
+    """Ends what `join_processes` began. Not for use after a failure: it might wait for a process that is gone."""
     torch = sys.modules.get("torch")
     if world_size() > 1 and torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def broadcast_from_first(decide: Callable[[], T]) -> T:
-    """What the first process finds, in all of them. The others do not look, and wait until it has."""
+    """The first process's `decide()`, in all of them. The others do not call it, and wait."""
     if world_size() == 1:
         return decide()
     import torch
 
-    found: list[T | None] = [decide() if is_first() else None]
-    torch.distributed.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return found[0]  # type: ignore[return-value]
+    values: list[T | None] = [decide() if is_first() else None]
+    torch.distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]  # type: ignore[return-value]
 
 
 def all_reduce_max(value: int) -> int:
-    """The greatest of the processes' values."""
+    """The greatest value of all processes."""
     if world_size() == 1:
         return value
     import torch
@@ -84,15 +84,15 @@ def all_reduce_max(value: int) -> int:
 
 
 def all_reduce_min(value: int) -> int:
-    """The least of the processes' values."""
+    """The least value of all processes."""
     return -all_reduce_max(-value)
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Gives each parameter the mean of the processes' gradients, in one exchange; none counts as zero.
+    """Replaces each parameter's gradient by its mean over all processes, in one exchange; None counts as zero.
 
     Args:
-        parameters: trained; the same in each process, and of one dtype.
+        parameters: the same in each process, all of one dtype.
     """
     if world_size() == 1:
         return
@@ -106,7 +106,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def gather_to_first(value: T) -> list[T]:
-    """What each process has to say, by its number; in the first one. The others get an empty list."""
+    """Each process's value, by rank, in the first process; the others get an empty list."""
     if world_size() == 1:
         return [value]
     import torch
@@ -119,55 +119,54 @@ def gather_to_first(value: T) -> list[T]:
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def failure_to_tell(message: str) -> str | None:
-    """What this process has to tell of the failure that ends it.
+def failure_to_report(message: str) -> str | None:
+    """What this process should print about the failure that ends it.
 
-    The first that fails ends the run. The others fail in its wake and have nothing to tell; but on each other machine one
-    of them repeats what the first said, for who watches that machine's terminal.
+    The first process to fail ends the run, and the others then fail too, with nothing to add. Only on each other machine
+    one of them repeats the first message, for whoever watches that machine's terminal.
 
     Args:
-        message: its own failure's.
+        message: about this process's own failure.
     """
     if world_size() == 1:
         return message
     machine = os.environ.get("GROUP_RANK", "0")
     try:
-        store = _store()
-        if store.add(_failure(), 1) == 1:
-            store.set(f"{_failure()}/message", json.dumps([machine, f"on {socket.gethostname()}: {message}"]))
+        store = _launchers_store()
+        if store.add(_failures_key(), 1) == 1:
+            store.set(f"{_failures_key()}/message", json.dumps([machine, f"on {socket.gethostname()}: {message}"]))
             return message
         if os.environ.get("LOCAL_RANK") != "0":
             return None
-        elsewhere, said = json.loads(store.get(f"{_failure()}/message"))
-        return said if elsewhere != machine else None
-    except Exception:  # noqa: BLE001  nobody to ask: rather two messages than none
+        first_machine, first_message = json.loads(store.get(f"{_failures_key()}/message"))
+        return first_message if first_machine != machine else None
+    except Exception:  # noqa: BLE001  without the store, two messages are better than none
         return message
 
 
-def has_failed() -> bool:
-    """Whether a process of this run has failed."""
+def any_failed() -> bool:
+    """Whether a process of this run has reported a failure."""
     if world_size() == 1:
         return False
     try:
-        return _store().add(_failure(), 0) > 0
-    except Exception:  # noqa: BLE001  nobody to ask
+        return _launchers_store().add(_failures_key(), 0) > 0
+    except Exception:  # noqa: BLE001  the store is gone
         return False
 
 
-def is_abandoned(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
-    said = str(error)
-    gone = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "roken pipe")
-    return world_size() > 1 and isinstance(error, RuntimeError) and any(words in said for words in gone)
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error means that another process of the run is gone."""
+    causes = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "roken pipe")
+    return world_size() > 1 and isinstance(error, RuntimeError) and any(cause in str(error) for cause in causes)
 
 
-def _failure() -> str:
+def _failures_key() -> str:
     return f"kestrel/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _store() -> Any:
-    """The launcher's own record, which outlives its processes; torchrun keeps one, and accelerate by way of torchrun."""
+def _launchers_store() -> Any:
+    """The store of torchrun, and of accelerate, which uses it; it outlives the processes of the run."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=_STORE_PATIENCE)
+    return TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What stands on disk and why it can be trusted: whole-or-nothing writes, manifests, hashes, one run a folder."""
+"""Manifests: what an artifact on disk is, how and from what it was made, and the hash of each of its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kestrel.runtime.distributed import is_first
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-_SEAL = "manifest_sha256"
+_OWN_HASH = "manifest_sha256"
 _LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "tokenizers",
     "evaluate", "sacrebleu", "rouge_score",
@@ -39,8 +39,7 @@ def library_versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """Commit of this checkout when it was first asked for, with `+changes` where the working tree differs; None outside
-    of git."""
+    """Commit of this checkout at the first call, with `+changes` if the working tree differs; None outside of git."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -56,7 +55,7 @@ def git_commit() -> str | None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -67,10 +66,7 @@ def sha256_of_json(value: Any) -> str:
 
 
 def files_below(folder: Path) -> dict[str, str]:
-    """sha256 of every file in a folder but its manifest, by relative path.
-
-    Hidden files are none of ours: a file browser or an editor leaves them and takes them away.
-    """
+    """sha256 of every file in a folder except its manifest and hidden files, which browsers and editors leave, by path."""
     return {
         path.relative_to(folder).as_posix(): sha256_of(path)
         for path in sorted(folder.rglob("*"))
@@ -81,7 +77,7 @@ def files_below(folder: Path) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, kind: str, settings: dict[str, Any], made_from: dict[str, Any], **facts: Any) -> None:
-    """Describes a finished folder: what it is, how it was made, of what, and the hash of each of its files."""
+    """Writes a finished folder's manifest; `facts` are further entries."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -92,23 +88,23 @@ def write_manifest(folder: Path, kind: str, settings: dict[str, Any], made_from:
         "git_commit": git_commit(),
         "files": files_below(folder),
     }
-    write_json(folder / MANIFEST, sealed(manifest))
+    write_json(folder / MANIFEST, with_own_hash(manifest))
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of all else that it says."""
-    rest = {key: value for key, value in manifest.items() if key != _SEAL}
-    return {**rest, _SEAL: sha256_of_json(rest)}
+def with_own_hash(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of its other entries."""
+    rest = {key: value for key, value in manifest.items() if key != _OWN_HASH}
+    return {**rest, _OWN_HASH: sha256_of_json(rest)}
 
 
 def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True) -> dict[str, Any]:
-    """Reads a manifest and checks that the folder still is what it describes.
+    """Reads a manifest and checks that its folder is what it describes.
 
     Args:
         folder: an artifact of a run.
-        kind: what it must be.
-        remedy: the command that makes it, for the message.
-        check_files: compare each file's hash.
+        kind: the kind that it must have.
+        remedy: what to do about a failure, for the message.
+        check_files: whether to compare each file's hash.
 
     Raises:
         KestrelError: absent, damaged, of another kind or schema, or a file is missing or changed.
@@ -118,42 +114,44 @@ def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True
         raise KestrelError(f"{folder / MANIFEST} does not describe a {kind}; {remedy}")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise KestrelError(
-            f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}; {remedy}"
+            f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this version of Kestrel reads {SCHEMA_VERSION}; {remedy}"
         )
-    if manifest != sealed(manifest) and _SEAL in manifest:
-        raise KestrelError(f"{folder / MANIFEST} is damaged or was edited: its own sha256 does not fit; {remedy}")
+    if manifest != with_own_hash(manifest) and _OWN_HASH in manifest:
+        raise KestrelError(f"{folder / MANIFEST} is damaged or was edited: its own sha256 does not match; {remedy}")
     for part in ("settings", "made_from", "files"):
         if not isinstance(manifest.get(part), dict):
             raise KestrelError(f"{folder / MANIFEST} is damaged (no {part}); {remedy}")
     for name, digest in manifest["files"].items() if check_files else ():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise KestrelError(f"{folder / MANIFEST} is damaged (it names {name!r}, outside of {folder}); {remedy}")
-        if not os.path.isfile(path):  # Path.is_file raises where the name is too long to be one
+            raise KestrelError(
+                f"{folder / MANIFEST} is damaged (it names {name!r}, which is outside of {folder}); {remedy}"
+            )
+        if not os.path.isfile(path):  # Path.is_file raises if the name is too long
             raise KestrelError(f"{path} is missing; {remedy}")
         if sha256_of(path) != digest:
             raise KestrelError(f"{path} is damaged or was edited: its sha256 is not the one in {MANIFEST}; {remedy}")
     return manifest
 
 
-def require_made(folder: Path, kind: str, remedy: str) -> None:
-    """Refuses what an earlier script has not made, before anything heavy is imported to read it.
+def require_artifact(folder: Path, kind: str, remedy: str) -> None:
+    """Checks that an artifact of an earlier script exists, before anything heavy is imported to read it.
 
     Raises:
-        KestrelError: there is no such folder. Only of several processes' first: that another sees none may have another
-            reason, which `rendezvous.join_processes` finds.
+        KestrelError: the folder does not exist. Only in the first process: if another does not see it, the run folder
+            may be another one there, which `rendezvous.join_processes` reports.
     """
     if is_first() and not folder.is_dir():
         raise KestrelError(f"there is no {kind} in {folder}; {remedy}")
 
 
 def identity_of(manifest: dict[str, Any]) -> str:
-    """sha256 of what an artifact is, whenever and by which commit it was made."""
+    """sha256 of what an artifact is, without when and by which commit it was made."""
     return sha256_of_json({key: manifest.get(key) for key in ("kind", "settings", "made_from", "prompt", "files")})
 
 
 def differences(recorded: Any, expected: Any, words: str = "it was {}, now {}", prefix: str = "") -> Iterable[str]:
-    """`key: it was X, now Y`, or in other words, for every leaf in which two nested dicts differ."""
+    """`key: it was X, now Y`, or as `words` puts it, for every leaf in which two nested dicts differ."""
     if isinstance(recorded, dict) and isinstance(expected, dict):
         for key in sorted({*recorded, *expected}):
             name = f"{prefix}.{key}" if prefix else str(key)
@@ -168,11 +166,11 @@ def _short(value: Any) -> str:
 
 
 def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
-    """Refuses an artifact whose recorded settings are not the ones of this run.
+    """Refuses an artifact that was made with other settings than this run's.
 
     Raises:
         KestrelError: naming each field that differs.
     """
-    found = list(differences(recorded, expected))
-    if found:
-        raise KestrelError(f"{what} was made with other settings; {remedy}\n  " + "\n  ".join(found))
+    lines = list(differences(recorded, expected))
+    if lines:
+        raise KestrelError(f"{what} was made with other settings; {remedy}\n  " + "\n  ".join(lines))

@@ -1,4 +1,4 @@
-"""Joining the processes of one run, and refusing those that were given different things."""
+"""Joining the processes of one run, and refusing those that were started with different settings or libraries."""
 
 from __future__ import annotations
 
@@ -15,36 +15,30 @@ from kestrel.runtime.distributed import all_reduce_max, broadcast_from_first, is
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
 
-_PATIENCE = timedelta(hours=2)  # a process waits for the others: while one downloads a base, say
-_SEEN_WITHIN = 10.0  # seconds in which a network file system shows one machine what another wrote
+_TIMEOUT = timedelta(hours=2)  # for which a process waits for the others, while one downloads a base, for example
+_VISIBLE_WITHIN = 10.0  # seconds in which a network file system shows one machine what another wrote
 
 
-def why_alone() -> str | None:
-    """A warning where several processes were asked for and one was started; None where all is well.
+def launch_warning() -> str | None:
+    """A warning if the launcher started one process instead of several; None otherwise.
 
-    accelerate (1.15) launches one process on CPUs whatever its --num_processes; where that is above 1 it leaves
-    MASTER_PORT in the environment, but no WORLD_SIZE.
+    accelerate (1.15) starts one process on CPUs whatever its --num_processes; if that is above 1, it sets MASTER_PORT
+    but not WORLD_SIZE. tests/chain/test_launchers.py fails when that changes.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        return (
-            "accelerate was asked for several processes and started one, as it does on CPUs; "
-            "torchrun --nproc_per_node N starts N"
-        )
+        return "accelerate started one process instead of several, as it does on CPUs; use torchrun --nproc_per_node N"
     return None
 
 
 def join_processes(settings: Settings) -> bool:
-    """Lets this process meet the others. CPU tensors travel by gloo, those of GPUs by NCCL.
-
-    Args:
-        settings: of the run, as this process was given them.
+    """Connects this process with the others: gloo for CPU tensors, NCCL for those of GPUs.
 
     Returns:
-        Whether the launcher asks for sharding (accelerate's FSDP) and there are processes to share with.
+        Whether to shard the base: accelerate's FSDP is on and there are several processes.
 
     Raises:
-        KestrelError: this process has no GPU of its own; or one has other settings or libraries than the first, or
-            another run folder.
+        KestrelError: more processes than GPUs on this machine; or settings, libraries or run folder differ from those
+            of the first process.
     """
     import torch
 
@@ -52,28 +46,25 @@ def join_processes(settings: Settings) -> bool:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus and local >= gpus:
         raise KestrelError(
-            f"process {rank()} has no GPU of its own: {here} processes were started on this machine, which has "
-            f"{gpus} GPUs; start as many as there are, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"no GPU is left for process {rank()}: {here} processes were started on this machine, which has {gpus} "
+            "GPUs; start one per GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     if gpus > here:
-        print(
-            f"{here} of this machine's {gpus} GPUs {'is' if here == 1 else 'are'} used; "
-            f"torchrun --nproc_per_node {gpus} uses all"
-        )
-    # Taken out of the environment: `sharding` does it, and the libraries would do it again, adapter and all.
+        print(f"using {here} of this machine's {gpus} GPUs; torchrun --nproc_per_node {gpus} uses all of them")
+    # Not left in the environment: `sharding` shards the base, and the libraries would shard everything once more.
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and world_size() > 1
     if world_size() == 1 or torch.distributed.is_initialized():
         return sharded
     if gpus:
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
-    _require_alike(settings)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+    _require_same(settings)
     return sharded
 
 
-def _require_alike(settings: Settings) -> None:
-    """Refuses machines that were given different things, which would go wrong after hours, or in silence."""
-    from kestrel.runtime.atomic import LEFT_BY_A_KILL
+def _require_same(settings: Settings) -> None:
+    """Refuses processes with other settings, libraries or another run folder, which would fail hours later or silently."""
+    from kestrel.runtime.atomic import INCOMPLETE
     from kestrel.runtime.manifest import differences, library_versions
 
     folder = Path(settings.run_dir)
@@ -81,31 +72,31 @@ def _require_alike(settings: Settings) -> None:
     mine = {**settings.model_dump(), "installed": installed}
 
     def first() -> tuple[dict[str, Any], str]:
-        mark = folder / f".processes{LEFT_BY_A_KILL}{uuid.uuid4().hex}"
+        mark = folder / f".processes{INCOMPLETE}{uuid.uuid4().hex}"
         mark.touch()
         return mine, mark.name
 
     theirs, mark = broadcast_from_first(first)
     try:
-        different = list(differences(theirs, mine, "it is {} in the first process, {} in this one"))
+        different = list(differences(theirs, mine, "{} in the first process, {} in this one"))
         if different:
             raise KestrelError(
-                f"process {rank()} was started with other settings or libraries than the first; give all machines the "
-                "same\n  " + "\n  ".join(different)
+                f"process {rank()} has other settings or libraries than the first; use the same on all machines\n  "
+                + "\n  ".join(different)
             )
         if not _appears(folder / mark):
             raise KestrelError(
-                f"process {rank()} does not see what the first one writes into run_dir {folder}; put run_dir on a file "
+                f"process {rank()} does not see what the first one writes to run_dir {folder}; use a folder on a file "
                 "system that all machines share"
             )
-        all_reduce_max(0)  # until all have looked
+        all_reduce_max(0)  # wait until all have looked
     finally:
         if is_first():
             (folder / mark).unlink(missing_ok=True)
 
 
 def _appears(path: Path) -> bool:
-    until = time.monotonic() + _SEEN_WITHIN
+    until = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > until:
             return False

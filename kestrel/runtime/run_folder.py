@@ -1,4 +1,4 @@
-"""One run, one folder: who holds it, on which machine, and whether that process still lives."""
+"""One run per folder: which process holds it, on which machine, and whether that process is alive."""
 
 from __future__ import annotations
 
@@ -15,114 +15,121 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import clear_leftovers, write_atomically
 from kestrel.runtime.distributed import is_first
 
 LOCK = ".lock"
-BEAT = 5.0  # seconds between two signs of life of the process that holds a folder
-PATIENCE = 20.0  # seconds without one after which that process is taken for dead
-_held: set[int] = set()  # files that are locked
-_OWNER = re.compile(r"(?P<owner>process \d+ on .+ since .+)\n(?P<kernel>.*)\n")
+TOUCH_EVERY = 5.0  # seconds; the process that holds a folder touches its lock file
+STALE_AFTER = 20.0  # seconds without a touch after which that process counts as dead
+_locked: set[int] = set()  # descriptors of the lock files that this process holds
+_HOLDER = re.compile(r"(?P<holder>process \d+ on .+ since .+)\n(?P<boot_id>.*)\n")
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder while the block runs.
 
-    Among processes of one kernel, in whatever containers, the lock is the kernel's and ends with its process however
-    that dies. Network file systems may keep such locks to each machine. So the file also says who holds it and is
-    touched every few seconds, and where another machine's process never released it, the file is watched for a while.
+    Processes under one kernel, containers included, use a lock of the kernel, which ends with its process however that
+    ends. Network file systems may keep such locks to each machine. So the file also names the holder, which touches it
+    every few seconds; if a process on another machine never released it, the file is watched for a while.
 
     Raises:
-        KestrelError: another process holds the folder; naming it.
+        KestrelError: another process, which the message names, holds the folder.
     """
     path = folder / LOCK
     with open(path, "a+", encoding="utf-8", errors="replace") as lock:
-        kernels = True
+        has_kernel_lock = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _refuse(folder, _owner(path)[0] or "another process")
+            _refuse(folder, _holder(path)[0] or "another process")
         except OSError:  # some network file systems have no locks
-            kernels = False
-        owner, kernel = _owner(path)
-        if owner and not (kernels and kernel == _kernel()):
-            print(f"{folder} was last held by {owner}; is it alive?", file=sys.stderr)
-            if _shows_life(path):
-                _refuse(folder, owner)
-            print("no sign of life: going on", file=sys.stderr)
+            has_kernel_lock = False
+        holder, boot_id = _holder(path)
+        if holder and not (has_kernel_lock and boot_id == _boot_id()):
+            print(f"{folder} was last used by {holder}; waiting {STALE_AFTER:.0f} s for a sign of it", file=sys.stderr)
+            if _is_touched(path):
+                _refuse(folder, holder)
+            print("no sign of it: continuing", file=sys.stderr)
         lock.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n{_kernel()}\n")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n{_boot_id()}\n")
         lock.flush()
         released = threading.Event()
-        threading.Thread(target=_beat, args=(path, released), daemon=True).start()
-        _held.add(lock.fileno())
+        threading.Thread(target=_touch_until, args=(path, released), daemon=True).start()
+        _locked.add(lock.fileno())
         try:
             yield
         finally:
             released.set()
             lock.truncate(0)
-            _held.discard(lock.fileno())
+            _locked.discard(lock.fileno())
 
 
-def _let_go() -> None:
-    """A process that this one forked does not hold its folders, nor keep them when this one dies."""
-    while _held:
-        os.close(_held.pop())
+def release_locks() -> None:
+    """Empties the lock files, for a process that is about to end at once."""
+    for descriptor in _locked:
+        os.ftruncate(descriptor, 0)
 
 
-os.register_at_fork(after_in_child=_let_go)
+def _close_in_child() -> None:
+    """Closes a forked process's copies of the locks, with which it would keep them after its parent's end."""
+    while _locked:
+        os.close(_locked.pop())
 
 
-def _refuse(folder: Path, owner: str) -> None:
-    raise KestrelError(f"{folder} is in use by {owner}; wait for it, or give this run another run_dir")
+os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _owner(path: Path) -> tuple[str, str]:
-    """Who holds a lock or died with it, in words, and on which kernel; both empty if it was released."""
-    found = _OWNER.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
-    return (found["owner"], found["kernel"]) if found else ("", "")
+def _refuse(folder: Path, holder: str) -> NoReturn:
+    raise KestrelError(f"{folder} is in use by {holder}; wait for it, or give this run another run_dir")
 
 
-def _kernel() -> str:
-    """What processes that share the kernel's locks have in common and no others; the host's name where unknown."""
+def _holder(path: Path) -> tuple[str, str]:
+    """The process that holds a lock or ended without releasing it, and its boot id; both empty after a release."""
+    match = _HOLDER.fullmatch(path.read_text(encoding="utf-8", errors="replace"))
+    return (match["holder"], match["boot_id"]) if match else ("", "")
+
+
+def _boot_id() -> str:
+    """An identifier that processes under one kernel share, and no others; the host's name where it is unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return socket.gethostname()
 
 
-def _beat(path: Path, released: threading.Event) -> None:
-    while not released.wait(BEAT):
+def _touch_until(path: Path, released: threading.Event) -> None:
+    while not released.wait(TOUCH_EVERY):
         with contextlib.suppress(OSError):
             os.utime(path)
 
 
-def _shows_life(path: Path) -> bool:
-    """Whether the file is touched within PATIENCE. Only its own times are compared: clocks of machines differ."""
-    until = time.monotonic() + PATIENCE
+def _is_touched(path: Path) -> bool:
+    """Whether the file is touched within STALE_AFTER. Only its own times are compared: clocks of machines differ."""
+    until = time.monotonic() + STALE_AFTER
     first = None
     while time.monotonic() < until:
-        with open(path, encoding="utf-8") as file:  # opening it makes a network file system look anew
+        with open(path, encoding="utf-8") as file:  # opening it makes a network file system look again
             touched = os.fstat(file.fileno()).st_mtime_ns
         first = first or touched
         if touched != first:
             return True
-        time.sleep(BEAT / 10)
+        time.sleep(TOUCH_EVERY / 10)
     return False
 
 
 @contextmanager
 def locked_run_folder(run_dir: str, settings: str) -> Iterator[Path]:
-    """The run's folder, locked for this process; when it is left, the resolved settings stand in config.yaml.
+    """The run's folder, locked for this process. When the block ends, config.yaml has the resolved settings.
 
-    Of several processes of one run, the first holds the lock for all and makes the folder.
+    Of several processes of one run, the first holds the lock for all and creates the folder.
 
     Raises:
-        KestrelError: another process holds the folder, or there cannot be one.
+        KestrelError: another process holds the folder, or it cannot be created.
     """
     folder = Path(run_dir)
     if not is_first():
@@ -132,11 +139,11 @@ def locked_run_folder(run_dir: str, settings: str) -> Iterator[Path]:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise KestrelError(f"run_dir {folder} is or lies below a file; give this run another run_dir") from None
+        raise KestrelError(f"run_dir {folder} is a file, or is below one; give this run another run_dir") from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOENT):
-            said = f"run_dir {str(folder)[:200]} cannot be made ({error.strerror}); give this run another run_dir"
-            raise KestrelError(said) from None
+            reason = f"run_dir {str(folder)[:200]} cannot be created ({error.strerror})"
+            raise KestrelError(f"{reason}; give this run another run_dir") from None
         raise
     with locked(folder):
         clear_leftovers(folder)
@@ -148,7 +155,7 @@ def locked_run_folder(run_dir: str, settings: str) -> Iterator[Path]:
             accepted = True
             raise
         finally:
-            # Settings that were refused are not what the folder was made with.
+            # Refused settings are not those that the folder was made with.
             if accepted:
                 with write_atomically(folder / "config.yaml") as file:
                     file.write(settings)

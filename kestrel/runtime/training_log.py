@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""The training log and its picture."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from kestrel.runtime.atomic import write_atomically
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """The lines of training.jsonl that hold a whole number as `step`, without what is no finite number.
+    """The finite numbers of each line of training.jsonl that has an integer `step`; [] if the file does not exist.
 
-    Lines that do not are left out: a run that still writes, or was killed, ends in half of one. A file that is not
-    there has none.
+    Other lines are skipped: the log of a run that is writing, or was killed, may end in half a line.
     """
     rows = []
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []:
@@ -41,7 +40,7 @@ def plot_loss(log: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("negative log-likelihood a reply token (nats)")
+    axes.set_ylabel("negative log-likelihood per reply token (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)

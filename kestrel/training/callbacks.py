@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from kestrel.errors import Interrupted, ProofError
+from kestrel.errors import ProofError
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
-from kestrel.runtime.signals import on_signals, tell
+from kestrel.runtime.signals import exit_now, on_signals, write_to_stderr
 
 if TYPE_CHECKING:
     from kestrel.training.trainer import DialogueTrainer
@@ -201,15 +201,12 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if distributed.has_failed():
-            raise Interrupted(number)  # the launcher ends the others of a run that has failed
-        if self.received is not None:
-            raise Interrupted(
-                number,
-                "stopped at once; the same command goes on from the last checkpoint, or begins anew if there is none yet",
-            )
+        # The launcher also ends the others of a run in which one process has failed.
+        if self.received is not None or distributed.any_failed():
+            exit_now(number, message="stopped at once; the same command resumes from the last checkpoint, if any")
         self.received = number
-        tell("\nstopping after this step and saving a checkpoint; once more to stop at once")
+        if distributed.is_first():
+            write_to_stderr("\nstopping after this step and saving a checkpoint; once more to stop at once")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

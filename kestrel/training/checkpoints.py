@@ -1,7 +1,7 @@
 """Checkpoints that are whole or ignored.
 
 The Trainer takes the highest-numbered folder, crashes on a truncated one and goes on in silence where the optimizer,
-the schedule or the random state is missing. Here a checkpoint counts only once it is sealed: a manifest, written last,
+the schedule or the random state is missing. Here a checkpoint counts only once it is complete: a manifest, written last,
 holds the hash of each file and what the run was.
 """
 
@@ -113,10 +113,10 @@ def _whole(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_sealed(checkpoint: Path, remedy: str) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as they were when it was sealed.
+    """The manifest of a checkpoint whose files are as they were when it was written.
 
     Raises:
-        KestrelError: never sealed, or damaged since; ending in `remedy`.
+        KestrelError: never completed, or damaged since; ending in `remedy`.
     """
     return read_manifest(checkpoint, _KIND, remedy)
 

@@ -20,7 +20,7 @@ from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.runtime import distributed
-from kestrel.runtime.disk_space import saying_disk_full
+from kestrel.runtime.disk_space import disk_full_as_oserror
 from kestrel.training import objective
 from kestrel.training.checkpoints import read_sealed, seal
 from kestrel.training.sharding import is_sharded
@@ -272,7 +272,7 @@ class DialogueTrainer(Trainer):
         self._agree_on_passes()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            with saying_disk_full(Path(self.args.output_dir)):
+            with disk_full_as_oserror(Path(self.args.output_dir)):
                 super()._save_checkpoint(model, trial)
                 if self.args.world_size > 1:
                     torch.distributed.barrier()
@@ -280,7 +280,7 @@ class DialogueTrainer(Trainer):
                     write_passes(checkpoint, self._settings, self._chosen)
                     seal(checkpoint, self._meaning, Path(self._settings.run_dir) / "samples.jsonl")
         except Exception:
-            # Another process may fail, for want of this one, when the first has just sealed it.
+            # Another process may fail, for want of this one, when the first has just completed it.
             if self.is_world_process_zero():
                 shutil.rmtree(checkpoint, ignore_errors=True)
             raise

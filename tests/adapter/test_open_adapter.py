@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import generate
 import preprocess
 from kestrel.runtime.atomic import read_json, write_json
-from kestrel.runtime.manifest import files_below, sealed
+from kestrel.runtime.manifest import files_below, with_own_hash
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def change(folder: Path, **values: Any) -> None:
     write_json(path, {**read_json(path, ""), **values})
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json", "")
-        write_json(folder / "manifest.json", sealed({**manifest, "files": files_below(folder)}))
+        write_json(folder / "manifest.json", with_own_hash({**manifest, "files": files_below(folder)}))
 
 
 def arguments(trained: Experiment, run_dir: Path, adapter: Path | str, *more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What people get wrong with launchers is said once and in words, and launchers leave the scripts' options to the scripts."""
+"""Mistakes with launchers are reported once and plainly, and launchers leave the scripts' options to the scripts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kestrel.runtime.run_folder import locked_run_folder
 
 
 @pytest.mark.parametrize("differing", ["settings", "folder"])
-def test_machines_that_were_given_different_things_are_refused_on_both(prepared, tmp_path, differing):
-    """Two launchers stand for two machines; the second has other settings, or the same words name another folder there."""
+def test_machines_with_different_settings_are_refused_on_both(prepared, tmp_path, differing):
+    """Two launchers stand for two machines; the second has other settings, or the same run_dir is another folder there."""
     script = tmp_path / "meet.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "from kestrel.runtime import rendezvous\nfrom kestrel.runtime.command_line import run_script\n"
-        "rendezvous._SEEN_WITHIN = 1.0\n"
+        "rendezvous._VISIBLE_WITHIN = 1.0\n"
         "steps = lambda settings, options: print('met', rendezvous.join_processes(settings))\n"
         "sys.exit(run_script('meet.py', '', steps, together=True))\n",
         encoding="utf-8",
@@ -34,10 +34,10 @@ def test_machines_that_were_given_different_things_are_refused_on_both(prepared,
     if differing == "settings":
         first = begin(*command, launcher=[*launcher, "0"], cwd=tmp_path)
         second = begin(*command, "--training.learning_rate", "5e-3", launcher=[*launcher, "1"], cwd=tmp_path)
-        wanted = "training.learning_rate: it is 0.01 in the first process, 0.005 in this one"
+        wanted = "training.learning_rate: 0.01 in the first process, 0.005 in this one"
     else:
         first, second = (begin(*command, launcher=[*launcher, str(n)], cwd=folders[n]) for n in (0, 1))
-        wanted = "process 1 does not see what the first one writes into run_dir here; put run_dir on a file system"
+        wanted = "process 1 does not see what the first one writes to run_dir here; use a folder on a file system"
     for launched, says in ((second, "meet.py: process 1 "), (first, "meet.py: on ")):
         status, out, err = end(launched)
         assert status != 0 and "met" not in out
@@ -45,15 +45,13 @@ def test_machines_that_were_given_different_things_are_refused_on_both(prepared,
     assert not list(tmp_path.rglob(".processes*"))
 
 
-def test_the_others_say_nothing_leave_the_folder_alone_and_do_no_other_scripts_work(
-    prepared, tmp_path, monkeypatch, capsys
-):
+def test_only_the_first_process_prints_uses_the_folder_and_runs_other_scripts(prepared, tmp_path, monkeypatch, capsys):
     import train
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     arguments = [*prepared.arguments(), "--run_dir", str(tmp_path / "run")]
-    for name in ("preprocess", "evaluate"):  # by path: the latter's name is also that of a library
+    for name in ("preprocess", "evaluate"):  # by path: a library is named evaluate too
         assert script(name).main(arguments) == 0
     assert train.main([*arguments, "--print-config"]) == 0
     with pytest.raises(SystemExit):
@@ -63,7 +61,7 @@ def test_the_others_say_nothing_leave_the_folder_alone_and_do_no_other_scripts_w
         assert not (tmp_path / "run").exists()
 
 
-def test_a_launchers_option_behind_the_scripts_name_is_told_apart(prepared, capsys):
+def test_a_launchers_option_after_the_scripts_name_is_named_as_such(prepared, capsys):
     import train
 
     given = [*prepared.arguments(), "--nproc-per-node", "2", "--config_file", "x.yaml", "--training.max_stepz", "3"]
@@ -76,7 +74,7 @@ def test_a_launchers_option_behind_the_scripts_name_is_told_apart(prepared, caps
 
 @pytest.mark.parametrize("script", ["preprocess", "train", "generate", "evaluate", "publish", "chat"])
 def test_launchers_leave_the_scripts_options_to_the_script(script):
-    """argparse, which both read their own options with, refuses or takes what it thinks is short for one of these."""
+    """Both read their options with argparse, which takes or refuses what looks like an abbreviation of one."""
     import importlib
 
     from accelerate.commands.launch import launch_command_parser
@@ -89,13 +87,13 @@ def test_launchers_leave_the_scripts_options_to_the_script(script):
         assert parser.parse_args(["train.py", *given]).training_script_args == given
 
 
-def test_accelerate_that_starts_fewer_processes_than_asked_for_is_noticed(prepared, tmp_path):
-    """accelerate 1.15 starts one process on CPUs. If this fails, it has learned to start several: `why_alone` can go."""
+def test_a_warning_where_accelerate_starts_one_process_instead_of_two(prepared, tmp_path):
+    """If this fails, accelerate (1.15) starts several processes on CPUs too, and `launch_warning` can go."""
     launch = [*ACCELERATE, "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [*launch, "train.py", *prepared.arguments(), "--run_dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode != 0 and "there is no dataset" in done.stderr
+    assert done.returncode != 0 and "no dataset in" in done.stderr
     assert done.stderr.count("torchrun --nproc_per_node N") == 1
 
 
@@ -108,7 +106,7 @@ def test_accelerate_reads_the_configs(name):
     for line in path.read_text(encoding="utf-8").splitlines():
         assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
     given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
-    told, *_ = _validate_launch_command(given)
-    environment = prepare_multi_gpu_env(told)
-    assert told.nproc_per_node == ("8" if name == "multi-node" else "4")
+    validated, *_ = _validate_launch_command(given)
+    environment = prepare_multi_gpu_env(validated)
+    assert validated.nproc_per_node == ("8" if name == "multi-node" else "4")
     assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)

@@ -24,7 +24,7 @@ import preprocess
 import train
 from kestrel.evaluation.evaluate_library import load_metrics
 from kestrel.runtime.atomic import read_json, write_json
-from kestrel.runtime.manifest import MANIFEST, files_below, sealed
+from kestrel.runtime.manifest import MANIFEST, files_below, with_own_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "kestrel").rglob("*.py")]
@@ -62,7 +62,7 @@ def plant(path: Path, sprung: Path, as_torch: bool = True) -> None:
 def describe_anew(folder: Path) -> None:
     """Makes a manifest fit what somebody put into a folder: whoever can change files can hash them too."""
     manifest = read_json(folder / MANIFEST, "")
-    write_json(folder / MANIFEST, sealed({**manifest, "files": files_below(folder)}))
+    write_json(folder / MANIFEST, with_own_hash({**manifest, "files": files_below(folder)}))
 
 
 @pytest.mark.parametrize("as_torch", [True, False])
@@ -266,7 +266,7 @@ def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path
     for name in ("../../outside", "/etc/hostname", "a" * 5000):
         path = tmp_path / "run" / "dataset" / MANIFEST
         kept = path.read_text()
-        write_json(path, sealed({**json.loads(kept), "files": {name: "0" * 64}}))
+        write_json(path, with_own_hash({**json.loads(kept), "files": {name: "0" * 64}}))
         assert train.main(arguments) == 1
         assert ("is missing" if name.startswith("a") else "outside of") in capsys.readouterr().err
         path.write_text(kept)

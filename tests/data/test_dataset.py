@@ -28,7 +28,7 @@ from kestrel.data.dataset import (
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt
-from kestrel.runtime.manifest import MANIFEST, files_below, sealed, write_manifest
+from kestrel.runtime.manifest import MANIFEST, files_below, with_own_hash, write_manifest
 
 COMMAND = "python preprocess.py --config a.yaml"
 WORDS = ["i", "have", "two", "dogs", "like", "cars", "hi", "how", "are", "you", "?", "1987", "Zoë", "👍"]
@@ -262,7 +262,7 @@ def edit_manifest(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         manifest = json.loads(path.read_text())
         change(manifest)
-        path.write_text(json.dumps(sealed(manifest)))
+        path.write_text(json.dumps(with_own_hash(manifest)))
 
     return edit
 

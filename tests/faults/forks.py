@@ -154,7 +154,7 @@ class Forks:
         status = 99
         try:
             os.setsid()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `kestrel` does for a script
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the moment before run_script handles it is no trial's
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)

@@ -15,7 +15,7 @@ from conftest import Experiment
 import publish
 from kestrel.publishing import merge
 from kestrel.runtime import disk_space
-from kestrel.runtime.atomic import clear_beside, read_json
+from kestrel.runtime.atomic import clear_leftovers_of, read_json
 
 
 def merging(experiment: Experiment, folder: Path, *more: str) -> list[str]:
@@ -166,5 +166,5 @@ def test_what_a_killed_merge_left_is_cleared_and_a_running_one_is_not(trained: E
     assert not dead.exists() and alive.exists()
     # Killed between two renames, the older model stands aside only.
     (tmp_path / "merged").rename(tmp_path / f".merged.former-{gone.pid}")
-    clear_beside(tmp_path / "merged")
+    clear_leftovers_of(tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -19,7 +19,7 @@ from kestrel.evaluation.report import escape_markdown
 from kestrel.publishing.model_card import check_metadata
 from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
-from kestrel.runtime.manifest import sealed
+from kestrel.runtime.manifest import with_own_hash
 
 
 def rows(path: Path) -> list[dict]:
@@ -190,7 +190,7 @@ def test_evaluation_or_dataset_of_another_adapter_is_refused(
         shutil.rmtree(copy / "evaluation")
     manifest = read_json(copy / "adapter" / "manifest.json", "")
     manifest["made_from"][key] = "0" * 64
-    write_json(copy / "adapter" / "manifest.json", sealed(manifest))
+    write_json(copy / "adapter" / "manifest.json", with_own_hash(manifest))
     assert publish.main(publishing(evaluated, "--run_dir", str(copy), "--dry-run")) == 1
     assert message in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from kestrel.errors import KestrelError
 from kestrel.publishing.run_records import read_adapter_files
 from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
-from kestrel.runtime.manifest import sealed, sha256_of
+from kestrel.runtime.manifest import sha256_of, with_own_hash
 
 
 def sent(hub: Hub) -> list[str]:
@@ -183,7 +183,7 @@ def linked(path: Path) -> None:
 def listed_in_the_manifest(adapter: Path) -> None:
     manifest = read_json(adapter / "manifest.json", "")
     manifest["files"]["../config.yaml"] = sha256_of(adapter / ".." / "config.yaml")
-    write_json(adapter / "manifest.json", sealed(manifest))
+    write_json(adapter / "manifest.json", with_own_hash(manifest))
 
 
 @pytest.mark.parametrize(

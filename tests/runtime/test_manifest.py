@@ -138,7 +138,10 @@ def test_a_mistyped_run_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KestrelError), locked_run_folder(str(tmp_path / "typo"), "a: 1\n"):
         raise KestrelError("there is no dataset")
     assert not (tmp_path / "typo").exists()
-    with pytest.raises(KestrelError, match="cannot be made"), locked_run_folder(str(tmp_path / ("x" * 300)), "a: 1\n"):
+    with (
+        pytest.raises(KestrelError, match="cannot be created"),
+        locked_run_folder(str(tmp_path / ("x" * 300)), "a: 1\n"),
+    ):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Two runs never share a folder, whichever machines they are on, and a dead one does not hold it."""
+"""Two runs never share a folder, on whatever machines, and a dead process does not hold it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
     )
     assert second.returncode == 1 and "Traceback" not in second.stderr
     assert f"is in use by process {first.pid} on " in second.stderr and "another run_dir" in second.stderr
-    assert left.exists(), "what the first is writing is not the second's to clear"
+    assert left.exists(), "the second must not clear what the first is writing"
     kill(first)
     began = time.monotonic()
     with locked_run_folder(str(tmp_path), "a: 1\n") as folder:
@@ -70,20 +70,20 @@ def test_processes_of_one_run_share_its_lock(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "BEAT", 0.05)
-    monkeypatch.setattr(run_folder, "PATIENCE", 1.0)
+    monkeypatch.setattr(run_folder, "TOUCH_EVERY", 0.05)
+    monkeypatch.setattr(run_folder, "STALE_AFTER", 1.0)
 
 
 def held_elsewhere(folder: Path) -> Path:
     """The lock as a process of another machine wrote it."""
     path = folder / ".lock"
-    path.write_text("process 7 on a distant machine since 2026-01-01 00:00:00 +0000\nits kernel\n")
+    path.write_text("process 7 on a distant machine since 2026-01-01 00:00:00 +0000\nits boot id\n")
     return path
 
 
-def test_a_lock_of_another_machine_is_kept_while_its_holder_shows_life(tmp_path: Path, impatient: None) -> None:
+def test_a_lock_of_another_machine_is_kept_while_its_holder_touches_it(tmp_path: Path, impatient: None) -> None:
     path, ended = held_elsewhere(tmp_path), threading.Event()
-    thread = threading.Thread(target=run_folder._beat, args=(path, ended))
+    thread = threading.Thread(target=run_folder._touch_until, args=(path, ended))
     thread.start()
     try:
         refused = pytest.raises(KestrelError, match="in use by process 7 on a distant machine since 2026")
@@ -95,21 +95,21 @@ def test_a_lock_of_another_machine_is_kept_while_its_holder_shows_life(tmp_path:
     assert "process 7" in path.read_text() and not (tmp_path / "config.yaml").exists()
 
 
-def test_a_lock_of_another_machine_that_shows_no_life_is_stale(
+def test_a_lock_of_another_machine_that_is_not_touched_is_stale(
     tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = held_elsewhere(tmp_path)
     with locked_run_folder(str(tmp_path), "a: 1\n"):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
     said = capsys.readouterr().err
-    assert "last held by process 7 on a distant machine" in said and "no sign of life" in said
+    assert "last used by process 7 on a distant machine" in said and "no sign of it" in said
     assert path.read_text() == "", "released"
 
 
-def test_the_holder_shows_life(tmp_path: Path, impatient: None) -> None:
+def test_the_holder_touches_its_lock(tmp_path: Path, impatient: None) -> None:
     with locked_run_folder(str(tmp_path), "a: 1\n"):
-        assert run_folder._shows_life(tmp_path / ".lock")
-    assert not run_folder._shows_life(tmp_path / ".lock")
+        assert run_folder._is_touched(tmp_path / ".lock")
+    assert not run_folder._is_touched(tmp_path / ".lock")
 
 
 def test_a_file_system_without_locks(tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
