@@ -166,7 +166,7 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
         lambda d: d.flip("adapter/prompt.json"), "generate", 1, ["prompt.json is damaged or was edited"],
     ),
     "no such adapter": (
-        lambda d: d.options.extend(["--model.adapter", "nowhere"]), "generate", 1, ["model.adapter nowhere: there is no such folder"],
+        lambda d: d.options.extend(["--model.adapter", "nowhere"]), "generate", 1, ["model.adapter nowhere: no such folder"],
     ),
     "base changed since training": (changed_base, "generate", 1, ["base.files.model.safetensors", "python train.py"]),
     "base of another shape since training": (

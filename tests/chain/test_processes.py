@@ -164,7 +164,7 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     ("how", "message"),
     [
         ('raise KestrelError("the second process has had enough")', "the second process has had enough"),
-        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "another process of this run ended without a word"),
+        (f"os.kill(os.getpid(), {int(signal.SIGKILL)})", "another process of this run ended without a message"),
     ],
     ids=["error", "killed"],
 )
@@ -176,7 +176,7 @@ def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, how,
         tmp_path / "sabotaged.py",
         "train",
         f"""
-        from kestrel import training
+        from kestrel.training import trainer as training
         def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
             if self.state.global_step == 3:
                 {how}
@@ -212,7 +212,7 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
         tmp_path / "sabotaged.py",
         "generate",
         """
-        from kestrel import answers
+        from kestrel.generation import answers
         calls = []
         def fail(*given, whole=answers.answer):
             calls.append(given)
