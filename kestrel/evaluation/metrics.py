@@ -252,23 +252,17 @@ def bleu_details(columns: Mapping[str, Array], name: str) -> dict[str, Any]:
 
 
 def bleu_scores(sums: Sums, name: str) -> Array:
-    """Corpus BLEU, 0 to 100, from summed statistics; sacreBLEU's formula with its default `exp` smoothing.
+    """Corpus BLEU, 0 to 100, of summed statistics, by sacreBLEU with its default `exp` smoothing.
 
     Args:
         sums: columns of shape (B,): B corpora.
         name: bleu or bleu_lc.
     """
-    correct = np.stack([sums[f"{name}.correct{n}"] for n in range(1, _ORDER + 1)])
-    total = np.stack([sums[f"{name}.total{n}"] for n in range(1, _ORDER + 1)])
-    sys_len, ref_len = sums[f"{name}.sys_len"], sums[f"{name}.ref_len"]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        penalty = np.where(sys_len < ref_len, np.exp(1 - ref_len / sys_len), 1.0)
-        # The k-th n-gram order without a match counts as 1 / 2^k matches.
-        halvings = np.cumsum(correct == 0, axis=0)
-        precisions = np.where(correct > 0, correct, 0.5**halvings) / total
-        scores = 100 * penalty * np.exp(np.log(precisions).mean(axis=0))
-    defined = (correct.sum(axis=0) > 0) & (total > 0).all(axis=0)
-    return np.where(defined, scores, 0.0)
+    rows = np.stack([sums[part] for part in _bleu_parts(name)], axis=1).astype(int).tolist()
+    compute = _bleu(False).compute_bleu
+    return np.array(
+        [compute(n[:_ORDER], n[_ORDER:], sys_len, ref_len, smooth_method="exp").score for sys_len, ref_len, *n in rows]
+    )
 
 
 def scores(sums: Sums) -> dict[str, Array]:
