@@ -1,12 +1,12 @@
-"""Scores generations: BLEU, ROUGE-L, F1, perplexity and more, with intervals, beside what takes no model.
+"""Scores generations: BLEU, ROUGE-L, F1, perplexity and more, with intervals, beside systems that need no model.
 
     python evaluate.py --config configs/quickstart.yaml
     python evaluate.py --config configs/quickstart.yaml --evaluation.generations mine.jsonl theirs.jsonl
 
-Reads generations/SPLIT.SYSTEM.jsonl of the run, or the files named: one JSON object a line with `reference` and
-`response`, and whatever else is there of dialogue_id, turn, persona, history, stopped_by, response_tokens,
-reference_nll, reference_tokens, candidate_nll. SYSTEM-seedN and SYSTEM-orderK are further seeds of SYSTEM and further
-orders of the persona, whose spread is told. Needs no model and no GPU. Writes evaluation/ in the run folder:
+Reads generations/SPLIT.SYSTEM.jsonl of the run, or the files named: one JSON object per line with `reference` and
+`response`, and optionally dialogue_id, turn, persona, history, stopped_by, response_tokens, reference_nll,
+reference_tokens, candidate_nll. SYSTEM-seedN and SYSTEM-orderK are further seeds of SYSTEM and further orders of the
+persona; the spread of their scores is shown. Needs no model and no GPU. Writes evaluation/ in the run folder:
 metrics.json, report.html, report.md, plots, and every system's responses as text for other tools.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.adapter.source import find_local_adapter
-    from kestrel.evaluation.alignment import line_up
+    from kestrel.evaluation.alignment import align
     from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.provenance import check_provenance
@@ -44,11 +44,11 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         adapter = find_local_adapter(settings.model.adapter) if settings.model.adapter else run_dir / "adapter"
         if adapter is None:
             print(
-                f"note: {settings.model.adapter} is not on this machine: whether it made these is unknown",
+                f"note: {settings.model.adapter} is not on this machine, so whether it made these is not checked",
                 file=sys.stderr,
             )
         check_provenance(run_dir, adapter, paths, f"python generate.py {arguments.again}")
-    files, notes = line_up([read_generations(path) for path in paths])
+    files, notes = align([read_generations(path) for path in paths])
 
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
@@ -57,9 +57,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         notes.append(f"The constant systems are searched in the run's {source} split.")
     elif len(dialogue_ids) > 1:
         notes.append(f"The constant systems are searched by halves of the scored dialogues, because {source}.")
-    evaluation = evaluate_files(
-        files, notes, options.normalization, options.stemmer, options.resamples, settings.seed, search
-    )
+    evaluation = evaluate_files(files, notes, options, settings.seed, search)
     evaluation.add_extra(extra_scores(extra_metrics, evaluation.texts()))
 
     folder = run_dir / "evaluation"
@@ -69,7 +67,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         write_responses(unfinished / "responses", evaluation)
         write_report(unfinished, evaluation, run_dir / "logs" / "training.jsonl", options.samples, settings.seed)
     print(summary(evaluation.metrics))
-    print(f"\n{folder}/report.html shows it all; {folder}/metrics.json has the numbers")
+    print(f"\n{folder}/report.html shows everything; {folder}/metrics.json has the numbers")
 
 
 def generation_files(settings: Settings) -> list[Path]:
@@ -82,7 +80,7 @@ def generation_files(settings: Settings) -> list[Path]:
     files = sorted(folder.glob(f"{settings.generation.split}.*.jsonl"))
     if not files:
         raise KestrelError(
-            f"{folder} holds no generations of split {settings.generation.split}; run generate.py first, or name files "
+            f"{folder} has no generations of split {settings.generation.split}; run generate.py first, or name files "
             "with --evaluation.generations"
         )
     return files

@@ -1,4 +1,4 @@
-"""Lines several generation files up, so that one table compares the same replies."""
+"""Aligns several generation files, so that one table compares the same replies."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kestrel.evaluation.generations import Generations
 from kestrel.evaluation.trivial_systems import TRIVIAL
 
 
-def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
+def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
     """Brings several files to the same replies in the same order, that of the first file.
 
-    Files with the persona as given stand before those with its sentences in another order.
+    Files with the persona as given come before those with its sentences in another order.
 
     Returns:
-        The files, each with the replies that all of them have, under names that tell them apart; and what the reader
-        of the scores must know: replies left out, files that are the same.
+        The files, each with the replies that all of them have, under unique names; and what the reader of the scores
+        must know: replies left out, files that are the same.
 
     Raises:
         KestrelError: the files are of different splits, their references differ, or they share no reply.
@@ -30,11 +30,10 @@ def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]
                 f"{path} is of split {split}, {named[0][0]} of split {named[0][1]}; score one split at a time"
             )
     notes: list[str] = []
-    files = sorted(files, key=lambda file: file.order)
-    files = _without_copies(files, notes)
-    _name_apart(files)
+    files = _without_copies(sorted(files, key=lambda file: file.order), notes)
+    _make_names_unique(files)
     if len({file.numbered for file in files}) > 1:
-        _borrow_keys(files)
+        _take_keys(files)
     tables = [{reply.key: reply for reply in file.replies} for file in files]
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     if not shared:
@@ -44,8 +43,9 @@ def line_up(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]
             first, other = tables[0][key], table[key]
             if first.reference != other.reference:
                 raise KestrelError(
-                    f"references differ: {files[0].path}:{first.line} has {first.reference!r}, {file.path}:{other.line} "
-                    f"has {other.reference!r}; scores against different references cannot stand in one table"
+                    f"references differ: {files[0].path}:{first.line} has {first.reference!r}, "
+                    f"{file.path}:{other.line} has {other.reference!r}; scores against different references cannot be "
+                    "compared"
                 )
         if len(table) > len(shared):
             notes.append(
@@ -68,10 +68,10 @@ def _without_copies(files: Sequence[Generations], notes: list[str]) -> list[Gene
     return kept
 
 
-def _name_apart(files: Sequence[Generations]) -> None:
+def _make_names_unique(files: Sequence[Generations]) -> None:
     """Files of one system from several run folders become SYSTEM@RUN."""
     several = {name for name, count in Counter(file.system for file in files).items() if count > 1}
-    taken = {*TRIVIAL, "gold"}  # the rows that are ours
+    taken = {*TRIVIAL, "gold"}  # rows that the table adds
     for file in files:
         if file.system in several:
             folder = file.path.resolve().parent
@@ -83,16 +83,17 @@ def _name_apart(files: Sequence[Generations]) -> None:
         taken.add(file.system)
 
 
-def _borrow_keys(files: Sequence[Generations]) -> None:
-    """A file that names no dialogues takes the names of one that does, where their references agree line by line."""
-    lender = next(file for file in files if not file.numbered)
-    for file in files:
-        if not file.numbered:
-            continue
-        if len(file.replies) != len(lender.replies):
+def _take_keys(files: Sequence[Generations]) -> None:
+    """Files without dialogue_id take dialogues and turns, line by line, from the first file that has them."""
+    source = next(file for file in files if not file.numbered)
+    for file in [file for file in files if file.numbered]:
+        if len(file.replies) != len(source.replies):
             raise KestrelError(
-                f"{file.path} has {len(file.replies):,} rows and no dialogue_id, {lender.path} has "
-                f"{len(lender.replies):,}; without ids both need the same replies in the same order"
+                f"{file.path} has {len(file.replies):,} rows and no dialogue_id, {source.path} has "
+                f"{len(source.replies):,}; without ids both need the same replies in the same order"
             )
-        for index, (reply, named) in enumerate(zip(file.replies, lender.replies, strict=True)):
-            file.replies[index] = replace(reply, dialogue_id=named.dialogue_id, turn=named.turn)
+        file.replies = [
+            replace(reply, dialogue_id=named.dialogue_id, turn=named.turn)
+            for reply, named in zip(file.replies, source.replies, strict=True)
+        ]
+        file.numbered = False

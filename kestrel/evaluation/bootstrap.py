@@ -1,7 +1,7 @@
 """How sure the scores are: a bootstrap over whole dialogues, and a paired test of two systems on the same replies.
 
-Replies of one dialogue share persona, topic and partner, so they are not independent; dialogues are what is resampled
-(cluster bootstrap; Koehn 2004 for BLEU and for the paired comparison, Field and Welsh 2007 for clusters).
+Replies of one dialogue share persona, topic and partner, so they are not independent. Dialogues are therefore what is
+resampled (cluster bootstrap; Koehn 2004 for BLEU and for the paired comparison, Field and Welsh 2007 for clusters).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kestrel.evaluation.metrics import Array, scores
+from kestrel.evaluation.metric_table import BY_NAME
+from kestrel.evaluation.metrics import Array
 
 Key = TypeVar("Key")
 PAIRED_TEST = "paired cluster bootstrap over dialogues, shifted to no difference, two-sided"
@@ -19,43 +20,45 @@ _CHUNK = 64  # resamples drawn at once: the counts of one chunk are _CHUNK x dia
 
 
 def resampled_sums(
-    columns: Mapping[Key, Array], dialogues: Sequence[str], resamples: int, seed: int
+    statistics: Mapping[Key, Array], dialogues: Sequence[str], resamples: int, seed: int
 ) -> dict[Key, Array]:
-    """Sums of each column over dialogues drawn with replacement.
+    """Sums of statistics over dialogues drawn with replacement.
 
     Args:
-        columns: arrays of shape (N,), one value a reply. All columns are resampled alike, so that differences between
-            systems are paired.
+        statistics: arrays of shape (N, K), a row per reply; K may differ. All are resampled alike, so that differences
+            between systems are paired.
         dialogues: the N replies' dialogues; D different ones.
         resamples: B.
 
     Returns:
-        Arrays of shape (B,).
+        Arrays of shape (B, K).
     """
     names, members = np.unique(np.asarray(dialogues, dtype=object).astype(str), return_inverse=True)
     count = len(names)
-    clusters = np.zeros((count, len(columns)))
-    np.add.at(clusters, members, np.stack(list(columns.values()), axis=1))
+    joined = np.concatenate(list(statistics.values()), axis=1)
+    clusters = np.zeros((count, joined.shape[1]))
+    np.add.at(clusters, members, joined)
     generator = np.random.default_rng(seed)
-    sums = np.empty((resamples, len(columns)))
+    sums = np.empty((resamples, joined.shape[1]))
     for start in range(0, resamples, _CHUNK):
         rows = min(_CHUNK, resamples - start)
         picks = generator.multinomial(count, np.full(count, 1 / count), size=rows)
         sums[start : start + rows] = picks.astype(np.float64) @ clusters
-    return {name: sums[:, j] for j, name in enumerate(columns)}
+    ends = np.cumsum([array.shape[1] for array in statistics.values()])[:-1]
+    return dict(zip(statistics, np.split(sums, ends, axis=1), strict=True))
 
 
 class Bootstrap:
     """The scores of several systems on the same replies, and on B resamples of their dialogues.
 
     Args:
-        systems: columns of `reply_statistics` by system, each of shape (N,).
+        systems: statistics of N replies by system and metric, each of shape (N, K).
         dialogues: the N replies' dialogues.
         resamples: B.
         seed: of the draws.
 
     Attributes:
-        point: score by system and name.
+        point: score by system and metric.
         draws: the same on the resamples, arrays of shape (B,).
     """
 
@@ -63,24 +66,22 @@ class Bootstrap:
         self, systems: Mapping[str, Mapping[str, Array]], dialogues: Sequence[str], resamples: int, seed: int
     ) -> None:
         self._dialogues, self._resamples, self._seed = dialogues, resamples, seed
-        self.enough = len(set(dialogues)) > 1
-        joined = {(system, name): column for system, columns in systems.items() for name, column in columns.items()}
-        drawn = self.sums(joined)
-        sums = {system: {name: drawn[system, name] for name in columns} for system, columns in systems.items()}
-        self.draws = {system: scores(columns) for system, columns in sums.items()}
-        self.point = {system: point_scores(columns) for system, columns in systems.items()}
+        self._several = len(set(dialogues)) > 1
+        sums = self.sums(
+            {(system, name): array for system, statistics in systems.items() for name, array in statistics.items()}
+        )
+        self.draws: dict[str, dict[str, Array]] = {system: {} for system in systems}
+        for (system, name), resampled in sums.items():
+            self.draws[system][name] = BY_NAME[name].score(resampled)
+        self.point = {system: point_scores(statistics) for system, statistics in systems.items()}
 
-    def sums(self, columns: Mapping[Key, Array]) -> dict[Key, Array]:
-        """Resampled sums of further columns, from the same draws."""
-        return resampled_sums(columns, self._dialogues, self._resamples, self._seed)
+    def sums(self, statistics: Mapping[Key, Array]) -> dict[Key, Array]:
+        """Resampled sums of any statistics, from the same draws."""
+        return resampled_sums(statistics, self._dialogues, self._resamples, self._seed)
 
-    def interval(self, system: str, metric: str) -> list[float] | None:
-        """95% percentile interval, or None where a single dialogue gives none."""
-        return self.interval_of(self.draws[system][metric])
-
-    def interval_of(self, draws: Array) -> list[float] | None:
-        """The same of any statistic's draws, shape (B,)."""
-        if not self.enough or not np.isfinite(draws).all():
+    def interval(self, draws: Array) -> list[float] | None:
+        """95% percentile interval of B draws; None where one dialogue, or a draw that is not finite, gives none."""
+        if not self._several or not np.isfinite(draws).all():
             return None
         low, high = np.percentile(draws, [2.5, 97.5])
         return [float(low), float(high)]
@@ -93,18 +94,23 @@ class Bootstrap:
         """
         difference = self.point[system][metric] - self.point[against][metric]
         draws = self.draws[system][metric] - self.draws[against][metric]
+        interval = self.interval(draws)
         beyond = int((np.abs(draws - difference) >= abs(difference)).sum())
         return {
             "system": system,
             "against": against,
             "metric": metric,
             "difference": difference,
-            "ci95": self.interval_of(draws),
-            "p_value": (beyond + 1) / (len(draws) + 1) if self.enough and np.isfinite(draws).all() else None,
+            "ci95": interval,
+            "p_value": None if interval is None else (beyond + 1) / (len(draws) + 1),
         }
 
 
-def point_scores(columns: Mapping[str, Array]) -> dict[str, float]:
-    """Every score of one system on all replies, from columns of `reply_statistics`."""
-    totals = {name: column.sum(keepdims=True) for name, column in columns.items()}
-    return {name: float(value[0]) for name, value in scores(totals).items()}
+def point_scores(statistics: Mapping[str, Array]) -> dict[str, float]:
+    """Every score of one system on all replies, from the statistics of each."""
+    return {name: float(BY_NAME[name].score(total(array)[None])[0]) for name, array in statistics.items()}
+
+
+def total(statistics: Array) -> Array:
+    """Sums of shape (K,), each over a column of its own: numpy adds those in pairs, so that little is lost."""
+    return np.array([np.ascontiguousarray(column).sum() for column in statistics.T])

@@ -1,4 +1,4 @@
-"""Where a system is good: scores by the number of the reply in its dialogue and by the length of the reference."""
+"""Where a system is good: one score by the number of the reply in its dialogue and by the length of the reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metric_table import DETAILED
 from kestrel.evaluation.metrics import Array, tokens_13a
 
 _LENGTH_BINS = ((1, 5), (6, 8), (9, 11), (12, 14), (15, 19), (20, None))
@@ -21,10 +22,10 @@ def by_reply(contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: B
 
     Args:
         contexts: N replies.
-        shown: ROUGE-L of each reply on 0-1, shape (N,), by system.
+        shown: statistics of the metric `DETAILED`, shape (N, 2), by system.
 
     Returns:
-        For each bin its name, its number of replies, and each system's score (0-100) with its interval.
+        For each bin its name, its number of replies, and each system's score with its interval.
     """
     numbers = np.array([min(reply.turn // 2 + 1, _LAST_REPLY) for reply in contexts])
     bins = {f"{n}" if n < _LAST_REPLY else f"{n}+": numbers == n for n in sorted(set(numbers.tolist()))}
@@ -46,14 +47,14 @@ def _binned(
 ) -> list[dict[str, Any]]:
     table = []
     for label, mask in bins.items():
-        sums = bootstrap.sums({"": mask.astype(np.float64)} | {name: score * mask for name, score in shown.items()})
-        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss a small bin: then no interval
-            systems = {
-                name: {
-                    "score": float(100 * score[mask].mean()),
-                    "ci95": bootstrap.interval_of(100 * sums[name] / sums[""]),
-                }
-                for name, score in shown.items()
+        sums = bootstrap.sums({name: statistics * mask[:, None] for name, statistics in shown.items()})
+        systems = {
+            name: {
+                "score": float(100 * statistics[mask, 0].mean()),
+                # A resample may miss a small bin: then there is no interval.
+                "ci95": bootstrap.interval(DETAILED.score(sums[name])),
             }
+            for name, statistics in shown.items()
+        }
         table.append({"bin": label, "replies": int(mask.sum()), "systems": systems})
     return table

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from kestrel.evaluation.bootstrap import Bootstrap
+from kestrel.evaluation.metric_table import BY_NAME, HEADLINES, METRICS, Metric
 
-NAMES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "f1": "F1"}
 SIGNIFICANT = 0.05
 
 
-def best_trivial(bootstrap: Bootstrap, kinds: Mapping[str, str], metric: str) -> str | None:
-    """The trivial system with the highest score; None without one.
+def best_trivial(bootstrap: Bootstrap, kinds: Mapping[str, str], metric: Metric) -> str | None:
+    """The trivial system with the best score; None without one.
 
     Chosen on the scored replies themselves, which favours the trivial side of a comparison.
     """
     names = [name for name, kind in kinds.items() if kind == "trivial"]
-    return max(names, key=lambda name: bootstrap.point[name][metric], default=None)
+    return max(names, key=lambda name: metric.advantage(bootstrap.point[name][metric.name], 0), default=None)
 
 
 def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -29,41 +29,40 @@ def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mappin
 
     Args:
         kinds: system, base, trivial or gold, by name.
-        folders: where each file stands, so that a system meets the base of its own run first.
+        folders: of each file, so that a system meets the base of its own run first.
     """
     files = sorted((name for name in kinds if kinds[name] in ("system", "base")), key=lambda n: kinds[n] == "base")
-    results = []
+    tests = []
     for i, system in enumerate(files):
         for against in sorted(files[i + 1 :], key=lambda n: (kinds[n] != "base", folders[n] != folders[system])):
-            metrics = [*NAMES] + [
-                metric
-                for metric in ("perplexity.bits_per_byte", "hits_at_1")
-                if metric in bootstrap.point[system] and metric in bootstrap.point[against]
+            shared = [
+                metric.name
+                for metric in METRICS
+                if metric.tested and all(metric.name in bootstrap.point[name] for name in (system, against))
             ]
-            results += [bootstrap.paired(system, against, metric) for metric in metrics]
-        for metric in NAMES:
+            tests += [bootstrap.paired(system, against, name) for name in shared]
+        for metric in HEADLINES:
             rival = best_trivial(bootstrap, kinds, metric)
             if rival is not None:
-                results.append(bootstrap.paired(system, rival, metric))
-    return results
+                tests.append(bootstrap.paired(system, rival, metric.name))
+    return tests
 
 
 def verdicts(kinds: Mapping[str, str], paired: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the paired tests say of each system that is not the base, in words."""
     sentences = []
+    judged = [test for test in paired if BY_NAME[test["metric"]].headline]
     for system in (name for name, kind in kinds.items() if kind == "system"):
-        for kind, what in (("base", "base"), ("trivial", "the best trivial system")):
-            tests = [
-                t for t in paired if t["system"] == system and kinds[t["against"]] == kind and t["metric"] in NAMES
-            ]
-            if kind == "base":  # the base of the same run stands first
-                tests = [t for t in tests if t["against"] == tests[0]["against"]]
-            won = [t for t in tests if _is_significant(t) and t["difference"] > 0]
-            lost = [t for t in tests if t not in won]
+        for kind, rival in (("base", "base"), ("trivial", "the best trivial system")):
+            tests = [test for test in judged if test["system"] == system and kinds[test["against"]] == kind]
+            if kind == "base":  # the base of the same run comes first
+                tests = [test for test in tests if test["against"] == tests[0]["against"]]
+            won = [test for test in tests if _is_significant(test) and _advantage(test) > 0]
+            lost = [test for test in tests if test not in won]
             if won:
-                sentences.append(f"{system} beats {what} in {_told(won)}.")
+                sentences.append(f"{system} beats {rival} in {_describe(won)}.")
             if lost:
-                sentences.append(f"{system} does NOT beat {what} in {_told(lost)}.")
+                sentences.append(f"{system} does NOT beat {rival} in {_describe(lost)}.")
     return sentences
 
 
@@ -71,18 +70,22 @@ def _is_significant(test: Mapping[str, Any]) -> bool:
     return test["p_value"] is not None and test["p_value"] < SIGNIFICANT
 
 
-def _told(tests: Sequence[Mapping[str, Any]]) -> str:
+def _advantage(test: Mapping[str, Any]) -> float:
+    return BY_NAME[test["metric"]].advantage(test["difference"], 0)
+
+
+def _describe(tests: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for test in tests:
         against = "" if test["against"] == "base" else f" against {test['against']}"
         if test["p_value"] is None:
-            sure = "no test without a second dialogue"
+            certainty = "no test without a second dialogue"
         elif not _is_significant(test):
-            sure = f"p = {test['p_value']:.3f}: not significant"
+            certainty = f"p = {test['p_value']:.3f}: not significant"
         else:
-            sure = f"p = {test['p_value']:.3f}" + (": significantly worse" if test["difference"] < 0 else "")
+            certainty = f"p = {test['p_value']:.3f}" + (": significantly worse" if _advantage(test) < 0 else "")
         difference = f"{test['difference']:+.2f}".replace("-", "−")
-        parts.append(f"{NAMES[test['metric']]} ({difference}{against}, {sure})")
+        parts.append(f"{BY_NAME[test['metric']].label} ({difference}{against}, {certainty})")
     return ", ".join(parts)
 
 

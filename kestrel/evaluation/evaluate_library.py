@@ -1,4 +1,4 @@
-"""Metrics of the `evaluate` library by name. Its name is also that of our script; this room keeps them apart."""
+"""Metrics of the `evaluate` library by name. Our script has the same name; this module keeps them apart."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 def evaluate_library() -> ModuleType:
     """The `evaluate` library, whatever folder Python was started in.
 
-    From the repository's root, `import evaluate` is our evaluate.py. The library is searched on `sys.path` without that
-    folder and put into `sys.modules`, so that its own `import evaluate` finds itself too.
+    From the repository's root, `import evaluate` is our evaluate.py. So this searches `sys.path` without that folder and
+    puts the library into `sys.modules`, so that its own `import evaluate` finds itself too.
 
     Raises:
         KestrelError: it is not installed.
@@ -60,7 +60,7 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in names:
         print(
-            f"warning: evaluation.extra_metrics: {name} is Python code, of the Hub or of that folder, and runs as you",
+            f"warning: evaluation.extra_metrics: {name} is Python code from the Hub or a folder, and runs as you",
             file=sys.stderr,
         )
         library = evaluate_library()
@@ -69,8 +69,8 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             kind = "that folder" if Path(name).exists() else "no such local folder, and the Hub"
             raise KestrelError(
-                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {_first_line(error)}). Metrics on the Hub need "
-                "a network and the packages they import; a local folder NAME/ needs NAME.py in it"
+                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {_first_line(error)}). Metrics on the Hub "
+                "need a network and the packages they import; a local folder NAME/ needs NAME.py in it"
             ) from error
     return metrics
 
@@ -104,7 +104,7 @@ def extra_scores(
                 ) from error
             numbers = _numbers(result or {}, len(pairs))
             if not numbers:
-                raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that could stand in a table")
+                raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that a table could show")
             scores[system][name] = numbers
     return scores
 

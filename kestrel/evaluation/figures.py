@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kestrel.evaluation.comparisons import NAMES
+from kestrel.evaluation.metric_table import DETAILED, HEADLINES
 from kestrel.evaluation.metrics import tokens_13a
 from kestrel.evaluation.scoring import Evaluation
-from kestrel.runtime.training_log import read_log
+from kestrel.runtime.training_log import draw_loss, loss_curves
 
 # The light theme's colours; the SVG refers to them as CSS variables of these names, which the dark theme redefines.
 COLOURS = {
@@ -43,7 +43,7 @@ class Figure:
 
 
 def colour_names(evaluation: Evaluation) -> dict[str, str]:
-    """A name in `COLOURS` for every system of the table."""
+    """A name in `COLOURS` for each system of the table."""
     others = [f"other{i}" for i in (1, 2, 3, 4)]
     names = {name: "trivial" for name in evaluation.systems} | {"gold": "ink"}
     tuned = evaluation.of_kind("system")
@@ -87,7 +87,7 @@ def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
             ("by_length", "by_length", "words in the reference", "the length of the reference"),
         ):
             if metrics[key]:
-                caption = f"ROUGE-L with 95% intervals by {what}, for {shown}."
+                caption = f"{DETAILED.label} with 95% intervals by {what}, for {shown}."
                 drawn.append(_lines(name, caption, label, metrics[key], colour_names(evaluation)))
         drawn.append(_lengths(evaluation))
         loss = _loss(log)
@@ -107,7 +107,7 @@ def _render(name: str, caption: str, height: float, draw: Callable[[Any], None])
 
 
 def _themed(svg: str, name: str) -> str:
-    """An SVG that can stand inside a page: no prologue, ids of its own, colours and font of the page."""
+    """An SVG for the inside of a page: no prologue, ids of its own, colours and font of the page."""
     svg = svg[svg.index("<svg") :]
     # Its style sheet would hold for the page; report.css has the same for figures.
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
@@ -125,22 +125,23 @@ def _scores(evaluation: Evaluation) -> Figure:
     colours = colour_names(evaluation)
 
     def draw(canvas: Any) -> None:
-        for axes, (metric, label) in zip(canvas.subplots(len(NAMES), 1), NAMES.items(), strict=True):
+        for axes, metric in zip(canvas.subplots(len(HEADLINES), 1), HEADLINES, strict=True):
             for row, name in enumerate(reversed(names)):
-                entry, colour = evaluation.metrics["systems"][name][metric], COLOURS[colours[name]]
-                axes.plot(entry["ci95"] or [entry["score"]] * 2, [row, row], color=colour, linewidth=2.2, alpha=0.75)
-                axes.plot(entry["score"], row, "o", color=colour, markersize=5)
+                score, interval = metric.read(evaluation.metrics["systems"][name])
+                colour = COLOURS[colours[name]]
+                axes.plot(interval or (score, score), [row, row], color=colour, linewidth=2.2, alpha=0.75)
+                axes.plot(score, row, "o", color=colour, markersize=5)
             axes.set_yticks(range(len(names)), [_short(name) for name in reversed(names)])
             axes.set_ylim(-0.6, len(names) - 0.4)
             axes.set_xlim(left=0)
-            axes.set_title(label)
+            axes.set_title(metric.label)
             axes.tick_params(length=0)
             axes.grid(axis="x", linewidth=0.8)
             axes.spines["left"].set_visible(False)
             axes.set_axisbelow(True)
 
     caption = "Scores with 95% intervals (bootstrap over dialogues). The references themselves score 100."
-    return _render("scores", caption, len(NAMES) * (0.55 + 0.23 * len(names)), draw)
+    return _render("scores", caption, len(HEADLINES) * (0.55 + 0.23 * len(names)), draw)
 
 
 def _lines(
@@ -160,7 +161,8 @@ def _lines(
             axes.plot(places, [e["score"] for e in entries], marker, color=colour, markersize=4.5, label=_short(system))
         axes.set_xticks(range(len(bins)), [row["bin"] for row in bins])
         axes.set_ylim(bottom=0)
-        _finish(axes, label, "ROUGE-L")
+        axes.set(xlabel=label, ylabel=DETAILED.label)
+        _style(axes)
 
     return _render(name, caption, 3.0, draw)
 
@@ -170,7 +172,7 @@ def _lengths(evaluation: Evaluation) -> Figure:
     colours = colour_names(evaluation)
     counts = {name: Counter(len(tokens_13a(reply.response)) for reply in evaluation.systems[name]) for name in shown}
     replies = evaluation.metrics["n_replies"]
-    # The longest hundredth of the references ends the axis; longer replies stand in the last bin.
+    # The axis ends just behind 99% of the references; the last bin holds all longer replies.
     last = max(10, sorted(counts["gold"].elements())[int(0.99 * (replies - 1))] + 5)
 
     def draw(canvas: Any) -> None:
@@ -182,33 +184,26 @@ def _lengths(evaluation: Evaluation) -> Figure:
             label = "references" if name == "gold" else _short(name)
             axes.step(range(last + 1), heights, style, where="mid", color=COLOURS[colours[name]], label=label)
         axes.set_ylim(bottom=0)
-        _finish(axes, f"words of a reply ({last}: {last} and more)", "% of replies")
+        axes.set(xlabel=f"words of a reply ({last}: {last} and more)", ylabel="% of replies")
+        _style(axes)
 
     return _render("lengths", "How long responses and references are, in words.", 2.8, draw)
 
 
 def _loss(log: Path) -> Figure | None:
-    rows = read_log(log)
-    curves = {
-        label: [(row["step"], row[key]) for row in rows if key in row]
-        for key, label in (("loss", "training"), ("eval_loss", "validation"))
-    }
-    if not any(curves.values()):
+    curves = loss_curves(log)
+    if not curves:
         return None
 
     def draw(canvas: Any) -> None:
         axes = canvas.subplots()
-        for (label, points), style, colour in zip(curves.items(), ("-", "o-"), ("adapter", "base"), strict=True):
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=COLOURS[colour], markersize=4.5, label=label)
-        _finish(axes, "optimizer step", "nats per reply token")
+        draw_loss(axes, curves, COLOURS["adapter"], COLOURS["base"])
+        _style(axes)
 
     return _render("loss", "Loss on the replies while training.", 2.8, draw)
 
 
-def _finish(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+def _style(axes: Any) -> None:
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)

@@ -1,8 +1,8 @@
-"""What each score is: per-reply statistics that add up, and the scores of their sums.
+"""The arithmetic of each score: per-reply statistics that add up, and the score of their sums.
 
-Every score here is a function of sums over replies. So one matrix product gives all resamples of a bootstrap, and the
+Every bootstrapped score is a function of sums over replies. One matrix product therefore gives all resamples, and the
 reported score is the same function on the plain sums. The definitions are those of the reference implementations:
-sacreBLEU for BLEU, rouge_score for ROUGE-L, ParlAI for F1.
+sacreBLEU for BLEU, rouge_score for ROUGE-L, ParlAI for F1. `metric_table` says which scores exist and where they show.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -24,21 +25,49 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
 Array = NDArray[np.float64]
-Sums = Mapping[str, Array]
+Rows = Sequence[Sequence[float]]  # statistics of N replies, K numbers each
 
-NORMALIZATIONS = ("raw", "lower", "parlai")
-SCORED_ON_100 = ("bleu", "bleu_lc", "rouge_l", "rouge_l_other", "f1")
 _ORDER = 4  # BLEU's longest n-gram
 
 # ParlAI, parlai/core/metrics.py: each of the 32 ASCII punctuation marks becomes a space, then each article.
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# Who is speaking, as prompts and corpora write it: such a tag inside a reply means that the model went on for others.
+# Speaker tags as prompts and corpora write them. One inside a reply means that the model went on to speak for others.
 _SPEAKER_TAG = re.compile(
     r"(?:^|\s|\*\*|[<\[])(?:partner|self|user|bot|assistant|human|system|(?:your|partner's) persona"
     r"|(?:user|persona|speaker|person) ?[ab12])(?:\*\*)?\s*[>\]]?:|<\|[a-z_]+\|>|>>[A-Z]+<<",
     re.IGNORECASE,
 )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's answers to N contexts, as every metric sees them.
+
+    Attributes:
+        replies: N rows of the system's file.
+        responses, references: their texts under `evaluation.normalization`, which BLEU and ROUGE-L compare.
+        stemmer: whether the headline ROUGE-L stems.
+    """
+
+    replies: Sequence[Reply]
+    responses: Sequence[str]
+    references: Sequence[str]
+    stemmer: bool
+
+
+def answers_of(replies: Sequence[Reply], normalization: str, stemmer: bool) -> Answers:
+    normalize = normalizer(normalization)
+    responses, references = ([normalize(text) for text in texts] for texts in (
+        (reply.response for reply in replies), (reply.reference for reply in replies)
+    ))  # fmt: skip
+    return Answers(replies, responses, references, stemmer)
+
+
+def normalizer(name: str) -> Callable[[str], str]:
+    """The function behind `evaluation.normalization`: raw, lower or parlai."""
+    functions: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
+    return functions[name]
 
 
 @lru_cache(maxsize=1 << 18)
@@ -47,23 +76,78 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
 
 
-def normalizer(name: str) -> Callable[[str], str]:
-    """The text normalization applied alike to references and responses before BLEU and ROUGE-L."""
-    functions: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
-    return functions[name]
+# Scores of sums: from shape (B, K), the summed statistics of B corpora, to shape (B,).
 
 
-def f1_score(response: str, reference: str) -> float:
-    """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of normalized words."""
-    guess, gold = normalize_answer(response).split(), normalize_answer(reference).split()
-    same = sum((Counter(guess) & Counter(gold)).values())
-    if same == 0:
-        return 0.0
-    precision, recall = same / len(guess), same / len(gold)
-    return 2 * precision * recall / (precision + recall)
+def ratio(sums: Array) -> Array:
+    """The first sum over the second; not a number where the second is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sums[:, 0] / sums[:, 1]
 
 
-@lru_cache(maxsize=4)
+def points(sums: Array) -> Array:
+    """The ratio on 0-100."""
+    return ratio(sums * (100.0, 1.0))
+
+
+def perplexity(sums: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
+
+
+def bits(sums: Array) -> Array:
+    """Nats over bytes to bits per byte."""
+    return ratio(sums) / math.log(2)
+
+
+def bleu(sums: Array) -> Array:
+    """Corpus BLEU, 0-100, by sacreBLEU, from sums of `bleu_statistics`."""
+    return np.array([_compute_bleu(row).score for row in sums])
+
+
+def _compute_bleu(sums: Array) -> Any:
+    """sacreBLEU's score object. Lower-casing and tokenizing happen before counting, so any BLEU object will do."""
+    sys_len, ref_len, *counts = (int(value) for value in sums)
+    return _bleu(False).compute_bleu(counts[:_ORDER], counts[_ORDER:], sys_len, ref_len, smooth_method="exp")
+
+
+# Statistics of replies, and what else metrics.json says of a score.
+
+
+def mean_of(value: Callable[[Reply], float]) -> Callable[[Answers], Rows]:
+    """Statistics of a score that is the mean of one number per reply."""
+    return lambda answers: [(value(reply), 1) for reply in answers.replies]
+
+
+def bleu_statistics(answers: Answers) -> Rows:
+    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4."""
+    return [_bleu_counts(*pair) for pair in zip(answers.responses, answers.references, strict=True)]
+
+
+def bleu_lc_statistics(answers: Answers) -> Rows:
+    pairs = zip(answers.responses, answers.references, strict=True)
+    return [_bleu_counts(response.lower(), reference.lower()) for response, reference in pairs]
+
+
+def bleu_details(_: Answers, sums: Array) -> dict[str, Any]:
+    """What corpus BLEU is made of. `sums` has shape (10,)."""
+    score = _compute_bleu(sums)
+    return {
+        "precisions": score.precisions,
+        "brevity_penalty": score.bp,
+        "sys_len": score.sys_len,
+        "ref_len": score.ref_len,
+    }
+
+
+def bleu_signature(lowercase: bool) -> str:
+    """sacreBLEU's own signature."""
+    metric = _bleu(lowercase)
+    metric.corpus_score(["a"], [["a"]])  # the signature counts the references it has seen
+    return str(metric.get_signature())
+
+
+@lru_cache(maxsize=2)
 def _bleu(lowercase: bool) -> BLEU:
     from sacrebleu.metrics.bleu import BLEU
 
@@ -90,8 +174,8 @@ def tokens_13a(text: str) -> list[str]:
     return _bleu_words(text.lower()).split()
 
 
-def _bleu_counts(response: str, reference: str) -> list[int]:
-    """sacreBLEU's statistics of one reply: both lengths, clipped matches and totals of n-grams of order 1 to 4."""
+@lru_cache(maxsize=1 << 16)  # most corpora are lower-cased already, and then both BLEUs count the same
+def _bleu_counts(response: str, reference: str) -> tuple[int, ...]:
     known, ref_len = _reference_ngrams(_bleu_words(reference))
     ngrams, sys_len = _ngrams(_bleu_words(response))
     correct, total = [0] * _ORDER, [0] * _ORDER
@@ -100,14 +184,24 @@ def _bleu_counts(response: str, reference: str) -> list[int]:
         total[order] += count
         if ngram in known:
             correct[order] += min(count, known[ngram])
-    return [sys_len, ref_len, *correct, *total]
+    return sys_len, ref_len, *correct, *total
 
 
-def bleu_signature(lowercase: bool) -> str:
-    """sacreBLEU's own signature of the scores below."""
-    metric = _bleu(lowercase)
-    metric.corpus_score(["a"], [["a"]])  # the signature counts the references it has seen
-    return str(metric.get_signature())
+def length_statistics(answers: Answers) -> Rows:
+    """Words of response and reference, as BLEU counts them."""
+    return [row[:2] for row in bleu_statistics(answers)]
+
+
+def rouge_statistics(answers: Answers) -> Rows:
+    """ROUGE-L with the stemmer choice of the settings."""
+    pairs = zip(answers.responses, answers.references, strict=True)
+    return [(rouge_l(*pair, answers.stemmer), 1) for pair in pairs]
+
+
+def other_rouge_statistics(answers: Answers) -> Rows:
+    """ROUGE-L with the other stemmer choice."""
+    pairs = zip(answers.responses, answers.references, strict=True)
+    return [(rouge_l(*pair, not answers.stemmer), 1) for pair in pairs]
 
 
 def rouge_signature(stemmer: bool) -> str:
@@ -117,14 +211,10 @@ def rouge_signature(stemmer: bool) -> str:
     )
 
 
-@lru_cache(maxsize=1)
-def _stemmer() -> Any:
-    """Porter's, as rouge_score uses it, asked once a word: systems share most of their words."""
-    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-
-    porter = PorterStemmer()
-    porter.stem = lru_cache(maxsize=None)(porter.stem)
-    return porter
+def rouge_l(response: str, reference: str, stemmer: bool) -> float:
+    """rouge_score's rougeL F-measure of one reply, 0 to 1: its words and formula over a faster subsequence."""
+    guess, gold = _rouge_words(response, stemmer), _rouge_words(reference, stemmer)
+    return _f_measure(longest_common_subsequence(guess, gold), len(guess), len(gold))
 
 
 @lru_cache(maxsize=1 << 18)
@@ -132,6 +222,16 @@ def _rouge_words(text: str, stemmer: bool) -> list[str]:
     from rouge_score.tokenize import tokenize
 
     return list(tokenize(text, _stemmer() if stemmer else None))
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    """Porter's, as rouge_score uses it, called once per word: systems share most of their words."""
+    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+
+    porter = PorterStemmer()
+    porter.stem = lru_cache(maxsize=None)(porter.stem)
+    return porter
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -147,77 +247,31 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(first) - state.bit_count()
 
 
-def rouge_l(response: str, reference: str, stemmer: bool) -> float:
-    """rouge_score's rougeL F-measure of one reply, 0 to 1: its words and formula over a faster subsequence."""
-    guess, gold = _rouge_words(response, stemmer), _rouge_words(reference, stemmer)
-    common = longest_common_subsequence(guess, gold)
+def _f_measure(common: int, guess: int, gold: int) -> float:
     if common == 0:
         return 0.0
-    precision, recall = common / len(guess), common / len(gold)
+    precision, recall = common / guess, common / gold
     return 2 * precision * recall / (precision + recall)
 
 
-def reply_statistics(replies: Sequence[Reply], normalization: str, stemmer: bool) -> dict[str, Array]:
-    """Statistics of each reply that add up to every score.
-
-    Args:
-        replies: N of them, of one system.
-        normalization: one of `NORMALIZATIONS`.
-        stemmer: the headline ROUGE-L stems; the other one is `rouge_l_other`.
-
-    Returns:
-        Columns of shape (N,), float64. What the rows do not have (likelihoods, stop reasons) has no column.
-    """
-    normalize = normalizer(normalization)
-    references = [normalize(reply.reference) for reply in replies]
-    responses = [normalize(reply.response) for reply in replies]
-    columns: dict[str, Any] = {"replies": np.ones(len(replies))}
-    pairs = list(zip(responses, references, strict=True))
-    cased = [_bleu_counts(*pair) for pair in pairs]
-    lowered = [
-        counts if pair == (lower := (pair[0].lower(), pair[1].lower())) else _bleu_counts(*lower)
-        for counts, pair in zip(cased, pairs, strict=True)
-    ]
-    for name, rows in (("bleu", cased), ("bleu_lc", lowered)):
-        columns |= dict(zip(_bleu_parts(name), np.array(rows, dtype=np.float64).T, strict=True))
-    for name, stem in (("rouge_l", stemmer), ("rouge_l_other", not stemmer)):
-        columns[name] = [rouge_l(*pair, stem) for pair in pairs]
-    columns["f1"] = [f1_score(reply.response, reply.reference) for reply in replies]
-    columns["empty"] = [not reply.response.strip() for reply in replies]
-    columns["speaker_tag"] = [bool(_SPEAKER_TAG.search(reply.response)) for reply in replies]
-    if replies[0].persona is not None:
-        columns["copied_persona"] = [_is_copy(reply.response, reply.persona or ()) for reply in replies]
-    if replies[0].history is not None:
-        columns["copied_history"] = [
-            _is_copy(reply.response, [t.text for t in reply.history or ()]) for reply in replies
-        ]
-    if replies[0].stopped_by is not None:
-        columns["stopped_by_eos"] = [reply.stopped_by == "eos" for reply in replies]
-    if replies[0].response_tokens is not None:
-        columns["response_tokens"] = [reply.response_tokens for reply in replies]
-    if replies[0].reference_nll is not None:
-        columns["nll"] = [reply.reference_nll for reply in replies]
-        columns["nll_tokens"] = [reply.reference_tokens for reply in replies]
-        columns["nll_words"] = [len(reply.reference.split()) for reply in replies]
-        columns["nll_bytes"] = [len(reply.reference.encode()) for reply in replies]
-    ranked = [bool(reply.candidate_nll) and reply.reference_nll is not None for reply in replies]
-    if any(ranked):
-        columns["ranked"] = ranked
-        columns["hits"] = [is_hit(reply) for reply in replies]
-    return {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+def f1_of(reply: Reply) -> float:
+    return f1_score(reply.response, reply.reference)
 
 
-def _bleu_parts(name: str) -> list[str]:
-    orders = range(1, _ORDER + 1)
-    return [
-        f"{name}.sys_len", f"{name}.ref_len", *(f"{name}.correct{n}" for n in orders),
-        *(f"{name}.total{n}" for n in orders),
-    ]  # fmt: skip
+def f1_score(response: str, reference: str) -> float:
+    """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of normalized words."""
+    guess, gold = normalize_answer(response).split(), normalize_answer(reference).split()
+    return _f_measure((Counter(guess) & Counter(gold)).total(), len(guess), len(gold))
 
 
-def _is_copy(response: str, sources: Sequence[str]) -> bool:
-    words = normalize_answer(response)
-    return bool(words) and any(words == normalize_answer(source) for source in sources)
+def nll_per(unit: Callable[[Reply], int]) -> Callable[[Answers], Rows]:
+    """Statistics of the references' likelihood: nats, and how many tokens, words or bytes a reference has."""
+    return lambda answers: [(reply.reference_nll or 0.0, unit(reply)) for reply in answers.replies]
+
+
+def hit_statistics(answers: Answers) -> Rows:
+    """Whether the reference ranks first, and whether the reply has candidates at all."""
+    return [(is_hit(reply), bool(reply.candidate_nll)) for reply in answers.replies]
 
 
 def is_hit(reply: Reply) -> bool:
@@ -231,67 +285,31 @@ def is_hit(reply: Reply) -> bool:
     return all(own < nll / tokens for nll, tokens in reply.candidate_nll)
 
 
-def bleu_details(columns: Mapping[str, Array], name: str) -> dict[str, Any]:
-    """Corpus BLEU of all replies by sacreBLEU's own arithmetic, with what it is made of.
-
-    Args:
-        columns: of `reply_statistics`, shape (N,).
-        name: bleu or bleu_lc.
-    """
-    sys_len, ref_len, *counts = (int(columns[part].sum()) for part in _bleu_parts(name))
-    score = _bleu(name == "bleu_lc").compute_bleu(
-        counts[:_ORDER], counts[_ORDER:], sys_len, ref_len, smooth_method="exp"
-    )
-    return {
-        "score": score.score,
-        "precisions": score.precisions,
-        "brevity_penalty": score.bp,
-        "sys_len": sys_len,
-        "ref_len": ref_len,
-    }
+def hit_details(answers: Answers, sums: Array) -> dict[str, Any]:
+    """Candidates per reply (one number, or the fewest and the most), and the replies that have some."""
+    sizes = sorted({len(reply.candidate_nll) + 1 for reply in answers.replies if reply.candidate_nll})
+    return {"candidates": sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]], "replies": int(sums[1])}
 
 
-def bleu_scores(sums: Sums, name: str) -> Array:
-    """Corpus BLEU, 0 to 100, of summed statistics, by sacreBLEU with its default `exp` smoothing.
-
-    Args:
-        sums: columns of shape (B,): B corpora.
-        name: bleu or bleu_lc.
-    """
-    rows = np.stack([sums[part] for part in _bleu_parts(name)], axis=1).astype(int).tolist()
-    compute = _bleu(False).compute_bleu
-    return np.array(
-        [compute(n[:_ORDER], n[_ORDER:], sys_len, ref_len, smooth_method="exp").score for sys_len, ref_len, *n in rows]
-    )
+def is_empty(reply: Reply) -> bool:
+    return not reply.response.strip()
 
 
-def scores(sums: Sums) -> dict[str, Array]:
-    """Every score that the columns allow.
+def has_speaker_tag(reply: Reply) -> bool:
+    return _SPEAKER_TAG.search(reply.response) is not None
 
-    Args:
-        sums: columns of `reply_statistics` summed over replies, each of shape (B,).
 
-    Returns:
-        Arrays of shape (B,). BLEU, ROUGE-L and F1 on 0-100; shares on 0-1; perplexities as `perplexity.token` (each
-        token of the reference, its end included), `perplexity.word` (the same likelihood per whitespace-separated
-        word) and `perplexity.bits_per_byte` (per UTF-8 byte, the only one that compares across tokenizers).
-    """
-    n = sums["replies"]
-    result = {name: bleu_scores(sums, name) for name in ("bleu", "bleu_lc")}
-    result |= {name: 100 * sums[name] / n for name in ("rouge_l", "rouge_l_other", "f1")}
-    with np.errstate(over="ignore"):
-        if "nll" in sums:
-            result["perplexity.token"] = np.exp(sums["nll"] / sums["nll_tokens"])
-            result["perplexity.word"] = np.exp(sums["nll"] / sums["nll_words"])
-            result["perplexity.bits_per_byte"] = sums["nll"] / sums["nll_bytes"] / math.log(2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result["length_ratio"] = sums["bleu.sys_len"] / sums["bleu.ref_len"]
-        if "hits" in sums:
-            result["hits_at_1"] = sums["hits"] / sums["ranked"]
-    for name in ("stopped_by_eos", "empty", "speaker_tag", "copied_persona", "copied_history", "response_tokens"):
-        if name in sums:
-            result[name] = sums[name] / n
-    return result
+def copies_persona(reply: Reply) -> bool:
+    return _is_copy(reply.response, reply.persona or ())
+
+
+def copies_history(reply: Reply) -> bool:
+    return _is_copy(reply.response, [turn.text for turn in reply.history or ()])
+
+
+def _is_copy(response: str, sources: Sequence[str]) -> bool:
+    words = normalize_answer(response)
+    return bool(words) and any(words == normalize_answer(source) for source in sources)
 
 
 def distinct(responses: Sequence[str], n: int) -> float:
@@ -317,12 +335,12 @@ def convention_gap(replies: Sequence[Reply]) -> dict[str, tuple[float, float]]:
         return sum(bool(having(text)) for text in considered) / len(considered) if considered else None
 
     references, responses = [r.reference for r in replies], [r.response for r in replies]
-    found = {}
+    gaps = {}
     for name, having, among in (
         ("casing", lambda t: t != t.lower(), str.strip),
         ("spacing", spaced.search, lambda t: spaced.search(t) or closed.search(t)),
     ):
-        ours, theirs = share(references, having, among), share(responses, having, among)
-        if ours is not None and theirs is not None and abs(ours - theirs) > 0.5:
-            found[name] = (ours, theirs)
-    return found
+        of_references, of_responses = share(references, having, among), share(responses, having, among)
+        if of_references is not None and of_responses is not None and abs(of_references - of_responses) > 0.5:
+            gaps[name] = (of_references, of_responses)
+    return gaps

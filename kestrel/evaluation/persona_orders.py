@@ -1,4 +1,4 @@
-"""How far a system's scores depend on the order in which its persona's sentences stand."""
+"""How far a system's scores depend on the order of its persona's sentences."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.comparisons import NAMES, spread_of
+from kestrel.evaluation.comparisons import spread_of
 from kestrel.evaluation.generations import Generations
+from kestrel.evaluation.metric_table import HEADLINES, METRICS
 
-SCORES = NAMES | {"perplexity.token": "perplexity", "hits_at_1": "hits@1"}
+ORDER_METRICS = tuple(metric for metric in METRICS if metric.orders)
 
 
-def gather(files: Sequence[Generations]) -> tuple[list[Generations], dict[str, list[Generations]]]:
-    """Tells files that stand for their system in the table from further orders of the persona.
+def separate_orders(files: Sequence[Generations]) -> tuple[list[Generations], dict[str, list[Generations]]]:
+    """Separates the files that have a row in the table from further orders of the persona.
 
     Args:
-        files: lined up.
+        files: from `alignment.align`.
 
     Returns:
-        One file of each system, in the order of the files: the one as given, or the first there is. And the further
-        ones by its system, for each that has some.
+        One file of each system, in the order of the files: the one with the persona as given, or with its lowest order.
+        And, by system, the files of its further orders.
 
     Raises:
-        KestrelError: a file that says to be another order of the persona holds another persona.
+        KestrelError: a file whose name says that it is another order of the persona has another persona.
     """
     groups: dict[tuple[Path, str], list[Generations]] = {}
     for file in files:
-        groups.setdefault((file.path.resolve().parent, file.unordered), []).append(file)
+        groups.setdefault((file.path.resolve().parent, file.name_without_order), []).append(file)
     for key in [key for key, group in groups.items() if all(file.order for file in group)]:
-        # Its file in the order as given may stand in another folder: of two runs' same base one is scored.
+        # Its file in the order as given may be in another folder: of two runs' same base one is scored.
         homes = [home for home in groups if home[1] == key[1] and any(not file.order for file in groups[home])]
         if len(homes) == 1:
             groups[homes[0]] += groups.pop(key)
@@ -50,7 +51,7 @@ def _check_personas(first: Generations, other: Generations) -> None:
         if one.persona is not None and two.persona is not None and sorted(one.persona) != sorted(two.persona):
             raise KestrelError(
                 f"{other.path}:{two.line}: by its name, its persona is that of {first.path}:{one.line} in another "
-                "order, but the sentences are others; rename the file, or leave it out"
+                "order, but the sentences differ; rename the file, or leave it out"
             )
 
 
@@ -60,11 +61,11 @@ def spread_over_orders(
     """Mean and spread of one system's scores over the orders.
 
     Args:
-        first, further: from `gather`.
+        first, further: from `separate_orders`.
         points: the scores of each of these files.
 
     Returns:
-        orders: their numbers, 0 as given. reordered: share of the replies in further files whose persona does stand in
+        orders: their numbers, 0 as given. reordered: share of the replies in further files whose persona really has
         another order than in the first; a persona of one sentence has only one. By score: mean, std, min, max, the
         values, and relative_change, (max - min) / mean.
     """
@@ -74,43 +75,47 @@ def spread_over_orders(
         "files": [str(file.path) for file in (first, *further)],
         "reordered": sum(one.persona != two.persona for one, two in pairs) / len(pairs),
     }
-    for key in SCORES:
-        values = [point[key] for point in points if key in point]
+    for metric in ORDER_METRICS:
+        values = [point[metric.name] for point in points if metric.name in point]
         spread = spread_of(values) if len(values) == len(points) else None
         if spread is not None:
             change = (spread["max"] - spread["min"]) / spread["mean"] if spread["mean"] else None
-            entry[key] = spread | {"relative_change": change, "values": values}
+            entry[metric.name] = spread | {"relative_change": change, "values": values}
     return entry
 
 
 def order_verdicts(
     spreads: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], folders: Mapping[str, Path]
 ) -> list[str]:
-    """What the spread means, in words: its size, and whether a lead over the base outlasts it.
+    """What the spread means, in words: its size, and whether a lead over the base holds in every order.
 
     Args:
         spreads: of `spread_over_orders` by system.
         kinds: system or base, by system.
-        folders: where each system's file stands; the base of its own run comes first.
+        folders: of each system's file; the base of its own run comes first.
     """
     sentences = []
     for name, entry in spreads.items():
-        told = [_told(label, entry[key]) for key, label in SCORES.items() if key in entry and key != "hits_at_1"]
+        changes = []
+        for metric in ORDER_METRICS:
+            if spread := entry.get(metric.name):
+                low, high = (format(spread[end], metric.show) for end in ("min", "max"))
+                changes.append(f"{spread['relative_change'] or 0:.1%} in {metric.label} ({low} to {high})")
         sentences.append(
-            f"{name} over {len(entry['orders'])} orders of the persona's sentences changes by {', '.join(told)}; each is "
-            "(highest − lowest) / mean."
+            f"{name} over {len(entry['orders'])} orders of the persona's sentences changes by {', '.join(changes)}; "
+            "each is (highest − lowest) / mean."
         )
     for name in (name for name in spreads if kinds[name] == "system"):
         bases = sorted((b for b in spreads if kinds[b] == "base"), key=lambda b: folders[b] != folders[name])
         for base in bases[:1]:
-            ahead = [key for key in NAMES if spreads[name][key]["min"] > spreads[base][key]["max"]]
-            for verb, keys in (("is still ahead", ahead), ("is NOT ahead", [key for key in NAMES if key not in ahead])):
-                if keys:
-                    metrics = ", ".join(NAMES[key] for key in keys)
-                    sentences.append(f"{name} in its worst order {verb} of {base} in its best order in {metrics}.")
+            ahead: dict[bool, list[str]] = {True: [], False: []}
+            for metric in HEADLINES:
+                worst, best = ("max", "min") if metric.better == "lower" else ("min", "max")
+                lead = metric.advantage(spreads[name][metric.name][worst], spreads[base][metric.name][best])
+                ahead[lead > 0].append(metric.label)
+            for verb, labels in (("is still ahead", ahead[True]), ("is NOT ahead", ahead[False])):
+                if labels:
+                    sentences.append(
+                        f"{name} in its worst order {verb} of {base} in its best order in {', '.join(labels)}."
+                    )
     return sentences
-
-
-def _told(label: str, spread: Mapping[str, Any]) -> str:
-    change = 100 * (spread["relative_change"] or 0)
-    return f"{change:.1f}% in {label} ({spread['min']:.2f} to {spread['max']:.2f})"

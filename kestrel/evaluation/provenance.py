@@ -1,8 +1,8 @@
-"""Whether a run's own generations still are what its other artifacts say."""
+"""Whether a run's own generations still match its dataset, adapter and log."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha25
 
 
 def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path], command: str) -> None:
-    """Refuses generations of the run that were edited, or whose dataset or adapter has been made anew since.
+    """Refuses generations of the run that were edited, or whose dataset or adapter was made again since.
 
-    A file in another order of the persona must also have been made like the one in the order as given, so that nothing
-    but the order tells them apart.
+    A file in another order of the persona must also have been made like the one in the order as given, so that they
+    differ in nothing but the order.
 
     Args:
         run_dir: the run's folder.
@@ -29,19 +29,12 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
     """
     folder = run_dir / "generations"
     recorded = recorded_files(folder, f"make it again with: {command}")
-    now, own = {}, run_dir / "adapter"
-    for kind, artifact in (("dataset", run_dir / "dataset"), ("adapter", own)):
-        if (artifact / MANIFEST).exists() and (kind == "dataset" or artifact == adapter):
-            manifest = read_manifest(artifact, kind, f"make it again with: {command}", check_files=False)
-            now[kind] = identity_of(manifest)
-            if artifact == own:
-                _check_log(run_dir / "logs" / "training.jsonl", manifest)
-    if adapter is not None and adapter != own and (identity := adapter_identity(adapter)):
-        now["adapter"] = identity
+    current = _current_identities(run_dir, adapter, f"make it again with: {command}")
     for file in files:
         system, order = order_in_name(split_and_system(file)[1])
-        orders = f" --generation.persona_orders {order + 1}" if order else ""
-        remedy = f"make it again with: {command}{orders}" + (", or delete it" if order else "")
+        remedy = f"make it again with: {command}"
+        if order:
+            remedy += f" --generation.persona_orders {order + 1}, or delete it"
         facts = recorded.get(file.name)
         if facts is None:
             raise KestrelError(f"{file} is not in {folder / MANIFEST}; {remedy}, or name it in evaluation.generations")
@@ -49,9 +42,9 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
             raise KestrelError(
                 f"{file} was changed since it was generated; {remedy}, or name it in evaluation.generations"
             )
-        for kind, identity in now.items():
+        for kind, identity in current.items():
             if facts["made_from"].get(kind, identity) != identity:  # the base was made from no adapter
-                raise KestrelError(f"{file} was generated from another {kind} than the run's is now; {remedy}")
+                raise KestrelError(f"{file} was generated from another {kind} than the run has now; {remedy}")
         given = recorded.get(file.name.replace(name_in_order(system, order), system))
         if order and given is not None and facts["made_from"] != given["made_from"] | {"persona_order": order}:
             raise KestrelError(
@@ -59,10 +52,25 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
             )
 
 
-def _check_log(log: Path, adapter: dict[str, Any]) -> None:
+def _current_identities(run_dir: Path, adapter: Path | None, remedy: str) -> dict[str, Any]:
+    """Of the run's dataset and of the adapter, where they are on this machine; checks the log of its training too."""
+    identities: dict[str, Any] = {}
+    if (run_dir / "dataset" / MANIFEST).exists():
+        identities["dataset"] = identity_of(read_manifest(run_dir / "dataset", "dataset", remedy, check_files=False))
+    if adapter == run_dir / "adapter":
+        if (adapter / MANIFEST).exists():
+            manifest = read_manifest(adapter, "adapter", remedy, check_files=False)
+            identities["adapter"] = identity_of(manifest)
+            _check_log(run_dir / "logs" / "training.jsonl", manifest)
+    elif adapter is not None and (identity := adapter_identity(adapter)):
+        identities["adapter"] = identity
+    return identities
+
+
+def _check_log(log: Path, adapter: Mapping[str, Any]) -> None:
     """Refuses a log, which the report draws, that is not the one of the adapter's training."""
     if log.exists() and adapter.get("training_log", sha256_of(log)) != sha256_of(log):
         raise KestrelError(
-            f"{log} was changed since the adapter was trained, or is of another training: train.py writes it anew, or "
-            "delete it, and the report has no curve"
+            f"{log} was changed since the adapter was trained, or is of another training; run train.py, which writes "
+            "it again, or delete it, and the report has no loss curve"
         )

@@ -5,21 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from kestrel.dialogue import Turn
-from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metric_table import DETAILED, METRICS
 from kestrel.evaluation.scoring import Evaluation
 
 
 @dataclass(frozen=True)
 class Response:
-    """What one system answered; `flags` are words to filter by."""
+    """What one system answered. `score` is that of the metric `DETAILED`; `flags` are words to filter by."""
 
     system: str
     text: str
-    rouge_l: float
-    f1: float
+    score: float
     flags: tuple[str, ...]
 
 
@@ -38,8 +36,8 @@ class SampleDialogue:
 
     Attributes:
         place: its position in the files, from 0.
-        chosen: why it stands here: best, worst or random.
-        scores: mean ROUGE-L (0-100) of its replies by system.
+        chosen: why it is in the sample: best, worst or random.
+        scores: mean of its replies' scores, by system.
     """
 
     dialogue_id: str
@@ -64,8 +62,8 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
     first = next(iter(evaluation.systems))
     for i, reply in enumerate(evaluation.systems[first]):
         members.setdefault(reply.dialogue_id, []).append(i)
-    rouge = evaluation.statistics[first]["rouge_l"]
-    ranked = sorted(members, key=lambda name: float(rouge[members[name]].mean()), reverse=True)
+    scores = evaluation.statistics[first][DETAILED.name][:, 0]
+    ranked = sorted(members, key=lambda name: float(scores[members[name]].mean()), reverse=True)
     if len(ranked) <= count:
         chosen = dict.fromkeys(ranked, "random")
     else:
@@ -93,26 +91,14 @@ def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: 
         place=place,
         chosen=chosen,
         persona=contexts[indices[0]].persona or (),
-        scores={s: float(100 * evaluation.statistics[s]["rouge_l"][list(indices)].mean()) for s in shown},
+        scores={s: float(100 * evaluation.statistics[s][DETAILED.name][list(indices), 0].mean()) for s in shown},
         exchanges=tuple(exchanges),
     )
 
 
 def _response(evaluation: Evaluation, system: str, i: int) -> Response:
-    reply: Reply = evaluation.systems[system][i]
-    columns: Mapping[str, Any] = evaluation.statistics[system]
-    flags = [
-        flag
-        for flag, key in (
-            ("empty", "empty"),
-            ("speaker tag", "speaker_tag"),
-            ("copies persona", "copied_persona"),
-            ("copies history", "copied_history"),
-        )
-        if key in columns and columns[key][i]
-    ]
+    reply, statistics = evaluation.systems[system][i], evaluation.statistics[system]
+    flags = [m.flag for m in METRICS if m.flag and m.name in statistics and statistics[m.name][i, 0]]
     if reply.stopped_by == "length":
         flags.append("cut by length")
-    return Response(
-        system, reply.response, float(100 * columns["rouge_l"][i]), float(100 * columns["f1"][i]), tuple(flags)
-    )
+    return Response(system, reply.response, float(100 * statistics[DETAILED.name][i, 0]), tuple(flags))

@@ -1,4 +1,4 @@
-"""What a system must beat: replies that take no model, in every table.
+"""What a system must beat: replies that need no model, in every table.
 
 A constant senseless reply has beaten every entrant of ConvAI2 in F1, so no score means anything without these.
 """
@@ -38,7 +38,6 @@ def trivial_replies(
 
     Args:
         replies: of any system; their contexts and references are used, their responses are not.
-        seed: of the draws.
         search: replies of another split, in which the constants are searched; None searches the constants of each half
             of the dialogues in the other half, so that none has seen the references that it is scored on.
 
@@ -50,7 +49,7 @@ def trivial_replies(
     notes: list[str] = []
 
     def answer(system: str, responses: Iterable[str]) -> None:
-        made[system] = [reply.answered(text) for reply, text in zip(replies, responses, strict=True)]
+        made[system] = [reply.with_response(text) for reply, text in zip(replies, responses, strict=True)]
 
     if replies[0].history is None:
         notes.append("copy_partner is left out: the files have no history.")
@@ -130,9 +129,9 @@ def best_constant(references: Sequence[str]) -> str:
     column = {word: j for j, word in enumerate(words)}
     best, best_f1 = references[0], -1.0
     for candidate in candidates:
-        wanted = Counter(candidate.split())
-        overlap = sum(np.minimum(counts[:, column[word]], count) for word, count in wanted.items())
-        f1 = float((2 * overlap / (lengths + wanted.total())).mean())
+        counts_of_words = Counter(candidate.split())
+        overlap = sum(np.minimum(counts[:, column[word]], count) for word, count in counts_of_words.items())
+        f1 = float((2 * overlap / (lengths + counts_of_words.total())).mean())
         if f1 > best_f1:
             best, best_f1 = written[candidate], f1
     return best
@@ -178,10 +177,10 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
     """
     folder = run_dir / "dataset"
     if split is None:
-        return None, "the file's name tells no split"
+        return None, "the file's name says no split"
     source = "validation" if split == "train" else "train"
     if not (folder / source).is_dir() or not (folder / split).is_dir():
-        return None, f"{folder} holds no {source} split"
+        return None, f"{folder} has no {source} split"
     from datasets import load_from_disk
 
     read_manifest(folder, "dataset", "make it again with preprocess.py")

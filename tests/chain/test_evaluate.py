@@ -112,7 +112,7 @@ def test_a_file_from_elsewhere(tmp_path, capsys):
     metrics = read_metrics(config)
     assert (metrics["split"], metrics["n_dialogues"]) == (None, 40)
     assert set(metrics["systems"]) == {"theirs", "random_reply", "constant_reply", "constant_words", "gold"}
-    assert "each row counts as a dialogue of its own" in printed and "perplexity" in printed
+    assert "Each row counts as a dialogue of its own" in printed and "perplexity" in printed
     assert "copy_partner is left out" in printed and "random_persona is left out" in printed
     assert metrics["by_reply"] == [] and metrics["by_length"]
 
@@ -223,7 +223,7 @@ def test_persona_orders_in_the_report(tmp_path, capsys):
     ("options", "status", "says"),
     [
         (["--evaluation.generations", "none.jsonl"], 1, "none.jsonl does not exist"),
-        (["--generation.split", "validation"], 1, "holds no generations of split validation; run generate.py first"),
+        (["--generation.split", "validation"], 1, "has no generations of split validation; run generate.py first"),
         (["--evaluation.normalization", "upper"], 2, "evaluation.normalization"),
         (["--evaluation.extra_metrics", "no_such_folder/metric"], 1, "cannot load 'no_such_folder/metric'"),
     ],

@@ -1,4 +1,4 @@
-"""Reading generation files and lining several of them up: what is refused, by file and line, and what is told."""
+"""Reading generation files and aligning several of them: what is refused, by file and line, and what is noted."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
-from kestrel.evaluation.alignment import line_up
+from kestrel.evaluation.alignment import align
 from kestrel.evaluation.generations import read_generations
 from kestrel.generation.files import split_and_system
 
@@ -59,7 +59,7 @@ def test_every_value_arrives(tmp_path):
     assert first.candidate_nll == ((4.0, 2), (5.0, 3))
     assert (first.reference_nll, first.reference_tokens, first.stopped_by) == (3.5, 2, "eos")
     assert (second.turn, second.line) == (3, 3)  # the blank line counts
-    assert file.missing == [] and not file.numbered
+    assert file.missing == () and not file.numbered
 
 
 def test_only_some_replies_have_candidates(tmp_path):
@@ -102,7 +102,7 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
         ([row(reference="  ")], 1, "reference is empty"),
         ([row(reference=["a", "b"])], 1, "reference: expected text, found a list"),
         ([row(response=7)], 1, "response: expected text, found the number 7"),
-        ([row(), row()], 2, "stands in line 1 already"),
+        ([row(), row()], 2, "is in line 1 already"),
         ([row(), row(turn=3, persona=None)], 2, "persona is missing, other rows have it"),
         ([row(turn=None), row(turn=3)], 1, "turn is missing, other rows have it"),
         ([row(reference_nll=float("nan"))], 1, "reference_nll is nan"),
@@ -145,7 +145,7 @@ def test_files_that_cannot_be_read(tmp_path):
         read_generations(tmp_path / "none.jsonl")
     with pytest.raises(KestrelError, match="is a folder"):
         read_generations(tmp_path)
-    with pytest.raises(KestrelError, match="holds no row"):
+    with pytest.raises(KestrelError, match="has no rows"):
         read_generations(write(tmp_path / "empty.jsonl", ["", " "]))
     (tmp_path / "latin.jsonl").write_bytes(b'{"reference": "a", "response": "b"}\n{"reference": "caf\xe9"}\n')
     with pytest.raises(KestrelError, match=r"latin.jsonl:2: not UTF-8"):
@@ -153,7 +153,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def read_all(*paths: Path):
-    return line_up([read_generations(path) for path in paths])
+    return align([read_generations(path) for path in paths])
 
 
 def test_files_meet_on_the_replies_that_all_have(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,80 +13,47 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from kestrel.dialogue import Turn
+from kestrel.evaluation.bootstrap import point_scores, total
 from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metric_table import BY_NAME, METRICS
 from kestrel.evaluation.metrics import (
+    answers_of,
+    bleu,
     bleu_details,
-    bleu_scores,
     bleu_signature,
     convention_gap,
     distinct,
     f1_score,
     is_hit,
     normalize_answer,
-    reply_statistics,
     rouge_l,
     rouge_signature,
-    scores,
 )
+from kestrel.evaluation.scoring import statistics_of
 
 # What real replies are made of: repeated words, tokenized and natural punctuation, capitals, articles, entities, no text.
-WORDS = st.sampled_from(
-    [
-        "i",
-        "am",
-        "a",
-        "an",
-        "the",
-        "The",
-        "you",
-        "do",
-        "n't",
-        "don't",
-        "don",
-        "'",
-        "t",
-        "not",
-        "running",
-        "runs",
-        "Runs",
-        "ran",
-        "dogs",
-        "dog",
-        ".",
-        "!",
-        "?",
-        ",",
-        "...",
-        "--",
-        "&quot;",
-        "&amp;",
-        "3.5",
-        "1,000",
-        "café",
-        "naïve",
-        "你好",
-        "_",
-        "snake_case",
-        "🙂",
-        "<skipped>",
-        "x",
-    ]
-)
+VOCABULARY = """
+i am a an the The you do n't don't don ' t not running runs Runs ran dogs dog . ! ? , ... -- &quot; &amp; 3.5 1,000 café
+naïve 你好 _ snake_case 🙂 <skipped> x
+"""
+WORDS = st.sampled_from(VOCABULARY.split())
 TEXTS = st.lists(WORDS, max_size=12).map(" ".join)
 PAIRS = st.lists(st.tuples(TEXTS, TEXTS.filter(lambda text: text.strip())), min_size=1, max_size=12)
 
 
 def replies(pairs, **fields):
     return [
-        Reply(
-            dialogue_id=str(i // 2), turn=2 * (i % 2) + 1, reference=reference, response=response, line=i + 1, **fields
-        )
+        Reply(str(i // 2), 2 * (i % 2) + 1, reference, response, i + 1, **fields)
         for i, (response, reference) in enumerate(pairs)
     ]
 
 
-def totals(columns):
-    return {name: column.sum(keepdims=True) for name, column in columns.items()}
+def statistics(rows, normalization="raw", stemmer=False):
+    return statistics_of(answers_of(rows, normalization, stemmer))
+
+
+def scores(rows, normalization="raw", stemmer=False):
+    return point_scores(statistics(rows, normalization, stemmer))
 
 
 @pytest.mark.parametrize(
@@ -127,16 +95,18 @@ def test_normalize_answer_treats_all_ascii_punctuation_alike():
 @given(PAIRS)
 @settings(max_examples=60, deadline=None)
 def test_bleu_is_sacrebleus(pairs):
-    columns = reply_statistics(replies(pairs), "raw", stemmer=False)
+    answers = answers_of(replies(pairs), "raw", stemmer=False)
+    columns = statistics_of(answers)
     for name, lowercase in (("bleu", False), ("bleu_lc", True)):
         metric = sacrebleu.BLEU(lowercase=lowercase, force=True)
         expected = metric.corpus_score([h for h, _ in pairs], [[r for _, r in pairs]])
-        details = bleu_details(columns, name)
-        assert details["score"] == expected.score
-        assert details["precisions"] == expected.precisions
-        assert details["brevity_penalty"] == expected.bp
-        assert (details["sys_len"], details["ref_len"]) == (expected.sys_len, expected.ref_len)
-        assert bleu_scores(totals(columns), name)[0] == pytest.approx(expected.score, abs=1e-9)
+        assert point_scores(columns)[name] == expected.score
+        assert bleu_details(answers, total(columns[name])) == {
+            "precisions": expected.precisions,
+            "brevity_penalty": expected.bp,
+            "sys_len": expected.sys_len,
+            "ref_len": expected.ref_len,
+        }
         assert bleu_signature(lowercase) == str(metric.get_signature())
 
 
@@ -150,24 +120,13 @@ def test_bleu_of_the_sacrebleu_command(tmp_path):
     ]
     (tmp_path / "reference.txt").write_text("".join(f"{r}\n" for _, r in pairs), encoding="utf-8")
     (tmp_path / "system.txt").write_text("".join(f"{h}\n" for h, _ in pairs), encoding="utf-8")
-    columns = reply_statistics(replies(pairs), "raw", stemmer=False)
+    ours = scores(replies(pairs))
     for name, options in (("bleu", []), ("bleu_lc", ["-lc"])):
-        command = [
-            sys.executable,
-            "-m",
-            "sacrebleu",
-            "reference.txt",
-            "-i",
-            "system.txt",
-            "-m",
-            "bleu",
-            "-b",
-            "-w",
-            "10",
-        ]
-        printed = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        assert printed.strip() == f"{bleu_details(columns, name)['score']:.10f}"
-    assert bleu_details(columns, "bleu")["score"] < bleu_details(columns, "bleu_lc")["score"] < 100
+        arguments = ["-m", "sacrebleu", "reference.txt", "-i", "system.txt", "-m", "bleu", "-b", "-w", "10", *options]
+        command = [sys.executable, *arguments]
+        printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert printed.strip() == f"{ours[name]:.10f}"
+    assert ours["bleu"] < ours["bleu_lc"] < 100
 
 
 @given(PAIRS)
@@ -177,15 +136,15 @@ def test_rouge_l_is_rouge_scores(pairs):
         scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stemmer)
         expected = [scorer.score(reference, response)["rougeL"].fmeasure for response, reference in pairs]
         assert [rouge_l(response, reference, stemmer) for response, reference in pairs] == expected
-        columns = reply_statistics(replies(pairs), "raw", stemmer)
-        assert scores(totals(columns))["rouge_l"][0] == pytest.approx(100 * sum(expected) / len(pairs), abs=1e-9)
+        ours = scores(replies(pairs), stemmer=stemmer)["rouge_l"]
+        assert ours == pytest.approx(100 * sum(expected) / len(pairs), abs=1e-9)
 
 
 def test_stemmer_choice_changes_headline_and_signature():
     pairs = [("she runs with dogs", "she was running with a dog")]
-    plain, stemmed = (scores(totals(reply_statistics(replies(pairs), "raw", stemmer))) for stemmer in (False, True))
-    assert plain["rouge_l"][0] < stemmed["rouge_l"][0]
-    assert plain["rouge_l"][0] == stemmed["rouge_l_other"][0]
+    plain, stemmed = (scores(replies(pairs), stemmer=stemmer) for stemmer in (False, True))
+    assert plain["rouge_l"] < stemmed["rouge_l"]
+    assert plain["rouge_l"] == stemmed["rouge_l_other"]
     assert "stemmer:no" in rouge_signature(False) and "stemmer:yes" in rouge_signature(True)
 
 
@@ -194,47 +153,43 @@ def test_normalization_is_applied_to_both_sides():
         ("I really like the two dogs!", "i really like two dogs ."),
         ("Yes, a lot of fun.", "yes , a lot of fun ."),
     ]
-    by_name = {
-        name: scores(totals(reply_statistics(replies(pairs), name, False)))["bleu"][0]
-        for name in ("raw", "lower", "parlai")
-    }
-    assert by_name["raw"] < by_name["lower"] < by_name["parlai"] == pytest.approx(100)
+    raw, lower, parlai = (scores(replies(pairs), name)["bleu"] for name in ("raw", "lower", "parlai"))
+    assert raw < lower < parlai == pytest.approx(100)
     mirrored = [(reference, response) for response, reference in pairs]
-    assert scores(totals(reply_statistics(replies(mirrored), "parlai", False)))["bleu"][0] == pytest.approx(100)
+    assert scores(replies(mirrored), "parlai")["bleu"] == pytest.approx(100)
 
 
 def test_perplexity_in_three_units():
-    rows = replies([("x", "i am café"), ("y", "ok")])
-    values = [(6.0, 4), (2.0, 2)]
-    rows = [
-        Reply(r.dialogue_id, r.turn, r.reference, r.response, r.line, reference_nll=nll, reference_tokens=tokens)
-        for r, (nll, tokens) in zip(rows, values, strict=True)
-    ]
-    result = scores(totals(reply_statistics(rows, "raw", False)))
-    assert result["perplexity.token"][0] == pytest.approx(math.exp(8 / 6))
-    assert result["perplexity.word"][0] == pytest.approx(math.exp(8 / 4))
-    assert result["perplexity.bits_per_byte"][0] == pytest.approx(8 / math.log(2) / (10 + 2))
+    first, second = replies([("x", "i am café"), ("y", "ok")])
+    ours = scores(
+        [
+            replace(first, reference_nll=6.0, reference_tokens=4),
+            replace(second, reference_nll=2.0, reference_tokens=2),
+        ]
+    )
+    assert ours["perplexity.token"] == pytest.approx(math.exp(8 / 6))
+    assert ours["perplexity.word"] == pytest.approx(math.exp(8 / 4))
+    assert ours["perplexity.bits_per_byte"] == pytest.approx(8 / math.log(2) / (10 + 2))
+
+
+def ranked(nll, tokens, candidates):
+    return Reply("d", 1, "r", "h", 1, reference_nll=nll, reference_tokens=tokens, candidate_nll=candidates)
 
 
 def test_hits_at_1_is_per_token_and_counts_ties_against():
-    def reply(nll, tokens, candidates):
-        return Reply("d", 1, "r", "h", 1, reference_nll=nll, reference_tokens=tokens, candidate_nll=candidates)
-
-    assert is_hit(reply(10.0, 10, ((3.0, 2), (9.0, 6))))  # the largest sum, the best per token
-    assert not is_hit(reply(10.0, 10, ((3.0, 2), (0.9, 1))))
-    assert not is_hit(reply(10.0, 10, ((2.0, 2), (9.0, 6))))  # a tie
-    assert not is_hit(reply(10.0, 10, ()))
-    rows = [reply(1.0, 1, ((2.0, 1),)), reply(3.0, 1, ((2.0, 1),)), reply(1.0, 1, ())]
-    assert scores(totals(reply_statistics(rows, "raw", False)))["hits_at_1"][0] == 0.5  # of the two that are ranked
+    assert is_hit(ranked(10.0, 10, ((3.0, 2), (9.0, 6))))  # the largest sum, the best per token
+    assert not is_hit(ranked(10.0, 10, ((3.0, 2), (0.9, 1))))
+    assert not is_hit(ranked(10.0, 10, ((2.0, 2), (9.0, 6))))  # a tie
+    rows = [ranked(1.0, 1, ((2.0, 1),)), ranked(3.0, 1, ((2.0, 1),)), ranked(1.0, 1, None)]
+    assert scores(rows)["hits_at_1"] == 0.5  # of the two that have candidates
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.integers(1, 9)), min_size=2, max_size=6), st.randoms())
 def test_order_of_candidates_does_not_matter(pairs, random):
     (nll, tokens), *candidates = pairs
-    first = Reply("d", 1, "r", "h", 1, reference_nll=nll, reference_tokens=tokens, candidate_nll=tuple(candidates))
+    first = is_hit(ranked(nll, tokens, tuple(candidates)))
     random.shuffle(candidates)
-    other = Reply("d", 1, "r", "h", 1, reference_nll=nll, reference_tokens=tokens, candidate_nll=tuple(candidates))
-    assert is_hit(first) == is_hit(other)
+    assert is_hit(ranked(nll, tokens, tuple(candidates))) == first
 
 
 def test_distinct_by_hand():
@@ -254,34 +209,65 @@ def test_shares_of_replies():
         "<|assistant|> hi",
         "note : yes",
     ]
-    rows = replies([(r, "ok") for r in responses], persona=persona, history=history, stopped_by="eos")
-    result = scores(totals(reply_statistics(rows, "raw", False)))
-    assert result["copied_persona"][0] == pytest.approx(1 / 7)
-    assert result["copied_history"][0] == pytest.approx(1 / 7)
-    assert result["empty"][0] == pytest.approx(1 / 7)
-    assert result["speaker_tag"][0] == pytest.approx(2 / 7)
-    assert result["stopped_by_eos"][0] == 1.0
-    bare = reply_statistics(replies([("x", "y")]), "raw", False)
-    assert not {"copied_persona", "copied_history", "stopped_by_eos", "nll", "hits"} & set(bare)
+    pairs = [(response, "ok") for response in responses]
+    ours = scores(replies(pairs, persona=persona, history=history, stopped_by="eos"))
+    expected = {"copied_persona": 1, "copied_history": 1, "empty": 1, "speaker_tag": 2, "stopped_by_eos": 7}
+    assert {name: ours[name] for name in expected} == pytest.approx({name: n / 7 for name, n in expected.items()})
+
+
+def test_what_the_rows_do_not_have_is_not_scored():
+    bare = set(statistics(replies([("x", "y")])))
+    assert {metric.name for metric in METRICS if metric.statistics and not metric.needs} == bare
 
 
 def test_length_ratio_is_sacrebleus():
     pairs = [("i am here .", "i am"), ("no", "yes , sure")]
     expected = sacrebleu.corpus_bleu([h for h, _ in pairs], [[r for _, r in pairs]])
-    result = scores(totals(reply_statistics(replies(pairs), "raw", False)))
-    assert result["length_ratio"][0] == expected.sys_len / expected.ref_len
+    assert scores(replies(pairs))["length_ratio"] == expected.sys_len / expected.ref_len
 
 
-def test_scores_of_many_corpora_at_once_are_those_of_each():
-    columns = reply_statistics(
-        replies([("a b c d e", "a b c d f"), ("x", "y"), ("", "z"), ("q r", "q r")]), "raw", False
-    )
-    weights = np.array([[1, 1, 1, 1], [0, 2, 0, 0], [0, 0, 3, 0], [2, 0, 1, 5]], dtype=float)
-    together = scores({name: weights @ column for name, column in columns.items()})
-    for i, row in enumerate(weights):
-        alone = scores({name: row[None] @ column for name, column in columns.items()})
-        for name, values in alone.items():
-            assert np.array_equal(values[0], together[name][i], equal_nan=True), name
+@given(PAIRS, st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_every_score_is_within_its_range_and_many_corpora_at_once_score_as_each(pairs, seed):
+    fields = {
+        "persona": ("i am",), "history": (), "stopped_by": "eos", "response_tokens": 3, "reference_nll": 2.5,
+        "reference_tokens": 2, "candidate_nll": ((3.0, 2),),
+    }  # fmt: skip
+    weights = np.random.default_rng(seed).integers(0, 4, size=(5, len(pairs)))
+    for name, rows in statistics(replies(pairs, **fields)).items():
+        metric = BY_NAME[name]
+        together = metric.score(weights @ rows)
+        for i, row in enumerate(weights):
+            alone = metric.score((row @ rows)[None])[0]
+            assert np.array_equal(alone, together[i], equal_nan=True), name
+        low, high = metric.range
+        assert all(low <= score <= high + 1e-9 for score in together[np.isfinite(together)]), name
+    assert set(statistics(replies(pairs, **fields))) == {metric.name for metric in METRICS if metric.statistics}
+
+
+def test_entries_of_the_table_are_whole():
+    """What readers of the table rely on; a new entry that forgets one fails here and not in somebody's report."""
+    assert len(BY_NAME) == len(METRICS)
+    for metric in METRICS:
+        assert (metric.statistics is None) != (metric.overall is None), metric.name
+        assert not metric.headline or (metric.signature and metric.better and metric.tested), metric.name
+        assert set(metric.needs) <= set(Reply.__dataclass_fields__), metric.name
+        low, high = metric.range
+        assert low < high and format(1.0, metric.show), metric.name
+
+
+@pytest.mark.parametrize("name", sorted(BY_NAME))
+def test_metrics_json_gives_back_what_was_written(name):
+    entry = {"ci95": {}}
+    metric = BY_NAME[name]
+    metric.write(entry, 0.5, [0.25, 0.75], {"signature": "s"} if metric.signature else {})
+    assert metric.read(entry) == (0.5, [0.25, 0.75] if metric.statistics else None)
+    assert metric.read({"ci95": {}}) == (None, None)
+    assert metric.signature_in(entry) == ("s" if metric.signature else metric.legend)
+
+
+def test_bleu_without_a_match_is_0():
+    assert bleu(np.array([[3.0, 3, 0, 0, 0, 0, 3, 2, 1, 0], [0.0, 3, 0, 0, 0, 0, 0, 0, 0, 0]])).tolist() == [0, 0]
 
 
 def test_convention_gap_sees_casing_and_spacing():

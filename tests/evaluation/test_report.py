@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from browsers import chromium, requested
 
+from kestrel.config import settings
 from kestrel.dialogue import Turn
 from kestrel.evaluation.generations import Generations, Reply
-from kestrel.evaluation.report import escape_markdown, write_report
+from kestrel.evaluation.markdown import escape
+from kestrel.evaluation.report import write_report
 from kestrel.evaluation.sample_dialogues import sample_dialogues
 from kestrel.evaluation.scoring import Evaluation, evaluate_files
 
@@ -53,8 +55,8 @@ def replies(system: str) -> list[Reply]:
 
 
 def make_evaluation(names=("adapter", "base")) -> Evaluation:
-    files = [Generations(name, name, "test", Path(f"test.{name}.jsonl"), "0", replies(name), False) for name in names]
-    return evaluate_files(files, [f"a note with {ATTACKS[0]}"], "raw", False, 100, 0, ["i have dogs"])
+    files = [Generations(name, "test", Path(f"test.{name}.jsonl"), "0", replies(name)) for name in names]
+    return evaluate_files(files, [f"a note with {ATTACKS[0]}"], settings.Evaluation(resamples=100), 0, ["i have dogs"])
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +258,7 @@ def test_markdown_holds_the_same_and_stays_text(folder, evaluation):
     ],
 )
 def test_escape_markdown(text, escaped):
-    assert escape_markdown(text) == escaped
+    assert escape(text) == escaped
 
 
 def test_sample_holds_best_worst_and_others(evaluation):
@@ -275,7 +277,9 @@ def test_sample_holds_best_worst_and_others(evaluation):
 def test_without_likelihoods_log_or_dialogues(tmp_path):
     """A bare file from elsewhere has a report too."""
     rows = [Reply(f"row {i}", 0, f"i like {i} dogs", f"i like {i} cats", i) for i in range(5)]
-    files = [Generations("theirs", "theirs", None, Path("theirs.jsonl"), "0", rows, True, ["history"])]
-    write_report(tmp_path, evaluate_files(files, [], "raw", False, 100, 0, None), tmp_path / "none", 0, 0)
+    files = [Generations("theirs", None, Path("theirs.jsonl"), "0", rows, True, ("history",))]
+    write_report(
+        tmp_path, evaluate_files(files, [], settings.Evaluation(resamples=100), 0, None), tmp_path / "none", 0, 0
+    )
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "none are shown" in text and "loss-caption" not in text
+    assert "no dialogues are shown" in text and "loss-caption" not in text

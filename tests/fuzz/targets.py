@@ -183,28 +183,29 @@ def adapter_config(data: bytes) -> None:
 
 def generations(data: bytes) -> None:
     """A generation file, alone and beside a sound one."""
-    from kestrel.evaluation.alignment import line_up
+    from kestrel.evaluation.alignment import align
     from kestrel.evaluation.generations import read_generations
 
     sound = _file("test.sound.jsonl", b'{"reference": "a b", "response": "b"}\n{"reference": "c", "response": ""}\n')
     read = read_generations(_file("test.other.jsonl", data))
     assert read.replies and len({reply.key for reply in read.replies}) == len(read.replies)
     with contextlib.suppress(KestrelError):
-        files, _ = line_up([read_generations(sound), read])
+        files, _ = align([read_generations(sound), read])
         assert len({file.system for file in files}) == len(files)
 
 
 def evaluation(data: bytes) -> None:
     """A generation file that can be read, scored and reported."""
-    from kestrel.evaluation.alignment import line_up
+    from kestrel.config.settings import Evaluation
+    from kestrel.evaluation.alignment import align
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.report import as_html, as_markdown
     from kestrel.evaluation.sample_dialogues import sample_dialogues
     from kestrel.evaluation.scoring import evaluate_files
     from kestrel.evaluation.tables import summary
 
-    files, notes = line_up([read_generations(_file("test.other.jsonl", data))])
-    result = evaluate_files(files, notes, "raw", False, 100, 0, None)
+    files, notes = align([read_generations(_file("test.other.jsonl", data))])
+    result = evaluate_files(files, notes, Evaluation(resamples=100), 0, None)
     json.dumps(result.metrics, allow_nan=False).encode("utf-8")
     summary(result.metrics).encode("utf-8")
     dialogues = sample_dialogues(result, 10, 0)

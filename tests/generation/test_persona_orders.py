@@ -18,9 +18,9 @@ from make_tokenizers import unigram
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn, reordered
 from kestrel.errors import KestrelError
-from kestrel.evaluation.alignment import line_up
+from kestrel.evaluation.alignment import align
 from kestrel.evaluation.generations import Generations, Reply, read_generations
-from kestrel.evaluation.persona_orders import gather, order_verdicts, spread_over_orders
+from kestrel.evaluation.persona_orders import order_verdicts, separate_orders, spread_over_orders
 from kestrel.generation.answers import answer, questions_of
 from kestrel.generation.files import name_in_order, order_in_name
 from kestrel.model.loss import attach_token_nll
@@ -241,16 +241,14 @@ def file_of(name: str, personas: list[tuple[str, ...]] | None = None) -> Generat
         for i, persona in enumerate(personas or [("a", "b"), ("c", "d")])
     ]
     path = Path(name + ".jsonl")
-    return Generations(
-        path.stem.removeprefix("test."), path.stem.removeprefix("test."), "test", path, name, replies, False
-    )
+    return Generations(path.stem.removeprefix("test."), "test", path, name, replies)
 
 
 def test_group_of_a_file_ignores_seed_and_order(tmp_path):
     path = tmp_path / "test.adapter-seed2-order11.jsonl"
     path.write_text(json.dumps({"reference": "a", "response": "b"}), encoding="utf-8")
     file = read_generations(path)
-    assert (file.system, file.group, file.unordered, file.order) == (
+    assert (file.system, file.group, file.name_without_order, file.order) == (
         "adapter-seed2-order11", "adapter", "adapter-seed2", 11,
     )  # fmt: skip
 
@@ -260,9 +258,9 @@ def test_orders_are_gathered_with_their_own_system():
         "a/test.adapter-order10", "a/test.adapter-order2", "a/test.adapter", "a/test.base", "b/test.adapter",
         "b/test.adapter-order1", "b/test.base-order1", "c/test.other-order2", "c/test.other-order1",
     ]  # fmt: skip
-    files, _ = line_up([file_of(name) for name in names])
+    files, _ = align([file_of(name) for name in names])
     assert [file.order for file in files][:3] == [0, 0, 0]
-    first, further = gather(files)
+    first, further = separate_orders(files)
     told = {str(file.path): [str(f.path) for f in further.get(file.system, [])] for file in first}
     assert told == {
         "a/test.adapter.jsonl": ["a/test.adapter-order2.jsonl", "a/test.adapter-order10.jsonl"],
@@ -275,7 +273,7 @@ def test_orders_are_gathered_with_their_own_system():
 def test_another_persona_is_no_order():
     other = file_of("test.adapter-order1", [("b", "a"), ("c", "e")])
     with pytest.raises(KestrelError, match=r"test\.adapter-order1\.jsonl:2: .* test\.adapter\.jsonl:2"):
-        gather([file_of("test.adapter"), other])
+        separate_orders([file_of("test.adapter"), other])
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=5))

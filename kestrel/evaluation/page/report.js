@@ -24,10 +24,10 @@
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const dialogue of dialogues) {
-      const fits =
+      const matches =
         words.every((word) => dialogue.text.includes(word)) && (!filter.value || dialogue.labels.has(filter.value));
-      dialogue.element.hidden = !fits;
-      shown += fits;
+      dialogue.element.hidden = !matches;
+      shown += matches;
     }
     document.getElementById("count").textContent = `${shown} of ${dialogues.length}`;
     document.getElementById("nothing").hidden = shown > 0;

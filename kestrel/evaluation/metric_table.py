@@ -1,0 +1,225 @@
+"""Which metrics exist: one entry each, which scoring, tables, report, plots, comparisons and model card read.
+
+A new metric is one entry here and one function in `metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from kestrel.evaluation import metrics
+from kestrel.evaluation.metrics import Answers, Array, Rows
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where the table named `table` of `tables.py` shows a metric.
+
+    Attributes:
+        heading: of the column; a function of the score's signature where the settings decide it.
+        show: format of the number, where it is not the metric's own.
+        interval: whether the 95% interval stands beside the score.
+    """
+
+    table: Literal["scores", "properties", "perplexity"]
+    heading: str | Callable[[str], str]
+    show: str = ""
+    interval: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score.
+
+    Either `statistics` and `score` make it, and then it has a bootstrap interval, or `overall` makes it from all
+    answers at once, and it has none.
+
+    Attributes:
+        name: its key in metrics.json. GROUP.UNIT is the key UNIT within GROUP.
+        label: what people call it.
+        statistics: K numbers per reply, whose sums over replies decide the score.
+        score: from sums of shape (B, K) to B scores. `metrics.ratio` and its relatives divide the first sum by the
+            second, so that the score is a mean over replies (or over tokens, words, bytes).
+        overall: the score of all answers, where it is no function of sums.
+        needs: fields of `Reply` that a row must have.
+        range: least and greatest value.
+        better: which direction is better; empty where neither is.
+        show: format of the number in tables.
+        signature: of the score, given `evaluation.stemmer`; it has a place in metrics.json beside the score.
+        details: what else metrics.json says of it, from the answers and the sums of shape (K,).
+        headline: compared with the best trivial system, judged in words, and plotted. Needs a signature.
+        tested: paired tests compare the scored files in it.
+        seeds, orders: the tables of the spread over seeds and over orders of the persona show it.
+        columns: where the tables of systems show it.
+        legend: explains its columns.
+        flag: words that mark a reply, in the report, for which the first statistic is not 0.
+        hub_type: the Hub's name of the metric, where the model card's metadata hold it.
+    """
+
+    name: str
+    label: str
+    statistics: Callable[[Answers], Rows] | None = None
+    score: Callable[[Array], Array] = metrics.ratio
+    overall: Callable[[Answers], float] | None = None
+    needs: tuple[str, ...] = ()
+    range: tuple[float, float] = (0, 1)
+    better: Literal["higher", "lower", ""] = ""
+    show: str = ",.2f"
+    signature: Callable[[bool], str] | None = None
+    details: Callable[[Answers, Array], dict[str, Any]] | None = None
+    headline: bool = False
+    tested: bool = False
+    seeds: bool = False
+    orders: bool = False
+    columns: tuple[Column, ...] = ()
+    legend: str = ""
+    flag: str = ""
+    hub_type: str = ""
+
+    def advantage(self, first: float, second: float) -> float:
+        """By how much `first` is better than `second`; negative where it is worse."""
+        return second - first if self.better == "lower" else first - second
+
+    def compute_statistics(self, answers: Answers) -> Array | None:
+        """Shape (N, K); None where `overall` makes the score, or where no reply has what it needs."""
+        if self.statistics is None or not any(
+            all(getattr(reply, field) is not None for field in self.needs) for reply in answers.replies
+        ):
+            return None
+        return np.array(self.statistics(answers), dtype=np.float64)
+
+    def write(self, entry: dict[str, Any], value: float, interval: list[float] | None, details: dict[str, Any]) -> None:
+        """Puts the score into a system's part of metrics.json."""
+        group, _, unit = self.name.partition(".")
+        if self.signature:
+            entry[self.name] = {"score": value, "ci95": interval} | details
+        elif unit:
+            entry.setdefault(group, {"ci95": {}})[unit] = value if math.isfinite(value) else None
+            entry[group]["ci95"][unit] = interval
+        elif math.isfinite(value):
+            entry[self.name] = value
+            entry |= {f"{self.name}_{key}": detail for key, detail in details.items()}
+            if self.statistics:
+                entry["ci95"][self.name] = interval
+
+    def read(self, entry: Mapping[str, Any]) -> tuple[float | None, list[float] | None]:
+        """Score and interval from a system's part of metrics.json; None where it has none."""
+        group, _, unit = self.name.partition(".")
+        if self.signature:
+            found = entry.get(self.name, {})
+            return found.get("score"), found.get("ci95")
+        if unit:
+            found = entry.get(group, {"ci95": {}})
+            return found.get(unit), found["ci95"].get(unit)
+        return entry.get(self.name), entry["ci95"].get(self.name)
+
+    def signature_in(self, entry: Mapping[str, Any]) -> str:
+        """From a system's part of metrics.json; the legend, which is fixed, where the score has no signature."""
+        return str(entry[self.name]["signature"]) if self.signature else self.legend
+
+
+def _stemming(signature: str) -> str:
+    return "R-L stem" if "stemmer:yes" in signature else "R-L plain"
+
+
+_percent = partial(Metric, show=".1%")
+_points = partial(Metric, score=metrics.points, range=(0, 100), better="higher", seeds=True)
+_bleu = partial(_points, score=metrics.bleu, details=metrics.bleu_details)
+_perplexity = partial(
+    Metric, score=metrics.perplexity, needs=("reference_nll",), range=(0, math.inf), better="lower", seeds=True
+)
+
+METRICS: tuple[Metric, ...] = (
+    _bleu(
+        "bleu", "BLEU", metrics.bleu_statistics, headline=True, tested=True, orders=True, hub_type="bleu",
+        signature=lambda _: metrics.bleu_signature(False),
+        columns=(Column("scores", "BLEU", interval=True),),
+    ),
+    _points(
+        "rouge_l", "ROUGE-L", metrics.rouge_statistics, headline=True, tested=True, orders=True, hub_type="rouge",
+        signature=metrics.rouge_signature,
+        columns=(Column("scores", "ROUGE-L", interval=True),),
+    ),
+    _points(
+        "f1", "F1", metrics.mean_of(metrics.f1_of), headline=True, tested=True, orders=True, hub_type="f1",
+        signature=lambda _: "type:f1|normalization:parlai|average:replies",
+        columns=(Column("scores", "F1", interval=True),),
+    ),
+    _bleu(
+        "bleu_lc", "BLEU lower-cased", metrics.bleu_lc_statistics,
+        signature=lambda _: metrics.bleu_signature(True),
+        columns=(Column("properties", "BLEU-lc"),), legend="lower-cased BLEU",
+    ),
+    _points(
+        "rouge_l_other", "ROUGE-L, other stemmer choice", metrics.other_rouge_statistics,
+        signature=lambda stemmer: metrics.rouge_signature(not stemmer),
+        columns=(Column("properties", _stemming),), legend="ROUGE-L with the other stemmer choice",
+    ),
+    _perplexity(
+        "perplexity.token", "perplexity per token", metrics.nll_per(lambda reply: reply.reference_tokens or 0),
+        orders=True, hub_type="perplexity", legend="per reply token, end included",
+        columns=(Column("scores", "PPL", show=",.1f"), Column("perplexity", "per token", interval=True)),
+    ),
+    _perplexity(
+        "perplexity.word", "perplexity per word", metrics.nll_per(lambda reply: len(reply.reference.split())),
+        columns=(Column("perplexity", "per word", interval=True),),
+    ),
+    _perplexity(  # the only unit that compares across tokenizers
+        "perplexity.bits_per_byte", "bits per byte", metrics.nll_per(lambda reply: len(reply.reference.encode())),
+        score=metrics.bits, tested=True,
+        columns=(Column("perplexity", "bits per byte", interval=True),),
+    ),
+    _percent(
+        "hits_at_1", "hits@1", metrics.hit_statistics, needs=("reference_nll", "candidate_nll"), better="higher",
+        details=metrics.hit_details, tested=True, seeds=True, orders=True, columns=(Column("scores", "hits@1"),),
+    ),
+    Metric(
+        "distinct_1", "distinct-1", overall=lambda answers: metrics.distinct(answers.responses, 1), show=",.3f",
+        columns=(Column("properties", "dist-1"),), legend="different n-grams over all n-grams",
+    ),
+    Metric(
+        "distinct_2", "distinct-2", overall=lambda answers: metrics.distinct(answers.responses, 2), show=",.3f",
+        columns=(Column("properties", "dist-2"),), legend="different n-grams over all n-grams",
+    ),
+    Metric(
+        "length_ratio", "length ratio", metrics.length_statistics, range=(0, math.inf),
+        columns=(Column("properties", "length"),), legend="words of the responses over words of the references",
+    ),
+    _percent(
+        "stopped_by_eos", "share stopped by EOS", metrics.mean_of(lambda reply: reply.stopped_by == "eos"),
+        needs=("stopped_by",), better="higher",
+        columns=(Column("properties", "EOS"),), legend="stopped by the end-of-text token",
+    ),
+    _percent(
+        "empty", "share of empty replies", metrics.mean_of(metrics.is_empty), better="lower", flag="empty",
+        columns=(Column("properties", "empty"),), legend="responses without text",
+    ),
+    _percent(
+        "speaker_tag", "share with a speaker tag", metrics.mean_of(metrics.has_speaker_tag), better="lower",
+        flag="speaker tag", columns=(Column("properties", "tags"),), legend="responses that contain a speaker tag",
+    ),
+    _percent(
+        "copied_persona", "share copied from the persona", metrics.mean_of(metrics.copies_persona), needs=("persona",),
+        better="lower", flag="copies persona", columns=(Column("properties", "cp.pers"),),
+        legend="responses that are a persona sentence, punctuation and articles aside",
+    ),
+    _percent(
+        "copied_history", "share copied from the history", metrics.mean_of(metrics.copies_history), needs=("history",),
+        better="lower", flag="copies history", columns=(Column("properties", "cp.hist"),),
+        legend="responses that are an earlier turn, punctuation and articles aside",
+    ),
+    Metric(
+        "response_tokens", "response length in the model's tokens",
+        metrics.mean_of(lambda reply: reply.response_tokens or 0), needs=("response_tokens",), range=(0, math.inf),
+    ),
+)  # fmt: skip
+
+BY_NAME = {metric.name: metric for metric in METRICS}
+HEADLINES = tuple(metric for metric in METRICS if metric.headline)
+DETAILED = BY_NAME["rouge_l"]  # shown for single replies and for groups of them: the mean of a number per reply
