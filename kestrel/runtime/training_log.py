@@ -26,24 +26,38 @@ def read_log(log: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def loss_curves(log: Path) -> dict[str, list[tuple[int, float]]]:
+    """(optimizer step, loss) by curve: training and validation, those that the log has."""
+    rows = read_log(log)
+    curves = {
+        name: [(row["step"], row[key]) for row in rows if key in row]
+        for name, key in (("training", "loss"), ("validation", "eval_loss"))
+    }
+    return {name: points for name, points in curves.items() if points}
+
+
+def draw_loss(axes: Any, curves: dict[str, list[tuple[int, float]]], training: str, validation: str) -> None:
+    """Draws `loss_curves` on matplotlib axes.
+
+    Args:
+        training, validation: their colours.
+    """
+    for name, points in curves.items():
+        style, colour = ("-", training) if name == "training" else ("o-", validation)
+        axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4.5, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("nats per reply token")
+
+
 def plot_loss(log: Path, picture: Path) -> None:
     """Training and validation loss by optimizer step, from training.jsonl to a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = read_log(log)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("negative log-likelihood per reply token (nats)")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    draw_loss(axes, loss_curves(log), "C0", "C1")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     with write_atomically(picture, "wb") as file:
         figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
