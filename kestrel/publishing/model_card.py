@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
+from kestrel.evaluation.metric_table import HEADLINES, METRICS
 from kestrel.evaluation.tables import Table, scores_table
 from kestrel.publishing.run_records import PublicEvaluation
 from kestrel.publishing.usage import PromptExample, base_commit, render, usage_program
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-_METRICS = (("bleu", "bleu", "BLEU"), ("rouge_l", "rouge", "ROUGE-L"), ("f1", "f1", "F1"))  # ours, the Hub's, shown
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def model_card(facts: CardFacts) -> str:
         metrics=metrics,
         decoding=_decoding(facts.evaluation.generation) if facts.evaluation else "",
         scores=scores_table(metrics) if metrics else None,
-        signatures=[(shown, metrics["systems"]["adapter"][key]["signature"]) for key, _, shown in _METRICS]
+        signatures=[(metric.label, metric.signature_in(metrics["systems"]["adapter"])) for metric in HEADLINES]
         if metrics
         else [],
         training=_training_table(facts, manifest["settings"]),
@@ -129,32 +128,33 @@ def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResu
 
     scores = metrics["systems"]["adapter"]
     trivial = {name: entry for name, entry in metrics["systems"].items() if entry["kind"] == "trivial"}
-    found = []
-    for key, kind, shown in _METRICS:
-        beside = {name: round(float(entry[key]["score"]), 4) for name, entry in trivial.items()}
-        found.append((kind, shown, scores[key]["score"], scores[key]["signature"], scores[key]["ci95"], beside))
-    if perplexity := scores.get("perplexity"):
-        signature, interval = "per reply token, end included", perplexity["ci95"]["token"]
-        found.append(("perplexity", "Perplexity per token", perplexity["token"], signature, interval, {}))
-    return [
-        EvalResult(
-            task_type="text-generation",
-            task_name="Persona dialogue",
-            dataset_type=facts.datasets[0] if facts.datasets else "other",
-            dataset_name=facts.data_name,
-            dataset_split=metrics["split"],
-            metric_type=kind,
-            metric_name=shown,
-            metric_value=round(float(value), 4),
-            metric_args={
-                "signature": signature,
-                "ci95": [round(float(end), 4) for end in interval or []],
-                "evaluation": metrics["signature"],
-                **({"trivial_systems": beside} if beside else {}),
-            },
+    results = []
+    for metric in METRICS:
+        value, interval = metric.read(scores)
+        if not metric.hub_type or value is None:
+            continue
+        arguments = {
+            "signature": metric.signature_in(scores),
+            "ci95": [round(float(end), 4) for end in interval or []],
+            "evaluation": metrics["signature"],
+        }
+        beside = {name: score for name, entry in trivial.items() if (score := metric.read(entry)[0]) is not None}
+        if beside:
+            arguments["trivial_systems"] = {name: round(float(score), 4) for name, score in beside.items()}
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Persona dialogue",
+                dataset_type=facts.datasets[0] if facts.datasets else "other",
+                dataset_name=facts.data_name,
+                dataset_split=metrics["split"],
+                metric_type=metric.hub_type,
+                metric_name=metric.label[:1].upper() + metric.label[1:],
+                metric_value=round(float(value), 4),
+                metric_args=arguments,
+            )
         )
-        for kind, shown, value, signature, interval, beside in found
-    ]
+    return results
 
 
 def _decoding(generation: Mapping[str, Any]) -> str:

@@ -14,8 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.evaluation.report import escape_markdown
-from kestrel.evaluation.tables import Table
+from kestrel.evaluation import markdown
 from kestrel.prompt.prompt import Prompt
 
 EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
@@ -90,9 +89,9 @@ def render(template: str, **values: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {
-        "markdown": lambda value: escape_markdown(str(value)),
+        "markdown": lambda value: markdown.escape(str(value)),
         "code_block": _code_block,
-        "table": _table,
+        "table": lambda table: markdown.table(table.columns, table.rows, align="---"),
         "count": lambda number: f"{number:,}",
     }
     return environment.get_template(f"{template}.jinja").render(values)
@@ -103,9 +102,3 @@ def _code_block(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _table(table: Table) -> str:
-    rows = [[escape_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
-    rows.insert(1, ["---"] * len(table.columns))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

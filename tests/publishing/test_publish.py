@@ -15,7 +15,7 @@ from hub_server import TOKEN, Hub
 from publishing_runs import BASE, REPO, ROOT, publishing, run
 
 import publish
-from kestrel.evaluation.report import escape_markdown
+from kestrel.evaluation.markdown import escape
 from kestrel.publishing.model_card import check_metadata
 from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
@@ -83,7 +83,7 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
         assert f"| {system} |" in shown
     manifest = json.loads((evaluated.run / "adapter" / "manifest.json").read_text())
     assert f"{manifest['trainable_parameters']:,} trained parameters" in card and manifest["git_commit"][:7] in shown
-    assert all(escape_markdown(verdict) in card for verdict in metrics["verdicts"])
+    assert all(escape(verdict) in card for verdict in metrics["verdicts"])
 
 
 def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
