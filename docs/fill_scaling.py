@@ -72,9 +72,9 @@ def measured(record: dict[str, Any], model: Model) -> str:
     versions = record["versions"]
     where = (
         f"{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, {record['date']}; "
-        f"{model.tokens:.0f} tokens a dialogue"
+        f"{model.tokens:.0f} tokens per dialogue"
     )
-    line = f"a = {1e3 * model.a_pass:.1f} ms a pass, b = {1e6 * model.a_token:.1f} µs a token"
+    line = f"a = {1e3 * model.a_pass:.1f} ms per pass, b = {1e6 * model.a_token:.1f} µs per token"
     return table(["config", "useful tokens/s on one GPU"], rows) + f"\n\n{where}. From the last two: {line}."
 
 
@@ -86,7 +86,7 @@ def steps(model: Model) -> str:
         slowest = min(LINKS.values())
         gains = [f"{model.step(1, rate) / model.step(n, rate):.1f}" for rate in (max(LINKS.values()), slowest)]
         rows.append([str(n), f"{1e3 * model.computing(n):.0f}", *reductions, *gains])
-    head = ["GPUs", "computing, ms", *(f"{name}, ms" for name in LINKS), "× faster by NVLink", "× faster by 10 Gb/s"]
+    head = ["GPUs", "computing, ms", *(f"{name}, ms" for name in LINKS), "speedup, NVLink", "speedup, 10 Gb/s"]
     return table(head, rows)
 
 
@@ -99,7 +99,7 @@ def corpora(model: Model) -> str:
             best = model.worthwhile(LINKS[name], dialogues)
             cells.append(f"{best}: {_time(model.run(best, LINKS[name], dialogues))}")
         rows.append(cells)
-    return table(["dialogues", "one GPU", "GPUs that pay by NVLink", "GPUs that pay by 10 Gb/s"], rows)
+    return table(["dialogues", "one GPU", "GPUs, with NVLink", "GPUs, with 10 Gb/s"], rows)
 
 
 def sharding(model: Model) -> str:
@@ -109,7 +109,7 @@ def sharding(model: Model) -> str:
     for name, rate in LINKS.items():
         gathering = 2 * PACKED * 7 / 8 / rate
         rows.append([name, f"{1e3 * gathering:,.0f}", f"{1e3 * computing:,.0f}", f"{gathering / computing:.1f}"])
-    return table(["link", "gathering, ms a pass", "computing, ms a pass", "ratio"], rows)
+    return table(["link", "gathering, ms per pass", "computing, ms per pass", "ratio"], rows)
 
 
 def blocks() -> dict[str, str]:
