@@ -111,7 +111,7 @@ def _kestrel(
     def train(trainer: DialogueTrainer, *given: Any, **named: Any) -> Any:
         def loss(rows: list[Row]) -> torch.Tensor:
             arrays = [{name: np.asarray(row[name]) for name in ("input_ids", "labels")} for row in rows]
-            return trainer.training_step(trainer.model, trainer._step_of(arrays))
+            return trainer.training_step(trainer.model, trainer.inputs_of(arrays))
 
         def loss_of(number: int, span: tuple[int, int], row: Row) -> float:
             return float(loss([row]))

@@ -210,13 +210,18 @@ def remedies(settings: Settings, recompute: Recompute, smaller_passes: bool = Fa
     return "most effective first: " + ", ".join(changes)
 
 
-def shortage(settings: Settings, plan: Plan) -> str:
-    """The warning for a plan that does not fit."""
-    assert plan.estimate is not None and plan.memory is not None
-    smaller_passes = settings.training.tokens_per_step != "auto"
-    return f"training needs about {plan.estimate.needed / GIB:.1f} GiB and has {plan.memory / GIB:.1f}; " + remedies(
-        settings, plan.recompute, smaller_passes
-    )
+def print_plan(settings: Settings, plan: Plan) -> None:
+    """Prints a plan that has an estimate, and warns where it does not fit."""
+    if plan.estimate is None or plan.memory is None:
+        return
+    print(plan.line())
+    if not plan.fits:
+        smaller_passes = settings.training.tokens_per_step != "auto"
+        print(
+            f"warning: training needs about {plan.estimate.needed / GIB:.1f} GiB and has {plan.memory / GIB:.1f}; "
+            + remedies(settings, plan.recompute, smaller_passes),
+            file=sys.stderr,
+        )
 
 
 def write_passes(checkpoint: Path, settings: Settings, plan: Plan) -> None:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.training.trackers import TrackedArguments, check_trackers, keep_paths_back, naming, told_of
+from kestrel.model.base import device
+from kestrel.planning.passes import Plan
+from kestrel.prompt.prompt import Prompt
+from kestrel.training import callbacks
+from kestrel.training.samples import sampler
+from kestrel.training.sharding import is_sharded
+from kestrel.training.trackers import TrackedArguments, check_trackers, hide_paths, naming, tracked_settings
+from kestrel.training.trainer import DialogueTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
 
 
 def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:
@@ -48,18 +60,59 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         remove_unused_columns=False,
         **naming(settings),
     )
-    arguments.told = told_of(settings)
-    # With several GPUs in sight, the Trainer (5.23) would split each batch among them by DataParallel.
+    arguments.tracked = tracked_settings(settings)
+    # With several visible GPUs, the Trainer (5.23) would split each batch over them by DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
-def silence(trainer: Trainer) -> None:
-    """Leaves the Trainer's own bar and its printing of dicts away, for which there is `callbacks.Progress`, and keeps
-    local paths from the trackers."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    keep_paths_back(trainer)
+def build_trainer(
+    settings: Settings,
+    steps: list[Any],
+    fingerprint: dict[str, Any],
+    plan: Plan,
+    model: PeftModel,
+    prompt: Prompt,
+    rows: Dataset,
+    validation: Dataset,
+) -> tuple[DialogueTrainer, callbacks.StopOnSignal]:
+    """The Trainer with its callbacks, and the callback that handles signals.
+
+    Args:
+        steps, fingerprint, plan: as for `DialogueTrainer`.
+        rows, validation: the dataset's rows.
+
+    Raises:
+        KestrelError: a sample's prompt and answer are longer than the model's context.
+    """
+    run, on_gpu, patience = Path(settings.run_dir), device().type == "cuda", settings.training.early_stopping
+    trainer = DialogueTrainer(
+        settings,
+        steps,
+        fingerprint,
+        plan,
+        model=model,
+        args=arguments_for(settings, len(steps), run / "checkpoints", on_gpu),
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=prompt.tokenizer,
+    )
+    for own in (PrinterCallback, ProgressCallback):  # callbacks.Progress replaces both
+        trainer.remove_callback(own)
+    hide_paths(trainer)
+    answer = sampler(model, prompt, validation, settings)
+    stop = callbacks.StopOnSignal()
+    for callback in (
+        callbacks.Progress(),
+        callbacks.BestCheckpoint(),
+        callbacks.JsonLines(run / "logs" / "training.jsonl", trainer.tokens_until),
+        *([] if is_sharded(model) else [callbacks.Samples(run / "samples.jsonl", answer)]),  # the first process alone
+        *([callbacks.EarlyStopping(patience)] if patience else []),
+        stop,
+        callbacks.Guard(trainer),  # last: it checks before what the others request is done
+    ):
+        trainer.add_callback(callback)
+    return trainer, stop
 
 
 def check_machine(names: Sequence[str], optimizer: str) -> None:

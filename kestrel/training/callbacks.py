@@ -1,4 +1,4 @@
-"""What happens beside the optimization: proofs, logs, samples, early stopping, and stopping on a signal."""
+"""Callbacks of the Trainer: proofs, logs, samples, progress, early stopping, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -26,88 +26,85 @@ if TYPE_CHECKING:
 class Guard(TrainerCallback):
     """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
 
-    A norm is looked at one step late, when the GPU has long computed it, so that nothing waits for it; before anything is
-    logged, evaluated or saved, all of them are, so it must be the last of the callbacks.
-
-    Args:
-        trainer_of: returns the trainer, which does not exist yet when its callbacks do.
+    A norm is checked one step late, when the GPU has computed it, so that nothing waits for it. Before anything is logged,
+    evaluated or saved, the last norm is checked too; so this must be the last of the callbacks.
     """
 
-    def __init__(self, trainer_of: Callable[[], DialogueTrainer]):
-        self._trainer_of = trainer_of
-        self._before: dict[str, torch.Tensor] | None = None
+    def __init__(self, trainer: DialogueTrainer):
+        self._trainer = trainer
+        self._initial: dict[str, torch.Tensor] | None = None
         self._moved = False
-        self._unseen: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self._unchecked: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
         if not self._moved:
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
             if not gradients or not any(bool(g.abs().max() > 0) for g in gradients):
                 raise ProofError(
-                    "the first step's gradient is zero for every weight of the adapter: nothing is learned"
+                    "the gradient of the first step is zero for every weight of the adapter: nothing is learned"
                 )
-            self._before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
-        self._look()
-        norm = self._trainer_of().last_gradient_norm
+            self._initial = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+        self._check()
+        norm = self._trainer.last_gradient_norm
         assert norm is not None
         copied = torch.cuda.Event() if norm.is_cuda else None
-        self._unseen = (state.global_step + 1, norm.detach().to("cpu", non_blocking=True), copied)
+        self._unchecked = (state.global_step + 1, norm.detach().to("cpu", non_blocking=True), copied)
         if copied is not None:
             copied.record()
 
-    def _look(self) -> None:
-        """Looks at the norm that has not been looked at."""
-        if self._unseen is None:
+    def _check(self) -> None:
+        """Refuses the last norm if it is not finite."""
+        if self._unchecked is None:
             return
-        step, norm, copied = self._unseen
-        self._unseen = None
+        step, norm, copied = self._unchecked
+        self._unchecked = None
         if copied is not None:
             copied.synchronize()
         if not torch.isfinite(norm):
-            names = ", ".join(self._trainer_of().dialogues_of_step(step))
+            names = ", ".join(self._trainer.dialogues_of_step(step))
             raise ProofError(
                 f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
-                "kept: lower training.learning_rate, or look at these dialogues, and run the same command again"
+                "kept: lower training.learning_rate, or check these dialogues, and run the same command again"
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
-        if self._moved or self._trainer_of().lr_scheduler.get_last_lr()[0] == 0:
-            return  # during the first step of a warm-up the learning rate is zero
+        if self._moved or self._trainer.lr_scheduler.get_last_lr()[0] == 0:
+            return  # the learning rate is zero in the first step of a warm-up
         now = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
-        assert self._before is not None
-        if all(torch.equal(self._before[name], now[name]) for name in now):
+        assert self._initial is not None
+        if all(torch.equal(self._initial[name], now[name]) for name in now):
             raise ProofError("the first optimizer step moved no lora_B: the adapter is not being trained")
-        self._moved, self._before = True, None
+        self._moved, self._initial = True, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
-            self._look()
+            self._check()
 
 
 class JsonLines(TrainerCallback):
-    """One line of logs/training.jsonl for each logged step and each evaluation.
+    """Writes one line of logs/training.jsonl per logged step and per evaluation.
 
     Args:
-        path: the file; a training that goes on begins it with what its checkpoint knows.
-        tokens_until: tokens of dialogue seen after each optimizer step.
+        path: the file; a resumed training starts it with the log in the checkpoint.
+        tokens_until: int64 (steps,), tokens of dialogue seen after each optimizer step.
     """
 
     _KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
 
-    def __init__(self, path: Path, tokens_until: Callable[[], np.ndarray]):
+    def __init__(self, path: Path, tokens_until: np.ndarray):
         self._path = path
         self._tokens_until = tokens_until
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        # What was logged up to a checkpoint is in the checkpoint, under its hashes; the file may have been damaged since.
+        # The checkpoint holds, under its hashes, what was logged before it; the file may have been damaged since.
         if state.is_world_process_zero:
             with write_atomically(self._path) as file:
                 file.writelines(self._line(entry["step"], entry) for entry in state.log_history if self._values(entry))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.global_step == state.max_steps:  # the final weights too
+        if state.global_step == state.max_steps:  # the final weights are evaluated and saved too
             control.should_evaluate = control.should_save = True
-        # Whatever is saved begins a new window of the logged loss, so that a resumed run logs what this one would have.
+        # A save ends the window that the logged loss is averaged over, so that a resumed run logs the same losses.
         control.should_log |= control.should_evaluate or control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
@@ -119,16 +116,16 @@ class JsonLines(TrainerCallback):
         return {key: logs[key] for key in self._KEYS if key in logs}
 
     def _line(self, step: int, logs: dict[str, float]) -> str:
-        tokens = int(self._tokens_until()[step - 1]) if step else 0
+        tokens = int(self._tokens_until[step - 1]) if step else 0
         return json.dumps({"step": step, **self._values(logs), "tokens": tokens}) + "\n"
 
 
 class Samples(TrainerCallback):
-    """Writes what the model answers to a few fixed validation contexts at each evaluation.
+    """Writes the model's answers to a few fixed validation contexts at each evaluation.
 
     Args:
-        path: samples.jsonl; a training that goes on begins it with the copy in its checkpoint.
-        answer: returns one row for each context, given nothing.
+        path: samples.jsonl; a resumed training starts it with the copy in the checkpoint.
+        answer: returns one row per context.
     """
 
     def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
@@ -150,10 +147,10 @@ class Samples(TrainerCallback):
 
 
 class BestCheckpoint(TrainerCallback):
-    """Looks for the best checkpoint in this run's folder, wherever it lies now.
+    """Finds the best checkpoint in a run folder that was moved.
 
-    The Trainer (5.17 to 5.23) resumes with the path that was recorded. Where that is gone, because the run was moved,
-    it forgets the best checkpoint and ends with the last weights.
+    The Trainer (5.17 to 5.23) resumes with the recorded path. Where that no longer exists, it forgets the best checkpoint
+    and ends with the last weights.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
@@ -162,7 +159,7 @@ class BestCheckpoint(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar on a terminal, and everywhere a line for each evaluation."""
+    """A progress bar on a terminal, and a line per evaluation everywhere."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -185,7 +182,7 @@ class Progress(TrainerCallback):
         if metrics and state.is_world_process_zero:
             tqdm.write(
                 f"step {state.global_step:,} of {state.max_steps:,}: validation loss {metrics['eval_loss']:.4f}, "
-                f"perplexity {metrics['eval_perplexity']:.2f} a reply token"
+                f"perplexity {metrics['eval_perplexity']:.2f} per reply token"
             )
             sys.stdout.flush()
 
@@ -221,20 +218,16 @@ class StopOnSignal(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
 
-def evaluations_without_progress(log: Sequence[dict[str, Any]]) -> int:
-    """Evaluations since the one with the lowest validation loss.
-
-    Args:
-        log: the Trainer's log_history.
-    """
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+def evaluations_without_progress(log_history: Sequence[dict[str, Any]]) -> int:
+    """Evaluations since the one with the lowest validation loss, in the Trainer's log_history."""
+    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after so many evaluations without progress, counted in the log, which a resumed run has too.
+    """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too.
 
-    The library's own keeps its count to itself, so that an interrupted run would stop later than one that was not.
+    The library's own callback does not save its count, so an interrupted run would stop later than an uninterrupted one.
     """
 
     def __init__(self, patience: int):

@@ -1,13 +1,14 @@
-"""Checkpoints that are whole or ignored.
+"""Checkpoints that are complete or ignored.
 
-The Trainer takes the highest-numbered folder, crashes on a truncated one and goes on in silence where the optimizer,
-the schedule or the random state is missing. Here a checkpoint counts only once it is complete: a manifest, written last,
-holds the hash of each file and what the run was.
+The Trainer takes the highest-numbered folder, crashes on a truncated one, and continues silently where the optimizer, the
+schedule or the random state is missing. Here a checkpoint counts only once it is complete: its manifest, written last,
+holds the hash of each file and the fingerprint of the run.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, wri
 
 _KIND = "checkpoint"
 _STATE = "trainer_state.json"
+_SKIPPED = "this checkpoint is skipped"
 # Of training.*, what shapes the weights. A resumed run and a published adapter must agree in these; others may change.
 DECISIVE_TRAINING_SETTINGS = {
     "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
@@ -30,13 +32,10 @@ DECISIVE_TRAINING_SETTINGS = {
 def resume_fingerprint(
     settings: Settings, dataset: str, base: dict[str, Any], prompt_sha256: str, steps: int
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with to be resumed: everything that decides the next step, and nothing else.
+    """All that decides the next step, and nothing else: a checkpoint is resumed only where it is the same.
 
     Args:
-        settings: of the run.
-        dataset: its identity.
-        base: the base model's identity.
-        prompt_sha256: the prompt's identity.
+        dataset, base, prompt_sha256: identities.
         steps: optimizer steps of the whole run, which shape the learning rate.
     """
     return {
@@ -50,18 +49,16 @@ def resume_fingerprint(
     }
 
 
-def seal(checkpoint: Path, meaning: dict[str, Any], *beside: Path) -> None:
-    """Declares a checkpoint complete.
+def complete(checkpoint: Path, fingerprint: dict[str, Any], *growing: Path) -> None:
+    """Writes the manifest of a checkpoint whose other files are written.
 
     Args:
-        checkpoint: its folder, fully written.
-        meaning: what must be equal for a run to go on from here.
-        beside: files that grow while the run does, of which the checkpoint keeps a copy as they are now.
+        growing: files of the run, of which the checkpoint keeps a copy as they are now.
     """
-    for path in beside:
+    for path in growing:
         if path.exists():
             shutil.copyfile(path, checkpoint / path.name)
-    write_manifest(checkpoint, _KIND, meaning, made_from={})
+    write_manifest(checkpoint, _KIND, fingerprint, made_from={})
 
 
 def step_of(checkpoint: Path) -> int:
@@ -69,51 +66,49 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def history(checkpoint: Path) -> list[dict[str, Any]]:
+def log_history(checkpoint: Path) -> list[dict[str, Any]]:
     """What the Trainer had logged by then: a dict for each logged step and each evaluation."""
-    return list(_state(checkpoint)["log_history"])
+    return list(_trainer_state(checkpoint)["log_history"])
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's account of a run, with what is read of it known to be of the right kind."""
-    state = read_json(checkpoint / _STATE, "passed over")
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state, with the types of what is read from it checked."""
+    state = read_json(checkpoint / _STATE, _SKIPPED)
     log = state.get("log_history") if isinstance(state, dict) else None
     if (
         not isinstance(log, list)
         or not all(isinstance(entry, dict) and isinstance(entry.get("eval_loss", 0), int | float) for entry in log)
         or not isinstance(state.get("best_global_step"), int | None)
     ):
-        raise KestrelError(f"{checkpoint / _STATE} is damaged (no log of a training); passed over")
+        raise KestrelError(f"{checkpoint / _STATE} is damaged (no log of a training); {_SKIPPED}")
     return dict(state)
 
 
-def require_resumable(checkpoint: Path, meaning: dict[str, Any], anew: str) -> Path:
-    """The checkpoint, if it is whole and belongs to this run.
+def require_resumable(checkpoint: Path, fingerprint: dict[str, Any], restart: str) -> Path:
+    """The checkpoint, if it is complete and belongs to this run.
 
     Args:
-        checkpoint: its folder.
-        meaning: of this run.
-        anew: how to begin anew, for messages.
+        restart: the command that starts again from step 0, for messages.
 
     Raises:
         KestrelError: incomplete, damaged, or of another run; naming each field that differs.
     """
-    manifest = _whole(checkpoint)
-    require_equal(f"the checkpoint {checkpoint}", manifest["settings"], meaning, f"begin anew with: {anew}")
+    recorded = _read_with_best(checkpoint)["settings"]
+    require_equal(f"the checkpoint {checkpoint}", recorded, fingerprint, f"start again with: {restart}")
     return checkpoint
 
 
-def _whole(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that can be gone on from: the best one, which may win in the end, is whole too."""
-    manifest = read_sealed(checkpoint, "passed over")
-    best = _state(checkpoint).get("best_global_step")
+def _read_with_best(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, if it and the best one so far, which may win in the end, are undamaged."""
+    manifest = read_complete(checkpoint, _SKIPPED)
+    best = _trainer_state(checkpoint).get("best_global_step")
     if best and best != step_of(checkpoint):
-        read_sealed(checkpoint.with_name(f"checkpoint-{best}"), f"{checkpoint} needs it and is passed over")
+        read_complete(checkpoint.with_name(f"checkpoint-{best}"), f"{checkpoint} needs it and is skipped")
     return manifest
 
 
-def read_sealed(checkpoint: Path, remedy: str) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as they were when it was written.
+def read_complete(checkpoint: Path, remedy: str) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are as they were when it was completed.
 
     Raises:
         KestrelError: never completed, or damaged since; ending in `remedy`.
@@ -121,53 +116,78 @@ def read_sealed(checkpoint: Path, remedy: str) -> dict[str, Any]:
     return read_manifest(checkpoint, _KIND, remedy)
 
 
-def newest_resumable(folder: Path, meaning: dict[str, Any], anew: str) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and one line for each newer one that is not.
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    found = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest_resumable(folder: Path, fingerprint: dict[str, Any], restart: str) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and a line for each newer one that is damaged.
 
     Args:
         folder: the run's checkpoints.
-        meaning: of this run.
-        anew: how to begin anew, for messages.
+        restart: the command that starts again from step 0, for messages.
 
     Raises:
         KestrelError: the run in this folder was another one; naming each field that differs.
     """
     damaged = []
-    found = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
-    for checkpoint in sorted(found, key=step_of, reverse=True):
+    for checkpoint in _numbered(folder):
         if not (checkpoint / MANIFEST).exists():
-            damaged.append(f"{checkpoint} was never completed; passed over")
+            damaged.append(f"{checkpoint} was never completed; {_SKIPPED}")
             continue
         try:
-            _whole(checkpoint)
+            _read_with_best(checkpoint)
         except KestrelError as error:
             damaged.append(str(error))
             continue
-        return require_resumable(checkpoint, meaning, anew), damaged
+        return require_resumable(checkpoint, fingerprint, restart), damaged
     return None, damaged
 
 
+def choose(resume: str, folder: Path, fingerprint: dict[str, Any], restart: str) -> Path | None:
+    """The checkpoint to resume from, by training.resume; None to start at step 0. Deletes nothing.
+
+    Raises:
+        KestrelError: the named checkpoint is damaged or not of this run, or the folder holds another run's.
+    """
+    if resume == "never":
+        return None
+    checkpoint, damaged = newest_resumable(folder, fingerprint, restart)
+    for line in damaged:
+        print(f"warning: {line}", file=sys.stderr)
+    if resume != "auto":
+        if Path(resume).resolve().parent != folder.resolve() or not Path(resume).is_dir():
+            names = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "no checkpoint"
+            raise KestrelError(f"training.resume: {resume} is not a checkpoint of this run; {folder} holds {names}")
+        checkpoint = require_resumable(Path(resume), fingerprint, restart)
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def remove_newer(folder: Path, step: int) -> None:
+    """Deletes the checkpoints after a step, which the run will write again."""
+    for checkpoint in _numbered(folder):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
 @contextmanager
-def refusing_pickles(anew: str) -> Iterator[None]:
-    """Says what it means that torch refused to unpickle part of a checkpoint.
+def refusing_pickles(restart: str) -> Iterator[None]:
+    """Explains in plain words that torch refused to unpickle part of a checkpoint.
 
     The Trainer reads optimizer, schedule and random state with weights_only, which makes tensors and plain values and
-    runs nothing. Anything else is not from a run of ours, whatever its manifest says.
+    runs no code. Anything else does not come from Kestrel, whatever its manifest says.
 
     Args:
-        anew: how to begin anew.
+        restart: the command that starts again from step 0.
     """
     try:
         yield
     except UnpicklingError as error:
         raise KestrelError(
             f"the checkpoint holds more than tensors and plain values, and was not read ({str(error).splitlines()[0]}); "
-            f"begin anew with: {anew}"
+            f"start again with: {restart}"
         ) from None
-
-
-def remove_newer(folder: Path, step: int) -> None:
-    """Deletes checkpoints after a step: unsound ones, which the run will write again."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.rpartition("-")[2].isdecimal() and step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)

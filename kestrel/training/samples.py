@@ -1,4 +1,4 @@
-"""What the model says to a few fixed validation contexts, to be read while it trains."""
+"""The model's answers to a few fixed validation contexts, to be read while it trains."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 def sampler(
     model: torch.nn.Module, prompt: Prompt, rows: Dataset, settings: Settings
 ) -> Callable[[], list[dict[str, Any]]]:
-    """Returns a function that answers the first contexts of validation, greedily, one from each dialogue.
+    """Returns a function that answers one context of each of the first validation dialogues, greedily.
 
-    Each call returns a row a context: dialogue_id, turn, persona, history, reference, response, stopped_by.
+    It returns a row per context: dialogue_id, turn, persona, history, reference, response, stopped_by.
 
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
-    contexts, known = [], []
-    for row in rows.select(range(min(settings.training.samples, len(rows)))):
-        dialogue = dialogue_of(row)
+    contexts, facts = [], []
+    for source in rows.select(range(min(settings.training.samples, len(rows)))):
+        dialogue = dialogue_of(source)
         replies = list(dialogue.replies())
         turn, reference = replies[len(replies) // 2]
         contexts.append(prompt.context(dialogue, turn))
-        known.append(
+        facts.append(
             {
                 "dialogue_id": dialogue.dialogue_id,
                 "turn": turn,
@@ -49,8 +49,8 @@ def sampler(
         responses = respond(model, prompt, contexts, greedy(settings.generation))
         model.train(was_training)
         return [
-            {**facts, "response": response.text, "stopped_by": response.stopped_by}
-            for facts, response in zip(known, responses, strict=True)
+            {**row, "response": response.text, "stopped_by": response.stopped_by}
+            for row, response in zip(facts, responses, strict=True)
         ]
 
     return answer

@@ -1,8 +1,8 @@
-"""A base that leaves too little room on one GPU, shared out among several: each holds a part of every layer.
+"""A base that is too large for one GPU, sharded over several: each holds a part of every layer.
 
-Only what is frozen is sharded, by torch's `fully_shard`: a layer's 4-bit weights are put together when it is computed and
-let go afterwards. The adapter, a thousandth of the base, stays whole in each process and is trained as without sharding;
-so do the embedding and the head. Checkpoints and adapters are therefore the same whether the base was sharded or not.
+Only frozen weights are sharded, by torch's `fully_shard`: a layer's 4-bit weights are gathered when it is computed and
+freed afterwards. Embedding, head, and the adapter, a thousandth of the base, stay whole in each process. So checkpoints
+and adapters are the same with and without sharding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOLERANCE = 1e-3  # relative difference of logits; the same kernels compute the
 
 @torch.no_grad()
 def shard(model: PeftModel) -> str:
-    """Shares the base's layers out among the processes.
+    """Shards the base's layers over the processes.
 
     Args:
         model: base, from `load_base` with to_be_sharded, and adapter.
@@ -37,7 +37,7 @@ def shard(model: PeftModel) -> str:
         What this process still holds of the layers, for the terminal.
 
     Raises:
-        ProofError: the model computes something else than before.
+        ProofError: the sharded model computes something else.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -58,19 +58,19 @@ def shard(model: PeftModel) -> str:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=kept)
     fully_shard(backbone, mesh=mesh, ignored_params=set(backbone.parameters()) - sharded)
-    # The trainer's DistributedDataParallel has to do with the adapter alone.
+    # The Trainer's DistributedDataParallel must see the adapter alone.
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*frozen, *buffers])
     difference = ((model(input_ids=ids).logits - before).norm() / before.norm()).item()
     if not difference <= _TOLERANCE:
         raise ProofError(
-            f"the sharded base computes something else than the whole one ({difference:.2%} apart); train without "
+            f"the sharded base computes something else than the whole one (logits differ by {difference:.2%}); train without "
             "sharding (configs/accelerate/ddp.yaml), or report it with the versions of torch and bitsandbytes"
         )
     return (
-        f"sharded: of the {whole / 2**20:,.1f} MiB of the layers' weights this process holds "
-        f"{_held_bytes(layers) / whole:.0%}; proven: they compute what they did"
+        f"sharded: this process holds {_held_bytes(layers) / whole:.0%} of the {whole / 2**20:,.1f} MiB of the layers' "
+        "weights; proven: the logits are the same"
     )
 
 
@@ -83,13 +83,8 @@ def _held_bytes(layers: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in local)
 
 
-def whole_again(model: PeftModel, settings: Settings) -> PeftModel:
-    """The trained adapter on a base that this process holds alone.
-
-    Args:
-        model: sharded.
-        settings: of the run.
-    """
+def unsharded(model: PeftModel, settings: Settings) -> PeftModel:
+    """The trained adapter on a base that is loaded again, whole."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     weights: dict[str, Any] = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -102,7 +97,7 @@ def whole_again(model: PeftModel, settings: Settings) -> PeftModel:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was called on a model, so that no process can compute without the others."""
+    """Whether a model is sharded, so that no process can compute without the others."""
     if distributed.world_size() == 1:
         return False
     from torch.distributed.fsdp import FSDPModule

@@ -124,7 +124,7 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
     )
     status, out, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
     assert status == 0, err
-    assert "going on from " in out and "checkpoint-2" in out
+    assert "resuming from " in out and "checkpoint-2" in out
     assert_same_training(one, tmp_path / "run")
     chosen = [
         json.loads((tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "passes.json").read_text())["chosen"]
@@ -150,11 +150,11 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     process.terminate()
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert err.count("train.py: stopped at step ") == 1 and "the same command goes on from there" in err, err
+    assert err.count("train.py: stopped at step ") == 1 and "the same command resumes from there" in err, err
     assert not (tmp_path / "run" / "adapter").exists()
     capsys.readouterr()
     assert train.main([*arguments, "--run_dir", str(tmp_path / "run")]) == 0
-    assert "going on from " in capsys.readouterr().out
+    assert "resuming from " in capsys.readouterr().out
     assert train.main([*arguments, "--run_dir", str(tmp_path / "one")]) == 0
     # Saving begins a new window of the logged loss, and the losses here are logged at each step.
     assert_same_training(tmp_path / "one", tmp_path / "run")
@@ -193,7 +193,7 @@ def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, how,
     if "os.kill" in how:
         three = [*RUN, "--standalone", "--nproc_per_node", "3"]
         status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"), launcher=three)
-        assert status == 0 and "going on from " in out, err
+        assert status == 0 and "resuming from " in out, err
         assert_same_training(one, tmp_path / "run")
 
 

@@ -20,8 +20,7 @@ from scripts import die_after
 
 import train
 from kestrel.adapter.source import WEIGHTS
-from kestrel.config.resolve import resolve
-from kestrel.training import callbacks
+from kestrel.training import callbacks, checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ["--training.max_steps", "20", "--training.evaluations", "5", "--training.logging_steps", "2"]
@@ -107,7 +106,7 @@ def test_stopped_by_a_signal_and_again(prepared, whole, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         die_after(patch, step, number)
         assert train.main(arguments) == 128 + number
-    assert f"stopped at step {step}; the same command goes on from there" in capsys.readouterr().err
+    assert f"stopped at step {step}; the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
     assert train.main(arguments) == 0
     assert results(tmp_path / "run")[f"adapter/{WEIGHTS}"] == whole[f"adapter/{WEIGHTS}"]
@@ -135,7 +134,7 @@ def test_two_signals_stop_at_once(prepared, tmp_path, monkeypatch, capfd):
 
 def test_goes_on_from_the_newest(prepared, begun, whole, tmp_path, capsys):
     assert train.main(copy_of(begun, prepared, tmp_path / "run")) == 0
-    assert "going on from" in (said := capsys.readouterr()).out and "checkpoint-12" in said.out and said.err == ""
+    assert "resuming from" in (said := capsys.readouterr()).out and "checkpoint-12" in said.out and said.err == ""
     assert results(tmp_path / "run") == whole
 
 
@@ -156,12 +155,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(prepared, b
         damaged.write_bytes(content[: len(content) // 2])
     else:
         damaged.write_bytes(bytes([content[0] ^ 4]) + content[1:])
-    settings, _ = resolve(str(prepared.config), {}, [])
-    assert train.find_checkpoint(settings, folder, meaning, "python train.py") == folder / "checkpoint-8"
+    assert checkpoints.choose("auto", folder, meaning, "python train.py") == folder / "checkpoint-8"
     said = capsys.readouterr()
     assert "warning: " in said.err and "checkpoint-12" in said.err
-    assert "going on from" in said.out and "checkpoint-8" in said.out
-    assert not damaged.parent.exists()  # it will be written again
+    assert "resuming from" in said.out and "checkpoint-8" in said.out
+    assert damaged.parent.exists(), "only a training that really starts deletes checkpoints"
+    checkpoints.remove_newer(folder, 8)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-8"]
 
 
 def test_after_damage_the_result_is_the_same(prepared, begun, whole, tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_all_checkpoints_damaged_begins_anew(prepared, begun, whole, tmp_path, c
         path.unlink()
     assert train.main(arguments) == 0
     said = capsys.readouterr()
-    assert said.err.count("warning: ") == 2 and "going on" not in said.out
+    assert said.err.count("warning: ") == 2 and "resuming" not in said.out
     assert results(tmp_path / "run") == whole
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_whose_best_one_is_damaged_is_not_used(prepared, tmp_path, 
     capsys.readouterr()
     assert train.main(arguments) == 0
     said = capsys.readouterr()
-    assert "checkpoint-8 needs it and is passed over" in said.err and "going on from" not in said.out
+    assert "checkpoint-8 needs it and is skipped" in said.err and "resuming from" not in said.out
 
 
 def test_early_stopping_counts_across_an_interruption(prepared, tmp_path, monkeypatch):
@@ -269,10 +269,28 @@ def test_never_begins_anew_and_a_folder_is_taken_at_its_word(prepared, begun, wh
     assert results(tmp_path / "run") == whole
     for wrong in ("nowhere", str(tmp_path), str(begun / "checkpoints" / "checkpoint-8")):
         assert train.main([*arguments, "--training.resume", wrong]) == 1
-        assert f"{wrong} is no checkpoint of this run" in capsys.readouterr().err
+        assert f"{wrong} is not a checkpoint of this run" in capsys.readouterr().err
     assert train.main([*arguments, "--training.resume", "never"]) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     assert results(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("fails", ["base", "adapter", "loss", "disk"])
+def test_a_start_that_fails_deletes_no_checkpoint(prepared, begun, tmp_path, monkeypatch, capsys, fails):
+    arguments = [*copy_of(begun, prepared, tmp_path / "run"), "--training.resume", "never"]
+    if fails == "base":
+        base = write_base(tmp_path / "base")
+        (base / "model.safetensors").unlink()
+        monkeypatch.setattr("kestrel.model.base.base_identity", lambda *_: {})
+        arguments += ["--model.name", str(base)]
+    elif fails == "adapter":
+        arguments += ["--lora.target_modules", "no_such_layer"]
+    elif fails == "loss":
+        monkeypatch.setattr("kestrel.training.model.prove_loss", lambda *_: 1 / 0)
+    else:
+        monkeypatch.setattr("kestrel.training.fit.training_bytes", lambda *_: 2**70)
+    assert train.main(arguments) == 1, capsys.readouterr()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["checkpoint-12", "checkpoint-8"]
 
 
 def test_a_run_may_be_moved(prepared, begun, whole, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_pickles_in_a_checkpoint_run_nothing(trained: Experiment, tmp_path, spru
     said = capsys.readouterr().err
     assert not sprung.exists()
     # What is not read at all cannot hurt either.
-    assert (status, "begin anew" in said) == ((0, False) if name == "training_args.bin" else (1, True)), said
+    assert (status, "start again" in said) == ((0, False) if name == "training_args.bin" else (1, True)), said
 
 
 def test_a_checkpoint_that_was_changed_is_passed_over(trained: Experiment, tmp_path, sprung, capsys):
@@ -135,7 +135,7 @@ def test_a_checkpoint_from_elsewhere_is_not_gone_on_from(trained: Experiment, tm
     arguments = trained.copy_to(tmp_path / "run")
     downloaded = shutil.copytree(checkpoints_of(tmp_path / "run")[-1], tmp_path / "downloaded" / "checkpoint-8")
     assert train.main([*arguments, "--training.resume", str(downloaded)]) == 1
-    assert "is no checkpoint of this run" in capsys.readouterr().err
+    assert "is not a checkpoint of this run" in capsys.readouterr().err
 
 
 def run_script(name: str, *arguments: str, **environment: str) -> tuple[int, str]:

@@ -151,7 +151,7 @@ def artifacts(data: bytes) -> None:
         lambda: read_adapter(artifact, expected, "train", "train"),
         lambda: checkpoints.newest_resumable(run, MEANING, "train"),
         lambda: checkpoints.require_resumable(artifact, MEANING, "train"),
-        lambda: callbacks.evaluations_without_progress(checkpoints.history(artifact)),
+        lambda: callbacks.evaluations_without_progress(checkpoints.log_history(artifact)),
         lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate"),
         lambda: GenerationsFile(run / "generations" / "test.adapter.jsonl", "adapter", 0, {}).is_up_to_date(),
         lambda: read_log(log),

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from kestrel.adapter.lora import add_lora
-from kestrel.adapter.proof import WEIGHTS
+from kestrel.adapter.source import WEIGHTS
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Data, Lora, Model, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
@@ -199,7 +199,7 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
         capsys.readouterr()
         assert train.main(arguments) == 0
     said = capsys.readouterr().out
-    assert "going on from" in said and "out of memory" not in said
+    assert "resuming from" in said and "out of memory" not in said
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     # Whoever asks for something else gets it.
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "999"}, [])
@@ -239,7 +239,7 @@ def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, mo
     trainer = trainer_for(prepared, 4096)
     failed = exhaust(monkeypatch, 300, of_rows=2)
     before = torch.get_rng_state()
-    trainer.rehearse()
+    trainer.try_largest_pass()
     lengths = lengths_of(trainer.train_dataset)
     heaviest = max(len(step) * lengths[step].max() for step in trainer._steps)
     assert failed[0] == heaviest and len(failed) == capsys.readouterr().out.count("out of memory")
@@ -247,7 +247,7 @@ def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, mo
     assert all(p.grad is None for p in trainer.model.parameters())
     failures = len(failed)
     for step in range(3):
-        inputs = trainer._step_of(trainer._rows_of(step))
+        inputs = trainer.inputs_of(trainer.rows_of_step(step))
         assert all(len(b["input_ids"]) == 1 or b["input_ids"].numel() <= 300 for b in inputs["forward_passes"])
         trainer.training_step(trainer.model, inputs)
     assert len(failed) == failures
@@ -261,7 +261,7 @@ def test_of_a_sharded_base_no_process_makes_passes_of_its_own(prepared, monkeypa
     with pytest.raises(
         KestrelError, match=r"out of memory in a pass of \d+ x \d+ tokens; .* lower training.tokens_per_"
     ):
-        trainer.training_step(trainer.model, trainer._step_of(trainer._rows_of(0)))
+        trainer.training_step(trainer.model, trainer.inputs_of(trainer.rows_of_step(0)))
 
 
 class _Waits(TorchDispatchMode):
@@ -283,7 +283,7 @@ class _Waits(TorchDispatchMode):
 
 def test_no_step_waits_for_the_gpu(prepared):
     trainer = trainer_for(prepared, 200)
-    inputs = trainer._step_of(trainer._rows_of(0))
+    inputs = trainer.inputs_of(trainer.rows_of_step(0))
     assert len(inputs["forward_passes"]) > 2
     with _Waits() as waits:
         trainer.training_step(trainer.model, inputs)

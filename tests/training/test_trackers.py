@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Tracker
-from kestrel.training.trackers import check_trackers, told_of
+from kestrel.training.trackers import check_trackers, tracked_settings
 
 FEW = ["--training.max_steps", "2", "--training.evaluations", "1", "--training.samples", "0"]
 
@@ -170,7 +170,9 @@ def test_no_tracker_sees_where_a_local_base_lies(name, prepared, tmp_path, monke
 
 def test_of_local_paths_only_the_last_part_is_told(prepared, tmp_path):
     def told(**keys: str) -> dict[str, object]:
-        return told_of(resolve(str(prepared.config), {key.replace("__", "."): value for key, value in keys.items()})[0])
+        return tracked_settings(
+            resolve(str(prepared.config), {key.replace("__", "."): value for key, value in keys.items()})[0]
+        )
 
     secret = Path("home") / "someone" / "private" / "dialogues.jsonl"
     of_paths = told(data__source=str(secret), model__adapter=str(tmp_path / "adapter"))

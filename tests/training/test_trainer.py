@@ -233,7 +233,7 @@ def test_each_token_of_a_step_weighs_the_same(prepared):
             assert torch.allclose(cut[name], parameter.grad, rtol=1e-3, atol=1e-6), name
     losses = []
     for budget in (1, 120, 10_000):
-        trainer._chosen = Plan(budget, "none")
+        trainer._plan = Plan(budget, "none")
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
