@@ -131,7 +131,7 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
         for step in (2, 4, 8)
     ]
     before, after, last = (each["tokens_per_step"] for each in chosen)
-    assert after < before and f"at most {after:,} tokens (training.tokens_per_step) in all of them" in out
+    assert after < before and f"at most {after:,} tokens (training.tokens_per_step) in every process" in out
     assert out.count("another process was out of memory") == 1 + (last < after)
 
 

@@ -170,7 +170,7 @@ def test_a_step_that_does_not_fit_is_done_again_in_smaller_passes(prepared, tmp_
     assert failed and said.count("out of memory in a pass of") == len(failed)
     record = json.loads((tmp_path / "run/checkpoints/checkpoint-1/passes.json").read_text())
     budget = record["chosen"]["tokens_per_step"]
-    assert f"a pass holds at most {budget:,} (training.tokens_per_step)" in said
+    assert f"passes hold at most {budget:,} (training.tokens_per_step)" in said
     small = [*prepared.copy_to(tmp_path / "small"), *one_step, "--training.tokens_per_step", str(budget)]
     assert train.main(small) == 0
     assert results(tmp_path / "run") == results(tmp_path / "small")

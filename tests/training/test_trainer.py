@@ -22,7 +22,7 @@ from kestrel.config.settings import Lora
 from kestrel.model.base import load_base
 from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.planning.passes import Plan
-from kestrel.training import arguments, callbacks
+from kestrel.training import arguments, callbacks, fit
 from kestrel.training.trainer import DialogueTrainer
 
 
@@ -249,7 +249,7 @@ def stopped(capsys, arguments: list[str]) -> str:
 def test_zero_gradient_stops_the_first_step(prepared, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kestrel.training.objective.token_nll", lambda model, batch: token_nll(model, batch) * 0)
     said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
-    assert "the first step's gradient is zero" in said
+    assert "the gradient of the first step is zero" in said
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -348,7 +348,7 @@ def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(prepared, tmp_pat
             return save_and_prove(model, *more)
 
         save_and_prove = proof.save_and_prove
-        monkeypatch.setattr(proof, "save_and_prove", forget)
+        monkeypatch.setattr(fit, "save_and_prove", forget)
     else:
         monkeypatch.setattr(PeftModel, "save_pretrained", save)
     said = stopped(capsys, arguments)
