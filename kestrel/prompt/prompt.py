@@ -14,7 +14,6 @@ are, by position, the tokens of each reply and the end token after it.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.chat_template import ChatTemplate
 from kestrel.prompt.original_format import introduction, prompt_text
+from kestrel.prompt.tokenizer import tokenizer_fingerprint
 from kestrel.prompt.word_cache import WordCache, can_split_at_spaces
 from kestrel.runtime.manifest import sha256_of_json
 
@@ -340,13 +340,3 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     }
     boundaries = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     return frozenset({*markup, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - boundaries))
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of everything that decides which ids a text becomes."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
-    # State of the last call, not part of the tokenizer.
-    pipeline |= {"truncation": None, "padding": None}
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return sha256_of_json([pipeline, special])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kestrel.config.settings import Model
 from kestrel.hub import plain_loading_errors
+from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,3 +56,13 @@ def _is_plain_falcon(folder: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return False  # the library reports what is wrong
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of everything that decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    # State of the last call, not part of the tokenizer.
+    pipeline |= {"truncation": None, "padding": None}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sha256_of_json([pipeline, special])

@@ -21,8 +21,8 @@ import preprocess
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Model
 from kestrel.data.dataset import load_split, open_dataset, print_rows
-from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
-from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["i", "like", "dogs", "cats", "cars", "music", "the", "sea", "and", "two", "old", "books", "you", "how", "what"]

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.chat_template import ChatTemplate
-from kestrel.prompt.prompt import Prompt, tokenizer_fingerprint
+from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import tokenizer_fingerprint
 
 
 @SLOW_START
