@@ -248,7 +248,7 @@ def test_a_file_in_the_place_of_the_dataset_stays(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "dataset").write_text("my notes")
     assert preprocess.main(argv) == 1
-    assert f"{tmp_path / 'run' / 'dataset'} is a file where a folder is to be made" in capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'dataset'} is a file where a folder is needed" in capsys.readouterr().err
     assert (tmp_path / "run" / "dataset").read_text() == "my notes"
 
 
