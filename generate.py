@@ -108,10 +108,8 @@ def report_left_out(rows: Dataset, path: Path, candidates: bool) -> None:
     if unanswered:
         print(f"  {unanswered:,} {of_all} are left out: the exchange alone is longer than prompt.max_length")
     if candidates and unscored:
-        print(
-            f"  {unscored:,} {of_all} have no candidate_nll and do not count in hits@1: one of their candidates spells "
-            "a control token"
-        )
+        reason = "one of their candidates spells a control token"
+        print(f"  {unscored:,} {of_all} have no candidate_nll and do not count in hits@1: {reason}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,42 +81,15 @@ def resolve(
     Args:
         config: the YAML file.
         overrides: dotted key -> value as given; None where the value is missing, a list where several may be given.
-        unknown: arguments that nobody knows, for the messages about them.
-        flags: names of the options that are no keys.
+        unknown: arguments that are no known option, for the messages about them.
+        flags: names of the options that are not keys.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
     """
     keys = all_keys()
-    problems: list[str] = []
-    for before, given in zip([None, *unknown], unknown, strict=False):
-        flag = given.split("=")[0]
-        if flag.startswith("-"):
-            launcher = launcher_of(flag)
-            problems.append(
-                f"{flag}: an option of {launcher}; it goes before the script's name"
-                if launcher
-                else f"{flag}: unknown option{_nearest(flag.lstrip('-'), [*keys, *flags], '--')}"
-            )
-        elif before is None or not before.startswith("-"):  # else it is the value of the unknown option
-            problems.append(f"{given!r}: an argument that belongs to no option")
-    tree: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    readable = False
-    if config is None:
-        problems.append("--config: needs a YAML file, such as configs/quickstart.yaml")
-    else:
-        try:
-            loaded = load_with_lines(_read(config), config, text_keys={k for k, key in keys.items() if key.is_text})
-            problems += loaded.problems
-            tree, lines, readable = loaded.value or {}, loaded.lines, True
-        except UsageError as error:
-            problems += error.problems
-    if not isinstance(tree, dict):
-        problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
-        tree, readable = {}, False
-    # A section of which everything is commented out.
-    tree = {name: {} if value is None and name not in keys else value for name, value in tree.items()}
+    problems = _unknown_arguments(unknown, [*keys, *flags])
+    tree, lines, readable = _load(config, keys, problems)
     origin = {dotted: f"{config}:{line}" for dotted, line in lines.items()}
     for dotted, given in overrides.items():
         if given is None:
@@ -125,29 +98,66 @@ def resolve(
             _place(tree, dotted, _option_value(keys[dotted], given))
             origin[dotted] = f"--{dotted}"
 
-    complained: set[str] = set()
+    reported: set[str] = set()
 
-    def complain(dotted: str, message: str) -> None:
+    def report(dotted: str, message: str) -> None:
         place = next((origin[name] for name in _ancestors(dotted) if name in origin), config or "settings")
-        # Of the several ways in which a value is none of the types that it may have, one is enough.
-        if dotted not in complained or not message.startswith("expected"):
+        # pydantic reports each type that a value could have had; one message is enough.
+        if dotted not in reported or not message.startswith("expected"):
             problems.append(f"{place}: {message}" if place == f"--{dotted}" else f"{place}: {dotted}: {message}")
-        complained.add(dotted)
+        reported.add(dotted)
 
     settings = None
     try:
         settings = Settings.model_validate(tree)
+        for dotted, message in conflicts(settings):
+            report(dotted, message)
     except ValidationError as error:
         for problem in error.errors():
-            # Of a file that could not be read, what it would have held is not worth a complaint.
+            # A key that is missing from an unreadable file may be in it.
             if readable or problem["type"] != "missing":
-                _explain(problem, keys, complain)
-    if settings is not None:
-        for dotted, message in conflicts(settings):
-            complain(dotted, message)
+                _explain(problem, keys, report)
     if problems or settings is None:
         raise UsageError(problems)
     return settings, origin
+
+
+def _unknown_arguments(unknown: Sequence[str], known: list[str]) -> list[str]:
+    """A message for each unknown option, and for each argument that is not the value of one."""
+    problems = []
+    for before, given in zip([None, *unknown], unknown, strict=False):
+        flag = given.split("=")[0]
+        if not flag.startswith("-"):
+            if before is None or not before.startswith("-"):
+                problems.append(f"{given!r}: an argument that belongs to no option")
+        elif launcher := launcher_of(flag):
+            problems.append(f"{flag}: an option of {launcher}; it goes before the script's name")
+        else:
+            problems.append(f"{flag}: unknown option{_nearest(flag.lstrip('-'), known, '--')}")
+    return problems
+
+
+def _load(config: str | None, keys: dict[str, Key], problems: list[str]) -> tuple[dict[str, Any], dict[str, int], bool]:
+    """The file's content, the line of each dotted key, and whether the file could be read; adds to `problems`."""
+    if config is None:
+        problems.append("--config: needs a YAML file, such as configs/quickstart.yaml")
+        return {}, {}, False
+    try:
+        loaded = load_with_lines(_read(config), config, text_keys={name for name, key in keys.items() if key.is_text})
+    except UsageError as error:
+        problems += error.problems
+        return {}, {}, False
+    problems += loaded.problems
+    tree = loaded.value or {}
+    if not isinstance(tree, dict):
+        problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
+        return {}, loaded.lines, False
+    # A section whose keys are all commented out is None.
+    return (
+        {name: {} if value is None and name not in keys else value for name, value in tree.items()},
+        loaded.lines,
+        True,
+    )
 
 
 def _ancestors(dotted: str) -> list[str]:
@@ -155,7 +165,7 @@ def _ancestors(dotted: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
-def _explain(problem: Any, keys: dict[str, Key], complain: Callable[[str, str], None]) -> None:
+def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], None]) -> None:
     """One pydantic error in the words of the settings."""
     parts = [str(part) for part in problem["loc"]]
     dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
@@ -163,25 +173,25 @@ def _explain(problem: Any, keys: dict[str, Key], complain: Callable[[str, str], 
         sections = list(Settings.model_fields)
         if parts[0] in keys:  # `training.epochs: 1` for a section with a key
             section, _, name = parts[0].rpartition(".")
-            complain(parts[0], f"write it as a section: `{section}:`, and below it, indented, `{name}:`")
+            report(parts[0], f"write it as a section: `{section}:`, and below it, indented, `{name}:`")
         else:
-            complain(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
+            report(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
     elif problem["type"] == "missing":
         required = [name for name, key in keys.items() if name.startswith(f"{dotted}.") and key.field.is_required()]
         for name in required or [dotted]:
-            complain(name, "is required and missing")
+            report(name, "is required and missing")
     elif dotted in keys:
         reason = problem["msg"][0].lower() + problem["msg"][1:]
         expected = keys[dotted].type_name
         wrong_kind = problem["type"].endswith(("_type", "_parsing", "literal_error"))
-        complain(
+        report(
             dotted,
             f"expected {expected}, found {problem['input']!r}"
             if wrong_kind
             else f"{reason}, found {problem['input']!r}",
         )
     else:
-        complain(dotted, f"expected a section with keys, found {problem['input']!r}")
+        report(dotted, f"expected a section with keys, found {problem['input']!r}")
 
 
 def _read(config: str) -> str:
@@ -190,7 +200,7 @@ def _read(config: str) -> str:
         with open(path, "rb") as file:
             content = file.read(_LONGEST + 1)
         if len(content) > _LONGEST:
-            raise UsageError([f"{config}: more than {_LONGEST:,} bytes; this is no experiment"])
+            raise UsageError([f"{config}: more than {_LONGEST:,} bytes; not an experiment"])
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError([f"{config}: not UTF-8 text (byte {error.start})"]) from None
@@ -204,7 +214,7 @@ def _read(config: str) -> str:
 
 
 def describe(settings: Settings, origin: dict[str, str]) -> str:
-    """The resolved settings as YAML, each value that is no default marked with where it comes from."""
+    """The resolved settings as YAML, with the origin of each value that is not a default."""
     lines = []
     tree = settings.model_dump()
     for name, value in tree.items():
@@ -221,6 +231,6 @@ def describe(settings: Settings, origin: dict[str, str]) -> str:
 
 
 def launcher_of(option: str) -> str | None:
-    """The launcher that an option belongs to, if it is one of theirs."""
+    """The launcher that has this option, if any."""
     name = option.lstrip("-").replace("-", "_")
     return next((launcher for launcher, options in _OPTIONS.items() if name in options.split()), None)

@@ -263,24 +263,8 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(f"{part}/{part}", text) is not None and not re.search(r"\.\.|--|\.git$", text)
 
 
-def conflicts(settings: Settings) -> list[tuple[str, str]]:
-    """Values that are valid alone but not together: (dotted key, what is wrong)."""
+def _generation_conflicts(settings: Settings) -> list[tuple[str, str]]:
     found = []
-    for key in ("repo_id", "base_model"):
-        if (value := getattr(settings.hub, key)) is not None and not is_hub_id(value):
-            found.append((f"hub.{key}", f"expected an id on the Hub such as owner/name, found {value!r}"))
-    for name in settings.hub.datasets:
-        if not (is_hub_id(name) or is_hub_id(f"owner/{name}")):
-            found.append(("hub.datasets", f"expected ids on the Hub such as owner/name, found {name!r}"))
-    if settings.data.validation_fraction + settings.data.test_fraction >= 1:
-        found.append(
-            ("data.test_fraction", "leaves nothing for training: with data.validation_fraction it makes 1 or more")
-        )
-    if memory_bytes(settings.training.device_memory) is None and settings.training.device_memory is not None:
-        found.append(("training.device_memory", f"expected {MEMORY_FORM}, found {settings.training.device_memory!r}"))
-    patience = settings.training.early_stopping
-    if patience is not None and patience >= settings.training.evaluations:
-        found.append(("training.early_stopping", "has no effect unless it is below training.evaluations"))
     generation = settings.generation
     if not generation.do_sample:
         for key in ("temperature", "top_p", "top_k"):
@@ -302,6 +286,28 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
         found.append(("generation.systems", "names a system twice"))
     if any(not text for text in generation.stop_strings):
         found.append(("generation.stop_strings", "contains an empty string, which would end every response at once"))
+    return found
+
+
+def conflicts(settings: Settings) -> list[tuple[str, str]]:
+    """Values that are valid alone but not together: (dotted key, what is wrong)."""
+    found = []
+    for key in ("repo_id", "base_model"):
+        if (value := getattr(settings.hub, key)) is not None and not is_hub_id(value):
+            found.append((f"hub.{key}", f"expected an id on the Hub such as owner/name, found {value!r}"))
+    for name in settings.hub.datasets:
+        if not (is_hub_id(name) or is_hub_id(f"owner/{name}")):
+            found.append(("hub.datasets", f"expected ids on the Hub such as owner/name, found {name!r}"))
+    if settings.data.validation_fraction + settings.data.test_fraction >= 1:
+        found.append(
+            ("data.test_fraction", "leaves nothing for training: with data.validation_fraction it makes 1 or more")
+        )
+    if memory_bytes(settings.training.device_memory) is None and settings.training.device_memory is not None:
+        found.append(("training.device_memory", f"expected {MEMORY_FORM}, found {settings.training.device_memory!r}"))
+    patience = settings.training.early_stopping
+    if patience is not None and patience >= settings.training.evaluations:
+        found.append(("training.early_stopping", "has no effect unless it is below training.evaluations"))
+    found += _generation_conflicts(settings)
     if settings.lora.target_modules == []:
         found.append(("lora.target_modules", "is empty, so nothing would be trained"))
     return found
