@@ -1,7 +1,11 @@
-"""The rules of the house: the README's map equals the folders."""
+"""The rules of CONTRIBUTING.md that can be checked, and the README's map of the repository.
+
+ruff checks the number of branches of a function (C901), import-linter the layers.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -11,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 KESTREL = ROOT / "kestrel"
+SCRIPTS = sorted(ROOT.glob("*.py"))
+SOURCES = [*SCRIPTS, *sorted(KESTREL.rglob("*.py"))]
 
 
 def map_entries() -> list[str]:
@@ -58,3 +64,39 @@ def test_the_map_lists_the_wings_in_the_order_of_the_layers_contract() -> None:
     rank = {name: position for position, names in enumerate(layers) for name in names}
     wings = [Path(entry).stem for entry in map_entries() if re.fullmatch(r"kestrel/\w+(?:/|\.py)", entry)]
     assert [rank[wing] for wing in wings] == sorted(rank.values())
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_scripts_have_at_most_120_lines() -> None:
+    assert len(SCRIPTS) == 6
+    assert [f"{path.name}: {lines_of(path)}" for path in SCRIPTS if lines_of(path) > 120] == []
+
+
+def test_files_have_at_most_350_lines() -> None:
+    assert [f"{path.relative_to(ROOT)}: {lines_of(path)}" for path in SOURCES if lines_of(path) > 350] == []
+
+
+def test_functions_have_at_most_60_lines() -> None:
+    lengths = {
+        f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
+def test_at_most_six_modules_are_at_the_top_of_kestrel() -> None:
+    assert len(list(KESTREL.glob("*.py"))) <= 6
+
+
+def test_packages_hold_a_docstring_and_import_nothing() -> None:
+    """So that importing one module of a folder does not load torch."""
+    for path in KESTREL.rglob("__init__.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        names = [node for node in tree.body[1:] if not isinstance(node, ast.Assign)]  # such as __version__
+        assert not names, path
