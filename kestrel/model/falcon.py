@@ -17,8 +17,7 @@ The layer computes what transformers' layer computes (5.17 to 5.23), for rows pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,7 @@ Recompute = Literal["none", "mlp", "full"]
 _PROJECTIONS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
-@dataclass(frozen=True)
-class Repeats:
+class Repeats(NamedTuple):
     """Which positions of a flattened batch hold the same token.
 
     Attributes:
@@ -50,14 +48,6 @@ class Repeats:
 
     first: Tensor
     which: Tensor
-
-    def distinct(self, x: Tensor) -> Tensor:
-        """(tokens, features) → (distinct tokens, features)."""
-        return x.index_select(0, self.first)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(distinct tokens, features) → (tokens, features)."""
-        return x.index_select(0, self.which)
 
 
 # -- one linear layer --------------------------------------------------------------------------------------------------
@@ -90,7 +80,7 @@ class _Projection:
         """(tokens, in) → (tokens, out); added in place to `onto` where given. With `repeats`, equal rows are multiplied once."""
         weight = self._weight(x.dtype).t()
         if repeats is not None:
-            y = repeats.spread(repeats.distinct(x) @ weight)
+            y = _rows(_rows(x, repeats.first) @ weight, repeats.which)
         else:
             y = x @ weight if onto is None else onto.addmm_(x, weight)
         a, b = self.adapter()
@@ -199,8 +189,8 @@ class _DecoderLayer(torch.autograd.Function):
         normed, _, _ = layer.norm(flat)
         attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
         if repeats is not None and not layer.adapts_mlp():
-            before = layer.up.forward(repeats.distinct(normed), seed + 2)
-            y = repeats.spread(layer.down.forward(gelu(before), seed + 3)).add_(flat)
+            before = layer.up.forward(_rows(normed, repeats.first), seed + 2)
+            y = _rows(layer.down.forward(gelu(before), seed + 3), repeats.which).add_(flat)
         else:
             before = layer.up.forward(_rows(normed, rows), seed + 2)
             y = layer.down.forward(gelu(before), seed + 3, onto=flat.clone() if rows is None else _rows(flat, rows))
