@@ -190,7 +190,7 @@ def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
     weights = elsewhere / "adapter_model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
     assert evaluate.main(given) == 1
-    assert "was generated from another adapter than the run's is now" in capsys.readouterr().err
+    assert "was generated from another adapter than the run has now" in capsys.readouterr().err
     given[given.index(str(elsewhere))] = "someone/never-downloaded"
     assert evaluate.main(given) == 0
     assert "someone/never-downloaded is not on this machine" in capsys.readouterr().err
