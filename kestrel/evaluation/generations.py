@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 from kestrel.generation.files import order_in_name, split_and_system
 from kestrel.runtime.manifest import sha256_of
 
-STOPPED_BY = ("eos", "length", "stop_string")
-# What a row may leave out. A file has a key in every row or in none, but for candidates, which a corpus may offer for
-# some replies only.
-OPTIONAL = (
-    "dialogue_id", "persona", "history", "stopped_by", "response_tokens", "reference_nll", "reference_tokens",
-    "candidate_nll",
-)  # fmt: skip
 _MOST_PROBLEMS = 10
 _SEED_SUFFIX = re.compile(r"^(?P<group>.+?)[._-]?seed[._-]?\d+$")
+
+
+def one_line(text: str) -> str:
+    """Line breaks as spaces: tools that score files take a reply to be a line, and so do we."""
+    return re.sub(r"\r\n|\r|\n", " ", text)
+
+
+def _as_turns(history: Any) -> Any:
+    """Turns as pydantic reads them. Of plain strings the last one is the partner's."""
+    if not isinstance(history, list):
+        return history
+    turns: list[Any] = []
+    for later, turn in enumerate(reversed(history)):
+        if isinstance(turn, str):
+            turn = {"speaker": "self" if later % 2 else "partner", "text": turn}
+        known = turn if isinstance(turn, dict) else {}
+        turns.append({key: known.get(key) for key in Turn._fields})
+    return turns[::-1]
+
+
+Line = Annotated[str, AfterValidator(one_line)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Tokens = Annotated[int, Field(strict=True, ge=1)]
+Nll = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+History = Annotated[
+    tuple[Turn, ...],
+    BeforeValidator(_as_turns),
+    AfterValidator(lambda turns: tuple(turn._replace(text=one_line(turn.text)) for turn in turns)),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """One row: what a system answered at one turn of a dialogue, and what the person had answered.
+
+    The types are also what pydantic checks when a file is read.
 
     Attributes:
         dialogue_id, turn: which reply; `turn` is the index into the dialogue's turns.
@@ -40,18 +65,18 @@ class Reply:
         candidate_nll: (NLL in nats, tokens) of each distractor, in the dataset's order, without the reference.
     """
 
-    dialogue_id: str
-    turn: int
-    reference: str
-    response: str
+    dialogue_id: Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
+    turn: Count
+    reference: Line
+    response: Line
     line: int
-    persona: tuple[str, ...] | None = None
-    history: tuple[Turn, ...] | None = None
-    stopped_by: str | None = None
-    response_tokens: int | None = None
-    reference_nll: float | None = None
-    reference_tokens: int | None = None
-    candidate_nll: tuple[tuple[float, int], ...] | None = None
+    persona: tuple[Line, ...] | None = None
+    history: History | None = None
+    stopped_by: Literal["eos", "length", "stop_string"] | None = None
+    response_tokens: Count | None = None
+    reference_nll: Nll | None = None
+    reference_tokens: Tokens | None = None
+    candidate_nll: Annotated[tuple[tuple[Nll, Tokens], ...] | None, AfterValidator(lambda pairs: pairs or None)] = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -60,6 +85,12 @@ class Reply:
     def with_response(self, response: str) -> Reply:
         """The same context and reference with a response that no model gave."""
         return Reply(self.dialogue_id, self.turn, self.reference, response, self.line, self.persona, self.history)
+
+
+_ROW = TypeAdapter(Reply)
+# What a row may leave out. A file has a key in every row or in none, but for candidates, which a corpus may offer for
+# some replies only.
+OPTIONAL = tuple(f.name for f in fields(Reply) if f.name not in ("turn", "reference", "response", "line"))
 
 
 @dataclass
@@ -112,12 +143,12 @@ def read_generations(path: Path) -> Generations:
     rows = list(_json_rows(path, problems))
     if not rows and not problems:
         raise KestrelError(f"{path} has no rows; a generation file has one JSON object per line and reply")
-    present = {key for _, row in rows for key in row if row[key] is not None}
+    present = {key for _, row in rows for key in row}
     replies = _checked_replies(rows, present, problems)
     if problems:
-        more = len(problems) - _MOST_PROBLEMS
         shown = [f"{path}:{line}: {problem}" for line, problem in sorted(problems)[:_MOST_PROBLEMS]]
-        shown += [f"... and {more} more"] if more > 0 else []
+        if len(problems) > _MOST_PROBLEMS:
+            shown.append(f"... and {len(problems) - _MOST_PROBLEMS} more")
         raise KestrelError("generations cannot be scored; fix the file or leave it out\n  " + "\n  ".join(shown))
     split, system = split_and_system(path)
     missing = tuple(key for key in OPTIONAL if key not in present)
@@ -125,181 +156,61 @@ def read_generations(path: Path) -> Generations:
 
 
 def _json_rows(path: Path, problems: list[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects with the number of their line; what is none goes to `problems`."""
-    for line, text in _lines(path):
-        try:
-            row = json.loads(text)
-            if "\\u" in text:  # JSON can spell half of a surrogate pair, which no file can hold
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            problems.append((line, "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"))
-        except (ValueError, RecursionError) as error:
-            problems.append((line, f"not JSON ({error})"))
-        else:
-            if isinstance(row, dict):
-                yield line, row
-            else:
-                problems.append((line, f"expected an object with reference and response, found {_kind(row)}"))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their number."""
+    """Objects without their nulls, with the number of their line; lines that hold no object go to `problems`."""
     try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield number, text
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise KestrelError(f"{path} does not exist; generate.py writes it, or name another file") from None
     except IsADirectoryError:
         raise KestrelError(f"{path} is a folder; name the JSONL files in it") from None
-    except UnicodeDecodeError as error:
-        raise KestrelError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from None
+    for line, raw in enumerate(lines, start=1):
+        try:
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+            row = from_json(text) if text else {}
+        except UnicodeDecodeError as error:
+            problems.append((line, f"not UTF-8 text (byte {error.start} of the line)"))
+        except ValueError as error:
+            problems.append((line, f"not JSON ({error})"))
+        else:
+            if not isinstance(row, dict):
+                problems.append((line, "expected an object with reference and response"))
+            elif text:
+                yield line, {key: value for key, value in row.items() if value is not None}
 
 
 def _checked_replies(
     rows: list[tuple[int, dict[str, Any]]], present: set[str], problems: list[tuple[int, str]]
 ) -> list[Reply]:
-    """A reply per row, each with a key of its own.
+    """The replies, each with a key of its own. What is wrong goes to `problems`.
 
     Args:
         present: keys that some row has.
-        problems: what is wrong goes here.
     """
     required = [key for key in (*OPTIONAL, "turn") if key in present and key != "candidate_nll"]
     replies: list[Reply] = []
     first_lines: dict[tuple[str, int], int] = {}
     turns_before: Counter[str] = Counter()
     for number, (line, row) in enumerate(rows, start=1):
-        reader = _RowReader(row)
-        for key in required:
-            if row.get(key) is None:
-                reader.problems.append(f"{key} is missing, other rows have it")
-        reply = reader.reply(line, number)
+        problems += [(line, f"{key} is missing, other rows have it") for key in required if key not in row]
+        if ("reference_nll" in row) != ("reference_tokens" in row):
+            problems.append((line, "reference_nll and reference_tokens belong together"))
+        try:
+            reply = _ROW.validate_python({"dialogue_id": f"row {number}", "turn": 0} | row | {"line": line})
+        except ValidationError as error:
+            problems += [
+                (line, f"{'.'.join(map(str, e['loc']))}: {e['msg'].replace('tuple', 'list')}") for e in error.errors()
+            ]
+            continue
+        if not reply.reference.strip():
+            problems.append((line, "reference is empty; a reply without a reference cannot be scored"))
         if "turn" not in present:
             # Replies of a dialogue follow each other; without the index into its turns, count them.
             reply = replace(reply, turn=turns_before[reply.dialogue_id])
             turns_before[reply.dialogue_id] += 1
-        if not reader.problems and reply.key in first_lines:
-            reader.problems.append(
-                f"dialogue {reply.dialogue_id!r}, turn {reply.turn} is in line {first_lines[reply.key]} already"
+        if reply.key in first_lines:
+            problems.append(
+                (line, f"dialogue {reply.dialogue_id!r}, turn {reply.turn} is in line {first_lines[reply.key]} already")
             )
         first_lines.setdefault(reply.key, line)
-        problems += [(line, problem) for problem in reader.problems]
         replies.append(reply)
     return replies
-
-
-class _RowReader:
-    """Reads the values of one row. What is wrong goes to `problems`, and something harmless takes its place."""
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.row = row
-        self.problems: list[str] = []
-
-    def reply(self, line: int, number: int) -> Reply:
-        """The row as a reply. `number` names its dialogue where the row does not."""
-        dialogue_id, stopped_by = self.row.get("dialogue_id"), self.row.get("stopped_by")
-        if isinstance(dialogue_id, bool) or not isinstance(dialogue_id, (str, int, type(None))):
-            self.problems.append(f"dialogue_id: expected text, found {_kind(dialogue_id)}")
-        if stopped_by is not None and stopped_by not in STOPPED_BY:
-            self.problems.append(f"stopped_by: expected one of {', '.join(STOPPED_BY)}, found {stopped_by!r}")
-        reference = self._text("reference")
-        if isinstance(self.row.get("reference"), str) and not reference.strip():
-            self.problems.append("reference is empty; a reply without a reference cannot be scored")
-        reference_nll, tokens = self._optional("reference_nll", False, 0), self._optional("reference_tokens", True, 1)
-        if (reference_nll is None) != (tokens is None):
-            self.problems.append("reference_nll and reference_tokens belong together")
-        return Reply(
-            dialogue_id=f"row {number}" if dialogue_id is None else str(dialogue_id),
-            turn=self._optional("turn", True, 0) or 0,
-            reference=reference,
-            response=self._text("response"),
-            line=line,
-            persona=self._persona(),
-            history=self._history(),
-            stopped_by=stopped_by,
-            response_tokens=self._optional("response_tokens", True, 0),
-            reference_nll=reference_nll,
-            reference_tokens=tokens,
-            candidate_nll=self._candidates(),
-        )
-
-    def _text(self, key: str) -> str:
-        if key not in self.row:
-            self.problems.append(f"{key} is missing")
-        elif not isinstance(self.row[key], str):
-            self.problems.append(f"{key}: expected text, found {_kind(self.row[key])}")
-        else:
-            return one_line(self.row[key])
-        return ""
-
-    def _number(self, value: Any, name: str, whole: bool, least: int) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            self.problems.append(f"{name}: expected {'an integer' if whole else 'a number'}, found {_kind(value)}")
-        elif not math.isfinite(value) or value < least:
-            expected = f"at least {least}" if least else "a finite value >= 0"
-            self.problems.append(f"{name} is {value}, expected {expected}")
-        else:
-            return value
-        return least
-
-    def _optional(self, key: str, whole: bool, least: int) -> Any:
-        return None if self.row.get(key) is None else self._number(self.row[key], key, whole, least)
-
-    def _candidates(self) -> tuple[tuple[float, int], ...] | None:
-        """None where the reply has no candidates."""
-        pairs = self.row.get("candidate_nll")
-        if pairs is None:
-            return None
-        if isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            return (
-                tuple(
-                    (self._number(nll, f"candidate_nll[{i}]", False, 0), self._number(n, f"its tokens [{i}]", True, 1))
-                    for i, (nll, n) in enumerate(pairs)
-                )
-                or None
-            )
-        self.problems.append("candidate_nll: expected a list of [nll, tokens]")
-        return None
-
-    def _persona(self) -> tuple[str, ...] | None:
-        sentences = self.row.get("persona")
-        if sentences is None:
-            return None
-        if isinstance(sentences, list) and all(isinstance(sentence, str) for sentence in sentences):
-            return tuple(one_line(sentence) for sentence in sentences)
-        self.problems.append("persona: expected a list of sentences")
-        return None
-
-    def _history(self) -> tuple[Turn, ...] | None:
-        history = self.row.get("history")
-        if history is None:
-            return None
-        if not isinstance(history, list):
-            self.problems.append(f"history: expected a list of turns, found {_kind(history)}")
-            return None
-        turns: list[Turn] = []
-        for index, turn in enumerate(history):
-            if isinstance(turn, str):
-                partners = (len(history) - 1 - index) % 2 == 0
-                turn = {"speaker": "partner" if partners else "self", "text": turn}
-            speaker, text = (turn.get("speaker"), turn.get("text")) if isinstance(turn, dict) else (None, None)
-            if speaker not in ("partner", "self") or not isinstance(text, str):
-                self.problems.append(
-                    f"history[{index}]: expected text, or an object with speaker (partner or self) and text"
-                )
-                return None
-            turns.append(Turn(speaker, one_line(text)))
-        return tuple(turns)
-
-
-def _kind(value: Any) -> str:
-    names = {"str": "text", "dict": "an object", "list": "a list", "NoneType": "null", "bool": "true or false"}
-    return names.get(type(value).__name__, f"the number {value}")
-
-
-def one_line(text: str) -> str:
-    """Line breaks as spaces: tools that score files take a reply to be a line, and so do we."""
-    return re.sub(r"\r\n|\r|\n", " ", text)

@@ -52,10 +52,12 @@ def test_a_file_names_its_split_and_system(name, split, system):
 
 
 def test_every_value_arrives(tmp_path):
-    file = read_generations(write(tmp_path / "test.adapter.jsonl", [row(response="two\r\nlines"), "", row(turn=3)]))
+    said = {"speaker": "partner", "text": "hi\nthere", "emotion": "calm"}
+    first = row(response="two\r\nlines", history=[said])
+    file = read_generations(write(tmp_path / "test.adapter.jsonl", [first, "", row(turn=3)]))
     first, second = file.replies
     assert first.response == "two lines"
-    assert first.history == (Turn("partner", "hi"),)
+    assert first.history == (Turn("partner", "hi there"),)
     assert first.candidate_nll == ((4.0, 2), (5.0, 3))
     assert (first.reference_nll, first.reference_tokens, first.stopped_by) == (3.5, 2, "eos")
     assert (second.turn, second.line) == (3, 3)  # the blank line counts
@@ -97,31 +99,41 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line", "says"),
     [
-        ([row(), row(turn=3, reference=None)], 2, "reference is missing"),
-        ([row(response=None)], 1, "response is missing"),
+        ([row(), row(turn=3, reference=None)], 2, "reference: Field required"),
+        ([row(response=None)], 1, "response: Field required"),
         ([row(reference="  ")], 1, "reference is empty"),
-        ([row(reference=["a", "b"])], 1, "reference: expected text, found a list"),
-        ([row(response=7)], 1, "response: expected text, found the number 7"),
+        ([row(reference=["a", "b"])], 1, "reference: Input should be a valid string"),
+        ([row(response=7)], 1, "response: Input should be a valid string"),
         ([row(), row()], 2, "is in line 1 already"),
         ([row(), row(turn=3, persona=None)], 2, "persona is missing, other rows have it"),
         ([row(turn=None), row(turn=3)], 1, "turn is missing, other rows have it"),
-        ([row(reference_nll=float("nan"))], 1, "reference_nll is nan"),
-        ([row(reference_nll=float("inf"))], 1, "reference_nll is inf"),
-        ([row(reference_nll=-1.0)], 1, "reference_nll is -1.0"),
-        ([row(reference_nll=True)], 1, "reference_nll: expected a number, found true or false"),
-        ([row(reference_tokens=0)], 1, "reference_tokens is 0"),
+        ([row(reference_nll=float("nan"))], 1, "reference_nll: Input should be a finite number"),
+        ([row(reference_nll=float("inf"))], 1, "reference_nll: Input should be a finite number"),
+        ([row(reference_nll=-1.0)], 1, "reference_nll: Input should be greater than or equal to 0"),
+        ([row(reference_nll=True)], 1, "reference_nll: Input should be a valid number"),
+        ([row(reference_nll="3.5")], 1, "reference_nll: Input should be a valid number"),
+        ([row(reference_tokens=0)], 1, "reference_tokens: Input should be greater than or equal to 1"),
+        ([row(reference_tokens=2.0)], 1, "reference_tokens: Input should be a valid integer"),
         ([row(reference_tokens=None)], 1, "belong together"),
-        ([row(candidate_nll=[[1.0, 0]])], 1, "its tokens [0] is 0"),
-        ([row(candidate_nll=[[float("nan"), 2]])], 1, "candidate_nll[0] is nan"),
-        ([row(candidate_nll=[1.0])], 1, "expected a list of [nll, tokens]"),
-        ([row(stopped_by="tired")], 1, "expected one of eos, length, stop_string"),
-        ([row(history="hi")], 1, "history: expected a list"),
-        ([row(history=[{"speaker": "bob", "text": "hi"}])], 1, "history[0]"),
-        ([row(persona="i like dogs .")], 1, "persona: expected a list"),
-        ([row(turn=-1)], 1, "turn is -1"),
-        ([row(dialogue_id=1.5)], 1, "dialogue_id: expected text"),
+        ([row(candidate_nll=[[1.0, 0]])], 1, "candidate_nll.0.1: Input should be greater than or equal to 1"),
+        ([row(candidate_nll=[[float("nan"), 2]])], 1, "candidate_nll.0.0: Input should be a finite number"),
+        ([row(candidate_nll=[1.0])], 1, "candidate_nll.0: Input should be a valid list"),
+        ([row(candidate_nll=[[1.0]])], 1, "candidate_nll.0.1: Field required"),
+        ([row(stopped_by="tired")], 1, "stopped_by: Input should be 'eos', 'length' or 'stop_string'"),
+        ([row(history="hi")], 1, "history: Input should be a valid list"),
+        ([row(history=["hi", ["self", "hi"]])], 1, "history.1.speaker: Input should be 'partner' or 'self'"),
+        (
+            [row(history=[{"speaker": "bob", "text": "hi"}])],
+            1,
+            "history.0.speaker: Input should be 'partner' or 'self'",
+        ),
+        ([row(history=[{"speaker": "self"}])], 1, "history.0.text: Input should be a valid string"),
+        ([row(persona="i like dogs .")], 1, "persona: Input should be a valid list"),
+        ([row(turn=-1)], 1, "turn: Input should be greater than or equal to 0"),
+        ([row(dialogue_id=1.5)], 1, "dialogue_id: Input should be a valid string"),
+        ([row(dialogue_id=True)], 1, "dialogue_id: Input should be a valid string"),
         ([row(), "{"], 2, "not JSON"),
-        ([row(response="\ud83d")], 1, "half of a surrogate pair"),
+        ([row(response="\ud83d")], 1, "not JSON"),  # half of a surrogate pair, which no file can hold
         (["[" * 100_000], 1, "not JSON"),
         ([row(), "[1, 2]"], 2, "expected an object"),
     ],
