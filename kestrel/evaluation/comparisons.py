@@ -35,12 +35,9 @@ def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mappin
     tests = []
     for i, system in enumerate(files):
         for against in sorted(files[i + 1 :], key=lambda n: (kinds[n] != "base", folders[n] != folders[system])):
-            shared = [
-                metric.name
-                for metric in METRICS
-                if metric.tested and all(metric.name in bootstrap.point[name] for name in (system, against))
-            ]
-            tests += [bootstrap.paired(system, against, name) for name in shared]
+            shared = bootstrap.point[system].keys() & bootstrap.point[against].keys()
+            names = [metric.name for metric in METRICS if metric.tested and metric.name in shared]
+            tests += [bootstrap.paired(system, against, name) for name in names]
         for metric in HEADLINES:
             rival = best_trivial(bootstrap, kinds, metric)
             if rival is not None:

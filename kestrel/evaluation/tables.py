@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from kestrel.evaluation.metric_table import BY_NAME, DETAILED, METRICS, Column, Metric
@@ -29,7 +30,6 @@ class Table:
     """Text cells under headings; the first column names the row, the others are numbers.
 
     Attributes:
-        title: what it shows.
         kinds: of each row: system, base, trivial, gold, or empty.
         legend: what the headings mean, where they do not say so themselves.
     """
@@ -76,21 +76,16 @@ def _metrics_table(name: str, metrics: Mapping[str, Any]) -> Table:
     for metric in METRICS:
         for column in (column for column in metric.columns if column.table == name):
             heading = column.heading if isinstance(column.heading, str) else column.heading(metric.signature_in(gold))
-            columns.append((heading, _cell(metric, column)))
+            columns.append((heading, partial(_cell, metric, column)))
             if metric.legend:
                 headings.setdefault(metric.legend, []).append(heading)
     legend = " ".join(f"{', '.join(names)}: {meaning}." for meaning, names in headings.items())
     return _systems_table(_TITLES[name], metrics, columns, legend=legend)
 
 
-def _cell(metric: Metric, column: Column) -> Cell:
-    show = column.show or metric.show
-
-    def cell(entry: Mapping[str, Any]) -> str:
-        score, interval = metric.read(entry)
-        return _with_interval(score, interval if column.interval else None, show)
-
-    return cell
+def _cell(metric: Metric, column: Column, entry: Mapping[str, Any]) -> str:
+    score, interval = metric.read(entry)
+    return _with_interval(score, interval if column.interval else None, column.show or metric.show)
 
 
 def scores_table(metrics: Mapping[str, Any]) -> Table:
@@ -106,10 +101,8 @@ def properties_table(metrics: Mapping[str, Any]) -> Table:
 def perplexity_table(metrics: Mapping[str, Any]) -> Table | None:
     """The references' likelihood in its three units; None where no file has it."""
     table = _metrics_table("perplexity", metrics)
-    keep = [i for i, row in enumerate(table.rows) if any(value != NONE for value in row[1:])]
-    if not keep:
-        return None
-    return Table(table.title, table.columns, tuple(table.rows[i] for i in keep), tuple(table.kinds[i] for i in keep))
+    kept = [(row, kind) for row, kind in zip(table.rows, table.kinds, strict=True) if set(row[1:]) - {NONE}]
+    return replace(table, rows=tuple(r for r, _ in kept), kinds=tuple(k for _, k in kept), legend="") if kept else None
 
 
 def paired_table(metrics: Mapping[str, Any]) -> Table:
@@ -138,16 +131,16 @@ def seeds_table(metrics: Mapping[str, Any]) -> Table | None:
     if not groups:
         return None
     shown = [metric for metric in METRICS if metric.seeds and any(metric.name in group for group in groups.values())]
-
-    def cell(metric: Metric, spread: Mapping[str, float] | None) -> str:
-        return f"{spread['mean']:{metric.show}} ± {spread['std']:{metric.show}}" if spread else NONE
-
     rows = tuple(
-        (f"{name} (n = {len(group['members'])})", *(cell(metric, group.get(metric.name)) for metric in shown))
+        (f"{name} (n = {len(group['members'])})", *(_mean_and_sd(metric, group.get(metric.name)) for metric in shown))
         for name, group in groups.items()
     )
     columns = ("System", *(metric.label for metric in shown))
     return Table("Mean ± standard deviation over runs", columns, rows, ("system",) * len(rows))
+
+
+def _mean_and_sd(metric: Metric, spread: Mapping[str, float] | None) -> str:
+    return f"{spread['mean']:{metric.show}} ± {spread['std']:{metric.show}}" if spread else NONE
 
 
 def orders_table(metrics: Mapping[str, Any]) -> Table | None:
@@ -156,10 +149,10 @@ def orders_table(metrics: Mapping[str, Any]) -> Table | None:
     for name, entry in metrics["persona_orders"].items():
         for metric in (metric for metric in ORDER_METRICS if metric.name in entry):
             spread = entry[metric.name]
-            mean, std, low, high = (number(spread[part], metric.show) for part in ("mean", "std", "min", "max"))
+            low, high = (number(spread[end], metric.show) for end in ("min", "max"))
             given = number(spread["values"][0] if entry["orders"][0] == 0 else None, metric.show)
             change = number(spread["relative_change"], ".1%")
-            rows.append((name, metric.label, given, f"{mean} ± {std}", low, high, change))
+            rows.append((name, metric.label, given, _mean_and_sd(metric, spread), low, high, change))
             kinds.append(metrics["systems"][name]["kind"])
     if not rows:
         return None
@@ -186,56 +179,46 @@ def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> T
 
 def extra_table(metrics: Mapping[str, Any]) -> Table | None:
     """Scores by metrics of the `evaluate` library; None where the settings name none."""
-    names = [
-        (metric, key)
-        for metric, values in next(iter(metrics["systems"].values())).get("extra", {}).items()
+    extra = next(iter(metrics["systems"].values())).get("extra", {})
+    columns = [
+        (f"{name}: {key}" if name != key else key, partial(_extra_cell, name, key))
+        for name, values in extra.items()
         for key in values
     ]
-    if not names:
-        return None
+    return _systems_table("Metrics of the evaluate library", metrics, columns) if columns else None
 
-    def cell(metric: str, key: str) -> Cell:
-        return lambda entry: number(entry["extra"][metric].get(key), ",.4f")
 
-    return _systems_table(
-        "Metrics of the evaluate library",
-        metrics,
-        [(f"{metric}: {key}" if metric != key else key, cell(metric, key)) for metric, key in names],
-    )
+def _extra_cell(name: str, key: str, entry: Mapping[str, Any]) -> str:
+    return number(entry["extra"][name].get(key), ",.4f")
 
 
 def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Every table of the report, in its order."""
+    makers = (
+        scores_table, seeds_table, orders_table, paired_table, properties_table, perplexity_table, extra_table,
+    )  # fmt: skip
     tables = [
-        scores_table(metrics),
-        seeds_table(metrics),
-        orders_table(metrics),
-        paired_table(metrics),
-        properties_table(metrics),
-        perplexity_table(metrics),
-        extra_table(metrics),
+        *(make(metrics) for make in makers),
         bins_table("the number of the reply in its dialogue", "Reply", metrics["by_reply"]),
         bins_table("the length of the reference in words", "Words", metrics["by_length"]),
     ]
     return [table for table in tables if table is not None and table.rows]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+def shortened(name: str, longest: int) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def as_text(table: Table) -> str:
     """For the terminal: at most `WIDTH` columns, by leaving out the last columns that do not fit."""
-    cells = [[_short(row[0]), *row[1:]] for row in (table.columns, *table.rows)]
+    cells = [[shortened(row[0], _LONGEST_NAME), *row[1:]] for row in (table.columns, *table.rows)]
     widths = [max(len(row[j]) for row in cells) for j in range(len(table.columns))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widths.pop()
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            text.ljust(width) if j == 0 else text.rjust(width)
-            for j, (text, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
+        numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=False)]
+        return "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
 
     lines = [table.title, line(cells[0]), "─" * (sum(widths) + 2 * (len(widths) - 1))]
     for kind, before, row in zip(table.kinds, ("", *table.kinds), cells[1:], strict=False):
@@ -248,7 +231,7 @@ def as_text(table: Table) -> str:
 def summary(metrics: Mapping[str, Any]) -> str:
     """What evaluate.py prints: the tables, the verdicts in words, and the notes."""
     makers = (scores_table, seeds_table, orders_table, properties_table, perplexity_table, extra_table)
-    parts = [f"{metrics['signature']}", *(as_text(table) for make in makers if (table := make(metrics)) is not None)]
+    parts = [metrics["signature"], *(as_text(table) for make in makers if (table := make(metrics)) is not None)]
     for heading, lines in (("", metrics["verdicts"]), ("Notes", metrics["notes"])):
         wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
         if wrapped:
