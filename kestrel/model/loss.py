@@ -20,8 +20,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kestrel.errors import ProofError
-from kestrel.model import falcon
+from kestrel.model.architecture import describe
+from kestrel.model.fast_layers import FastBackbone, Recompute
 from kestrel.model.kernels.elementwise import nll
+from kestrel.model.projection import Repeats
 from kestrel.prompt.prompt import IGNORED
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
 
     Returns:
         int64 tensors: `input_ids`, `attention_mask` and `labels` (rows, longest); `predicting` (supervised tokens,), the
-        positions in the flattened batch whose next token is supervised; `first` and `which`, as of `falcon.Repeats`. The
+        positions in the flattened batch whose next token is supervised; `first` and `which`, as of `projection.Repeats`. The
         last three are computed here, on the host, because asking the GPU for them would stall it.
     """
     lengths = np.asarray([len(row["input_ids"]) for row in rows])
@@ -147,11 +149,11 @@ def _at_supervised_tokens(
     causal_lm: PreTrainedModel,
     batch: dict[str, torch.Tensor],
     of_hidden: OfHidden,
-    fused: falcon.Backbone | None,
+    fused: FastBackbone | None,
 ) -> torch.Tensor:
     predicting = batch["predicting"]
     if fused is not None and fused.can_run():
-        repeats = falcon.Repeats(batch["first"], batch["which"]) if "which" in batch else None
+        repeats = Repeats(batch["first"], batch["which"]) if "which" in batch else None
         hidden = fused.hidden_states(batch["input_ids"], predicting, repeats)
     else:
         backbone = getattr(causal_lm, causal_lm.base_model_prefix)
@@ -161,20 +163,21 @@ def _at_supervised_tokens(
     return of_hidden(causal_lm, hidden, targets)
 
 
-def attach_token_nll(model: nn.Module, recompute: falcon.Recompute = "none") -> None:
+def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
     """Makes the model's `forward` return values of the supervised tokens when `at_supervised_tokens` calls it.
 
     Going through `forward` runs the hooks of what wraps a model: PEFT, and sharding, which gathers the base.
 
     Args:
         model: the causal LM with or without an adapter.
-        recompute: what the backward pass recomputes to save memory, as of `falcon.Backbone`. In other architectures
-            anything but none checkpoints each layer.
+        recompute: what the backward pass recomputes to save memory, as of `FastBackbone`. In architectures
+            that `architecture.describe` does not know, anything but none checkpoints each layer.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    fused = falcon.Backbone(backbone, recompute) if falcon.supports(backbone) else None
+    architecture = describe(backbone)
+    fused = FastBackbone(backbone, architecture, recompute) if architecture is not None else None
     if recompute != "none" and (fused is None or not fused.can_run()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -22,7 +22,8 @@ from transformers import masking_utils
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
-from kestrel.model import falcon
+from kestrel.model.architecture import describe
+from kestrel.model.fast_layers import Recompute
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_model
@@ -103,26 +104,26 @@ class Estimator:
     def __init__(self, settings: Settings, config: PretrainedConfig):
         self._settings = settings
         self._config = config
-        self._models: dict[falcon.Recompute, nn.Module] = {}
+        self._models: dict[Recompute, nn.Module] = {}
         model = self._model("none")
         causal_lm = causal_lm_of(model)
-        knows_mlp = falcon.supports(getattr(causal_lm, causal_lm.base_model_prefix))
+        knows_mlp = describe(getattr(causal_lm, causal_lm.base_model_prefix)) is not None
         # The values of training.recompute that differ for this architecture, least recomputation first.
-        self.levels: list[falcon.Recompute] = ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
+        self.levels: list[Recompute] = ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
         base = (p for p in model.parameters() if not p.requires_grad)
         self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
 
-    def _model(self, recompute: falcon.Recompute) -> nn.Module:
+    def _model(self, recompute: Recompute) -> nn.Module:
         if recompute not in self._models:
             model = random_model(self._settings, self._config, torch.device("meta"))
             attach_token_nll(model, recompute)
             self._models[recompute] = model.train()
         return self._models[recompute]
 
-    def estimate(self, shape: Pass, recompute: falcon.Recompute) -> Estimate:
+    def estimate(self, shape: Pass, recompute: Recompute) -> Estimate:
         """Memory at the peak of a training step whose largest pass has the given shape.
 
         Raises:

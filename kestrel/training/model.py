@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from kestrel.model.falcon import Recompute
+    from kestrel.model.fast_layers import Recompute
 
 
 def load_trainable(

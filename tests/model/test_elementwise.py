@@ -17,21 +17,6 @@ def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize(("heads", "size"), [(4, 16), (7, 64), (1, 8)])
-def test_rotation(heads: int, size: int, back: bool) -> None:
-    angles = _random(9, size // 2).repeat(1, 2)
-    fused = _random(2, 9, heads + 2, size, seed=1)
-    query, key, value = fused.split((heads, 1, 1), dim=2)
-    query = query.transpose(1, 2).contiguous().transpose(1, 2)  # what attention's backward hands over
-    plain, kernel = torch.empty_like(fused), torch.full_like(fused, float("nan"))
-    elementwise.rotate((query, key, value), angles.cos(), angles.sin(), plain, back)
-    elementwise_gpu.rotate((query, key, value), angles.cos(), angles.sin(), kernel, back)
-    torch.testing.assert_close(kernel, plain)
-    elementwise_gpu.rotate(fused.split((heads, 1, 1), dim=2), angles.cos(), angles.sin(), fused, back)
-    torch.testing.assert_close(fused, plain)
-
-
 def test_dropout_keeps_its_share_scaled_and_repeats() -> None:
     x = _random(37, 301).abs() + 1
     dropped = elementwise_gpu.dropout(x, 0.3, seed=12345678901234)

@@ -13,9 +13,8 @@ from torch import nn
 
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.model import falcon
 from kestrel.model.base import load_base
-from kestrel.model.kernels.elementwise import rotate
+from kestrel.model.fast_layers import Recompute
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, token_nll
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -69,7 +68,7 @@ def _gradients(model: Any, loss: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("targets", [["query_key_value"], ["dense_4h_to_h"], ALL], ids=["qkv", "down", "all"])
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 4), ("float32", 16), ("bfloat16", 4)])
 def test_loss_and_gradients_are_the_librarys(
-    base: Path, dtype: str, bits: int, targets: list[str], recompute: falcon.Recompute
+    base: Path, dtype: str, bits: int, targets: list[str], recompute: Recompute
 ) -> None:
     model, batch = _model(base, dtype, targets, bits=bits), _batch()
     theirs = _library_loss(model, batch)
@@ -84,20 +83,6 @@ def test_loss_and_gradients_are_the_librarys(
     assert ours.item() == pytest.approx(theirs.item(), rel=rounding)
     assert expected.norm() > 0
     assert (found - expected).norm() / expected.norm() < rounding
-
-
-@pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_recomputing_changes_no_bit(base: Path, recompute: falcon.Recompute) -> None:
-    """Dropout included: its mask is made again, not drawn again."""
-    results = []
-    for level in ("none", recompute):
-        model = _model(base, "float32", ALL, dropout=0.3)
-        attach_token_nll(model, level)  # type: ignore[arg-type]
-        torch.manual_seed(3)
-        loss = token_nll(model, _batch()).sum()
-        results.append((loss.detach(), _gradients(model, loss)))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_repeats_are_a_matter_of_speed(base: Path) -> None:
@@ -177,18 +162,3 @@ def test_hooked_layers_are_left_to_the_library(base: Path) -> None:
     assert len(seen) == 1
     torch.testing.assert_close(token_nll(model, batch), with_hook, rtol=1e-4, atol=1e-5)
     assert len(seen) == 1
-
-
-def test_rotation_is_undone_by_turning_back() -> None:
-    """And turning back is the gradient: the rotation is orthogonal."""
-    random = torch.Generator().manual_seed(0)
-    fused = torch.randn(2, 7, 5, 8, generator=random)
-    angles = torch.randn(7, 4, generator=random).repeat(1, 2)
-    once, twice = torch.empty_like(fused), torch.empty_like(fused)
-    rotate(fused.split((3, 1, 1), 2), angles.cos(), angles.sin(), once, back=False)
-    rotate(once.split((3, 1, 1), 2), angles.cos(), angles.sin(), twice, back=True)
-    torch.testing.assert_close(twice, fused)
-    assert (once[:, 1:, :-1] - fused[:, 1:, :-1]).abs().max() > 0.1
-    in_place = fused.clone()
-    rotate(in_place.split((3, 1, 1), 2), angles.cos(), angles.sin(), in_place, back=False)
-    assert torch.equal(in_place, once)

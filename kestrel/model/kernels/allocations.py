@@ -1,6 +1,6 @@
 """What the GPU kernels allocate, on the meta device: `planning/memory.py` counts it.
 
-Each function takes and returns what its namesake in `elementwise_gpu.py` or `attention_gpu.py` does, without contents. A
+Each function takes and returns what its namesake in one of the `*_gpu.py` modules does, without contents. A
 kernel that allocates something else must change here too; `tests/planning/test_memory.py` compares the two.
 """
 
@@ -51,8 +51,38 @@ def dequantizes(state: Any) -> bool:
     return True
 
 
-def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty(state.shape, dtype=dtype)
+def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    return packed.new_empty(state.shape, dtype=dtype) if out is None else out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(len(x), dtype=torch.float32)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, offset: float, residual: Tensor
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def gated(both: Tensor, activation: str) -> Tensor:
+    return both.new_empty(len(both), both.shape[1] // 2)
+
+
+def gated_backward_(grad: Tensor, both: Tensor, activation: str) -> None:
+    """Writes to both."""
+
+
+def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
+    return x.new_empty(len(x), len(a))
+
+
+def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+    return x.new_empty(grad_low.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
+    """Writes to `grad_x`."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

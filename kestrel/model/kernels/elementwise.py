@@ -1,4 +1,4 @@
-"""The operations between the matrix products of a Falcon layer: rotary positions, norm, dropout, GELU, dequantization.
+"""The operations between the matrix products of a decoder layer: layer norm, dropout, GELU, and the likelihoods.
 
 Each has a plain form here and, on a GPU with Triton, a kernel (`elementwise_gpu.py`) that reads and writes memory once
 where separate operations would do so up to ten times.
@@ -7,13 +7,13 @@ where separate operations would do so up to ten times.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def kernels_for(x: Tensor) -> Any:
+def kernels_for(x: Tensor, module: str = "elementwise_gpu") -> Any:
     """The module of kernels for this tensor's device, or None where the plain forms run."""
     if x.is_meta:
         from kestrel.model.kernels import allocations
@@ -29,33 +29,7 @@ def kernels_for(x: Tensor) -> Any:
         return allocations
     if not (x.is_cuda and _has_triton()):
         return None
-    from kestrel.model.kernels import elementwise_gpu
-
-    return elementwise_gpu
-
-
-def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
-    """Rotates queries and key by their positions and writes them next to the value.
-
-    Args:
-        parts: queries (batch, length, heads, size), key and value (batch, length, 1, size).
-        cos, sin: (length, size), of Falcon's rotary embedding, whose second half repeats its first.
-        out: contiguous (batch, length, heads + 2, size), to receive queries, key and value. The inputs may be views of it.
-        back: rotate the other way, as gradients need.
-    """
-    kernels = kernels_for(out)
-    half = out.shape[-1] // 2
-    if kernels is not None and half & (half - 1) == 0:
-        kernels.rotate(parts, cos, sin, out, back)
-        return
-    query, key, value = parts
-    cos, sin = cos[:, None, :half], sin[:, None, :half] * (-1 if back else 1)
-    for place, source in ((out[:, :, :-2], query), (out[:, :, -2:-1], key)):
-        low, high = source[..., :half], source[..., half:]
-        turned = high * cos + low * sin
-        torch.sub(low * cos, high * sin, out=place[..., :half])
-        place[..., half:] = turned
-    out[:, :, -1:] = value
+    return importlib.import_module(f"kestrel.model.kernels.{module}")
 
 
 def _kept(x: Tensor, p: float, seed: int) -> Tensor:
@@ -138,25 +112,3 @@ def norm_backward(
     backward = torch.ops.aten.native_layer_norm_backward
     result: Tensor = backward(grad, x, [x.shape[-1]], mean, deviation, weight, bias, [True, False, False])[0]
     return result.add_(more)
-
-
-class DenseWeight:
-    """The frozen weight of a linear layer, without a copy; 4-bit weights are made dense at each call."""
-
-    def __init__(self, layer: nn.Module):
-        weight: Any = layer.weight
-        self._state = getattr(weight, "quant_state", None)
-        self._held = weight.detach().as_subclass(Tensor)  # avoids the overhead of the subclass
-
-    def __call__(self, dtype: torch.dtype) -> Tensor:
-        """(out, in) in `dtype`."""
-        if self._state is None:
-            return self._held.to(dtype)
-        kernels = kernels_for(self._held)
-        if kernels is not None and kernels.dequantizes(self._state):
-            made: Tensor = kernels.dequantize(self._held, self._state, dtype)
-            return made
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense: Tensor = dequantize_4bit(self._held, self._state)
-        return dense.to(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,51 +11,6 @@ from torch import Tensor
 
 _BLOCK = 1024
 _WARPS = 4
-
-
-_ROTATED = 16  # heads at a time
-
-
-# Without this, lengths that are multiples of 16 would compile a second kernel, which costs more than it saves.
-@triton.jit(do_not_specialize=["length", "q_batch", "k_batch", "v_batch"])
-def _rotate_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, cos, sin, out,
-    length, heads, sign, q_batch, q_length, q_head, k_batch, k_length, v_batch, v_length,
-    SIZE: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    """Rotates the heads of one token, each of 2 x SIZE numbers."""
-    token = tl.program_id(0).to(tl.int64)
-    batch, position = token // length, token % length
-    place = tl.arange(0, SIZE)[None, :]
-    c = tl.load(cos + position * 2 * SIZE + place).to(tl.float32)
-    s = tl.load(sin + position * 2 * SIZE + place).to(tl.float32) * sign
-    queries, target = query + batch * q_batch + position * q_length, out + token * (heads + 2) * 2 * SIZE
-    for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)[:, None]
-        valid = head < heads
-        read, write = queries + head * q_head + place, target + head * (2 * SIZE) + place
-        low = tl.load(read, mask=valid).to(tl.float32)
-        high = tl.load(read + SIZE, mask=valid).to(tl.float32)
-        tl.store(write, low * c - high * s, mask=valid)
-        tl.store(write + SIZE, high * c + low * s, mask=valid)
-    read, write = key + batch * k_batch + position * k_length + place, target + heads * 2 * SIZE + place
-    low, high = tl.load(read).to(tl.float32), tl.load(read + SIZE).to(tl.float32)
-    tl.store(write, low * c - high * s)
-    tl.store(write + SIZE, high * c + low * s)
-    whole = tl.arange(0, 2 * SIZE)
-    held = tl.load(value + batch * v_batch + position * v_length + whole)
-    tl.store(target + (heads + 1) * 2 * SIZE + whole, held)
-
-
-def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
-    """As `elementwise.rotate`; size / 2 is a power of two. Each program does one token, so it can work in place."""
-    query, key, value = parts
-    batch, length, heads, size = query.shape
-    _rotate_kernel[(batch * length,)](
-        query, key, value, cos, sin, out,
-        length, heads, -1.0 if back else 1.0, *query.stride()[:3], *key.stride()[:2], *value.stride()[:2],
-        SIZE=size // 2, HEADS=_ROTATED, num_warps=4,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -237,9 +191,10 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
 _QUANTIZATION_BLOCKS = 32
 
 
-def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Dense (out, in) weights of packed 4-bit ones with quantized constants (`dequantizes`)."""
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     count, nested = packed.numel() // 32, state.state2
     _dequantize_kernel[(triton.cdiv(count, _QUANTIZATION_BLOCKS),)](
         packed, state.code, state.absmax, nested.code, nested.absmax, state.offset, out, count,

@@ -1,0 +1,149 @@
+"""The kernels of `low_rank.py` in Triton: products of a wide matrix with a narrow one, the wide one dropped in passing.
+
+Products read the compute type and add up in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _kept(seed, rows, first, inputs, threshold, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which numbers of a tile are kept: (rows, COLUMNS), at columns from `first`, a multiple of 8.
+
+    One draw of the generator gives eight numbers of 16 bits, so that p is met to 1 / 65536. Seven of Philox' ten rounds
+    pass the tests that its authors hold it to (Salmon and others, 2011).
+    """
+    eighth = (inputs + 7) // 8
+    draw = rows[:, None] * eighth + (first // 8 + tl.arange(0, COLUMNS // 8))[None, :]
+    a, b, c, d = tl.randint4x(seed, draw, n_rounds=7)
+    low = tl.interleave(tl.interleave(a & 0xFFFF, b & 0xFFFF), tl.interleave(c & 0xFFFF, d & 0xFFFF))
+    high = tl.interleave(
+        tl.interleave((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.interleave((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF)
+    )
+    return tl.interleave(low, high) >= threshold
+
+
+@triton.jit(do_not_specialize=["tokens", "seed"])
+def _project_kernel(  # type: ignore[no-untyped-def]
+    x_of, a_of, out, tokens, inputs, ranks, threshold, scale, seed,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, RANKS)
+    acc = tl.zeros([ROWS, RANKS], tl.float32)
+    for first in range(0, inputs, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        there = (rows < tokens)[:, None] & (column < inputs)[None, :]
+        x = tl.load(x_of + rows[:, None] * inputs + column[None, :], mask=there, other=0.0)
+        x = tl.where(_kept(seed, rows, first, inputs, threshold, COLUMNS), x, 0.0)
+        a = tl.load(
+            a_of + rank[None, :] * inputs + column[:, None],
+            mask=(rank < ranks)[None, :] & (column < inputs)[:, None],
+            other=0.0,
+        )
+        acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
+    write = out + rows[:, None] * ranks + rank[None, :]
+    tl.store(write, acc * scale, mask=(rows < tokens)[:, None] & (rank < ranks)[None, :])
+
+
+def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
+    """As `low_rank.project`."""
+    tokens, inputs = x.shape
+    out = x.new_empty(tokens, len(a))
+    ranks = _padded(len(a))
+    rows = 32 if ranks <= 64 else 16
+    _project_kernel[(triton.cdiv(tokens, rows),)](
+        x, a, out, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed,
+        ROWS=rows, COLUMNS=128, RANKS=ranks, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens", "seed"])
+def _project_gradient_kernel(  # type: ignore[no-untyped-def]
+    grad_of, x_of, partial, tokens, inputs, ranks, threshold, scale, seed, rows_each,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, RANKS)
+    acc = tl.zeros([RANKS, COLUMNS], tl.float32)
+    begin = tl.program_id(1) * rows_each
+    for start in range(begin, tl.minimum(begin + rows_each, tokens), ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        there = (rows < tokens)[:, None] & (column < inputs)[None, :]
+        x = tl.load(x_of + rows[:, None] * inputs + column[None, :], mask=there, other=0.0)
+        x = tl.where(_kept(seed, rows, first, inputs, threshold, COLUMNS), x, 0.0)
+        grad = tl.load(
+            grad_of + rows[None, :] * ranks + rank[:, None],
+            mask=(rank < ranks)[:, None] & (rows < tokens)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(grad, x.to(grad.dtype), acc, input_precision="ieee")
+    write = partial + (tl.program_id(1) * ranks + rank[:, None]).to(tl.int64) * inputs + column[None, :]
+    tl.store(write, acc * scale, mask=(rank < ranks)[:, None] & (column < inputs)[None, :])
+
+
+def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+    """As `low_rank.project_gradient`. Sums over tokens are made in parts, which are added up in order: no atomics."""
+    tokens, inputs = x.shape
+    ranks = grad_low.shape[1]
+    padded = _padded(ranks)
+    columns = 64 if padded <= 64 else 32
+    blocks = triton.cdiv(inputs, columns)
+    parts = max(1, min(triton.cdiv(tokens, 256), triton.cdiv(1024, blocks)))
+    rows_each = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64
+    parts = triton.cdiv(tokens, rows_each)
+    partial = torch.empty(parts, ranks, inputs, dtype=torch.float32, device=x.device)
+    _project_gradient_kernel[(blocks, parts)](
+        grad_low, x, partial, tokens, inputs, ranks, round(p * 65536), 1 / (1 - p), seed, rows_each,
+        ROWS=64, COLUMNS=columns, RANKS=padded, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return partial[0] if parts == 1 else partial.sum(0)
+
+
+@triton.jit(do_not_specialize=["tokens", "seed"])
+def _add_input_gradient_kernel(  # type: ignore[no-untyped-def]
+    total, grad_of, a_of, tokens, inputs, ranks, threshold, scale, seed,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    rank = tl.arange(0, RANKS)
+    grad = tl.load(
+        grad_of + rows[:, None] * ranks + rank[None, :],
+        mask=(rows < tokens)[:, None] & (rank < ranks)[None, :],
+        other=0.0,
+    )
+    a = tl.load(
+        a_of + rank[:, None] * inputs + column[None, :],
+        mask=(rank < ranks)[:, None] & (column < inputs)[None, :],
+        other=0.0,
+    )
+    part = tl.dot(grad, a, input_precision="ieee") * scale
+    there = (rows < tokens)[:, None] & (column < inputs)[None, :]
+    place = total + rows[:, None] * inputs + column[None, :]
+    kept = tl.where(_kept(seed, rows, first, inputs, threshold, COLUMNS), part, 0.0)
+    tl.store(place, tl.load(place, mask=there, other=0.0).to(tl.float32) + kept, mask=there)
+
+
+def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
+    """As `low_rank.add_input_gradient_`; all contiguous."""
+    tokens, inputs = grad_x.shape
+    ranks = _padded(len(a))
+    grid = (triton.cdiv(tokens, 64), triton.cdiv(inputs, 128))
+    _add_input_gradient_kernel[grid](
+        grad_x, grad_low, a, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed,
+        ROWS=64, COLUMNS=128, RANKS=ranks, num_warps=4,
+    )  # fmt: skip
+
+
+def _padded(ranks: int) -> int:
+    """The next power of two that matrix units take."""
+    return max(16, triton.next_power_of_2(ranks))

@@ -1,0 +1,169 @@
+"""The fast layers against transformers' and PEFT's: the same loss and the same LoRA gradients, for each architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from kestrel.model.architecture import describe
+from kestrel.model.fast_layers import FastBackbone, Recompute
+from kestrel.model.loss import causal_lm_of, collate, nll_of_hidden
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "attn_implementation": "sdpa",
+}  # fmt: skip
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama with biases, tied head": lambda: transformers.LlamaConfig(
+        **SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "llama 3's rotary": lambda: transformers.LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "yarn": lambda: transformers.LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32
+        },
+    ),
+    "mistral, a window that is met": lambda: transformers.MistralConfig(**SMALL, sliding_window=9),
+    "mistral, a window that is not met": lambda: transformers.MistralConfig(**SMALL, sliding_window=64),
+    "mistral, heads of another size": lambda: transformers.MistralConfig(**SMALL, sliding_window=None, head_dim=32),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
+    "phi3": lambda: transformers.Phi3Config(**SMALL),
+    "phi3, a part of each head rotated": lambda: transformers.Phi3Config(
+        **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=16),
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, multi_query=True,
+        parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False,
+    ),
+}  # fmt: skip
+
+
+def make(name: str, dtype: torch.dtype, targets: Any = "all-linear", dropout: float = 0.0) -> Any:
+    """A random model with an adapter that changes what it computes."""
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(MODELS[name]())
+    for parameter in base.parameters():
+        if parameter.dim() == 1:  # norms and biases begin at 1 and 0, where mistakes do not show
+            nn.init.normal_(parameter, mean=0.5, std=0.5)
+        else:
+            nn.init.normal_(parameter, std=0.1)
+    base = base.to(dtype).requires_grad_(False)
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        if "lora_B" in parameter_name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three rows of different lengths, padded on the right with a token that also stands in the text."""
+    random = torch.Generator().manual_seed(2)
+    rows = []
+    for length in (23, 40, 9):
+        ids = torch.randint(12, 300, (length,), generator=random).tolist()
+        rows.append({"input_ids": ids, "labels": [t if place % 3 else -100 for place, t in enumerate(ids)]})
+    return collate(rows, pad_id=20)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.float().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def library_loss(model: Any) -> torch.Tensor:
+    b = batch()
+    logits = model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), b["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def fast_loss(model: Any, recompute: Recompute) -> torch.Tensor:
+    causal_lm, b = causal_lm_of(model), batch()
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    architecture = describe(backbone)
+    assert architecture is not None
+    fast = FastBackbone(backbone, architecture, recompute)
+    assert fast.can_run()
+    hidden = fast.hidden_states(b["input_ids"], b["predicting"])
+    return nll_of_hidden(causal_lm, hidden, b["labels"].flatten()[b["predicting"] + 1]).sum()
+
+
+def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    assert all(gradient.norm() > 0 for gradient in expected.values())
+    return max(((found[name] - g).norm() / g.norm()).item() for name, g in expected.items())
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_every_gradient_are_the_librarys(name: str, recompute: Recompute) -> None:
+    model = make(name, torch.float32)
+    theirs = library_loss(model)
+    expected = gradients(model, theirs)
+    ours = fast_loss(model, recompute)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert apart(gradients(model, ours), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj"], ["k_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["up_proj", "down_proj"], ["q_proj", "down_proj"]],
+)
+def test_any_subset_of_the_linear_layers(targets: list[str]) -> None:
+    model = make("qwen2", torch.float32, targets)
+    expected = gradients(model, library_loss(model))
+    assert apart(gradients(model, fast_loss(model, "mlp")), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma", "phi3"])
+def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
+    wide, narrow = make(name, torch.float32), make(name, torch.bfloat16)
+    exact = gradients(wide, library_loss(wide))
+    theirs, ours = gradients(narrow, library_loss(narrow)), gradients(narrow, fast_loss(narrow, "none"))
+    flat = [torch.cat([g.flatten() for g in each.values()]) for each in (exact, theirs, ours)]
+    of_theirs, of_ours = ((each - flat[0]).norm() / flat[0].norm() for each in flat[1:])
+    assert of_ours < 1.3 * of_theirs < 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "falcon"])
+def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
+    results = []
+    for recompute in ("none", "mlp", "full"):
+        model = make(name, torch.float32, dropout=0.3)
+        torch.manual_seed(3)
+        loss = fast_loss(model, recompute)  # type: ignore[arg-type]
+        results.append((loss.detach(), gradients(model, loss)))
+    for loss, found in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(found[name], g) for name, g in results[0][1].items())
+
+
+def test_what_is_not_described_is_left_to_transformers() -> None:
+    for config in (
+        transformers.LlamaConfig(**SMALL, attention_dropout=0.1),
+        transformers.LlamaConfig(**SMALL, hidden_act="relu"),
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
+        transformers.Gemma2Config(**{**SMALL, "attn_implementation": "eager"}, head_dim=16),
+    ):
+        causal_lm = transformers.AutoModelForCausalLM.from_config(config)
+        assert describe(getattr(causal_lm, causal_lm.base_model_prefix)) is None
