@@ -24,9 +24,7 @@ import torch
 
 from kestrel.batching import even_batches_within, steps_of_run
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.model.architecture import describe
-from kestrel.model.fast_layers import FastBackbone
-from kestrel.model.loss import causal_lm_of, collate, nll_of_hidden
+from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, token_nll
 from kestrel.planning.random_base import random_model
 
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -44,6 +42,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-7b": ("falcon", {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
                              "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False,
                              "alibi": False, "new_decoder_architecture": False}),
+    "falcon-7b-qkv": ("falcon", {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
+                                 "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False,
+                                 "alibi": False, "new_decoder_architecture": False}),
     "tiny": ("qwen2", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
                        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, **ROPE}),
 }  # fmt: skip
@@ -61,7 +62,7 @@ def make(shape: str, dtype: str, dropout: float, layers: int | None = None) -> A
         data=Data(source="unused"),
         model=Model(name="unused"),
         quantization=Quantization(compute_dtype=dtype),
-        lora=Lora(target_modules="all-linear", dropout=dropout),
+        lora=Lora(target_modules=["query_key_value"] if shape.endswith("-qkv") else "all-linear", dropout=dropout),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model(settings, config, device)
@@ -86,17 +87,8 @@ def rows_of(lengths: np.ndarray, vocabulary: int, seed: int) -> list[dict[str, A
 
 
 def fast(model: Any, recompute: str) -> Any:
-    causal_lm = causal_lm_of(model)
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    architecture = describe(backbone)
-    assert architecture is not None
-    layers = FastBackbone(backbone, architecture, recompute)  # type: ignore[arg-type]
-
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = layers.hidden_states(batch["input_ids"], batch["predicting"])
-        return nll_of_hidden(causal_lm, hidden, batch["labels"].flatten()[batch["predicting"] + 1]).sum()
-
-    return loss
+    attach_token_nll(model, recompute)  # type: ignore[arg-type]
+    return lambda batch: token_nll(model, batch).sum()
 
 
 def stock(model: Any, recompute: str) -> Any:
