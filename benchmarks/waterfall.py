@@ -11,6 +11,7 @@ and how much is kept for the backward pass. Every row's loss of the same batch i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,10 +35,10 @@ from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import read_dialogues
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
-from kestrel.model import loss
+from kestrel.model import loss, projection
 from kestrel.model.base import load_base, skeleton_of
-from kestrel.model.fast_layers import Recompute
-from kestrel.model.kernels import elementwise
+from kestrel.model.decoder_layer import Recompute
+from kestrel.model.kernels import attention, elementwise, gated, low_rank, rotary
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.quantization import linear_layers
 from kestrel.prompt.prompt import IGNORED, Prompt, Rendered
@@ -71,12 +73,10 @@ def own_layers(model: Any, batch: Batch) -> torch.Tensor:
 @contextmanager
 def plain_pieces() -> Iterator[None]:
     """Without the Triton kernels."""
-    kernels_for = elementwise.kernels_for
-    elementwise.kernels_for = lambda x, module="": None  # type: ignore[assignment,misc]  # attention asks it, too
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in (attention, elementwise, gated, low_rank, projection, rotary):
+            stack.enter_context(mock.patch.object(module, "kernels_for", lambda *_: None))
         yield
-    finally:
-        elementwise.kernels_for = kernels_for
 
 
 @dataclass(frozen=True)

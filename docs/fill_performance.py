@@ -70,6 +70,22 @@ def waterfall(record: Record) -> str:
     )
 
 
+def layers(record: Record) -> str:
+    """Passes of the fast layers, by shape."""
+    names = {run["run"]: run for run in record["runs"]}
+    before = {run["run"]: f"{run['tokens_per_second']:,}" for run in record["before"]}
+    rows = []
+    for name, run in names.items():
+        shape, recompute, *_ = name.split(":")
+        low, high = run["range"]
+        rate = f"{run['tokens_per_second']:,} ({low:,}–{high:,})"
+        rows.append(
+            [shape, recompute, rate, f"{run['peak_gib']:.1f}", f"{run['of_matrix_rate']:.0%}", before.get(name, "–")]
+        )
+    head = ["shape", "recompute", "tokens/s (range)", "peak GiB", "of the matrix rate", "tokens/s before"]
+    return table(head, rows) + "\n" + where(record)
+
+
 def generation(record: Record) -> str:
     """Answers and the likelihoods of all references."""
     rows = [
@@ -123,6 +139,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a smaller GPU": ("train-gpu-h100.json", training),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
+    "layers": ("layers-h100.json", layers),
     "estimates": ("estimates.json", estimates),
     "generation": ("generate-gpu.json", generation),
     "scoring": ("evaluate.json", scoring),

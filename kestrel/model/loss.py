@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kestrel.errors import ProofError
 from kestrel.model.architecture import describe
-from kestrel.model.fast_layers import FastBackbone, Recompute
+from kestrel.model.decoder_layer import Recompute
+from kestrel.model.fast_layers import FastBackbone
 from kestrel.model.kernels.elementwise import nll
 from kestrel.model.projection import Repeats
 from kestrel.prompt.prompt import IGNORED

@@ -23,7 +23,7 @@ from transformers import masking_utils
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.architecture import describe
-from kestrel.model.fast_layers import Recompute
+from kestrel.model.decoder_layer import Recompute
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_model

@@ -14,7 +14,7 @@ import torch
 from kestrel.batching import even_batches_within, share_of
 from kestrel.config.settings import Settings, memory_bytes
 from kestrel.model.base import device
-from kestrel.model.fast_layers import Recompute
+from kestrel.model.decoder_layer import Recompute
 from kestrel.planning.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import read_json, write_json

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from kestrel.model.fast_layers import Recompute
+    from kestrel.model.decoder_layer import Recompute
 
 
 def load_trainable(

@@ -14,7 +14,7 @@ from torch import nn
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model.base import load_base
-from kestrel.model.fast_layers import Recompute
+from kestrel.model.decoder_layer import Recompute
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, token_nll
 
 ALL = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from kestrel.model.architecture import describe
-from kestrel.model.fast_layers import FastBackbone, Recompute
+from kestrel.model.decoder_layer import Recompute
+from kestrel.model.fast_layers import FastBackbone
 from kestrel.model.loss import causal_lm_of, collate, nll_of_hidden
 
 SMALL = {

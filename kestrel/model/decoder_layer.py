@@ -1,0 +1,328 @@
+"""Decoder layers written for training a LoRA adapter over a frozen base, for the architectures of `architecture.py`.
+
+What is frozen needs no gradient, so little must be kept for the backward pass: of each layer its input, the input of its
+MLP, the attention's inputs and output, and the MLP before its activation. Norms, activations, dropout and the dense form
+of the 4-bit weights are made again when they are needed. Against transformers' layers under autograd that is less than
+half the memory, no copy in float32 of what goes into LoRA, and half the passes over memory between the matrix products.
+
+The first layer's products of the input depend on the token alone, not on its position, so each distinct token of a batch
+is multiplied once. Of the last layer only what predicts a supervised token is computed.
+
+A layer computes what transformers' layer computes (5.17 to 5.23), for rows padded on the right:
+
+    parallel:    n = norm(x);  y = x + output(attention(n)) + down(activation(up(n)))
+    sequential:  m = x + output(attention(norm(x)));  y = m + down(activation(gate(n)) * up(n)),  n = norm(m)
+
+`tests/model/test_fast_layers.py` holds it against transformers' and PEFT's layers: outputs and LoRA gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kestrel.model.architecture import Architecture
+from kestrel.model.kernels.attention import causal_attention
+from kestrel.model.kernels.elementwise import gelu, gelu_backward_, norm, norm_backward
+from kestrel.model.kernels.gated import gated, gated_backward_, rms_norm, rms_norm_backward
+from kestrel.model.kernels.rotary import rotate
+from kestrel.model.projection import Group, Repeats
+
+Recompute = Literal["none", "mlp", "full"]
+Statistics = tuple[Tensor, ...]  # of the rows of a norm
+
+
+class _Norm:
+    """A frozen layer norm or RMS norm."""
+
+    def __init__(self, module: Any, architecture: Architecture):
+        self._weight, self._offset = module.weight, architecture.offset
+        self._bias: Any = getattr(module, "bias", None)
+        self._is_rms = architecture.norm == "rms"
+        eps = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
+        self._eps = float(eps[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Statistics]:
+        """Normed x, (rows, size), and what `backward` needs of each row."""
+        if self._is_rms:
+            normed, inverse = rms_norm(x, self._weight, self._eps, self._offset)
+            return normed, (inverse,)
+        normed, mean, deviation = norm(x, self._weight, self._bias, self._eps)
+        return normed, (mean, deviation)
+
+    def backward(self, grad: Tensor, x: Tensor, statistics: Statistics, residual: Tensor) -> Tensor:
+        """The gradient of x, plus that which reaches x by the residual connection."""
+        if self._is_rms:
+            return rms_norm_backward(grad, x, statistics[0], self._weight, self._offset, residual)
+        mean, deviation = statistics
+        return norm_backward(grad, x, mean, deviation, self._weight, self._bias, residual)
+
+
+class Layer:
+    """The parts of one decoder layer."""
+
+    def __init__(self, layer: nn.Module, architecture: Architecture, window: int | None, recompute: Recompute):
+        def group(names: tuple[str, ...]) -> Group:
+            return Group([layer.get_submodule(name) for name in names])
+
+        self.architecture, self.window, self.recompute = architecture, window, recompute
+        self.input_norm = _Norm(layer.get_submodule(architecture.input_norm), architecture)
+        name = architecture.mlp_norm
+        self.mlp_norm = _Norm(layer.get_submodule(name), architecture) if name else None
+        self.qkv, self.output = group(architecture.qkv), group((architecture.output,))
+        self.up, self.down = group(architecture.gate_up), group((architecture.down,))
+        names = (architecture.query_norm, architecture.key_norm)
+        self._head_norms = [layer.get_submodule(name) for name in names if name]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """A and B of each LoRA update, in the order of the gradients that `DecoderLayer` returns."""
+        return [matrix for group in self.groups() for matrix in group.matrices()]
+
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.output, self.up, self.down
+
+    def adapts_mlp(self) -> bool:
+        return bool(self.up.updates or self.down.updates)
+
+    def activate(self, before: Tensor) -> Tensor:
+        a = self.architecture
+        return gated(before, a.activation) if a.gated else gelu(before)
+
+    def activate_backward(self, grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Consumes both; returns the gradient of `before`, and the activated values where `down` has an update."""
+        a = self.architecture
+        if a.gated:
+            gated_backward_(grad, before, a.activation)
+            return before, grad
+        inner = gelu(before) if self.down.updates else None
+        return gelu_backward_(grad, before), inner
+
+    def attention(
+        self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
+    ) -> list[Tensor]:
+        """Attention, with a graph from its result to its inputs.
+
+        Args:
+            normed: (tokens, hidden).
+            shape: batch, length, hidden.
+            cos, sin: (length, rotated numbers of a head).
+            seed: of the dropout of queries, keys and values.
+            repeats: which rows of `normed` are equal.
+
+        Returns:
+            The result (batch, heads, length, head size), and the leaves of its graph: queries, keys and values, rotated;
+            or, where queries and keys are normed, what the linear layers made, (batch, length, all heads, head size).
+        """
+        a = self.architecture
+        heads = (a.heads, a.kv_heads, a.kv_heads)
+        fused = self.qkv.forward(normed, seed, repeats=repeats).view(*shape[:2], sum(heads), a.head_size)
+        if self._head_norms:
+            with torch.enable_grad():
+                leaf = fused.detach().requires_grad_()
+                query, key, value = (part.transpose(1, 2) for part in leaf.split(heads, dim=2))
+                query, key = (
+                    _rotated(module(part), cos, sin)
+                    for module, part in zip(self._head_norms, (query, key), strict=True)
+                )
+                return [_attend(query, key, value, self.window), leaf]
+        parts = fused.split(heads, dim=2)
+        rotate(parts, cos, sin, out=fused, back=False)
+        with torch.enable_grad():
+            query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
+            return [_attend(query, key, value, self.window), query, key, value]
+
+    def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+        """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
+        if self._head_norms:
+            return grads[0].flatten(0, 1).flatten(1)
+        parts = [grad.transpose(1, 2) for grad in grads]
+        a = self.architecture
+        fused = parts[0].new_empty(*parts[0].shape[:2], a.heads + 2 * a.kv_heads, a.head_size)
+        rotate(parts, cos, sin, out=fused, back=True)
+        return fused.flatten(0, 1).flatten(1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in plain operations, for heads (batch, heads, length, size)."""
+    half = cos.shape[-1] // 2
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, :half], sin[:, :half]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """Causal attention of grouped heads; all tensors (batch, heads, length, head size)."""
+    length = query.shape[2]
+    if window is not None and window < length:
+        position = torch.arange(length, device=query.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window)
+        return F.scaled_dot_product_attention(query, *_expanded(query, key, value), attn_mask=mask)
+    if key.shape[1] == 1 and query.shape[1] > 1:
+        return causal_attention(query, key, value)
+    if query.is_meta or (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)):
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, *_expanded(query, key, value), is_causal=True)
+
+
+def _expanded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values, repeated for each query head: what the kernels without grouped heads need."""
+    each = query.shape[1] // key.shape[1]
+    return (key, value) if each == 1 else (key.repeat_interleave(each, 1), value.repeat_interleave(each, 1))
+
+
+class DecoderLayer(torch.autograd.Function):
+    """One layer as one step of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        wanted: Tensor | None,
+        repeats: Repeats | None,
+        layer: Layer,
+        seed: int,
+        *matrices: Any,
+    ) -> Tensor:
+        """The layer's output.
+
+        Args:
+            ctx: of autograd.
+            x: (batch, length, hidden), in the compute type.
+            cos, sin: (length, rotated numbers of a head), in the compute type.
+            wanted: int64 (wanted,), rows of the flattened batch; the others are computed as far as attention needs them.
+                None: all.
+            repeats: which rows of the flattened x are equal; None: unknown.
+            layer: its parts.
+            seed: of the dropout masks.
+            matrices: float32, the layer's LoRA matrices, so that autograd sees them.
+
+        Returns:
+            (batch, length, hidden), or (wanted, hidden) where rows are named.
+        """
+        flat = x.flatten(0, 1)
+        normed, _ = layer.input_norm.forward(flat)
+        attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
+        merged = _rows(_merged(attention[0].detach()), wanted)
+        if layer.mlp_norm is None:
+            middle = None
+            if repeats is not None and not layer.adapts_mlp():
+                before = layer.up.forward(repeats.distinct(normed), seed + 2)
+                y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
+            else:
+                before = layer.up.forward(_rows(normed, wanted), seed + 2)
+                y = layer.down.forward(layer.activate(before), seed + 3, onto=_own_rows(flat, wanted))
+            y = layer.output.forward(merged, seed + 1, onto=y)
+        else:
+            middle = layer.output.forward(merged, seed + 1, onto=_own_rows(flat, wanted))
+            del normed, merged
+            normed, _ = layer.mlp_norm.forward(middle)
+            before = layer.up.forward(normed, seed + 2)
+            y = layer.down.forward(layer.activate(before), seed + 3, onto=middle.clone())
+        needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
+        keeps_middle = layer.recompute != "full"
+        ctx.save_for_backward(
+            x, cos, sin, wanted, middle if keeps_middle else None,
+            before if layer.recompute == "none" and needs_mlp else None,
+        )  # fmt: skip
+        ctx.layer, ctx.seed, ctx.needs_mlp, ctx.repeats = layer, seed, needs_mlp, repeats
+        ctx.attention = attention if keeps_middle else None
+        return y.view_as(x) if wanted is None else y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        x, cos, sin, wanted, middle, before = ctx.saved_tensors
+        layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
+        ctx.attention = None
+        needs_x = ctx.needs_input_grad[0]  # not below the first layer: the embedding is frozen
+        flat = x.flatten(0, 1)
+        grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
+        normed, statistics = layer.input_norm.forward(flat)
+        if attention is None:
+            attention = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
+        merged = _rows(_merged(attention[0].detach()), wanted)
+
+        of_mlp: list[Any] = [None] * len([*layer.up.matrices(), *layer.down.matrices()])
+        grad_normed = None  # of the input norm, by way of a parallel MLP
+        if layer.mlp_norm is None:
+            if ctx.needs_mlp:
+                some = _rows(normed, wanted)
+                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, seed)
+                grad_normed = _all_rows(grad_some, wanted, len(flat)) if needs_x else None
+                del some, grad_some
+        else:
+            if middle is None:
+                middle = layer.output.forward(merged, seed + 1, onto=_own_rows(flat, wanted))
+            mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
+            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, seed)
+            del mlp_normed
+            grad = layer.mlp_norm.backward(grad_mlp, middle, mlp_statistics, grad)
+            del grad_mlp, middle
+        del before
+
+        grad_out, of_output = layer.output.backward(grad, merged, seed + 1)
+        del merged
+        a = layer.architecture
+        grad_out = _all_rows(grad_out, wanted, len(flat)).view(*x.shape[:2], a.heads, a.head_size).transpose(1, 2)
+        out, *leaves = attention
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        del attention, out, leaves, grad_out
+        grad_fused = layer.joined_gradient(grads, cos, sin)
+        del grads
+        grad_x = None
+        if needs_x:
+            grad_normed, of_qkv = layer.qkv.backward(grad_fused, normed, seed, onto=grad_normed)
+            grad_x = layer.input_norm.backward(grad_normed, flat, statistics, _all_rows(grad, wanted, len(flat)))
+            grad_x = grad_x.view_as(x)
+        else:
+            of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, seed)
+        return (grad_x, None, None, None, None, None, None, *of_qkv, *of_output, *of_mlp)
+
+
+def _mlp_backward(
+    layer: Layer, grad: Tensor, normed: Tensor, before: Tensor | None, seed: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of the MLP's input, and of its LoRA matrices.
+
+    Args:
+        layer: whose MLP it is.
+        grad: (rows, hidden), of its output.
+        normed: (rows, hidden), its input.
+        before: (rows, widths of gate and up), what its activation is applied to; None: it is made again. It is consumed.
+        seed: of the layer's dropout masks.
+    """
+    if before is None:
+        before = layer.up.forward(normed, seed + 2)
+    grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
+    grad_before, inner = layer.activate_backward(grad_inner, before)
+    del grad_inner, before
+    of_down = layer.down.backward_updates(grad, grad_low, inner, seed + 3)
+    del inner
+    grad_normed, of_up = layer.up.backward(grad_before, normed, seed + 2)
+    return grad_normed, [*of_up, *of_down]
+
+
+def _rows(x: Tensor, wanted: Tensor | None) -> Tensor:
+    return x if wanted is None else x.index_select(0, wanted)
+
+
+def _own_rows(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """The wanted rows, in memory of their own."""
+    return x.clone() if wanted is None else x.index_select(0, wanted)
+
+
+def _all_rows(x: Tensor, wanted: Tensor | None, count: int) -> Tensor:
+    """The wanted rows in their places, among zeros."""
+    return x if wanted is None else x.new_zeros(count, x.shape[1]).index_copy_(0, wanted, x)
+
+
+def _merged(out: Tensor) -> Tensor:
+    """(batch, heads, length, size) → (tokens, hidden)."""
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
