@@ -44,7 +44,7 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.publishing.contents import base_on_hub, datasets_on_hub, files_to_publish
     from kestrel.publishing.upload import CARD, base_config, check_access, check_card_links, upload, validate_card
 
-    files = files_to_publish(settings, repo_id, options.again)
+    files = files_to_publish(settings, options.again)
     card = files[CARD].decode()
     show(settings, files)
     if options.dry_run:
@@ -58,8 +58,8 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
     ours = base_config(settings.model.name, settings.model.revision)
     check_card_links(base_on_hub(settings), ours, datasets_on_hub(settings))
     validate_card(card, repo_id)
-    commit = upload(repo_id, settings.hub.private, files, "Adapter, evaluation and card")
-    print(f"wrote {commit.url}" if commit.is_new else f"{commit.url} already has the same content; no commit was made")
+    url, is_new = upload(repo_id, settings.hub.private, files)
+    print(f"wrote {url}" if is_new else f"{url} already has the same content; no commit was made")
 
 
 def checked_repo_id(settings: Settings) -> str:

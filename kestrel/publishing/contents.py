@@ -20,6 +20,7 @@ from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.model_card import CardFacts, model_card
 from kestrel.publishing.run_records import (
+    base_commit,
     evaluation_of,
     read_adapter_files,
     require_settings_of_training,
@@ -37,17 +38,12 @@ from kestrel.runtime.manifest import (
 )
 
 
-def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, bytes]:
+def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     """The content of each file by name, read once, so that exactly what is checked and shown is sent.
 
-    Args:
-        settings: of the run; those that shaped the training must not have changed since.
-        repo_id: the repository to publish to.
-        again: the options of this call, for messages.
-
     Raises:
-        KestrelError: no adapter, a damaged one, one of other settings, a folder with other files or links, or an
-            evaluation of another adapter.
+        KestrelError: no adapter, a damaged one, one trained with other settings, a folder with other files or links, or
+            an evaluation of another adapter.
     """
     run, base = Path(settings.run_dir), base_on_hub(settings)
     folder, remedy = run / "adapter", f"train it again with: python train.py {again}"
@@ -59,8 +55,8 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
     prompts = {"prompt": json.loads(files[PROMPT])}, {"prompt": prompt.identity()}
     require_equal(f"the adapter in {folder}", *prompts, remedy)
 
-    commit = (manifest["made_from"].get("base") or {}).get("commit")
-    files[CONFIG] = _json({**json.loads(files[CONFIG]), "base_model_name_or_path": base, "revision": commit})
+    named = {"base_model_name_or_path": base, "revision": base_commit(manifest)}
+    files[CONFIG] = _json({**json.loads(files[CONFIG]), **named})
     digests = {**manifest["files"], CONFIG: hashlib.sha256(files[CONFIG]).hexdigest()}
     public_manifest = {**manifest, "base_model": {**manifest["base_model"], "name": base}, "files": digests}
     files[MANIFEST] = _json(with_own_hash(public_manifest))
@@ -74,13 +70,9 @@ def files_to_publish(settings: Settings, repo_id: str, again: str) -> dict[str, 
         if name.endswith((".json", ".jinja", ".yaml")):
             _refuse_private_text(name, content)
     facts = CardFacts(
-        repo_id=repo_id,
-        base=base,
+        settings=public,
         is_falcon=base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon",
-        license=settings.hub.license,
-        language=settings.hub.language,
         datasets=datasets_on_hub(settings),
-        data_name=public.data.source,
         manifest=manifest,
         statistics=train_statistics(settings, prompt, manifest, again),
         evaluation=evaluation,

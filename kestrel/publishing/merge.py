@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of, load_split, open_dataset
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
-from kestrel.generation.respond import Response, generation_config, greedy, respond
+from kestrel.generation.respond import generation_config, greedy, respond
 from kestrel.hub import plain_loading_errors
 from kestrel.model.base import base_identity, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
@@ -46,26 +45,10 @@ _LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 _QUESTIONS = ("hi ! how are you ?", "what do you do for a living ?", "any pets ?", "where do you live ?")
 
 
-@dataclass(frozen=True)
-class Behaviour:
-    """What a model computes on the sample contexts.
-
-    Attributes:
-        logits: float32 (positions, vocabulary), on the CPU.
-        responses: greedy answers.
-    """
-
-    logits: torch.Tensor
-    responses: list[Response]
-
-
 def merge(settings: Settings, folder: Path, again: str) -> None:
     """Merges, saves, loads what was saved, and proves that it answers like the adapter.
 
-    Args:
-        settings: of the run; model.adapter may name another adapter than the run's own.
-        folder: to write the model to; it appears whole or not at all.
-        again: the options of this call, for messages.
+    The folder appears whole or not at all. model.adapter may name another adapter than the run's own.
 
     Raises:
         KestrelError: no adapter, one that does not fit, or a folder that holds something else.
@@ -92,12 +75,15 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         del adapted, merged
         gc.collect()
         after = behaviour(_loaded(target, settings), prompt, contexts, settings)
-        difference, same = compare(before, after, settings.quantization.compute_dtype)
+        dtype = settings.quantization.compute_dtype
+        difference = relative_difference(before[0], after[0], dtype)
+        same = sum(a == b for a, b in zip(before[1], after[1], strict=True))
         proof = (
             f"the logits of adapter and merged model differ by {difference:.2%}, and {same} of {len(contexts)} greedy "
             "answers are the same"
         )
-        (target / "README.md").write_text(readme(prompt, settings, proof), encoding="utf-8")
+        readme = render("merged.md", example=example_prompt(prompt), proof=proof, commands=serving_commands(".", dtype))
+        (target / "README.md").write_text(f"{readme}\n", encoding="utf-8")
         write_manifest(
             target,
             _KIND,
@@ -120,18 +106,14 @@ def require_replaceable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise KestrelError(f"--merge {folder}: {nearest} is a file; name a new or empty folder")
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not present:
+    if not (present := {path.name for path in folder.iterdir()} if folder.is_dir() else set()):
         return
     try:
-        manifest = read_manifest(folder, _KIND, "", check_files=False)
+        files = read_manifest(folder, _KIND, "", check_files=False)["files"]
     except KestrelError:
         raise KestrelError(f"--merge {folder}: the folder holds something else; name a new or empty one") from None
-    if others := sorted(present - manifest["files"].keys() - {MANIFEST}):
-        raise KestrelError(
-            f"--merge {folder}: besides an older merged model, the folder holds {', '.join(others[:5])}; move that away, "
-            "or name another folder"
-        )
+    if others := ", ".join(sorted(present - files.keys() - {MANIFEST})[:5]):
+        raise KestrelError(f"--merge {folder}: besides a merged model, the folder holds {others}; move that away")
 
 
 @contextmanager
@@ -168,8 +150,8 @@ def sample_contexts(settings: Settings, prompt: Prompt, again: str) -> list[list
 
 def behaviour(
     model: torch.nn.Module, prompt: Prompt, contexts: Sequence[Sequence[int]], settings: Settings
-) -> Behaviour:
-    """Logits at the end of each context, and greedy answers."""
+) -> tuple[torch.Tensor, list[str]]:
+    """Logits at the end of each context, float32 (positions, vocabulary) on the CPU, and greedy answers."""
     device = next(model.parameters()).device
     chosen = greedy(settings.generation)
     model.eval()
@@ -178,22 +160,22 @@ def behaviour(
             causal_lm_of(model)(input_ids=torch.tensor([ids], device=device)).logits[0, -_POSITIONS:].float().cpu()
             for ids in contexts
         ]
-    return Behaviour(torch.cat(logits), [respond(model, prompt, [ids], chosen)[0] for ids in contexts])
+    return torch.cat(logits), [respond(model, prompt, [ids], chosen)[0].text for ids in contexts]
 
 
-def compare(before: Behaviour, after: Behaviour, compute_dtype: str) -> tuple[float, int]:
-    """The relative difference of the logits, and how many answers are the same.
+def relative_difference(before: torch.Tensor, after: torch.Tensor, compute_dtype: str) -> float:
+    """How far the logits after merging are from those before.
 
     Raises:
-        ProofError: the logits differ by more than rounding explains.
+        ProofError: further than rounding explains.
     """
-    difference = ((after.logits - before.logits).norm() / before.logits.norm()).item()
+    difference = ((after - before).norm() / before.norm()).item()
     if not difference <= _LIMIT[compute_dtype]:
         raise ProofError(
             f"the merged model does not compute what the adapter on its base does: their logits differ by {difference:.2%}, "
             f"more than the {_LIMIT[compute_dtype]:.1%} that rounding explains; nothing was written"
         )
-    return difference, sum(a.text == b.text for a, b in zip(before.responses, after.responses, strict=True))
+    return difference
 
 
 def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTrainedModel:
@@ -208,8 +190,7 @@ def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTraine
     merged: PreTrainedModel = again.merge_and_unload(safe_merge=True)
     config = merged.config
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
-        # Falcon-7B has one key/value head. transformers (5.23) sets this field to the number of query heads and never
-        # reads it; llama.cpp's converter reads it and fails.
+        # transformers (5.23) sets this to the number of query heads and never reads it; llama.cpp's converter does.
         config.num_kv_heads = 1
     return merged
 
@@ -221,10 +202,9 @@ def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     from kestrel.model.base import device
 
     dtype = getattr(torch, settings.quantization.compute_dtype)
+    loaded: PreTrainedModel
     with plain_loading_errors("merged weights", str(folder)):
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, device_map={"": str(device())}
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, device_map={"": str(device())})
     return loaded
 
 
@@ -233,9 +213,3 @@ def serving_commands(folder: str, dtype: str) -> str:
     return f"""vllm serve {folder} --dtype {dtype}
 text-generation-launcher --model-id {folder} --dtype {dtype}
 python convert_hf_to_gguf.py {folder} --outfile model.gguf && llama-server -m model.gguf"""
-
-
-def readme(prompt: Prompt, settings: Settings, proof: str) -> str:
-    """How to serve the model, and how far that was tried."""
-    commands = serving_commands(".", settings.quantization.compute_dtype)
-    return render("merged.md", example=example_prompt(prompt), proof=proof, commands=commands) + "\n"

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
 from kestrel.evaluation.tables import Table, scores_table
-from kestrel.publishing.run_records import PublicEvaluation
-from kestrel.publishing.usage import PromptExample, base_commit, render, usage_program
+from kestrel.publishing.run_records import PublicEvaluation, base_commit
+from kestrel.publishing.usage import PromptExample, render
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -26,26 +27,17 @@ class CardFacts:
     """What a card is made of.
 
     Attributes:
-        repo_id: of the adapter on the Hub.
-        base: the base's id on the Hub.
-        is_falcon: whether the base has Falcon's architecture, which transformers must be told to quantize.
-        license: the Hub's identifier, or None.
-        language: ISO 639 codes.
+        settings: from `public_settings`.
+        is_falcon: whether the base has Falcon's architecture, which transformers cannot quantize by itself.
         datasets: the training data's ids on the Hub.
-        data_name: the training data's name for people.
         manifest: of the adapter.
         statistics: of the train split, as in the data set's statistics.json.
         evaluation: None if the adapter was not evaluated.
-        example: of a prompt.
     """
 
-    repo_id: str
-    base: str
+    settings: Settings
     is_falcon: bool
-    license: str | None
-    language: Sequence[str]
-    datasets: Sequence[str]
-    data_name: str
+    datasets: list[str]
     manifest: Mapping[str, Any]
     statistics: Mapping[str, Any]
     evaluation: PublicEvaluation | None
@@ -60,36 +52,36 @@ def model_card(facts: CardFacts) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    name, manifest = facts.repo_id.partition("/")[2], facts.manifest
-    metrics = facts.evaluation.metrics if facts.evaluation else None
+    settings, trained, evaluation = facts.settings, facts.manifest["settings"], facts.evaluation
+    metrics = evaluation.metrics if evaluation else None
+    base, repo_id = settings.model.name, str(settings.hub.repo_id)
+    name = repo_id.partition("/")[2]
     data = ModelCardData(
-        base_model=facts.base,
-        datasets=list(facts.datasets) or None,
+        base_model=base,
+        datasets=facts.datasets or None,
         eval_results=_eval_results(facts, metrics) if metrics else None,
-        language=list(facts.language) or None,
+        language=settings.hub.language or None,
         library_name="peft",
-        license=facts.license,
+        license=settings.hub.license,
         model_name=name,
         pipeline_tag="text-generation",
-        tags=["lora", "persona", "dialogue", "kestrel", f"base_model:adapter:{facts.base}"],
+        tags=["lora", "persona", "dialogue", "kestrel", f"base_model:adapter:{base}"],
     )
     body = render(
         "card.md",
         name=name,
-        repo_id=facts.repo_id,
-        base=facts.base,
-        commit=base_commit(manifest),
-        data_name=facts.data_name,
-        quantization=manifest["settings"]["quantization"],
-        usage=usage_program(facts.repo_id, facts.base, manifest, facts.example, facts.is_falcon),
+        repo_id=repo_id,
+        base=base,
+        commit=base_commit(facts.manifest),
+        data_name=settings.data.source,
+        quantization=trained["quantization"],
+        is_falcon=facts.is_falcon,
         example=facts.example,
         metrics=metrics,
-        decoding=_decoding(facts.evaluation.generation) if facts.evaluation else "",
+        decoding=_decoding(evaluation.generation) if evaluation else "",
         scores=scores_table(metrics) if metrics else None,
-        signatures=[(metric.label, metric.signature_in(metrics["systems"]["adapter"])) for metric in HEADLINES]
-        if metrics
-        else [],
-        training=_training_table(facts, manifest["settings"]),
+        headlines=HEADLINES,
+        training=_training_table(facts, trained),
     )
     content = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     check_metadata(content)
@@ -128,6 +120,11 @@ def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResu
 
     scores = metrics["systems"]["adapter"]
     trivial = {name: entry for name, entry in metrics["systems"].items() if entry["kind"] == "trivial"}
+    dataset = {
+        "dataset_type": facts.datasets[0] if facts.datasets else "other",
+        "dataset_name": facts.settings.data.source,
+        "dataset_split": metrics["split"],
+    }
     results = []
     for metric in METRICS:
         value, interval = metric.read(scores)
@@ -141,46 +138,41 @@ def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResu
         beside = {name: score for name, entry in trivial.items() if (score := metric.read(entry)[0]) is not None}
         if beside:
             arguments["trivial_systems"] = {name: round(float(score), 4) for name, score in beside.items()}
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Persona dialogue",
-                dataset_type=facts.datasets[0] if facts.datasets else "other",
-                dataset_name=facts.data_name,
-                dataset_split=metrics["split"],
-                metric_type=metric.hub_type,
-                metric_name=metric.label[:1].upper() + metric.label[1:],
-                metric_value=round(float(value), 4),
-                metric_args=arguments,
-            )
+        result = EvalResult(
+            task_type="text-generation",
+            task_name="Persona dialogue",
+            **dataset,
+            metric_type=metric.hub_type,
+            metric_name=metric.label[:1].upper() + metric.label[1:],
+            metric_value=round(float(value), 4),
+            metric_args=arguments,
         )
+        results.append(result)
     return results
 
 
 def _decoding(generation: Mapping[str, Any]) -> str:
     """How the answers were made, in words."""
     if generation["do_sample"]:
-        how = "sampled" + "".join(
-            f", {key} {generation[key]}" for key in ("temperature", "top_p", "top_k") if generation[key]
-        )
+        sampling = [f"{key} {generation[key]}" for key in ("temperature", "top_p", "top_k") if generation[key]]
+        how = ", ".join(["sampled", *sampling])
     else:
         how = "greedy search" if generation["num_beams"] == 1 else f"{generation['num_beams']} beams"
-    limits = [f"at most {generation['max_new_tokens']} tokens"]
+    words = [how, f"at most {generation['max_new_tokens']} tokens"]
     if generation["repetition_penalty"] != 1:
-        limits.append(f"repetition penalty {generation['repetition_penalty']:g}")
+        words.append(f"repetition penalty {generation['repetition_penalty']:g}")
     if generation["no_repeat_ngram_size"]:
-        limits.append(f"no repeated {generation['no_repeat_ngram_size']}-grams")
+        words.append(f"no repeated {generation['no_repeat_ngram_size']}-grams")
     if generation["stop_strings"]:
-        limits.append(f"stop strings {', '.join(map(repr, generation['stop_strings']))}")
-    return "; ".join([how, *limits])
+        words.append(f"stop strings {', '.join(map(repr, generation['stop_strings']))}")
+    return "; ".join(words)
 
 
 def _training_table(facts: CardFacts, settings: Mapping[str, Any]) -> Table:
     manifest, lora, training, counts = facts.manifest, settings["lora"], settings["training"], facts.statistics
-    targets = lora["target_modules"]
-    loss, versions = manifest["eval_loss"], manifest["versions"].items()
+    targets, loss = lora["target_modules"], manifest["eval_loss"]
     rows = {
-        "data": f"{facts.data_name}, as dataset {manifest['made_from']['dataset']} of Kestrel",
+        "data": f"{facts.settings.data.source}, as dataset {manifest['made_from']['dataset']} of Kestrel",
         "dialogues in train": f"{counts['dialogues']:,} with {counts['replies']:,} replies and {counts['tokens']:,} tokens",
         "LoRA": f"rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on "
         f"{targets if isinstance(targets, str) else ', '.join(targets)}; {manifest['trainable_parameters']:,} "
@@ -191,7 +183,7 @@ def _training_table(facts: CardFacts, settings: Mapping[str, Any]) -> Table:
         "tokens seen": f"{manifest['tokens']:,}",
         "kept": f"step {manifest['best_step']}, validation loss {loss:.4f} (perplexity {math.exp(loss):.2f} per reply "
         "token)",
-        "versions": ", ".join(f"{library} {version}" for library, version in versions),
+        "versions": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
         "Kestrel's commit": manifest.get("git_commit"),
     }
     cells = tuple((name, str(value)) for name, value in rows.items() if value)

@@ -24,12 +24,10 @@ _METRICS = ("signature", "split", "n_replies", "n_dialogues", "normalization", "
 
 
 def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) -> dict[str, bytes]:
-    """The content of the adapter's files, opened without following links.
+    """The content of the adapter's files and its manifest, opened without following links.
 
     Args:
-        folder: of the adapter; it may hold these files and its manifest, and nothing else.
         digests: the sha256 of each file, as the manifest records it.
-        remedy: what to do about a damaged adapter, for messages.
 
     Raises:
         KestrelError: the folder holds another file, or one that is missing, changed, or not a regular file.
@@ -41,10 +39,8 @@ def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) ->
         try:
             own = {MANIFEST, *(digests.keys() & set(ADAPTER_FILES))}
             if others := sorted({*os.listdir(handle), *digests} - own):
-                raise KestrelError(
-                    f"{folder} holds {', '.join(map(repr, others[:5]))}; only what train.py wrote there is published, so "
-                    "move other files away"
-                )
+                listed = ", ".join(map(repr, others[:5]))
+                raise KestrelError(f"{folder} holds {listed}; only files of train.py are published, move others away")
             for name in own:
                 with open(os.open(name, flags, dir_fd=handle), "rb") as file:
                     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -59,7 +55,7 @@ def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) ->
     for name, digest in digests.items():
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise KestrelError(
-                f"{folder / name} is damaged or was edited: its sha256 is not the recorded one; {remedy}"
+                f"{folder / name} is damaged or was edited: it does not have the recorded sha256; {remedy}"
             )
     return files
 
@@ -82,14 +78,8 @@ def require_settings_of_training(settings: Settings, manifest: Mapping[str, Any]
 def train_statistics(settings: Settings, prompt: Prompt, manifest: Mapping[str, Any], again: str) -> dict[str, Any]:
     """Counts of the train split of the data set that the adapter was trained on.
 
-    Args:
-        settings: of the run; those of the data set must not have changed since.
-        prompt: of the run.
-        manifest: of the adapter.
-        again: the options of this call, for messages.
-
     Raises:
-        KestrelError: the run does not hold that data set, so the card could not say what is true about it.
+        KestrelError: the run does not hold that data set, so the card could not describe it.
     """
     command = f"python preprocess.py {again}"
     folder, dataset = open_dataset(settings, prompt, command)
@@ -102,13 +92,19 @@ def train_statistics(settings: Settings, prompt: Prompt, manifest: Mapping[str, 
     return counts
 
 
+def base_commit(manifest: Mapping[str, Any]) -> str | None:
+    """The base's commit on the Hub, where the adapter's manifest records one."""
+    commit: str | None = (manifest["made_from"].get("base") or {}).get("commit")
+    return commit
+
+
 @dataclass(frozen=True)
 class PublicEvaluation:
     """What is published of an evaluation.
 
     Attributes:
         metrics: metrics.json without anything local.
-        generation: the settings that the adapter's answers were made with.
+        generation: the settings of the adapter's answers.
     """
 
     metrics: dict[str, Any]
@@ -119,9 +115,7 @@ def evaluation_of(settings: Settings, identities: set[str], again: str) -> Publi
     """The run's evaluation; None if it has none.
 
     Args:
-        settings: of the run.
         identities: of the adapter; the answers that were scored must come from one of them.
-        again: the options of this call, for messages.
 
     Raises:
         KestrelError: the metrics are damaged, or score other answers, another adapter or other settings.
@@ -148,12 +142,8 @@ def evaluation_of(settings: Settings, identities: set[str], again: str) -> Publi
         raise KestrelError(f"{path} scores answers that generate.py has replaced or removed since; {remedy}")
     if made_from.get("adapter") not in identities:
         raise KestrelError(f"{path} scores another adapter than the one in {run / 'adapter'}; {remedy}")
-    recorded_settings = {"generation": made_from["generation"], "seed": made_from["seed"]}
-    current = {
-        "generation": settings.generation.model_dump(include=set(made_from["generation"])),
-        "seed": settings.seed,
-    }
-    recorded_settings["evaluation"] = {"normalization": metrics["normalization"]}
-    current["evaluation"] = {"normalization": settings.evaluation.normalization}
-    require_equal(f"the evaluation in {path}", recorded_settings, current, f"publish with the same ones, or {remedy}")
-    return PublicEvaluation(public, made_from["generation"])
+    generation, normalization = made_from["generation"], {"normalization": metrics["normalization"]}
+    then = {"generation": generation, "seed": made_from["seed"], "evaluation": normalization}
+    now = settings.model_dump(include={"generation": set(generation), "seed": True, "evaluation": {"normalization"}})
+    require_equal(f"the evaluation in {path}", then, now, f"publish with the same ones, or {remedy}")
+    return PublicEvaluation(public, generation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,6 @@ CARD = "README.md"
 PUBLISHED_FILES = (*ADAPTER_FILES, CARD, "config.yaml", "metrics.json")
 _EMPTY_REPOSITORY = {".gitattributes", ".gitignore", CARD, "LICENSE"}  # the Hub's page creates new ones with these
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The result of an upload.
-
-    Attributes:
-        url: of the repository.
-        oid: of the repository's newest commit.
-        is_new: False if the repository already had the same content.
-    """
-
-    url: str
-    oid: str
-    is_new: bool
 
 
 def base_config(name: str, revision: str | None, key: str = "model.name") -> dict[str, Any]:
@@ -59,8 +43,7 @@ def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
         The token's owner, and whether the repository is, or will be, private.
 
     Raises:
-        KestrelError: no token, no connection, a repository that is public although a private one is wanted, or one that
-            holds something else.
+        KestrelError: no token, no connection, or a repository that is public against hub.private or holds something else.
     """
     from huggingface_hub import HfApi, errors
 
@@ -74,16 +57,13 @@ def check_access(repo_id: str, private: bool) -> tuple[str, bool]:
     is_private = bool(found.private)
     present = {entry.rfilename for entry in found.siblings or []}
     others = sorted(present - _EMPTY_REPOSITORY)
+    problem = ""
     if others and MANIFEST not in present:
-        raise KestrelError(
-            f"hub.repo_id {repo_id}: the repository holds {', '.join(others[:3])} but no adapter of Kestrel; name "
-            "another repository"
-        )
-    if private and not is_private:
-        raise KestrelError(
-            f"hub.repo_id {repo_id}: the repository is public and hub.private is true; set hub.private: false to publish "
-            "there, or name another repository"
-        )
+        problem = f"holds {', '.join(others[:3])} but no adapter of Kestrel;"
+    elif private and not is_private:
+        problem = "is public and hub.private is true; set hub.private: false to publish there, or"
+    if problem:
+        raise KestrelError(f"hub.repo_id {repo_id}: the repository {problem} name another repository")
     return user, is_private
 
 
@@ -91,9 +71,8 @@ def check_card_links(base: str, ours: Mapping[str, Any], datasets: Iterable[str]
     """Checks that the Hub has the base and the data sets that the card names.
 
     Args:
-        base: its id.
+        base, datasets: their ids.
         ours: config.json of the base that the adapter was trained on.
-        datasets: their ids.
 
     Raises:
         KestrelError: one does not exist, or that base has another shape than ours.
@@ -135,16 +114,18 @@ def _reasons(answer: str) -> str:
         return answer
 
 
-def upload(repo_id: str, private: bool, files: Mapping[str, bytes], message: str) -> Commit:
+def upload(repo_id: str, private: bool, files: Mapping[str, bytes]) -> tuple[str, bool]:
     """Makes one commit of all files. Large files that an earlier call sent are not sent again.
 
     Files of `PUBLISHED_FILES` that are not given are deleted from the repository; its other files stay.
 
     Args:
-        repo_id: owner/name; created if it does not exist.
-        private: of a new repository.
-        files: content by name in the repository.
-        message: of the commit.
+        repo_id: created if it does not exist.
+        private: whether a new repository is.
+        files: content by name.
+
+    Returns:
+        The repository's URL, and whether its content changed.
 
     Raises:
         KestrelError: refused or interrupted; the same call continues.
@@ -161,6 +142,5 @@ def upload(repo_id: str, private: bool, files: Mapping[str, bytes], message: str
         present = {entry.rfilename for entry in before.siblings or []}
         outdated = sorted(present.intersection(PUBLISHED_FILES).difference(files))
         operations += [CommitOperationDelete(name) for name in outdated]
-        api.create_commit(repo_id, operations, commit_message=message, parent_commit=before.sha)
-        after = api.model_info(repo_id).sha
-    return Commit(str(url), str(after), after != before.sha)
+        api.create_commit(repo_id, operations, commit_message="Adapter, evaluation and card", parent_commit=before.sha)
+        return str(url), api.model_info(repo_id).sha != before.sha

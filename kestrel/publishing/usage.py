@@ -1,10 +1,9 @@
-"""How others use what is published: an example of the prompt, a program that answers it, and the README templates."""
+"""How others use what is published: an example of the prompt, and the templates of READMEs and of a program."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,31 +55,9 @@ def example_prompt(prompt: Prompt) -> PromptExample:
     first_ids = ids[: len(ids) - len(from_pieces)]
     if first_ids + from_pieces != ids:
         raise KestrelError(
-            "the card's example would not be tokenized as in training; please report this with the tokenizer's name"
+            "the card's example would not be tokenized as in training; please report the tokenizer's name"
         )
     return PromptExample(prompt.format, pieces, first_ids, prompt.end_id)
-
-
-def usage_program(repo_id: str, base: str, manifest: Mapping[str, Any], example: PromptExample, is_falcon: bool) -> str:
-    """A program that loads base and adapter as they were trained and answers the example."""
-    quantization = manifest["settings"]["quantization"]
-    return render(
-        "usage.py",
-        repo_id=repo_id,
-        base=base,
-        commit=base_commit(manifest),
-        quantization=quantization,
-        four_bit=quantization["bits"] == 4,
-        is_falcon=is_falcon,
-        example=example,
-        pieces=json.dumps(example.pieces, ensure_ascii=False),
-    )
-
-
-def base_commit(manifest: Mapping[str, Any]) -> str | None:
-    """The base's commit on the Hub, where the adapter's manifest records one."""
-    commit: str | None = (manifest["made_from"].get("base") or {}).get("commit")
-    return commit
 
 
 def render(template: str, **values: Any) -> str:
@@ -92,13 +69,12 @@ def render(template: str, **values: Any) -> str:
         "markdown": lambda value: markdown.escape(str(value)),
         "code_block": _code_block,
         "table": lambda table: markdown.table(table.columns, table.rows, align="---"),
-        "count": lambda number: f"{number:,}",
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
     return environment.get_template(f"{template}.jinja").render(values)
 
 
 def _code_block(text: str, language: str) -> str:
     """A fenced block that its content cannot end."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`*", text))))
     return f"{fence}{language}\n{text}\n{fence}"
