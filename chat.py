@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from kestrel.prompt.prompt import Prompt
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    (
-        "--persona",
-        {"nargs": "+", "metavar": "FILE", "help": "a text file with one sentence a line, or the sentences themselves"},
-    ),
+    ("--persona", {"nargs": "+", "metavar": "FILE", "help": "a text file, one sentence a line, or the sentences"}),
     ("--dialogue", {"metavar": "ID", "help": "take the persona of this dialogue (default: the split's first)"}),
     ("--web", {"action": "store_true", "help": "talk in a browser"}),
     ("--host", {"metavar": "ADDRESS", "help": "with --web: listen here (default: 127.0.0.1, this machine only)"}),
@@ -61,14 +58,13 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     persona = persona or persona_of_dialogue(settings, prompt, options.dialogue, options.again)
     model = load(settings, options, prompt)
     torch.manual_seed(settings.seed)
-    if options.web:
-        from kestrel.chat.server import serve
+    with on_signals(raise_interrupted):
+        if options.web:
+            from kestrel.chat.server import serve
 
-        port = 7860 if options.port is None else options.port
-        with on_signals(raise_interrupted):
+            port = 7860 if options.port is None else options.port
             serve(model, persona, settings.generation, options.host or "127.0.0.1", port)
-    else:
-        with on_signals(raise_interrupted):
+        else:
             Terminal(model, persona, settings.generation).run()
 
 

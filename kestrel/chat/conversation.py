@@ -18,13 +18,11 @@ System = Literal["adapter", "base"]
 
 @dataclass(frozen=True)
 class Exchange:
-    """A message and its answers.
+    """A message of the user and its answers.
 
     Attributes:
-        message: what the user wrote.
-        system: who answered.
-        reply: that answer; the conversation continues from it.
-        beside: the answer of the other system to the same message, by system; the conversation ignores it.
+        system: who gave the reply, from which the conversation continues.
+        beside: the other system's answer to the same message, which the conversation ignores.
     """
 
     message: str
@@ -38,23 +36,13 @@ class Exchange:
         return {self.system: self.reply, **self.beside}
 
 
-def _new_id() -> str:
-    return f"chat-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-
-
 @dataclass
 class Conversation:
-    """The user is the dialogue's partner; the model speaks as the owner of the persona.
-
-    Attributes:
-        persona: the owner's sentences.
-        exchanges: in order.
-        dialogue_id: identifies the conversation in a file; starting over gives it another one.
-    """
+    """The user is the dialogue's partner; the model speaks as the owner of the persona."""
 
     persona: tuple[str, ...]
     exchanges: list[Exchange] = field(default_factory=list)
-    dialogue_id: str = field(default_factory=_new_id)
+    dialogue_id: str = field(default_factory=lambda: f"chat-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
 
     def dialogue(self, message: str) -> Dialogue:
         """The conversation so far, followed by a new message that has no answer yet."""

@@ -60,7 +60,6 @@ _DOWNLOAD = """text => {
   link.click();
 }"""
 
-
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # of every event
 
 
@@ -69,7 +68,7 @@ class Session:
     """The state of one open page.
 
     Attributes:
-        conversation: persona and exchanges; starting over replaces it.
+        conversation: starting over replaces it.
         stop: set to end the answer in progress; None when no answer is in progress.
         undone: whether the user took back the message that is being answered.
         warned_of_cut: whether the user knows that old turns are left out.
@@ -101,13 +100,7 @@ def generation_settings(
 
 
 class Page:
-    """The page's layout and event handlers.
-
-    Args:
-        model: answers the messages.
-        persona: shown when a page opens.
-        settings: initial values of the controls.
-    """
+    """The page's layout and event handlers; persona and settings are what a page opens with."""
 
     def __init__(self, model: ChatModel, persona: tuple[str, ...], settings: Generation):
         self.model, self.persona, self.settings = model, persona, settings
@@ -145,17 +138,18 @@ class Page:
                 if stop.is_set():
                     break
         except Exception as error:  # noqa: BLE001  of many types, and the page must stay usable
-            yield [_idle_box(message), *self._columns(session)]
+            yield [_idle_box(value=message), *self._columns(session)]
             raise gr.Error(f"The model failed to answer: {error}", print_exception=False) from None
         finally:
             session.stop = None
-        started_over = session.conversation is not conversation
-        dropped = session.undone or not exchange.reply
-        if not started_over and not dropped:
-            conversation.exchanges.append(exchange)
-        elif not started_over and not stop.is_set():
-            gr.Warning(f"{EMPTY_ANSWER.capitalize()}.")
-        box = _idle_box(message) if dropped and not started_over else _idle_box()
+        box = _idle_box()
+        if session.conversation is conversation:  # the user has not started over
+            if exchange.reply and not session.undone:
+                conversation.exchanges.append(exchange)
+            else:
+                box = _idle_box(value=message)
+                if not stop.is_set():
+                    gr.Warning(f"{EMPTY_ANSWER.capitalize()}.")
         yield [box, *self._columns(session)]
 
     def stop(self, session: Session) -> None:
@@ -189,7 +183,7 @@ class Page:
 
     def _columns(self, session: Session, latest: Exchange | None = None) -> list[gr.Chatbot]:
         """A column for each system that has answered: its messages, and its answers."""
-        exchanges = [*session.conversation.exchanges, *([latest] if latest else [])]
+        exchanges = session.conversation.exchanges + ([latest] if latest else [])
         columns = []
         for name in self.model.systems:
             messages: list[Any] = [
@@ -260,9 +254,8 @@ class Page:
         return [sample, *sliders, new]
 
 
-def _idle_box(message: str | None = None) -> gr.Textbox:
-    """The message box ready for a message, with a text to start from if one is given."""
-    text: dict[str, Any] = {} if message is None else {"value": message}
+def _idle_box(**text: Any) -> gr.Textbox:
+    """The message box ready for a message; `value` replaces what the user has typed into it."""
     return gr.Textbox(**text, submit_btn=True, stop_btn=False)
 
 

@@ -24,12 +24,6 @@ def persona_from_option(values: list[str]) -> tuple[str, ...]:
 def persona_of_dialogue(settings: Settings, prompt: Prompt, dialogue_id: str | None, again: str) -> tuple[str, ...]:
     """The persona of a dialogue in generation.split; of its first one if no id is given.
 
-    Args:
-        settings: name the run and the split.
-        prompt: the data set must have been made for it.
-        dialogue_id: of the dialogue.
-        again: the options of this call, for messages.
-
     Raises:
         KestrelError: no data set, one for another prompt, or no such dialogue.
     """
@@ -42,9 +36,11 @@ def persona_of_dialogue(settings: Settings, prompt: Prompt, dialogue_id: str | N
     except KestrelError as error:
         raise KestrelError(f"{error}\n  or give a persona: --persona FILE") from None
     ids = list(rows["dialogue_id"])
-    if dialogue_id is not None and dialogue_id not in ids:
+    if dialogue_id is None:
+        return tuple(rows[0]["persona"])
+    if dialogue_id not in ids:
         raise KestrelError(f"--dialogue: {split} has no {dialogue_id!r}; its ids are {', '.join(ids[:3])} …")
-    return tuple(rows[ids.index(dialogue_id) if dialogue_id is not None else 0]["persona"])
+    return tuple(rows[ids.index(dialogue_id)]["persona"])
 
 
 def read_persona(path: Path) -> tuple[str, ...]:
@@ -55,11 +51,9 @@ def read_persona(path: Path) -> tuple[str, ...]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KestrelError(f"{path}: not UTF-8 text (byte {error.start}); write one sentence a line") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the name
         reason = getattr(error, "strerror", None) or error
-        raise KestrelError(f"{path}: {reason}; a persona is a text file with one sentence a line") from None
+        raise KestrelError(f"{path}: {reason}; a persona is a UTF-8 text file with one sentence a line") from None
     return split_sentences(text.splitlines(), str(path))
 
 

@@ -22,8 +22,7 @@ def change_setting(current: Generation, name: str, text: str, most_new_tokens: i
     Sampling and beams exclude each other: a setting of one switches the other off.
 
     Args:
-        current: the settings so far.
-        name: of the setting, with or without `generation.`.
+        name: with or without `generation.`.
         text: the new value, as YAML.
         most_new_tokens: the longest answer that fits the model's context.
 

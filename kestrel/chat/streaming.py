@@ -28,15 +28,13 @@ class ChatModel:
     """The loaded model with the prompt that it was trained with.
 
     Args:
-        model: the base, or a PeftModel on it.
-        prompt: as in training; its max_length leaves space for an answer in the model's context.
+        prompt: its max_length leaves space for an answer in the model's context.
         systems: adapter and base, or base alone where no adapter is loaded.
     """
 
     def __init__(self, model: torch.nn.Module, prompt: Prompt, systems: Sequence[System]):
         self.model: Any = model.eval()
-        self.prompt = prompt
-        self.systems = tuple(systems)
+        self.prompt, self.systems = prompt, tuple(systems)
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -76,10 +74,8 @@ class ChatModel:
         for system in (exchange.system, *(s for s in self.systems if compare and s != exchange.system)):
             with contextlib.closing(self.stream_answer(context, system, settings, stop)) as answer:
                 for text in answer:
-                    if system == exchange.system:
-                        exchange = replace(exchange, reply=text)
-                    else:
-                        exchange = replace(exchange, beside={system: text})
+                    grown: dict[str, Any] = {"reply": text} if system == exchange.system else {"beside": {system: text}}
+                    exchange = replace(exchange, **grown)
                     yield exchange
 
     def stream_answer(
@@ -88,12 +84,10 @@ class ChatModel:
         """Yields the answer so far, each time with more text; the last one is the whole answer.
 
         The model works in a thread of its own, so that the reader can be interrupted at any moment. When the reader
-        closes the generator, the model stops after the current token.
+        closes the generator, the model stops after the current token. Of several beams, only the final answer is shown.
 
         Args:
             context: token ids from `context`.
-            system: who answers.
-            settings: sampling, lengths and stop strings. Of several beams, only the final answer is shown.
             stop: set to end the answer, also while it still waits for another one to end.
         """
         texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()

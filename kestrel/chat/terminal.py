@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import shutil
 import signal
 import sys
@@ -34,33 +35,22 @@ HELP = """\
 To begin a message with a slash, type two."""
 
 
-class Leave(Exception):
-    """The user wants to leave."""
-
-
 class Terminal:
-    """One conversation, line by line.
-
-    Args:
-        model: answers the messages.
-        persona: its owner is who the model speaks as.
-        settings: sampling, lengths and stop strings.
-    """
+    """One conversation, line by line."""
 
     def __init__(self, model: ChatModel, persona: tuple[str, ...], settings: Generation):
         self.model, self.conversation, self.settings = model, Conversation(persona), settings
         self.system = model.systems[0]  # the adapter where one is loaded
-        self._compare_next = False
-        self._warned_of_cut = False
+        self._compare_next = self._warned_of_cut = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/persona": self._persona,
-            "/reset": lambda rest: self._reset(self.conversation.persona),
+            "/reset": lambda _: self._reset(self.conversation.persona),
             "/undo": self._undo,
             "/compare": self._compare,
             "/system": self._system,
             "/set": self._set,
             "/save": self._save,
-            "/help": lambda rest: print(HELP),
+            "/help": lambda _: print(HELP),
             "/quit": self._quit,
         }
 
@@ -87,7 +77,7 @@ class Terminal:
                     raise Interrupted(number, "left; what was not saved is lost") from None
                 warned = True
                 print("\n(Ctrl-C again leaves)", flush=True)
-            except (Leave, EOFError):
+            except EOFError:
                 break
             except KestrelError as error:
                 print(f"({error})", flush=True)
@@ -121,8 +111,8 @@ class Terminal:
         try:
             with contextlib.closing(answers):
                 for exchange in answers:
-                    view.update(exchange)  # after the assignment: an interrupted exchange keeps all that was shown
-            view.finish(exchange)
+                    view.show(exchange)  # after the assignment: an interrupted exchange keeps all that was shown
+            view.show(exchange, is_whole=True)
         except KeyboardInterrupt:
             if exchange.reply:
                 self.conversation.exchanges.append(exchange)
@@ -170,10 +160,10 @@ class Terminal:
             print("(adapter and base both answer your next message)")
 
     def _system(self, rest: str) -> None:
-        match = [system for system in self.model.systems if system == rest.lower()]
-        if not match:
-            raise KestrelError(f"/system takes {' or '.join(self.model.systems)}; now {self.system} answers")
-        self.system = match[0]
+        systems = {str(system): system for system in self.model.systems}
+        if rest.lower() not in systems:
+            raise KestrelError(f"/system takes {' or '.join(systems)}; now {self.system} answers")
+        self.system = systems[rest.lower()]
         print(f"({self.system} answers)")
 
     def _set(self, rest: str) -> None:
@@ -192,7 +182,7 @@ class Terminal:
         print(f"(saved; {path} holds {count:,} conversation{'s' if count > 1 else ''})")
 
     def _quit(self, rest: str) -> None:
-        raise Leave
+        raise EOFError
 
     def _show_persona(self) -> None:
         print("The model speaks as this persona:")
@@ -207,47 +197,32 @@ class _Line:
         self._length = 0
         print(f"{system}> ", end="", flush=True)
 
-    def update(self, exchange: Exchange) -> None:
+    def show(self, exchange: Exchange, is_whole: bool = False) -> None:
         more, self._length = exchange.reply[self._length :], len(exchange.reply)
-        print(readable(more), end="", flush=True)
-
-    def finish(self, exchange: Exchange) -> None:
-        print(flush=True)
+        print(readable(more), end="\n" if is_whole else "", flush=True)
 
 
 class _Columns:
     """Answers that grow side by side, drawn over each time; without a terminal they are printed once, at the end."""
 
     def __init__(self, systems: Sequence[System]):
-        self._systems = systems
-        self._rows = 0
+        self._systems, self._rows = systems, 0
 
-    def update(self, exchange: Exchange) -> None:
-        block = self._block(exchange, "…")
+    def show(self, exchange: Exchange, is_whole: bool = False) -> None:
+        placeholder = "(empty)" if is_whole else "…"
+        block = side_by_side({system: exchange.replies.get(system) or placeholder for system in self._systems})
+        rows = block.count("\n") + 1
         # What has scrolled out of sight cannot be drawn over.
-        if sys.stdout.isatty() and block.count("\n") + 1 < shutil.get_terminal_size().lines:
-            self._draw(block)
-
-    def finish(self, exchange: Exchange) -> None:
-        self._draw(self._block(exchange, "(empty)"))
-
-    def _block(self, exchange: Exchange, placeholder: str) -> str:
-        return side_by_side({system: exchange.replies.get(system) or placeholder for system in self._systems})
-
-    def _draw(self, block: str) -> None:
-        over = f"\x1b[{self._rows}F\x1b[J" if self._rows else ""
-        self._rows = block.count("\n") + 1
-        print(f"{over}{block}", flush=True)
+        if is_whole or (sys.stdout.isatty() and rows < shutil.get_terminal_size().lines):
+            print(f"\x1b[{self._rows}F\x1b[J{block}" if self._rows else block, flush=True)
+            self._rows = rows
 
 
 def typed_path(text: str) -> Path:
     """A path as people type it: perhaps in quotation marks, or with ~ for their home."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:  # ~ with an unknown user
-        return Path(text)
+    return Path(os.path.expanduser(text))  # Path.expanduser raises if the user is unknown
 
 
 def readable(text: str) -> str:
