@@ -25,7 +25,7 @@ import yaml
 TOKEN = "hf_LoopbackLoopbackLoopback0000000000"
 USER = "tester"
 _LFS = (".safetensors", ".bin", ".pt")
-_MODEL = r"/api/models/(?P<id>[\w.-]+/[\w.-]+)"
+_ID, _REVISION = r"(?P<id>[\w.-]+/[\w.-]+)", "(?P<revision>[^/]+)"
 
 
 @dataclass
@@ -34,7 +34,6 @@ class Repository:
 
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
 
     @property
     def head(self) -> str:
@@ -44,45 +43,34 @@ class Repository:
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
-    def commit(self, files: dict[str, bytes], message: str) -> str:
-        content = json.dumps([len(self.commits), sorted((n, hashlib.sha256(b).hexdigest()) for n, b in files.items())])
+    def commit(self, files: dict[str, bytes]) -> str:
+        content = json.dumps([len(self.commits), sorted((name, git_oid(data)) for name, data in files.items())])
         oid = hashlib.sha1(content.encode()).hexdigest()
         self.commits[oid] = files
-        self.messages.append(message)
         return oid
 
 
 @dataclass
 class Hub:
-    """What stands on the Hub, and what was asked of it.
-
-    Attributes:
-        wrong: requests that the real Hub would not understand.
-        dropped_uploads: how many of the next uploads are cut off in the middle.
-        failing_commits: how many of the next commits fail on the Hub's side.
-        uploaded: sha256 of each large file that arrived, in order.
-        refused_metadata: what the check of a card's metadata finds wrong.
-        datasets: ids of the data sets that there are.
-        stalled: large files are kept waiting while this is set, and `waiting` tells that one is.
-    """
+    """What is on the Hub, what was asked of it, and how it fails."""
 
     endpoint: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
+    datasets: set[str] = field(default_factory=set)  # ids
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files by sha256
+    uploaded: list[str] = field(default_factory=list)  # sha256 of each large file that arrived, in order
     requests: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    dropped_uploads: int = 0
-    failing_commits: int = 0
-    uploaded: list[str] = field(default_factory=list)
-    refused_metadata: str = ""
-    datasets: set[str] = field(default_factory=set)
-    stalled: bool = False
-    waiting: threading.Event = field(default_factory=threading.Event)
+    wrong: list[str] = field(default_factory=list)  # requests that the real Hub would not understand
+    dropped_uploads: int = 0  # so many of the next uploads are cut off in the middle
+    failing_commits: int = 0  # so many of the next commits fail on the Hub's side
+    refused_metadata: str = ""  # what the check of a card's metadata finds wrong
+    stalled: bool = False  # large files wait while this is set
+    waiting: threading.Event = field(default_factory=threading.Event)  # set as soon as one waits
 
     def add(self, name: str, folder: Path, private: bool = False) -> None:
         """A repository with the files of a folder."""
         repository = self.repositories[name] = Repository(private)
-        repository.commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, "initial")
+        repository.commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """What a client process needs to come here and nowhere else."""
@@ -100,41 +88,37 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     ROUTES = (
-        ("HEAD", r"/", "home"),
-        ("GET", r"/api/agent-harnesses", "nothing"),
-        ("GET", r"/api/whoami-v2", "whoami"),
-        ("POST", r"/api/repos/create", "create"),
-        ("POST", r"/api/validate-yaml", "validate"),
-        ("GET", rf"{_MODEL}", "info"),
-        ("GET", r"/api/datasets/(?P<id>[\w.-]+/[\w.-]+)", "dataset"),
-        ("GET", rf"{_MODEL}/revision/(?P<revision>[^/]+)", "info"),
-        ("GET", rf"{_MODEL}/tree/(?P<revision>[^/]+)(?P<under>/.+)?", "tree"),
-        ("POST", rf"{_MODEL}/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", rf"{_MODEL}/commit/(?P<revision>[^/]+)", "commit"),
-        ("POST", r"/(?P<id>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", "batch"),
-        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "upload"),
-        ("POST", r"/lfs/verify", "verify"),
-        ("GET", r"/cdn/(?P<oid>[0-9a-f]{64})", "download"),
-        ("HEAD", r"/cdn/(?P<oid>[0-9a-f]{64})", "download"),
-        ("GET", r"/(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-        ("HEAD", r"/(?P<id>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        (r"HEAD /|GET /api/agent-harnesses", "nothing"),
+        (r"GET /api/whoami-v2", "whoami"),
+        (r"POST /api/repos/create", "create"),
+        (r"POST /api/validate-yaml", "validate"),
+        (rf"GET /api/datasets/{_ID}", "dataset"),
+        (rf"GET /api/models/{_ID}(/revision/{_REVISION})?", "info"),
+        (rf"GET /api/models/{_ID}/tree/{_REVISION}", "tree"),
+        (rf"POST /api/models/{_ID}/preupload/{_REVISION}", "preupload"),
+        (rf"POST /api/models/{_ID}/commit/{_REVISION}", "commit"),
+        (rf"POST /{_ID}\.git/info/lfs/objects/batch", "batch"),
+        (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", "upload"),
+        (r"POST /lfs/verify", "verify"),
+        (r"(GET|HEAD) /cdn/(?P<oid>[0-9a-f]{64})", "download"),
+        (rf"(GET|HEAD) /{_ID}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
     )
 
     def handle_any(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
-        for method, pattern, name in self.ROUTES:
-            if method == self.command and (match := re.fullmatch(pattern, path)):
+        request = f"{self.command} {unquote(urlsplit(self.path).path)}"
+        self.hub.requests.append(request)
+        for pattern, name in self.ROUTES:
+            if match := re.fullmatch(pattern, request):
                 try:
                     getattr(self, name)(**match.groupdict())
                 except Refused as refusal:
                     if refusal.status == 400:
-                        self.hub.wrong.append(f"{self.command} {path}: {refusal.message}")
+                        self.hub.wrong.append(f"{request}: {refusal.message}")
                     headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
                     self.answer({"error": refusal.message}, refusal.status, headers)
                 return
-        self.hub.wrong.append(f"{self.command} {path}")
-        self.answer({"error": "no such endpoint"}, 404)
+        self.hub.wrong.append(request)
+        self.nothing()
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -201,11 +185,8 @@ class Handler(BaseHTTPRequestHandler):
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
-    def home(self) -> None:
-        self.answer(b"")
-
     def nothing(self) -> None:
-        """The client asks here what to call the program that it runs in; it does without an answer."""
+        """For requests of which only the fact that somebody answers matters, and for wrong ones."""
         self.answer({"error": "no such endpoint"}, 404)
 
     def whoami(self) -> None:
@@ -222,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         exists = name in self.hub.repositories
         if not exists:
             self.hub.repositories[name] = Repository(private)
-            self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+            self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self.answer({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
 
     def validate(self) -> None:
@@ -230,44 +211,34 @@ class Handler(BaseHTTPRequestHandler):
         match = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
         self.require(asked["repoType"] == "model" and match is not None, "no metadata")
         data = yaml.safe_load(match[1]) if match else {}
-        errors = [
-            f"{key} must be text" for key in ("license", "library_name") if not isinstance(data.get(key, ""), str)
-        ]
-        for entry in data.get("model-index", []):
-            for result in entry["results"]:
-                self.require({"type"} <= result["task"].keys(), "a result needs task.type")
-                self.require({"type", "name"} <= result["dataset"].keys(), "a result needs dataset.type and name")
-                errors += [f"metric {m}" for m in result["metrics"] if not {"type", "value"} <= m.keys()]
-        if self.hub.refused_metadata:
-            self.answer({"errors": [{"message": self.hub.refused_metadata}], "warnings": []}, 400)
-            return
-        self.require(not errors, "; ".join(errors))
-        self.answer({"errors": [], "warnings": []})
+        for key in ("license", "library_name"):
+            self.require(isinstance(data.get(key, ""), str), f"{key} must be text")
+        for result in (result for entry in data.get("model-index", []) for result in entry["results"]):
+            self.require("type" in result["task"], "a result needs task.type")
+            self.require({"type", "name"} <= result["dataset"].keys(), "a result needs dataset.type and name")
+            self.require(all({"type", "value"} <= m.keys() for m in result["metrics"]), "a metric needs type and value")
+        refused = self.hub.refused_metadata
+        self.answer({"errors": [{"message": refused}] if refused else [], "warnings": []}, 400 if refused else 200)
 
-    def info(self, id: str, revision: str = "main") -> None:
+    def info(self, id: str, revision: str | None) -> None:
         repository = self.repository(id)
-        oid, files = self.at(repository, revision)
+        oid, files = self.at(repository, revision or "main")
         siblings = [{"rfilename": name} for name in sorted(files)]
-        self.answer(
-            {"id": id, "modelId": id, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
-        )
+        self.answer({"id": id, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []})
 
     def dataset(self, id: str) -> None:
         if id not in self.hub.datasets:
             raise Refused(404 if self.known else 401, "RepoNotFound", "Repository not found")
         self.answer({"id": id, "sha": "0" * 40, "private": False, "siblings": [], "tags": []})
 
-    def tree(self, id: str, revision: str, under: str | None) -> None:
+    def tree(self, id: str, revision: str) -> None:
         _, files = self.at(self.repository(id), revision)
-        if under:
-            raise Refused(404, "EntryNotFound", f"{under} does not exist")
-        self.answer([self.entry(name, content) for name, content in sorted(files.items())])
-
-    def entry(self, name: str, content: bytes) -> dict[str, Any]:
-        facts = {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
-        if name.endswith(_LFS):
-            facts["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-        return facts
+        facts = [
+            {"type": "file", "path": name, "size": len(files[name]), "oid": git_oid(files[name])} for name in files
+        ]
+        for entry in (entry for entry in facts if entry["path"].endswith(_LFS)):
+            entry["lfs"] = {"oid": sha256(files[entry["path"]]), "size": entry["size"], "pointerSize": 134}
+        self.answer(facts)
 
     def preupload(self, id: str, revision: str) -> None:
         asked = self.json_body()
@@ -276,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in asked["files"]:
             self.require(file.keys() == {"path", "sample", "size"}, f"unexpected {file.keys()}")
             is_lfs, there = file["path"].endswith(_LFS), files.get(file["path"])
-            oid = None if there is None else hashlib.sha256(there).hexdigest() if is_lfs else git_oid(there)
+            oid = None if there is None else sha256(there) if is_lfs else git_oid(there)
             mode = "lfs" if is_lfs else "regular"
             answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer({"files": answers})
@@ -305,7 +276,7 @@ class Handler(BaseHTTPRequestHandler):
         self.require("Authorization" not in self.headers, "the token went to the storage")
         content = self.body()
         self.stall()
-        self.require(hashlib.sha256(content).hexdigest() == oid, "the content is not what was announced")
+        self.require(sha256(content) == oid, "the content is not what was announced")
         self.hub.objects[oid] = content
         self.hub.uploaded.append(oid)
         self.answer(b"")
@@ -318,11 +289,10 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, id: str, revision: str) -> None:
         repository = self.repository(id, write=True)
         self.require(self.headers["Content-Type"] == "application/x-ndjson", "commits are ndjson")
+        header, *operations = [json.loads(line) for line in self.body().splitlines()]
         if self.hub.failing_commits:
             self.hub.failing_commits -= 1
-            self.body()
             raise Refused(503, "", "Service Unavailable")
-        header, *operations = [json.loads(line) for line in self.body().splitlines()]
         self.require(header["key"] == "header" and bool(header["value"]["summary"]), "a commit begins with its header")
         self.require(header["value"].get("parentCommit", repository.head) == repository.head, "not on top", 412)
         self.require(revision == "main" and bool(operations), "an empty commit")
@@ -338,7 +308,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.require(operation["key"] == "deletedFile" and path in files, f"unexpected {operation['key']}")
                 del files[path]
-        oid = repository.commit(files, header["value"]["summary"])
+        oid = repository.commit(files)
         url = f"{self.hub.endpoint}/{id}/commit/{oid}"
         self.answer({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
@@ -350,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         if not path.endswith(_LFS):
             self.answer(content, headers={**common, "ETag": f'"{git_oid(content)}"'})
             return
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256(content)
         self.hub.objects[digest] = content
         storage = self.hub.endpoint.replace("127.0.0.1", "localhost")  # another host, as the Hub's storage is
         linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
@@ -366,6 +336,10 @@ class Handler(BaseHTTPRequestHandler):
         start, end = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         self.answer(content[start : end + 1], 206, headers)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def git_oid(content: bytes) -> str:
