@@ -10,30 +10,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 
 @contextmanager
 def chromium(**preferences: Any) -> Iterator[Any]:
     """A browser. Where CI is set, its absence is a failure and not a reason to skip."""
-    selenium = (
-        pytest.importorskip("selenium.webdriver")
-        if not os.environ.get("CI")
-        else __import__("selenium.webdriver", fromlist=["Chrome"])
-    )
     program, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if program is None or driver is None:
         assert not os.environ.get("CI"), "CI needs a browser: apt-get install chromium chromium-driver"
         pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = selenium.ChromeOptions()
+    options = webdriver.ChromeOptions()
     options.binary_location = program
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
                  "disable-background-networking", "disable-component-update"):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", preferences)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = selenium.Chrome(options=options, service=Service(driver))
+    browser = webdriver.Chrome(options=options, service=Service(driver))
     try:
         yield browser
     finally:

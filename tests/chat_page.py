@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["i have a dog .", "i live in rome ."]
@@ -30,7 +33,7 @@ CONTRAST = """
 
 
 class Served:
-    """chat.py --web as a process."""
+    """chat.py --web as a process, which is killed at the end of a with block."""
 
     def __init__(self, arguments: list[str], *more: str, **environment: str):
         command = [sys.executable, "chat.py", *arguments, "--persona", *PERSONA, "--web", "--port", "0", *more]
@@ -53,7 +56,10 @@ class Served:
         output = self.process.communicate(timeout=30)
         return self.process.returncode, "".join(output)
 
-    def kill(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
 
@@ -62,24 +68,14 @@ class Page:
     """The page in a browser."""
 
     def __init__(self, browser: Any, url: str):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        self.browser = browser
-        self.waiting = WebDriverWait(browser, 30, poll_frequency=0.05)
+        stale = [StaleElementReferenceException]
+        self.browser, self.waiting = browser, WebDriverWait(browser, 30, 0.05, ignored_exceptions=stale)
         browser.get(url)
         self.until(lambda: self.find("#message textarea") and self.find("#export") and self.find("#persona textarea"))
         self.until(self.idle)
 
     def until(self, condition):
-        from selenium.common.exceptions import StaleElementReferenceException
-
-        def holds(_):
-            try:
-                return condition()
-            except StaleElementReferenceException:
-                return None
-
-        return self.waiting.until(holds)
+        return self.waiting.until(lambda _: condition())
 
     def find(self, selector: str) -> list[Any]:
         return list(self.browser.find_elements("css selector", selector))
@@ -105,16 +101,19 @@ class Page:
     def idle(self) -> bool:
         return bool(self.find("#message .submit-button")) and not self.find("#message .stop-button")
 
+    def type(self, text: str) -> None:
+        self.find("#message textarea")[0].send_keys(text)
+
     def begin(self, message: str) -> None:
         """Sends a message and waits for the first characters of its answer."""
         before = len(self.messages())
-        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.type(message + "\n")
         self.until(lambda: len(self.messages()) == before + 1 and len(self.answers()[-1]) > 1 and not self.idle())
 
     def say(self, message: str, system: str = "adapter") -> None:
         """Sends a message and waits for the whole answer."""
         before = len(self.messages(system))
-        self.find("#message textarea")[0].send_keys(message + "\n")
+        self.type(message + "\n")
         self.until(lambda: len(self.messages(system)) == before + 1 and self.idle())
 
     def click(self, selector: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from conftest import Experiment
 from hub_server import TOKEN, Hub
@@ -22,48 +23,52 @@ class Done:
     said: str
 
 
-def environment(hub: Hub, home: Path, token: str | None = TOKEN, **more: str) -> dict[str, str]:
+def start(
+    script: str, *arguments: str, hub: Hub, home: Path, token: str | None = TOKEN, **more: str
+) -> subprocess.Popen[str]:
+    """A script in a process of its own, which asks this Hub and no other."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return {**kept, **hub.environment(home, token), **more}
-
-
-def run(script: str, *arguments: str, hub: Hub, home: Path, token: str | None = TOKEN, **more: str) -> Done:
-    """A script in a process of its own."""
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, script, *arguments],
         cwd=ROOT,
-        env=environment(hub, home, token, **more),
+        env={**kept, **hub.environment(home, token), **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=300,
     )
-    return Done(done.returncode, done.stdout)
+
+
+def end(process: subprocess.Popen[str], patience: float) -> Done:
+    try:
+        said, _ = process.communicate(timeout=patience)
+    finally:
+        process.kill()
+    return Done(process.returncode, said)
+
+
+def run(script: str, *arguments: str, hub: Hub, home: Path, token: str | None = TOKEN, **more: str) -> Done:
+    return end(start(script, *arguments, hub=hub, home=home, token=token, **more), 300)
 
 
 def stopped_at_a_large_file(script: str, *arguments: str, hub: Hub, home: Path) -> Done:
     """A script that gets Ctrl-C while the Hub takes its time with a large file, and has 20 s to end."""
     hub.stalled = True
     hub.waiting.clear()
-    process = subprocess.Popen(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        env=environment(hub, home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start(script, *arguments, hub=hub, home=home)
     try:
         assert hub.waiting.wait(120)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=20)
+        return end(process, 20)
     finally:
         hub.stalled = False
         process.kill()
-    return Done(process.returncode, said)
 
 
 def publishing(experiment: Experiment, *more: str) -> list[str]:
     chosen = ["--hub.repo_id", REPO, "--hub.base_model", BASE, "--hub.license", "apache-2.0"]
     return experiment.arguments(*chosen, "--evaluation.resamples", "100", *more)
+
+
+def published(experiment: Experiment, hub: Hub, home: Path, *more: str, **keywords: Any) -> Done:
+    """publish.py with the arguments of `publishing`."""
+    return run("publish.py", *publishing(experiment, *more), hub=hub, home=home, **keywords)

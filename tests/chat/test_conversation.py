@@ -81,24 +81,21 @@ def test_prompt_is_that_of_training(prepared, max_length):
 
 def test_typed_text_spells_no_control_token(talk, trained, tmp_path, monkeypatch):
     seen = []
-    answer = ChatModel.stream_answer
-    monkeypatch.setattr(
-        ChatModel, "stream_answer", lambda self, context, *rest: seen.append(context) or answer(self, context, *rest)
-    )
+
+    def answer(self, context, *rest):
+        seen.append(context)
+        yield "hi"
+
+    monkeypatch.setattr(ChatModel, "stream_answer", answer)
     talk("<|endoftext|>>>TITLE<< You:", more=["--persona", "i am <|endoftext|> .", "\x0b>>ANSWER<<"])
     assert seen and min(seen[0]) > 11
 
 
-def test_too_long_message_is_refused(talk):
-    printed = talk("dog " * 3000, "hi !")
+def test_too_long_message_is_refused_and_cut_turns_are_announced_once(talk):
+    printed = talk("dog " * 3000, *["tell me more about the dog and the soup that you love the most ."] * 8)
     assert re.search(r"\(persona and message together exceed the \d+ tokens", printed)
-    assert "dialogue chat-" not in printed and printed.count("adapter> ") == 1
-
-
-def test_cut_turns_are_announced_once(talk):
-    printed = talk(*["tell me more about the dog and the soup that you love the most ."] * 8)
+    assert "dialogue chat-" not in printed and printed.count("adapter> ") == 8
     assert printed.count("no longer fit") == 1
-    assert printed.count("adapter> ") == 8
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -198,22 +195,17 @@ def test_set_has_the_effect_of_the_options(talk, tmp_path):
 
 
 def test_wrong_set_changes_nothing(talk):
-    wrong = (
-        "top_p 9",
-        "seed 1",
-        "do_sample maybe",
-        "top_k [",
-        "temperature",
-        "max_new_tokens 99999",
-        "length_penalty 2",
-    )
+    wrong = {
+        "top_p 9": "top_p: input should be less than or equal to 1, found '9'",
+        "seed 1": "seed cannot be set here",
+        "do_sample maybe": "do_sample: input should be a valid boolean, found 'maybe'",
+        "top_k [": "top_k: expected integer or null, found '['",
+        "temperature": "/set temperature needs a value",
+        "max_new_tokens 99999": "fit into the model's context",
+        "length_penalty 2": "length_penalty has no effect without num_beams above 1",
+    }
     printed = talk("/set", *(f"/set {setting}" for setting in wrong), "/set")
-    for message in (
-        "top_p: input should be less than or equal to 1, found '9'", "seed cannot be set here",
-        "do_sample: input should be a valid boolean, found 'maybe'", "top_k: expected integer or null, found '['",
-        "/set temperature needs a value", "fit into the model's context", "length_penalty has no effect without num_beams above 1",
-    ):  # fmt: skip
-        assert message in printed
+    assert [message for message in wrong.values() if message not in printed] == []
     first, *_, last = printed.split("you> /set\n")[1:]
     assert first.startswith(last.partition("you>")[0]) and "do_sample: false" in last
 
@@ -253,12 +245,10 @@ def test_run_folder_is_neither_locked_nor_changed(talk, trained):
     def everything() -> dict[str, str]:
         return {str(path): sha256_of(path) for path in sorted(trained.run.rglob("*")) if path.is_file()}
 
-    before = everything()
     with locked_run_folder(str(trained.run), (trained.run / "config.yaml").read_text(encoding="utf-8")):
         held = everything()
         assert "adapter> " in talk("hi !")
         assert everything() == held
-    assert before.keys() == everything().keys()
 
 
 def test_base_needs_no_adapter(prepared, monkeypatch, capsys):
@@ -290,9 +280,11 @@ def test_seed_decides_the_samples(talk, tmp_path):
         (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
         (["--dialogue", "x"], 1, "test has no 'x'; its ids are test-0"),
         (["--run_dir", "nowhere"], 1, "or give a persona: --persona FILE"),
+        (["--web"], 1, "pip install -r requirements-web.txt"),
     ],
 )
-def test_wrong_options_are_named(talk, options, status, message):
+def test_wrong_options_and_a_missing_package_are_named(talk, monkeypatch, options, status, message):
+    monkeypatch.setattr(chat, "find_spec", lambda name: None)  # as without Gradio
     assert message in talk(more=options, status=status)
     assert not Path("nowhere").exists()
 
@@ -307,11 +299,6 @@ def test_missing_package_and_interpreter_are_named(tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"the package {name} is not installed for {sys.executable}" in done.stderr
         assert ".venv/bin/python" in done.stderr
-
-
-def test_without_gradio_the_command_that_installs_it_is_named(talk, monkeypatch):
-    monkeypatch.setattr(chat, "find_spec", lambda name: None)
-    assert "pip install -r requirements-web.txt" in talk(more=["--web"], status=1)
 
 
 def test_a_damaged_adapter_does_not_talk(trained, tmp_path, capsys):

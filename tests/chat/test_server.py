@@ -49,17 +49,15 @@ def temporary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(trained, temporary):
-    server = Served(trained.arguments(*LONG), TMPDIR=str(temporary))
-    yield server
-    server.kill()
+    with Served(trained.arguments(*LONG), TMPDIR=str(temporary)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def endless(trained):
     """A server whose answers would take a minute."""
-    server = Served(trained.arguments(*ENDLESS))
-    yield server
-    server.kill()
+    with Served(trained.arguments(*ENDLESS)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def answering(browser, endless):
         page.until(page.idle)
 
 
-def test_compare_undo_export_and_start_over(page, trained, temporary, tmp_path):
+def test_compare_undo_export_start_over_and_change_system(page, trained, temporary, tmp_path):
     page.say("hi ! do you have a pet ?")
     assert not page.find("#base .message")
     page.click("#compare input")
@@ -117,12 +115,9 @@ def test_compare_undo_export_and_start_over(page, trained, temporary, tmp_path):
     box.send_keys("i have a cat .")
     page.click("#reset")
     page.until(lambda: page.messages() == [])
+    page.click("#compare input")
     page.say("hi !")
     assert len(page.answers()) == 1
-
-
-def test_base_can_take_over(page):
-    page.say("hi !")
     page.find("#system input")[1].click()
     page.say("and you ?", "base")
     assert (page.messages(), page.messages("base")) == (["hi !"], ["and you ?"])
@@ -130,8 +125,7 @@ def test_base_can_take_over(page):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_keeps_the_answer_so_far_and_a_signal_ends_the_server(number, browser, trained):
-    server = Served(trained.arguments(*ENDLESS))
-    try:
+    with Served(trained.arguments(*ENDLESS)) as server:
         page = Page(browser, server.url)
         page.begin("hi !")
         page.click("#message .stop-button")
@@ -139,8 +133,6 @@ def test_stop_keeps_the_answer_so_far_and_a_signal_ends_the_server(number, brows
         assert page.messages() == ["hi !"] and 0 < len(page.answers()[0]) < 4000, len(page.answers()[0])
         status, output = server.end(number)
         assert status == 128 + number and "not exported are lost" in output and "Traceback" not in output
-    finally:
-        server.process.kill()
 
 
 def test_failing_model_leaves_the_page_usable():
@@ -175,7 +167,7 @@ def test_answer_grows_and_the_next_message_can_be_typed_meanwhile(answering):
     for _ in range(3):
         lengths.append(len(answering.answers()[0]))
         answering.until(lambda: len(answering.answers()[0]) > lengths[-1])
-    answering.find("#message textarea")[0].send_keys("my next one")
+    answering.type("my next one")
     length = len(answering.answers()[0])
     answering.until(lambda: len(answering.answers()[0]) > length + 20)
     assert answering.box() == "my next one"
@@ -187,7 +179,7 @@ def test_undo_during_an_answer_removes_it_and_restores_the_message(answering):
     assert answering.messages() == [] and answering.box() == "hi !"
 
 
-def test_nothing_of_an_answer_comes_after_starting_over(answering):
+def test_page_that_starts_over_or_is_reloaded_gets_nothing_of_the_lost_answer(answering):
     answering.find("#persona textarea")[0].send_keys("\ni am new .")
     answering.click("#reset")
     answering.until(answering.idle)
@@ -195,9 +187,6 @@ def test_nothing_of_an_answer_comes_after_starting_over(answering):
     assert answering.messages() == []
     answering.begin("who are you ?")
     assert answering.messages() == ["who are you ?"]
-
-
-def test_reloaded_page_does_not_wait_for_the_lost_answer(answering):
     page = Page(answering.browser, answering.browser.current_url)
     page.begin("again ?")
     assert page.messages() == ["again ?"]
@@ -206,7 +195,7 @@ def test_reloaded_page_does_not_wait_for_the_lost_answer(answering):
 def test_second_page_shows_its_message_and_can_leave_the_queue(answering, endless):
     with chromium() as other:
         page = Page(other, endless.url)
-        page.find("#message textarea")[0].send_keys("me too\n")
+        page.type("me too\n")
         page.until(lambda: page.messages() == ["me too"] and page.answers() == ["…"])
         page.click("#message .stop-button")
         page.until(page.idle)  # long before the other answer ends
@@ -225,9 +214,8 @@ def test_long_conversation_scrolls_to_its_end(page):
 
 
 def test_on_a_phone_the_conversation_comes_first_and_nothing_is_cut_off(page):
-    page.browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    )
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
         page.until(lambda: page.browser.execute_script("return innerWidth") == 390)
         place = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
@@ -262,15 +250,14 @@ def test_controls_change_the_answers(page):
         page.browser.execute_script("document.querySelectorAll('.toast-close').forEach(e => e.click())")
         page.click("#reset")
         page.until(lambda: page.messages() == [] and not page.box() and not page.find(".toast-body"))
-        page.find("#message textarea")[0].send_keys("what do you eat ?\n")
+        page.type("what do you eat ?\n")
         # A sampled answer may be empty; the page then says so.
         page.until(lambda: page.idle() and (page.answers() or page.find(".toast-body")))
         return page.answers()[0] if page.answers() else ""
 
     def put(label: str, value: str) -> None:
-        page.find(f"input[type=number][aria-label*='{label}']")[0].send_keys(
-            Keys.CONTROL + "a" + Keys.NULL, value, Keys.TAB
-        )
+        box = page.find(f"input[type=number][aria-label*='{label}']")[0]
+        box.send_keys(Keys.CONTROL + "a" + Keys.NULL, value, Keys.TAB)
 
     page.say("what do you eat ?")
     likeliest = page.answers()[0]
@@ -321,10 +308,7 @@ def test_no_request_leaves_this_machine(browser, served):
     page.say("hi !")
     asked = {urlsplit(url) for url in requested(page.browser)}
     assert {url.netloc for url in asked if url.scheme not in ("data", "blob")} == {f"127.0.0.1:{served.port}"}
-    blocked = """
-        const done = arguments[0];
-        fetch('http://example.org/').then(() => done('fetched'), () => done('refused'))
-    """
+    blocked = "fetch('http://example.org/').then(() => arguments[0]('fetched'), () => arguments[0]('refused'))"
     assert page.browser.execute_async_script(blocked) == "refused"
     assert any("Content Security Policy" in entry["message"] for entry in page.browser.get_log("browser"))
 
@@ -356,9 +340,6 @@ def test_only_this_machine_is_served(served, trained, capsys):
 
 
 def test_open_host_is_announced(trained):
-    server = Served(trained.arguments(), "--host", "0.0.0.0")
-    try:
+    with Served(trained.arguments(), "--host", "0.0.0.0") as server:
         assert server.process.stdout
         assert "The page has no password and no encryption." in server.process.stdout.readline()
-    finally:
-        server.kill()

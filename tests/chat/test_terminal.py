@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -23,6 +22,7 @@ from kestrel.chat.terminal import readable, side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
+ENDLESS = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
 
 
 class Terminal:
@@ -80,8 +80,7 @@ def test_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
 
 @pytest.mark.parametrize("speaking", [True, False])
 def test_sigterm_ends_it_at_once(speaking, trained):
-    endless = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
-    at = Terminal(trained.arguments(*PERSONA, *endless))
+    at = Terminal(trained.arguments(*PERSONA, *ENDLESS))
     at.until("you> ")
     if speaking:
         at.type("hi !\n")
@@ -94,30 +93,26 @@ def test_sigterm_ends_it_at_once(speaking, trained):
 
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):
-    endless = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
-    command = [sys.executable, "chat.py", *trained.arguments(*PERSONA, *endless)]
+    command = [sys.executable, "chat.py", *trained.arguments(*PERSONA, *ENDLESS)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, bufsize=0,
     ) as process:  # fmt: skip
         assert process.stdin and process.stdout and process.stderr
-        process.stdin.write(b"hi !\n")
-        process.stdin.flush()
-        stdout: Any = process.stdout
         printed = b""
 
         def until(pattern: bytes) -> None:
             nonlocal printed
             while not re.search(pattern, printed, re.DOTALL):
-                more = stdout.read1()
+                more = process.stdout.read(65536)
                 assert more, (printed, process.stderr.read())
                 printed += more
 
+        process.stdin.write(b"hi !\n")
         until(rb"adapter> .")
         process.send_signal(signal.SIGINT)
         until(rb"again leaves")
         process.stdin.write(f"/save {tmp_path / 'x.jsonl'}\n/undo\n".encode())
-        process.stdin.flush()
         until(rb"taken back: hi.*you> ")
         # A signal between the prompt and the read that follows it would wait for the next line.
         time.sleep(1)

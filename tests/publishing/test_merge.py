@@ -18,15 +18,16 @@ from kestrel.runtime import disk_space
 from kestrel.runtime.atomic import clear_leftovers_of, read_json
 
 
-def merging(experiment: Experiment, folder: Path, *more: str) -> list[str]:
-    return experiment.arguments("--merge", str(folder), *more)
+def merged(experiment: Experiment, folder: Path, *more: str) -> int:
+    """The exit status of a merge into a folder."""
+    return publish.main(experiment.arguments("--merge", str(folder), *more))
 
 
 def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Experiment, tmp_path: Path, capsys) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tmp_path / "merged"
-    assert publish.main(merging(trained, folder)) == 0
+    assert merged(trained, folder) == 0
     assert "proven on the saved model" in capsys.readouterr().out
     facts = read_json(folder / "manifest.json", "")
     assert facts["logits_apart"] < 1e-4 and facts["same_answers"] == facts["answers"] > 0
@@ -41,14 +42,22 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
     base = AutoModelForCausalLM.from_pretrained(trained.base)
     name = "transformer.h.0.self_attention.query_key_value.weight"
     assert not torch.equal(model.state_dict()[name], base.state_dict()[name])
+    # Falcon's class never reads it; llama.cpp's converter does, and failed on transformers' default.
+    assert read_json(folder / "config.json", "")["num_kv_heads"] == 1
     assert "none was tried with this model" in " ".join((folder / "README.md").read_text().split())
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.[jm][sd]*"))
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.name != "manifest.json"}
+    assert len(modes) == 1, "what serves the model may run as somebody else"
+    # The same folder again, after its user put a converted model there.
+    (folder / "model.gguf").write_bytes(b"hours of work")
+    assert merged(trained, folder) == 1
+    assert (folder / "model.gguf").read_bytes() == b"hours of work"
 
 
 def test_weights_come_in_shards_that_load(trained: Experiment, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(merge, "_SHARD", "200KB")
     folder = tmp_path / "merged"
-    assert publish.main(merging(trained, folder)) == 0
+    assert merged(trained, folder) == 0
     assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
 
 
@@ -65,7 +74,7 @@ def test_a_merge_into_another_base_is_caught_and_leaves_nothing(
 
     monkeypatch.setattr(merge, "_merged", usual)
     folder = tmp_path / "merged"
-    assert publish.main(merging(trained, folder)) == 1
+    assert merged(trained, folder) == 1
     assert "does not compute what the adapter on its base does" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -86,61 +95,38 @@ def test_bfloat16_is_told_from_a_wrong_merge() -> None:
 
 @pytest.mark.parametrize("what", ["adapter", "dataset"])
 def test_nothing_else_is_overwritten(trained: Experiment, tmp_path: Path, capsys, what: str) -> None:
-    arguments = trained.copy_to(tmp_path / "run")
-    folder = tmp_path / "run" / what
+    arguments, folder = trained.copy_to(tmp_path / "run"), tmp_path / "run" / what
     before = sorted(folder.rglob("*"))
     assert publish.main([*arguments, "--merge", str(folder)]) == 1
     assert "holds something else" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
-
-
-def test_merging_and_a_dry_run_exclude_each_other(trained: Experiment, tmp_path: Path, capsys) -> None:
-    assert publish.main(merging(trained, tmp_path / "m", "--dry-run")) == 2
-    assert "leave one out" in capsys.readouterr().err
 
 
 def test_a_merge_is_made_again_over_an_older_one_and_without_a_dataset(trained: Experiment, tmp_path: Path) -> None:
     adapter, folder = trained.run / "adapter", tmp_path / "merged"
     more = ["--run_dir", str(tmp_path / "empty"), "--model.adapter", str(adapter)]
     for _ in range(2):
-        assert publish.main(merging(trained, folder, *more)) == 0
+        assert merged(trained, folder, *more) == 0
     assert json.loads((folder / "manifest.json").read_text())["answers"] == 4
-
-
-def test_the_config_says_how_many_key_value_heads_there_are(trained: Experiment, tmp_path: Path) -> None:
-    """Falcon's class never reads it; llama.cpp's converter does, and failed on transformers' default."""
-    folder = tmp_path / "merged"
-    assert publish.main(merging(trained, folder)) == 0
-    assert read_json(folder / "config.json", "")["num_kv_heads"] == 1
-    modes = {path.stat().st_mode for path in folder.iterdir() if path.name != "manifest.json"}
-    assert len(modes) == 1, "what serves the model may run as somebody else"
-    # The same folder again, after its user put a converted model there.
-    (folder / "model.gguf").write_bytes(b"hours of work")
-    assert publish.main(merging(trained, folder)) == 1
-    assert (folder / "model.gguf").read_bytes() == b"hours of work"
 
 
 def test_what_stands_in_the_way_is_named(trained: Experiment, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("x")
-    assert publish.main(merging(trained, tmp_path / "file" / "merged")) == 1
+    assert merged(trained, tmp_path / "file" / "merged") == 1
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
-    assert publish.main(merging(trained, tmp_path / "m", "--run_dir", str(tmp_path / "empty"))) == 1
+    assert merged(trained, tmp_path / "m", "--run_dir", str(tmp_path / "empty")) == 1
     assert "train it with" in capsys.readouterr().err
 
 
-def test_a_disk_without_room_is_told_before_a_weight_is_loaded(trained: Experiment, tmp_path: Path, capsys) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(trained: Experiment, tmp_path: Path, capsys, monkeypatch) -> None:
     with small_disk(tmp_path / "disk", 300) as small:
-        assert publish.main(merging(trained, small / "merged")) == 1
-        said = capsys.readouterr()
-        assert "the disk is too full" in said.err and "name another folder" in said.err and "base:" not in said.out
-        assert list(small.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_leaves_nothing(trained: Experiment, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(disk_space, "require_room", lambda *_: None)
-    with small_disk(tmp_path / "disk", 300) as small:
-        assert publish.main(merging(trained, small / "merged")) == 1
-        said = capsys.readouterr().err
-        assert "the disk is full" in said and "merged model's files need about" in said
+        assert merged(trained, small / "merged") == 1
+        printed = capsys.readouterr()
+        assert "the disk is too full" in printed.err and "name another folder" in printed.err
+        assert "base:" not in printed.out, "it is reported before a weight is loaded"
+        monkeypatch.setattr(disk_space, "require_room", lambda *_: None)
+        assert merged(trained, small / "merged") == 1
+        printed = capsys.readouterr()
+        assert "the disk is full" in printed.err and "merged model's files need about" in printed.err
         assert list(small.iterdir()) == []
 
 
@@ -149,7 +135,7 @@ def test_memory_that_is_too_small_gets_advice_for_a_merge(trained: Experiment, t
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(merge, "_merged", exhausted)
-    assert publish.main(merging(trained, tmp_path / "merged")) == 1
+    assert merged(trained, tmp_path / "merged") == 1
     said = capsys.readouterr().err
     assert "CUDA_VISIBLE_DEVICES=" in said and "tokens_per_step" not in said and list(tmp_path.iterdir()) == []
 
@@ -161,7 +147,7 @@ def test_what_a_killed_merge_left_is_cleared_and_a_running_one_is_not(trained: E
     for folder in (dead, alive):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
-    assert publish.main(merging(trained, tmp_path / "merged")) == 0
+    assert merged(trained, tmp_path / "merged") == 0
     assert not dead.exists() and alive.exists()
     # Killed between two renames, the older model stands aside only.
     (tmp_path / "merged").rename(tmp_path / f".merged.former-{gone.pid}")

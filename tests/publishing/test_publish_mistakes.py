@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Experiment
 from hub_server import USER, Hub
-from publishing_runs import REPO, publishing, run, stopped_at_a_large_file
+from publishing_runs import REPO, published, publishing, run, stopped_at_a_large_file
 
 import generate
 import publish
@@ -32,29 +33,34 @@ def sent(hub: Hub) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "status", "message"),
     [
-        (["--run_dir", "NEW"], 1, "there is no adapter in"),
-        (["--model.adapter", "someone/lora"], 2, "only the run's own adapter is published, not someone/lora"),
-        (["--hub.repo_id", "tester/x.git"], 2, "expected an id on the Hub"),
-        (["--hub.datasets", "my data"], 2, "expected ids on the Hub such as owner/name, found 'my data'"),
-        (["--dryrun"], 2, "did you mean --dry-run?"),
-        (["--merge"], 2, "--merge"),
+        ("--run_dir no/such/run", 1, "there is no adapter in"),
+        ("--model.adapter someone/lora", 2, "only the run's own adapter is published, not someone/lora"),
+        ("--hub.base_model null", 1, "is a folder of this machine"),
+        ("--hub.repo_id null", 2, "hub.repo_id"),
+        ("--hub.repo_id ../evil", 2, "expected an id on the Hub"),
+        ("--hub.repo_id tester/x.git", 2, "expected an id on the Hub"),
+        ("--hub.datasets 'my data'", 2, "expected ids on the Hub such as owner/name, found 'my data'"),
+        ("--hub.license 'Apache 2.0'", 1, "hub.license"),
+        ("--hub.language English", 1, "hub.language"),
+        ("--dryrun", 2, "did you mean --dry-run?"),
+        ("--merge", 2, "--merge"),
+        ("--merge no/such/folder --dry-run", 2, "leave one out"),
+        ("--lora.r 8", 1, "lora.r: it was 4, now 8"),
+        ("--training.learning_rate 1e-3", 1, "training.learning_rate"),
+        ("--prompt.format original", 1, "prompt.format"),
+        ("--data.source AlekseyKorshuk/persona-chat", 1, "data.source: it was"),
+        ("--generation.do_sample --generation.temperature 1.9", 1, "generation.temperature: it was None, now 1.9"),
+        ("--evaluation.normalization lower", 1, "evaluation.normalization"),
     ],
 )
-def test_what_is_wrong_with_the_command_is_said(
-    evaluated: Experiment, tmp_path: Path, capsys, more: list[str], status: int, message: str
-) -> None:
-    given = publishing(evaluated, *(str(tmp_path / "new") if word == "NEW" else word for word in more))
-    assert publish.main(given) == status
+def test_wrong_command_is_refused(evaluated: Experiment, capsys, more: str, status: int, message: str) -> None:
+    assert publish.main(publishing(evaluated, *shlex.split(more))) == status
     assert message in capsys.readouterr().err
 
 
-def test_the_runs_own_adapter_may_be_named(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    own = ["--model.adapter", str(evaluated.run / "logs" / ".." / "adapter"), "--dry-run"]
-    done = run("publish.py", *publishing(evaluated, *own), hub=hub, home=tmp_path)
-    assert done.status == 0, done.said
-
-
-def test_base_and_data_that_the_card_names_must_be_on_the_hub(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
+def test_hub_must_have_what_the_card_names_and_take_its_metadata(
+    evaluated: Experiment, hub: Hub, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     write_json(other / "config.json", {**read_json(evaluated.base / "config.json", ""), "hidden_size": 128})
@@ -67,12 +73,14 @@ def test_base_and_data_that_the_card_names_must_be_on_the_hub(evaluated: Experim
         (["--hub.base_model", "tiny/other"], "its hidden_size is 128 on the Hub but 64 in model.name"),
         (["--hub.datasets", "tiny/dialogues", "tiny/typo"], "the data set tiny/typo that the card would name"),
     ):
-        done = run("publish.py", *publishing(evaluated, *more), hub=hub, home=tmp_path / "home")
+        done = published(evaluated, hub, tmp_path / "home", *more)
         assert done.status == 1 and message in done.said, done.said
+    hub.refused_metadata = '"license" must be one of [...]'
+    done = published(evaluated, hub, tmp_path / "home", "--hub.license", "apache-3.0")
+    assert done.status == 1 and 'the Hub refuses the card\'s metadata: "license" must be' in done.said, done.said
     assert sent(hub) == []
-    done = run(
-        "publish.py", *publishing(evaluated, "--hub.datasets", "tiny/dialogues"), hub=hub, home=tmp_path / "home"
-    )
+    hub.refused_metadata = ""
+    done = published(evaluated, hub, tmp_path / "home", "--hub.datasets", "tiny/dialogues")
     assert done.status == 0 and "- tiny/dialogues" in hub.repositories[REPO].files["README.md"].decode(), done.said
 
 
@@ -84,38 +92,49 @@ def test_a_repository_with_other_things_is_not_written_to(evaluated: Experiment,
     (tmp_path / "new" / "README.md").write_text("---\nlicense: mit\n---\n")
     hub.add("somebody/new", tmp_path / "new")
     before = {name: dict(repository.commits) for name, repository in hub.repositories.items()}
+    theirs = "holds config.json, generation_config.json, model.safetensors but no adapter of Kestrel"
     for name, message in (
-        (
-            f"{USER}/model",
-            "holds config.json, generation_config.json, model.safetensors but no adapter of Kestrel",
-        ),
+        (f"{USER}/model", theirs),
         ("somebody/model", "name another repository"),
         ("somebody/new", "the token may not write there"),
         ("somebody/none", "the token may not write there"),
     ):
-        given = publishing(evaluated, "--hub.repo_id", name, "--hub.private", "false")
-        done = run("publish.py", *given, hub=hub, home=tmp_path / "home")
+        done = published(evaluated, hub, tmp_path / "home", "--hub.repo_id", name, "--hub.private", "false")
         assert done.status == 1 and message in done.said and "Traceback" not in done.said, done.said
     assert {name: dict(repository.commits) for name, repository in hub.repositories.items()} == before
 
 
-def test_an_empty_repository_made_on_the_hubs_page_is_taken_and_stays_private(
+def test_a_new_repository_of_the_hubs_page_keeps_who_may_see_it(
     evaluated: Experiment, hub: Hub, tmp_path: Path
 ) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "README.md").write_text("---\nlicense: mit\n---\n")
     hub.add(REPO, tmp_path / "new", private=True)
-    given = publishing(evaluated, "--hub.private", "false")
-    done = run("publish.py", *given, hub=hub, home=tmp_path / "home")
+    done = published(evaluated, hub, tmp_path / "home", "--hub.private", "false")
     assert done.status == 0 and "the repository is private and stays so" in done.said, done.said
     assert hub.repositories[REPO].private
+    hub.add(REPO, tmp_path / "new", private=False)
+    done = published(evaluated, hub, tmp_path / "home")
+    assert done.status == 1 and "is public and hub.private is true" in done.said
+    done = published(evaluated, hub, tmp_path / "home", "--hub.private", "false")
+    assert done.status == 0, done.said
 
 
-def test_without_a_network_it_is_said_which_way(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path, HF_HUB_OFFLINE="1")
-    assert done.status == 1 and "HF_HUB_OFFLINE forbids the network" in done.said and "unset it" in done.said
-    done = run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.status == 1 and "connection failed" in done.said and "Traceback" not in done.said, done.said
+@pytest.mark.parametrize(
+    ("changed", "advice"),
+    [
+        ({"token": None}, "HF_TOKEN"),
+        ({"token": "hf_WrongWrongWrong00000000000000000"}, "token is missing or wrong"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids the network, and the client's cache has it not; unset it"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "connection failed"),
+    ],
+)
+def test_without_token_or_network_nothing_is_sent(
+    evaluated: Experiment, hub: Hub, tmp_path: Path, changed: dict, advice: str
+) -> None:
+    done = published(evaluated, hub, tmp_path, **changed)
+    assert done.status == 1 and advice in done.said and "Traceback" not in done.said, done.said
+    assert sent(hub) == []
 
 
 def test_ctrl_c_in_the_middle_of_an_upload_ends_it_and_the_same_command_goes_on(
@@ -124,20 +143,23 @@ def test_ctrl_c_in_the_middle_of_an_upload_ends_it_and_the_same_command_goes_on(
     done = stopped_at_a_large_file("publish.py", *publishing(evaluated), hub=hub, home=tmp_path)
     assert done.status == 130 and "run the same command again" in done.said and "Traceback" not in done.said
     assert len(hub.repositories[REPO].commits) == 1, "nothing is there in part"
-    assert run("publish.py", *publishing(evaluated), hub=hub, home=tmp_path).status == 0
+    assert published(evaluated, hub, tmp_path).status == 0
     assert "adapter_model.safetensors" in hub.repositories[REPO].files
 
 
-def test_what_was_tried_out_from_the_hub_can_be_published_again(
+def test_adapter_that_was_tried_out_from_the_hub_can_be_published_again(
     evaluated: Experiment, hub: Hub, tmp_path: Path
 ) -> None:
-    """generate.py with the published adapter, in the run's folder, makes the evaluation no one of another adapter."""
-    given = publishing(evaluated, "--run_dir", str(tmp_path / "run"))
-    shutil.copytree(evaluated.run, tmp_path / "run")
-    assert run("publish.py", *given, hub=hub, home=tmp_path / "home").status == 0
-    done = run("generate.py", *given, "--model.adapter", REPO, hub=hub, home=tmp_path / "home")
+    """generate.py with the published adapter, in the run's folder, does not make the evaluation another adapter's."""
+    home, run_dir = tmp_path / "my home", tmp_path / "my runs" / "the first"
+    shutil.copytree(evaluated.run, run_dir)
+    here = ["--run_dir", str(run_dir)]
+    done = published(evaluated, hub, home, *here)
+    assert done.status == 0 and b"run_dir: runs/the first" in hub.repositories[REPO].files["config.yaml"], done.said
+    assert not any(str(tmp_path).encode() in content for content in hub.repositories[REPO].files.values())
+    done = run("generate.py", *publishing(evaluated, *here), "--model.adapter", REPO, hub=hub, home=home)
     assert done.status == 0, done.said
-    done = run("publish.py", *given, hub=hub, home=tmp_path / "home")
+    done = published(evaluated, hub, home, *here)
     assert done.status == 0 and "no commit was made" in done.said, done.said
 
 
@@ -152,17 +174,6 @@ def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment
     (run_dir / "evaluation" / "metrics.json").write_text(json.dumps({"systems": {}}))
     assert publish.main(given) == 1
     assert "metrics.json is damaged or scores no adapter" in capsys.readouterr().err
-
-
-def test_metadata_that_the_hub_itself_refuses_stops_it_before_anything_is_sent(
-    evaluated: Experiment, hub: Hub, tmp_path: Path
-) -> None:
-    hub.refused_metadata = '"license" must be one of [...]'
-    done = run("publish.py", *publishing(evaluated, "--hub.license", "apache-3.0"), hub=hub, home=tmp_path)
-    assert done.status == 1 and 'refuses the card\'s metadata: "license" must be' in " ".join(done.said.split()), (
-        done.said
-    )
-    assert sent(hub) == []
 
 
 def test_other_files_of_the_run_are_not_published(evaluated: Experiment, tmp_path: Path, capsys) -> None:
@@ -217,11 +228,3 @@ def test_link_or_pipe_in_place_of_a_listed_file_is_not_opened(evaluated: Experim
     (adapter / "elsewhere").unlink(missing_ok=True)
     with pytest.raises(KestrelError, match=r"prompt.json (cannot be published: it is a link|is not a regular file)"):
         read_adapter_files(adapter, digests, "")
-
-
-def test_spaces_in_paths(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    run_dir = tmp_path / "my runs" / "the first"
-    shutil.copytree(evaluated.run, run_dir)
-    done = run("publish.py", *publishing(evaluated, "--run_dir", str(run_dir)), hub=hub, home=tmp_path / "my home")
-    assert done.status == 0 and b"run_dir: runs/the first" in hub.repositories[REPO].files["config.yaml"], done.said
-    assert not any(str(tmp_path).encode() in content for content in hub.repositories[REPO].files.values())
