@@ -23,11 +23,11 @@ def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
     Raises:
         KestrelError: the files are of different splits, their references differ, or they share no reply.
     """
-    named = [(file.path, file.split) for file in files if file.split is not None]
-    for path, split in named[1:]:
-        if split != named[0][1]:
+    first, *others = [file for file in files if file.split is not None] or files
+    for file in others:
+        if file.split != first.split:
             raise KestrelError(
-                f"{path} is of split {split}, {named[0][0]} of split {named[0][1]}; score one split at a time"
+                f"{file.path} is of split {file.split}, {first.path} of split {first.split}; score one split at a time"
             )
     notes: list[str] = []
     files = _without_copies(sorted(files, key=lambda file: file.order), notes)
@@ -39,13 +39,11 @@ def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
     if not shared:
         raise KestrelError(f"{files[0].path} and the other files share no (dialogue_id, turn); nothing can be compared")
     for file, table in zip(files, tables, strict=True):
-        for key in shared:
-            first, other = tables[0][key], table[key]
-            if first.reference != other.reference:
+        for one, two in ((tables[0][key], table[key]) for key in shared):
+            if one.reference != two.reference:
                 raise KestrelError(
-                    f"references differ: {files[0].path}:{first.line} has {first.reference!r}, "
-                    f"{file.path}:{other.line} has {other.reference!r}; scores against different references cannot be "
-                    "compared"
+                    f"references differ: {files[0].path}:{one.line} has {one.reference!r}, {file.path}:{two.line} has "
+                    f"{two.reference!r}; scores against different references cannot be compared"
                 )
         if len(table) > len(shared):
             notes.append(
@@ -86,7 +84,7 @@ def _make_names_unique(files: Sequence[Generations]) -> None:
 def _take_keys(files: Sequence[Generations]) -> None:
     """Files without dialogue_id take dialogues and turns, line by line, from the first file that has them."""
     source = next(file for file in files if not file.numbered)
-    for file in [file for file in files if file.numbered]:
+    for file in (file for file in files if file.numbered):
         if len(file.replies) != len(source.replies):
             raise KestrelError(
                 f"{file.path} has {len(file.replies):,} rows and no dialogue_id, {source.path} has "

@@ -26,7 +26,7 @@ def evaluate_library() -> ModuleType:
         KestrelError: it is not installed.
     """
     present = sys.modules.get("evaluate")
-    if present is not None and hasattr(present, "load") and hasattr(present, "EvaluationModule"):
+    if present is not None and hasattr(present, "EvaluationModule"):
         return present
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
     spec = PathFinder.find_spec("evaluate", elsewhere)
@@ -40,10 +40,7 @@ def evaluate_library() -> ModuleType:
     try:
         spec.loader.exec_module(library)
     except BaseException:
-        if present is None:
-            del sys.modules["evaluate"]
-        else:
-            sys.modules["evaluate"] = present
+        del sys.modules["evaluate"]
         raise
     return library
 

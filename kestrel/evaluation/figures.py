@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from kestrel.evaluation.metric_table import DETAILED, HEADLINES
 from kestrel.evaluation.metrics import tokens_13a
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.tables import shortened
 from kestrel.runtime.training_log import draw_loss, loss_curves
 
 # The light theme's colours; the SVG refers to them as CSS variables of these names, which the dark theme redefines.
@@ -30,6 +31,24 @@ COLOURS = {
 }
 _WIDTH = 5.4  # inches at 72 points: readable when a phone shows the figure in 340 pixels
 _MARKERS = "osD^vPX"
+_STYLE = {
+    "backend": "agg",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kestrel",
+    "text.parse_math": False,  # a system may have a $ in its name
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["rule"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "grid.color": COLOURS["rule"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
 
 
 @dataclass(frozen=True)
@@ -59,46 +78,35 @@ def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
     """
     import matplotlib
 
-    with matplotlib.rc_context(
-        {
-            "backend": "agg",
-            "svg.fonttype": "none",
-            "svg.hashsalt": "kestrel",
-            "text.parse_math": False,  # a system may have a $ in its name
-            "font.size": 10.5,
-            "axes.titlesize": 10.5,
-            "axes.titlelocation": "left",
-            "text.color": COLOURS["ink"],
-            "axes.labelcolor": COLOURS["muted"],
-            "axes.edgecolor": COLOURS["rule"],
-            "xtick.color": COLOURS["muted"],
-            "ytick.color": COLOURS["muted"],
-            "grid.color": COLOURS["rule"],
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-        }
-    ):
-        metrics = evaluation.metrics
-        shown = "every scored file" + (" and the best trivial system" if evaluation.of_kind("trivial") else "")
-        drawn = [_scores(evaluation)]
-        for name, key, label, what in (
-            ("by_reply", "by_reply", "number of the reply in its dialogue", "the number of the reply"),
-            ("by_length", "by_length", "words in the reference", "the length of the reference"),
+    with matplotlib.rc_context(_STYLE):
+        caption = "Scores with 95% intervals (bootstrap over dialogues). The references themselves score 100."
+        figures = [_rendered("scores", caption, _scores(evaluation))]
+        rivals = " and the best trivial system" if evaluation.of_kind("trivial") else ""
+        for name, label, what in (
+            ("by_reply", "number of the reply in its dialogue", "the number of the reply"),
+            ("by_length", "words in the reference", "the length of the reference"),
         ):
-            if metrics[key]:
-                caption = f"{DETAILED.label} with 95% intervals by {what}, for {shown}."
-                drawn.append(_lines(name, caption, label, metrics[key], colour_names(evaluation)))
-        drawn.append(_lengths(evaluation))
-        loss = _loss(log)
-        return [*drawn, *([loss] if loss else [])]
+            if bins := evaluation.metrics[name]:
+                caption = f"{DETAILED.label} with 95% intervals by {what}, for every scored file{rivals}."
+                figures.append(_rendered(name, caption, _lines(label, bins, colour_names(evaluation))))
+        figures.append(_rendered("lengths", "How long responses and references are, in words.", _lengths(evaluation)))
+        if curves := loss_curves(log):
+            canvas, axes = _canvas(2.8)
+            draw_loss(axes, curves, COLOURS["adapter"], COLOURS["base"])
+            _style(axes)
+            figures.append(_rendered("loss", "Loss on the replies while training.", canvas))
+    return figures
 
 
-def _render(name: str, caption: str, height: float, draw: Callable[[Any], None]) -> Figure:
+def _canvas(height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, several below each other as an array."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
-    draw(canvas)
+    return canvas, canvas.subplots(rows)
+
+
+def _rendered(name: str, caption: str, canvas: Any) -> Figure:
     svg, png = io.StringIO(), io.BytesIO()
     canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     canvas.set_layout_engine("none")  # it is laid out
@@ -119,88 +127,63 @@ def _themed(svg: str, name: str) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-labelledby="{name}-caption">', svg)
 
 
-def _scores(evaluation: Evaluation) -> Figure:
+def _scores(evaluation: Evaluation) -> Any:
     """A row for each system but gold, whose 100 would press the others together."""
-    names = evaluation.of_kind("system", "base", "trivial")
+    names = evaluation.of_kind("system", "base", "trivial")[::-1]
     colours = colour_names(evaluation)
-
-    def draw(canvas: Any) -> None:
-        for axes, metric in zip(canvas.subplots(len(HEADLINES), 1), HEADLINES, strict=True):
-            for row, name in enumerate(reversed(names)):
-                score, interval = metric.read(evaluation.metrics["systems"][name])
-                colour = COLOURS[colours[name]]
-                axes.plot(interval or (score, score), [row, row], color=colour, linewidth=2.2, alpha=0.75)
-                axes.plot(score, row, "o", color=colour, markersize=5)
-            axes.set_yticks(range(len(names)), [_short(name) for name in reversed(names)])
-            axes.set_ylim(-0.6, len(names) - 0.4)
-            axes.set_xlim(left=0)
-            axes.set_title(metric.label)
-            axes.tick_params(length=0)
-            axes.grid(axis="x", linewidth=0.8)
-            axes.spines["left"].set_visible(False)
-            axes.set_axisbelow(True)
-
-    caption = "Scores with 95% intervals (bootstrap over dialogues). The references themselves score 100."
-    return _render("scores", caption, len(HEADLINES) * (0.55 + 0.23 * len(names)), draw)
+    canvas, all_axes = _canvas(len(HEADLINES) * (0.55 + 0.23 * len(names)), len(HEADLINES))
+    for axes, metric in zip(all_axes, HEADLINES, strict=True):
+        for row, name in enumerate(names):
+            score, interval = metric.read(evaluation.metrics["systems"][name])
+            colour = COLOURS[colours[name]]
+            axes.plot(interval or (score, score), [row, row], color=colour, linewidth=2.2, alpha=0.75)
+            axes.plot(score, row, "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(names)), [_label(name) for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlim(left=0)
+        axes.set_title(metric.label)
+        axes.tick_params(length=0)
+        axes.grid(axis="x", linewidth=0.8)
+        axes.spines["left"].set_visible(False)
+        axes.set_axisbelow(True)
+    return canvas
 
 
-def _lines(
-    name: str, caption: str, label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
-) -> Figure:
-    def draw(canvas: Any) -> None:
-        axes = canvas.subplots()
-        systems = list(bins[0]["systems"])
-        for i, system in enumerate(systems):
-            entries = [row["systems"][system] for row in bins]
-            places = [x + 0.12 * (i - (len(systems) - 1) / 2) for x in range(len(bins))]
-            colour = COLOURS[colours[system]]
-            for x, entry in zip(places, entries, strict=True):
-                if entry["ci95"]:
-                    axes.plot([x, x], entry["ci95"], color=colour, linewidth=1.6, alpha=0.6)
-            marker = _MARKERS[i % len(_MARKERS)] + "-"
-            axes.plot(places, [e["score"] for e in entries], marker, color=colour, markersize=4.5, label=_short(system))
-        axes.set_xticks(range(len(bins)), [row["bin"] for row in bins])
-        axes.set_ylim(bottom=0)
-        axes.set(xlabel=label, ylabel=DETAILED.label)
-        _style(axes)
-
-    return _render(name, caption, 3.0, draw)
+def _lines(label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Any:
+    canvas, axes = _canvas(3.0)
+    systems = list(bins[0]["systems"])
+    for i, system in enumerate(systems):
+        entries = [row["systems"][system] for row in bins]
+        places = [x + 0.12 * (i - (len(systems) - 1) / 2) for x in range(len(bins))]
+        colour = COLOURS[colours[system]]
+        for x, entry in zip(places, entries, strict=True):
+            if entry["ci95"]:
+                axes.plot([x, x], entry["ci95"], color=colour, linewidth=1.6, alpha=0.6)
+        marker = _MARKERS[i % len(_MARKERS)] + "-"
+        axes.plot(places, [e["score"] for e in entries], marker, color=colour, markersize=4.5, label=_label(system))
+    axes.set_xticks(range(len(bins)), [row["bin"] for row in bins])
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel=label, ylabel=DETAILED.label)
+    _style(axes)
+    return canvas
 
 
-def _lengths(evaluation: Evaluation) -> Figure:
+def _lengths(evaluation: Evaluation) -> Any:
     shown = [*evaluation.of_kind("system", "base"), "gold"]
     colours = colour_names(evaluation)
-    counts = {name: Counter(len(tokens_13a(reply.response)) for reply in evaluation.systems[name]) for name in shown}
-    replies = evaluation.metrics["n_replies"]
-    # The axis ends just behind 99% of the references; the last bin holds all longer replies.
-    last = max(10, sorted(counts["gold"].elements())[int(0.99 * (replies - 1))] + 5)
-
-    def draw(canvas: Any) -> None:
-        axes = canvas.subplots()
-        for name in shown:
-            heights = [100 * counts[name][n] / replies for n in range(last)]
-            heights.append(100 * sum(c for n, c in counts[name].items() if n >= last) / replies)
-            style = "--" if name == "gold" else "-"
-            label = "references" if name == "gold" else _short(name)
-            axes.step(range(last + 1), heights, style, where="mid", color=COLOURS[colours[name]], label=label)
-        axes.set_ylim(bottom=0)
-        axes.set(xlabel=f"words of a reply ({last}: {last} and more)", ylabel="% of replies")
-        _style(axes)
-
-    return _render("lengths", "How long responses and references are, in words.", 2.8, draw)
-
-
-def _loss(log: Path) -> Figure | None:
-    curves = loss_curves(log)
-    if not curves:
-        return None
-
-    def draw(canvas: Any) -> None:
-        axes = canvas.subplots()
-        draw_loss(axes, curves, COLOURS["adapter"], COLOURS["base"])
-        _style(axes)
-
-    return _render("loss", "Loss on the replies while training.", 2.8, draw)
+    lengths = {name: [len(tokens_13a(reply.response)) for reply in evaluation.systems[name]] for name in shown}
+    # The axis ends just after 99% of the references; the last bin holds all longer replies.
+    last = max(10, sorted(lengths["gold"])[int(0.99 * (len(lengths["gold"]) - 1))] + 5)
+    canvas, axes = _canvas(2.8)
+    for name in shown:
+        counts = Counter(min(length, last) for length in lengths[name])
+        heights = [100 * counts[n] / len(lengths[name]) for n in range(last + 1)]
+        style, label = ("--", "references") if name == "gold" else ("-", _label(name))
+        axes.step(range(last + 1), heights, style, where="mid", color=COLOURS[colours[name]], label=label)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel=f"words of a reply ({last}: {last} and more)", ylabel="% of replies")
+    _style(axes)
+    return canvas
 
 
 def _style(axes: Any) -> None:
@@ -210,5 +193,5 @@ def _style(axes: Any) -> None:
     axes.legend(loc="best", labelcolor=COLOURS["ink"], fontsize=9.5)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 22 else name[:21] + "…"
+def _label(name: str) -> str:
+    return shortened(name, 22)

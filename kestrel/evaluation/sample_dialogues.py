@@ -32,19 +32,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class SampleDialogue:
-    """One dialogue of the sample.
-
-    Attributes:
-        place: its position in the files, from 0.
-        chosen: why it is in the sample: best, worst or random.
-        scores: mean of its replies' scores, by system.
-    """
-
     dialogue_id: str
-    place: int
-    chosen: str
+    place: int  # in the files, from 0
+    chosen: str  # why it is in the sample: best, worst or random
     persona: tuple[str, ...]
-    scores: Mapping[str, float]
+    scores: Mapping[str, float]  # mean of its replies' scores, by system
     exchanges: tuple[Exchange, ...]
 
     @property
@@ -86,14 +78,8 @@ def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: 
         seen = len(history) + 1
         responses = tuple(_response(evaluation, system, i) for system in shown)
         exchanges.append(Exchange(tuple(turns), contexts[i].reference, responses))
-    return SampleDialogue(
-        dialogue_id=name,
-        place=place,
-        chosen=chosen,
-        persona=contexts[indices[0]].persona or (),
-        scores={s: float(100 * evaluation.statistics[s][DETAILED.name][list(indices), 0].mean()) for s in shown},
-        exchanges=tuple(exchanges),
-    )
+    scores = {s: float(100 * evaluation.statistics[s][DETAILED.name][list(indices), 0].mean()) for s in shown}
+    return SampleDialogue(name, place, chosen, contexts[indices[0]].persona or (), scores, tuple(exchanges))
 
 
 def _response(evaluation: Evaluation, system: str, i: int) -> Response:
