@@ -124,10 +124,6 @@ class Metric:
         return str(entry[self.name]["signature"]) if self.signature else self.legend
 
 
-def _stemming(signature: str) -> str:
-    return "R-L stem" if "stemmer:yes" in signature else "R-L plain"
-
-
 _percent = partial(Metric, show=".1%")
 _points = partial(Metric, score=metrics.points, range=(0, 100), better="higher", seeds=True)
 _bleu = partial(_points, score=metrics.bleu, details=metrics.bleu_details)
@@ -147,19 +143,21 @@ METRICS: tuple[Metric, ...] = (
         columns=(Column("scores", "ROUGE-L", interval=True),),
     ),
     _points(
-        "f1", "F1", metrics.mean_of(metrics.f1_of), headline=True, tested=True, orders=True, hub_type="f1",
+        "f1", "F1", metrics.mean_of(lambda reply: metrics.f1_score(reply.response, reply.reference)), headline=True,
+        tested=True, orders=True, hub_type="f1",
         signature=lambda _: "type:f1|normalization:parlai|average:replies",
         columns=(Column("scores", "F1", interval=True),),
     ),
     _bleu(
-        "bleu_lc", "BLEU lower-cased", metrics.bleu_lc_statistics,
+        "bleu_lc", "BLEU lower-cased", partial(metrics.bleu_statistics, written=str.lower),
         signature=lambda _: metrics.bleu_signature(True),
         columns=(Column("properties", "BLEU-lc"),), legend="lower-cased BLEU",
     ),
     _points(
-        "rouge_l_other", "ROUGE-L, other stemmer choice", metrics.other_rouge_statistics,
+        "rouge_l_other", "ROUGE-L, other stemmer choice", partial(metrics.rouge_statistics, other=True),
         signature=lambda stemmer: metrics.rouge_signature(not stemmer),
-        columns=(Column("properties", _stemming),), legend="ROUGE-L with the other stemmer choice",
+        columns=(Column("properties", lambda signature: "R-L stem" if "stemmer:yes" in signature else "R-L plain"),),
+        legend="ROUGE-L with the other stemmer choice",
     ),
     _perplexity(
         "perplexity.token", "perplexity per token", metrics.nll_per(lambda reply: reply.reference_tokens or 0),
@@ -197,21 +195,24 @@ METRICS: tuple[Metric, ...] = (
         columns=(Column("properties", "EOS"),), legend="stopped by the end-of-text token",
     ),
     _percent(
-        "empty", "share of empty replies", metrics.mean_of(metrics.is_empty), better="lower", flag="empty",
+        "empty", "share of empty replies", metrics.mean_of(lambda reply: not reply.response.strip()), better="lower",
+        flag="empty",
         columns=(Column("properties", "empty"),), legend="responses without text",
     ),
     _percent(
-        "speaker_tag", "share with a speaker tag", metrics.mean_of(metrics.has_speaker_tag), better="lower",
-        flag="speaker tag", columns=(Column("properties", "tags"),), legend="responses that contain a speaker tag",
+        "speaker_tag", "share with a speaker tag", metrics.mean_of(lambda reply: bool(metrics.SPEAKER_TAG.search(reply.response))),
+        better="lower", flag="speaker tag", columns=(Column("properties", "tags"),), legend="responses that contain a speaker tag",
     ),
     _percent(
-        "copied_persona", "share copied from the persona", metrics.mean_of(metrics.copies_persona), needs=("persona",),
+        "copied_persona", "share copied from the persona",
+        metrics.mean_of(lambda reply: metrics.is_copy(reply.response, reply.persona or ())), needs=("persona",),
         better="lower", flag="copies persona", columns=(Column("properties", "cp.pers"),),
         legend="responses that are a persona sentence, punctuation and articles aside",
     ),
     _percent(
-        "copied_history", "share copied from the history", metrics.mean_of(metrics.copies_history), needs=("history",),
-        better="lower", flag="copies history", columns=(Column("properties", "cp.hist"),),
+        "copied_history", "share copied from the history",
+        metrics.mean_of(lambda reply: metrics.is_copy(reply.response, (turn.text for turn in reply.history or ()))),
+        needs=("history",), better="lower", flag="copies history", columns=(Column("properties", "cp.hist"),),
         legend="responses that are an earlier turn, punctuation and articles aside",
     ),
     Metric(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -33,7 +33,7 @@ _ORDER = 4  # BLEU's longest n-gram
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Speaker tags as prompts and corpora write them. One inside a reply means that the model went on to speak for others.
-_SPEAKER_TAG = re.compile(
+SPEAKER_TAG = re.compile(
     r"(?:^|\s|\*\*|[<\[])(?:partner|self|user|bot|assistant|human|system|(?:your|partner's) persona"
     r"|(?:user|persona|speaker|person) ?[ab12])(?:\*\*)?\s*[>\]]?:|<\|[a-z_]+\|>|>>[A-Z]+<<",
     re.IGNORECASE,
@@ -57,17 +57,9 @@ class Answers:
 
 
 def answers_of(replies: Sequence[Reply], normalization: str, stemmer: bool) -> Answers:
-    normalize = normalizer(normalization)
-    responses, references = ([normalize(text) for text in texts] for texts in (
-        (reply.response for reply in replies), (reply.reference for reply in replies)
-    ))  # fmt: skip
+    normalize = NORMALIZERS[normalization]
+    responses, references = [normalize(r.response) for r in replies], [normalize(r.reference) for r in replies]
     return Answers(replies, responses, references, stemmer)
-
-
-def normalizer(name: str) -> Callable[[str], str]:
-    """The function behind `evaluation.normalization`: raw, lower or parlai."""
-    functions: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
-    return functions[name]
 
 
 @lru_cache(maxsize=1 << 18)
@@ -75,6 +67,8 @@ def normalize_answer(text: str) -> str:
     """ParlAI's normalization: lower case, punctuation and articles to spaces, single spaces."""
     return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
 
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
 
 # Scores of sums: from shape (B, K), the summed statistics of B corpora, to shape (B,).
 
@@ -119,25 +113,21 @@ def mean_of(value: Callable[[Reply], float]) -> Callable[[Answers], Rows]:
     return lambda answers: [(value(reply), 1) for reply in answers.replies]
 
 
-def bleu_statistics(answers: Answers) -> Rows:
-    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4."""
-    return [_bleu_counts(*pair) for pair in zip(answers.responses, answers.references, strict=True)]
+def bleu_statistics(answers: Answers, written: Callable[[str], str] = str) -> Rows:
+    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4.
 
-
-def bleu_lc_statistics(answers: Answers) -> Rows:
+    Args:
+        written: `str.lower` for the lower-cased BLEU.
+    """
     pairs = zip(answers.responses, answers.references, strict=True)
-    return [_bleu_counts(response.lower(), reference.lower()) for response, reference in pairs]
+    return [_bleu_counts(written(response), written(reference)) for response, reference in pairs]
 
 
 def bleu_details(_: Answers, sums: Array) -> dict[str, Any]:
     """What corpus BLEU is made of. `sums` has shape (10,)."""
     score = _compute_bleu(sums)
-    return {
-        "precisions": score.precisions,
-        "brevity_penalty": score.bp,
-        "sys_len": score.sys_len,
-        "ref_len": score.ref_len,
-    }
+    lengths = {"sys_len": score.sys_len, "ref_len": score.ref_len}
+    return {"precisions": score.precisions, "brevity_penalty": score.bp} | lengths
 
 
 def bleu_signature(lowercase: bool) -> str:
@@ -192,23 +182,16 @@ def length_statistics(answers: Answers) -> Rows:
     return [row[:2] for row in bleu_statistics(answers)]
 
 
-def rouge_statistics(answers: Answers) -> Rows:
-    """ROUGE-L with the stemmer choice of the settings."""
+def rouge_statistics(answers: Answers, other: bool = False) -> Rows:
+    """ROUGE-L with the stemmer choice of the settings, or with the other one."""
     pairs = zip(answers.responses, answers.references, strict=True)
-    return [(rouge_l(*pair, answers.stemmer), 1) for pair in pairs]
-
-
-def other_rouge_statistics(answers: Answers) -> Rows:
-    """ROUGE-L with the other stemmer choice."""
-    pairs = zip(answers.responses, answers.references, strict=True)
-    return [(rouge_l(*pair, not answers.stemmer), 1) for pair in pairs]
+    return [(rouge_l(*pair, answers.stemmer != other), 1) for pair in pairs]
 
 
 def rouge_signature(stemmer: bool) -> str:
     """In sacreBLEU's manner, for a library that has no signatures of its own."""
-    return f"type:rougeL|score:fmeasure|average:replies|stemmer:{'yes' if stemmer else 'no'}|" + (
-        f"version:{metadata.version('rouge_score')}"
-    )
+    choice, version = "yes" if stemmer else "no", metadata.version("rouge_score")
+    return f"type:rougeL|score:fmeasure|average:replies|stemmer:{choice}|version:{version}"
 
 
 def rouge_l(response: str, reference: str, stemmer: bool) -> float:
@@ -254,10 +237,6 @@ def _f_measure(common: int, guess: int, gold: int) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def f1_of(reply: Reply) -> float:
-    return f1_score(reply.response, reply.reference)
-
-
 def f1_score(response: str, reference: str) -> float:
     """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of normalized words."""
     guess, gold = normalize_answer(response).split(), normalize_answer(reference).split()
@@ -291,23 +270,8 @@ def hit_details(answers: Answers, sums: Array) -> dict[str, Any]:
     return {"candidates": sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]], "replies": int(sums[1])}
 
 
-def is_empty(reply: Reply) -> bool:
-    return not reply.response.strip()
-
-
-def has_speaker_tag(reply: Reply) -> bool:
-    return _SPEAKER_TAG.search(reply.response) is not None
-
-
-def copies_persona(reply: Reply) -> bool:
-    return _is_copy(reply.response, reply.persona or ())
-
-
-def copies_history(reply: Reply) -> bool:
-    return _is_copy(reply.response, [turn.text for turn in reply.history or ()])
-
-
-def _is_copy(response: str, sources: Sequence[str]) -> bool:
+def is_copy(response: str, sources: Iterable[str]) -> bool:
+    """Whether the response is one of the sources, punctuation, case and articles aside."""
     words = normalize_answer(response)
     return bool(words) and any(words == normalize_answer(source) for source in sources)
 
@@ -321,6 +285,14 @@ def distinct(responses: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+_SPACED = re.compile(r"\w (?:[.,!?;:]|n't\b|'\w)")
+_CLOSED = re.compile(r"\w(?:[.,!?;:](?:\s|$)|n't\b|'\w)")
+_CONVENTIONS: dict[str, tuple[Callable[[str], Any], Callable[[str], Any]]] = {
+    "casing": (lambda text: text != text.lower(), str.strip),
+    "spacing": (_SPACED.search, lambda text: _SPACED.search(text) or _CLOSED.search(text)),
+}
+
+
 def convention_gap(replies: Sequence[Reply]) -> dict[str, tuple[float, float]]:
     """Writing conventions in which references and responses differ by more than half of the replies.
 
@@ -328,19 +300,12 @@ def convention_gap(replies: Sequence[Reply]) -> dict[str, tuple[float, float]]:
         casing and spacing, where they differ: (share of references, share of responses) that contain a capital
         letter, or a space before punctuation or a contraction, among those in which one could stand.
     """
-    spaced, closed = re.compile(r"\w (?:[.,!?;:]|n't\b|'\w)"), re.compile(r"\w(?:[.,!?;:](?:\s|$)|n't\b|'\w)")
-
-    def share(texts: Sequence[str], having: Callable[[str], Any], among: Callable[[str], Any]) -> float | None:
-        considered = [text for text in texts if among(text)]
-        return sum(bool(having(text)) for text in considered) / len(considered) if considered else None
-
-    references, responses = [r.reference for r in replies], [r.response for r in replies]
     gaps = {}
-    for name, having, among in (
-        ("casing", lambda t: t != t.lower(), str.strip),
-        ("spacing", spaced.search, lambda t: spaced.search(t) or closed.search(t)),
-    ):
-        of_references, of_responses = share(references, having, among), share(responses, having, among)
-        if of_references is not None and of_responses is not None and abs(of_references - of_responses) > 0.5:
-            gaps[name] = (of_references, of_responses)
+    for name, (follows, could_follow) in _CONVENTIONS.items():
+        shares = []
+        for texts in ([reply.reference for reply in replies], [reply.response for reply in replies]):
+            following = [bool(follows(text)) for text in texts if could_follow(text)]
+            shares.append(sum(following) / len(following) if following else math.nan)
+        if abs(shares[0] - shares[1]) > 0.5:
+            gaps[name] = (shares[0], shares[1])
     return gaps

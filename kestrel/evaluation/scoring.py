@@ -15,7 +15,7 @@ from kestrel.evaluation.breakdown import by_length, by_reply
 from kestrel.evaluation.comparisons import best_trivial, paired_tests, spread_over_seeds, verdicts
 from kestrel.evaluation.generations import Generations, Reply
 from kestrel.evaluation.metric_table import DETAILED, METRICS
-from kestrel.evaluation.metrics import Answers, Array, answers_of, convention_gap, normalizer
+from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of, convention_gap
 from kestrel.evaluation.persona_orders import order_verdicts, separate_orders, spread_over_orders
 from kestrel.evaluation.trivial_systems import trivial_replies
 
@@ -44,7 +44,7 @@ class Evaluation:
 
     def texts(self, further: bool = False) -> dict[str, list[tuple[str, str]]]:
         """(response, reference) of each reply as BLEU and ROUGE-L saw them, by system; with `further`, of those too."""
-        normalize = normalizer(self.metrics["normalization"])
+        normalize = NORMALIZERS[self.metrics["normalization"]]
         return {
             name: [(normalize(reply.response), normalize(reply.reference)) for reply in replies]
             for name, replies in (self.systems | (self.further if further else {})).items()
