@@ -58,7 +58,9 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     elif len(dialogue_ids) > 1:
         notes.append(f"The constant systems are searched by halves of the scored dialogues, because {source}.")
     evaluation = evaluate_files(files, notes, options, settings.seed, search)
-    evaluation.add_extra(extra_scores(extra_metrics, evaluation.texts()))
+    if extra_metrics:
+        for system, texts in evaluation.texts().items():
+            evaluation.metrics["systems"][system]["extra"] = extra_scores(extra_metrics, texts)
 
     folder = run_dir / "evaluation"
     needed = evaluation_bytes([file.path for file in files])

@@ -22,16 +22,13 @@ _CHUNK = 64  # resamples drawn at once: the counts of one chunk are _CHUNK x dia
 def resampled_sums(
     statistics: Mapping[Key, Array], dialogues: Sequence[str], resamples: int, seed: int
 ) -> dict[Key, Array]:
-    """Sums of statistics over dialogues drawn with replacement.
+    """Sums of statistics over dialogues drawn with replacement, shape (B, K).
 
     Args:
         statistics: arrays of shape (N, K), a row per reply; K may differ. All are resampled alike, so that differences
             between systems are paired.
-        dialogues: the N replies' dialogues; D different ones.
+        dialogues: those of the N replies.
         resamples: B.
-
-    Returns:
-        Arrays of shape (B, K).
     """
     names, members = np.unique(np.asarray(dialogues, dtype=object).astype(str), return_inverse=True)
     count = len(names)
@@ -53,9 +50,7 @@ class Bootstrap:
 
     Args:
         systems: statistics of N replies by system and metric, each of shape (N, K).
-        dialogues: the N replies' dialogues.
-        resamples: B.
-        seed: of the draws.
+        dialogues, resamples, seed: of `resampled_sums`.
 
     Attributes:
         point: score by system and metric.
@@ -67,9 +62,7 @@ class Bootstrap:
     ) -> None:
         self._dialogues, self._resamples, self._seed = dialogues, resamples, seed
         self._several = len(set(dialogues)) > 1
-        sums = self.sums(
-            {(system, name): array for system, statistics in systems.items() for name, array in statistics.items()}
-        )
+        sums = self.sums({(system, name): array for system in systems for name, array in systems[system].items()})
         self.draws: dict[str, dict[str, Array]] = {system: {} for system in systems}
         for (system, name), resampled in sums.items():
             self.draws[system][name] = BY_NAME[name].score(resampled)

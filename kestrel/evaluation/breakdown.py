@@ -17,29 +17,30 @@ _LENGTH_BINS = ((1, 5), (6, 8), (9, 11), (12, 14), (15, 19), (20, None))
 _LAST_REPLY = 8  # replies of this number and later share a bin
 
 
-def by_reply(contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Scores by the number of the reply in its dialogue.
+def breakdowns(
+    contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap, numbered: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Scores by the number of the reply in its dialogue, and by the number of words in the reference.
 
     Args:
         contexts: N replies.
         shown: statistics of the metric `DETAILED`, shape (N, 2), by system.
+        numbered: every row is a dialogue of its own, so that no breakdown by reply exists.
 
     Returns:
-        For each bin its name, its number of replies, and each system's score with its interval.
+        by_reply and by_length: for each bin its name, its number of replies, and each system's score with its interval.
     """
     numbers = np.array([min(reply.turn // 2 + 1, _LAST_REPLY) for reply in contexts])
-    bins = {f"{n}" if n < _LAST_REPLY else f"{n}+": numbers == n for n in sorted(set(numbers.tolist()))}
-    return _binned(bins, shown, bootstrap)
-
-
-def by_length(contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """Scores by the number of words in the reference; arguments and result as of `by_reply`."""
     lengths = np.array([len(tokens_13a(reply.reference)) for reply in contexts])
-    bins = {
+    replies = {f"{n}" if n < _LAST_REPLY else f"{n}+": numbers == n for n in sorted(set(numbers.tolist()))}
+    words = {
         f"{low}–{high}" if high else f"{low}+": (lengths >= low) & (lengths <= (high or lengths.max()))
         for low, high in _LENGTH_BINS
     }
-    return _binned({label: mask for label, mask in bins.items() if mask.any()}, shown, bootstrap)
+    return {
+        "by_reply": [] if numbered else _binned(replies, shown, bootstrap),
+        "by_length": _binned({label: mask for label, mask in words.items() if mask.any()}, shown, bootstrap),
+    }
 
 
 def _binned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -46,7 +47,7 @@ def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mappin
 
 
 def verdicts(kinds: Mapping[str, str], paired: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the paired tests say of each system that is not the base, in words."""
+    """The paired tests of each system but the base, in words."""
     sentences = []
     judged = [test for test in paired if BY_NAME[test["metric"]].headline]
     for system in (name for name, kind in kinds.items() if kind == "system"):
@@ -93,10 +94,10 @@ def spread_over_seeds(groups: Mapping[str, str], bootstrap: Bootstrap) -> dict[s
         groups: what each file's system is called without its seed or run.
     """
     result: dict[str, Any] = {}
-    for group in dict.fromkeys(groups.values()):
-        members = [name for name in groups if groups[name] == group]
-        if len(members) < 2:
+    for group, count in Counter(groups.values()).items():
+        if count < 2:
             continue
+        members = [name for name in groups if groups[name] == group]
         shared = [key for key in bootstrap.point[members[0]] if all(key in bootstrap.point[m] for m in members)]
         spreads = {key: spread_of([bootstrap.point[m][key] for m in members]) for key in shared}
         result[group] = {"members": members} | {key: spread for key, spread in spreads.items() if spread is not None}

@@ -28,15 +28,13 @@ def evaluate_library() -> ModuleType:
     present = sys.modules.get("evaluate")
     if present is not None and hasattr(present, "EvaluationModule"):
         return present
-    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
-    spec = PathFinder.find_spec("evaluate", elsewhere)
+    spec = PathFinder.find_spec("evaluate", [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT])
     if spec is None or spec.loader is None:
         raise KestrelError(
             "evaluation.extra_metrics needs the library evaluate; install it with pip install evaluate, or set "
             "evaluation.extra_metrics: []"
         )
-    library = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = library
+    library = sys.modules["evaluate"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(library)
     except BaseException:
@@ -46,7 +44,7 @@ def evaluate_library() -> ModuleType:
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, Any]:
-    """Loads metrics, by the name that the table gives them.
+    """Metrics by the name that the table gives them.
 
     Args:
         names: Hub ids such as `meteor`, or local folders with the metric's script.
@@ -72,53 +70,42 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
     return metrics
 
 
-def extra_scores(
-    metrics: Mapping[str, Any], systems: Mapping[str, Sequence[tuple[str, str]]]
-) -> dict[str, dict[str, Any]]:
-    """Scores each system by each metric.
+def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, float | None]]:
+    """The numbers that each metric of `load_metrics` gives one system.
+
+    A list with one number per reply becomes its mean; what is no number is left out.
 
     Args:
-        metrics: from `load_metrics`.
-        systems: (response, reference) of each reply, by system.
-
-    Returns:
-        By system, by metric: the numbers it gives. A list with one number a reply becomes its mean, anything else is
-        left out.
+        pairs: response and reference of each reply.
 
     Raises:
         KestrelError: a metric fails, or gives no number.
     """
-    scores: dict[str, dict[str, Any]] = {system: {} for system in systems}
+    scores = {}
     for name, metric in metrics.items():
-        for system, pairs in systems.items():
-            try:
-                result = metric.compute(
-                    predictions=[response for response, _ in pairs], references=[reference for _, reference in pairs]
-                )
-            except Exception as error:
-                raise KestrelError(
-                    f"evaluation.extra_metrics: {name!r} fails on {system}: {_first_line(error)}"
-                ) from error
-            numbers = _numbers(result or {}, len(pairs))
-            if not numbers:
-                raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that a table could show")
-            scores[system][name] = numbers
-    return scores
+        responses, references = map(list, zip(*pairs, strict=True))
+        try:
+            result = metric.compute(predictions=responses, references=references) or {}
+        except Exception as error:
+            raise KestrelError(f"evaluation.extra_metrics: {name!r} fails: {_first_line(error)}") from error
+        scores[name] = {
+            key: number for key, value in result.items() if (number := _mean(value, len(pairs))) is not None
+        }
+        if not scores[name]:
+            raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that a table could show")
+    return {
+        name: {key: n if math.isfinite(n) else None for key, n in numbers.items()} for name, numbers in scores.items()
+    }
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _numbers(result: Mapping[str, Any], replies: int) -> dict[str, float | None]:
-    numbers: dict[str, float | None] = {}
-    for key, value in result.items():
-        values = list(value) if hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) else [value]
-        if len(values) not in (1, replies):
-            continue
-        try:
-            mean = math.fsum(float(v) for v in values) / len(values)
-        except (TypeError, ValueError):
-            continue
-        numbers[key] = mean if math.isfinite(mean) else None
-    return numbers
+def _mean(value: Any, replies: int) -> float | None:
+    """Of a number, or of a list with a number per reply; None of anything else."""
+    values = list(value) if hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) else [value]
+    try:
+        return math.fsum(map(float, values)) / len(values) if len(values) in (1, replies) else None
+    except (TypeError, ValueError):
+        return None

@@ -17,9 +17,6 @@ ORDER_METRICS = tuple(metric for metric in METRICS if metric.orders)
 def separate_orders(files: Sequence[Generations]) -> tuple[list[Generations], dict[str, list[Generations]]]:
     """Separates the files that have a row in the table from further orders of the persona.
 
-    Args:
-        files: from `alignment.align`.
-
     Returns:
         One file of each system, in the order of the files: the one with the persona as given, or with its lowest order.
         And, by system, the files of its further orders.
@@ -96,26 +93,27 @@ def order_verdicts(
     """
     sentences = []
     for name, entry in spreads.items():
-        changes = []
-        for metric in ORDER_METRICS:
-            if spread := entry.get(metric.name):
-                low, high = (format(spread[end], metric.show) for end in ("min", "max"))
-                changes.append(f"{spread['relative_change'] or 0:.1%} in {metric.label} ({low} to {high})")
+        changes = [
+            f"{entry[m.name]['relative_change'] or 0:.1%} in {m.label} "
+            f"({entry[m.name]['min']:{m.show}} to {entry[m.name]['max']:{m.show}})"
+            for m in ORDER_METRICS
+            if m.name in entry
+        ]
         sentences.append(
             f"{name} over {len(entry['orders'])} orders of the persona's sentences changes by {', '.join(changes)}; "
             "each is (highest − lowest) / mean."
         )
-    for name in (name for name in spreads if kinds[name] == "system"):
-        bases = sorted((b for b in spreads if kinds[b] == "base"), key=lambda b: folders[b] != folders[name])
-        for base in bases[:1]:
-            ahead: dict[bool, list[str]] = {True: [], False: []}
-            for metric in HEADLINES:
-                worst, best = ("max", "min") if metric.better == "lower" else ("min", "max")
-                lead = metric.advantage(spreads[name][metric.name][worst], spreads[base][metric.name][best])
-                ahead[lead > 0].append(metric.label)
-            for verb, labels in (("is still ahead", ahead[True]), ("is NOT ahead", ahead[False])):
-                if labels:
-                    sentences.append(
-                        f"{name} in its worst order {verb} of {base} in its best order in {', '.join(labels)}."
-                    )
+    bases = [name for name in spreads if kinds[name] == "base"]
+    for name in (name for name in spreads if kinds[name] == "system" and bases):
+        base = min(bases, key=lambda b: folders[b] != folders[name])
+        ahead: dict[str, list[str]] = {"is still ahead": [], "is NOT ahead": []}
+        for metric in HEADLINES:
+            worst, best = ("max", "min") if metric.better == "lower" else ("min", "max")
+            lead = metric.advantage(spreads[name][metric.name][worst], spreads[base][metric.name][best])
+            ahead["is still ahead" if lead > 0 else "is NOT ahead"].append(metric.label)
+        sentences += [
+            f"{name} in its worst order {verb} of {base} in its best order in {', '.join(labels)}."
+            for verb, labels in ahead.items()
+            if labels
+        ]
     return sentences

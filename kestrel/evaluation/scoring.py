@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kestrel import __version__
 from kestrel.config import settings
 from kestrel.evaluation.bootstrap import PAIRED_TEST, Bootstrap, point_scores, total
-from kestrel.evaluation.breakdown import by_length, by_reply
+from kestrel.evaluation.breakdown import breakdowns
 from kestrel.evaluation.comparisons import best_trivial, paired_tests, spread_over_seeds, verdicts
 from kestrel.evaluation.generations import Generations, Reply
 from kestrel.evaluation.metric_table import DETAILED, METRICS
@@ -50,12 +51,6 @@ class Evaluation:
             for name, replies in (self.systems | (self.further if further else {})).items()
         }
 
-    def add_extra(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Adds the numbers of `evaluation.extra_metrics`, by system and metric."""
-        for name, numbers in scores.items():
-            if numbers:
-                self.metrics["systems"][name]["extra"] = numbers
-
 
 def evaluate_files(
     files: Sequence[Generations],
@@ -64,10 +59,9 @@ def evaluate_files(
     seed: int,
     search: Sequence[str] | None,
 ) -> Evaluation:
-    """Scores aligned files beside trivial systems and the references themselves.
+    """Scores files, aligned, beside trivial systems and the references themselves.
 
     Args:
-        files: from `alignment.align`.
         notes: what the reader must know already.
         search: human replies of another split for the constant systems, or None.
     """
@@ -82,11 +76,16 @@ def evaluate_files(
     made_by |= {file.system: str(file.path) for file in first} | {"gold": "the references themselves"}
     folders = {file.system: file.path.resolve().parent for file in first}
 
-    answers = {name: answers_of(replies, options.normalization, options.stemmer) for name, replies in systems.items()}
+    answers_in = partial(answers_of, normalization=options.normalization, stemmer=options.stemmer)
+    answers = {name: answers_in(replies) for name, replies in systems.items()}
     statistics = {name: statistics_of(of_system) for name, of_system in answers.items()}
     bootstrap = Bootstrap(statistics, [reply.dialogue_id for reply in contexts], options.resamples, seed)
     paired = paired_tests(bootstrap, kinds, folders)
-    orders = _order_spreads(first, further, bootstrap, options)
+    orders = {}
+    for file in (file for file in first if file.system in further):
+        others = further[file.system]
+        points = [point_scores(statistics_of(answers_in(other.replies))) for other in others]
+        orders[file.system] = spread_over_orders(file, others, [bootstrap.point[file.system], *points])
     rival = best_trivial(bootstrap, kinds, DETAILED)
     detailed = {name: statistics[name][DETAILED.name] for name in [*folders, *([rival] if rival else [])]}
     metrics = _header(first, contexts, options, seed) | {
@@ -104,16 +103,15 @@ def evaluate_files(
         "paired_test": PAIRED_TEST,
         "paired": paired,
         "verdicts": [*verdicts(kinds, paired), *order_verdicts(orders, kinds, folders)],
-        "by_reply": [] if all(file.numbered for file in first) else by_reply(contexts, detailed, bootstrap),
-        "by_length": by_length(contexts, detailed, bootstrap),
-    }
-    metrics["notes"] = [
-        *notes, *_file_notes(first), *left_out, *_convention_notes(first, options.normalization),
-        *_interval_notes(metrics["n_dialogues"]),
-    ]  # fmt: skip
-    return Evaluation(
-        metrics, systems, statistics, {file.system: file.replies for group in further.values() for file in group}
-    )
+    } | breakdowns(contexts, detailed, bootstrap, all(file.numbered for file in first))  # fmt: skip
+    metrics["notes"] = [*notes, *_file_notes(first), *left_out, *_convention_notes(first, options.normalization)]
+    if metrics["n_dialogues"] == 1:
+        metrics["notes"].append("WARNING: one dialogue gives no intervals and no tests.")
+    elif metrics["n_dialogues"] < _FEW_DIALOGUES:
+        metrics["notes"].append(
+            f"WARNING: intervals from {metrics['n_dialogues']} dialogues are too narrow; take them as a hint only."
+        )
+    return Evaluation(metrics, systems, statistics, {f.system: f.replies for group in further.values() for f in group})
 
 
 def statistics_of(answers: Answers) -> dict[str, Array]:
@@ -149,23 +147,6 @@ def _header(
         "n_dialogues": dialogues,
         "normalization": options.normalization,
     }
-
-
-def _order_spreads(
-    files: Sequence[Generations],
-    further: Mapping[str, Sequence[Generations]],
-    bootstrap: Bootstrap,
-    options: settings.Evaluation,
-) -> dict[str, Any]:
-    spreads = {}
-    for file in (file for file in files if file.system in further):
-        others = further[file.system]
-        points = [bootstrap.point[file.system]]
-        points += [
-            point_scores(statistics_of(answers_of(o.replies, options.normalization, options.stemmer))) for o in others
-        ]
-        spreads[file.system] = spread_over_orders(file, others, points)
-    return spreads
 
 
 def _entry(
@@ -222,14 +203,6 @@ def _convention_notes(files: Sequence[Generations], normalization: str) -> list[
                 f"{'parlai' if 'spacing' in gap else 'lower'}, or write the training data as the references are written."
             )
     return notes
-
-
-def _interval_notes(dialogues: int) -> list[str]:
-    if dialogues == 1:
-        return ["WARNING: one dialogue gives no intervals and no tests."]
-    if dialogues < _FEW_DIALOGUES:
-        return [f"WARNING: intervals from {dialogues} dialogues are too narrow; take them as a hint only."]
-    return []
 
 
 def write_responses(folder: Path, evaluation: Evaluation) -> None:

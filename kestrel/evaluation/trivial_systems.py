@@ -44,43 +44,40 @@ def trivial_replies(
     Returns:
         Replies by system, in the order of `TRIVIAL`; how each was made; and what could not be made, and why.
     """
-    made: dict[str, list[Reply]] = {}
+    responses: dict[str, Iterable[str]] = {}
     made_by = dict(TRIVIAL)
     notes: list[str] = []
-
-    def answer(system: str, responses: Iterable[str]) -> None:
-        made[system] = [reply.with_response(text) for reply, text in zip(replies, responses, strict=True)]
-
     if replies[0].history is None:
         notes.append("copy_partner is left out: the files have no history.")
     else:
-        answer("copy_partner", map(_last_of_partner, replies))
+        responses["copy_partner"] = map(_last_of_partner, replies)
     if not any(reply.persona for reply in replies):
         notes.append("random_persona is left out: the files have no persona.")
     else:
         generator = random.Random(seed)
-        answer("random_persona", [generator.choice(r.persona) if r.persona else "" for r in replies])
+        responses["random_persona"] = [generator.choice(r.persona) if r.persona else "" for r in replies]
     dialogues = sorted({reply.dialogue_id for reply in replies})
     if len(dialogues) < 2:
         notes.append("random_reply is left out: it needs a second dialogue.")
     else:
-        answer("random_reply", _of_other_dialogues(replies, seed))
+        responses["random_reply"] = _of_other_dialogues(replies, seed)
     if search is None and len(dialogues) < 2:
         notes.append("constant_reply and constant_words are left out: they need another split or a second dialogue.")
     for system, best in (("constant_reply", best_constant), ("constant_words", best_words)):
         if search is not None:
             constant = best(search)
             made_by[system] += f": {constant!r}"
-            answer(system, [constant] * len(replies))
+            responses[system] = [constant] * len(replies)
         elif len(dialogues) >= 2:
-            shuffled = random.Random(seed).sample(dialogues, len(dialogues))
-            first = set(shuffled[: len(shuffled) // 2])
-            halves = [[r.reference for r in replies if (r.dialogue_id in first) == inside] for inside in (True, False)]
-            constants = {True: best(halves[1]), False: best(halves[0])}
-            made_by[system] += (
-                f", found for each half of the dialogues in the other half: {constants[True]!r}, {constants[False]!r}"
-            )
-            answer(system, [constants[reply.dialogue_id in first] for reply in replies])
+            first = set(random.Random(seed).sample(dialogues, len(dialogues))[: len(dialogues) // 2])
+            of_first = best([r.reference for r in replies if r.dialogue_id not in first])
+            of_second = best([r.reference for r in replies if r.dialogue_id in first])
+            made_by[system] += f", found for each half of the dialogues in the other half: {of_first!r}, {of_second!r}"
+            responses[system] = [of_first if reply.dialogue_id in first else of_second for reply in replies]
+    made = {
+        system: [reply.with_response(text) for reply, text in zip(replies, texts, strict=True)]
+        for system, texts in responses.items()
+    }
     return made, {system: made_by[system] for system in made}, notes
 
 
@@ -103,14 +100,11 @@ def _word_counts(texts: Sequence[str], words: Sequence[str]) -> tuple[NDArray[np
     """Counts of `words` in each text, shape (texts, words), and each text's length in all words, shape (texts,)."""
     column = {word: j for j, word in enumerate(words)}
     counts = np.zeros((len(texts), len(words)), dtype=np.int16)
-    lengths = np.zeros(len(texts))
     for i, text in enumerate(texts):
-        tokens = text.split()
-        lengths[i] = len(tokens)
-        for token in tokens:
-            if token in column:
-                counts[i, column[token]] += 1
-    return counts, lengths
+        for word in text.split():
+            if word in column:
+                counts[i, column[word]] += 1
+    return counts, np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
 def _sample(texts: Sequence[str]) -> list[str]:
@@ -127,14 +121,13 @@ def best_constant(references: Sequence[str]) -> str:
     words = sorted({word for text in candidates for word in text.split()})
     counts, lengths = _word_counts(gold, words)
     column = {word: j for j, word in enumerate(words)}
-    best, best_f1 = references[0], -1.0
-    for candidate in candidates:
-        counts_of_words = Counter(candidate.split())
-        overlap = sum(np.minimum(counts[:, column[word]], count) for word, count in counts_of_words.items())
-        f1 = float((2 * overlap / (lengths + counts_of_words.total())).mean())
-        if f1 > best_f1:
-            best, best_f1 = written[candidate], f1
-    return best
+
+    def mean_f1(candidate: str) -> float:
+        own = Counter(candidate.split())
+        overlap = sum(np.minimum(counts[:, column[word]], count) for word, count in own.items())
+        return float((2 * overlap / (lengths + own.total())).mean())
+
+    return written[max(candidates, key=mean_f1)] if candidates else references[0]
 
 
 def best_words(references: Sequence[str]) -> str:
@@ -165,7 +158,6 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
     """Human replies of the run's training split (of validation, where train is what is scored).
 
     Args:
-        run_dir: the run, with or without a dataset.
         split: the split that is scored; None where it is unknown.
         dialogue_ids: of the scored replies. A run whose dataset does not hold them is of another corpus.
 
@@ -183,13 +175,14 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
         return None, f"{folder} has no {source} split"
     from datasets import load_from_disk
 
-    read_manifest(folder, "dataset", "make it again with preprocess.py")
+    remedy = "make it again with preprocess.py"
+    read_manifest(folder, "dataset", remedy)
     try:
         scored = set(load_from_disk(str(folder / split))["dialogue_id"])
         rows = load_from_disk(str(folder / source))["turns"]
         texts = [turn["text"] for turns in rows for turn in turns if turn["speaker"] == "self"]
     except (OSError, ValueError, KeyError) as error:
-        raise KestrelError(f"{folder} is damaged ({error}); make it again with preprocess.py") from error
+        raise KestrelError(f"{folder} is damaged ({error}); {remedy}") from error
     if not dialogue_ids <= scored:
         return None, f"{folder} is of other dialogues"
     return texts or None, source
