@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from kestrel.config.settings import Data, Model, Settings
+
 # Falcon's spare special tokens and, as id 11, its only end and padding token.
 SPECIAL = [
     ">>TITLE<<", ">>ABSTRACT<<", ">>INTRODUCTION<<", ">>SUMMARY<<", ">>COMMENT<<", ">>ANSWER<<", ">>QUESTION<<",
@@ -83,7 +85,7 @@ def make_config(architecture: str, hidden: int = 64, layers: int = 2) -> Any:
     falcon has Falcon-7B's flags, falcon-alibi Falcon-RW's, falcon-new Falcon-40B's.
     """
     import transformers
-    from transformers import FalconConfig, GPT2Config, LlamaConfig
+    from transformers import FalconConfig
 
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 11, "eos_token_id": 11}
     shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4}
@@ -98,14 +100,14 @@ def make_config(architecture: str, hidden: int = 64, layers: int = 2) -> Any:
     if architecture == "bloom":
         return transformers.BloomConfig(**common, **shape)
     if architecture == "gpt2":
-        return GPT2Config(**common, n_embd=hidden, n_layer=layers, n_head=4, n_positions=512)
+        return transformers.GPT2Config(**common, n_embd=hidden, n_layer=layers, n_head=4, n_positions=512)
     wide = {**common, **shape, "intermediate_size": 2 * hidden}
     if architecture == "gpt_neox":
         return transformers.GPTNeoXConfig(**wide)
     if architecture == "mistral":
         return transformers.MistralConfig(**wide, num_key_value_heads=2, sliding_window=16)
     if architecture == "llama":
-        return LlamaConfig(**wide, num_key_value_heads=2)
+        return transformers.LlamaConfig(**wide, num_key_value_heads=2)
     return transformers.Qwen2Config(**wide, num_key_value_heads=2, tie_word_embeddings=True)
 
 
@@ -130,6 +132,11 @@ def write_base(folder: Path, architecture: str = "falcon", tokenizer: Any = None
     make_model(architecture, tokenizer=tokenizer, **shape).save_pretrained(folder)
     (tokenizer or make_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def settings_of(base: Path | str = "unused", **sections: Any) -> Settings:
+    """Settings for a base, with other sections as given."""
+    return Settings(run_dir="unused", data=Data(source="unused"), model=Model(name=str(base)), **sections)
 
 
 def write_config(path: Path, base: Path, source: Path, run_dir: Path, extra: str = "") -> Path:

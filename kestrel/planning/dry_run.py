@@ -12,14 +12,14 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.base import device
 from kestrel.model.loss import attach_token_nll, token_nll
-from kestrel.planning.memory import GIB, Estimator, Pass
+from kestrel.planning.memory import GIB, WORKSPACE, Estimator, Pass
 from kestrel.planning.passes import Dialogues, Plan, available_memory, best_plan, configured_plan
 from kestrel.planning.random_base import random_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_WARM_UP, _TIMED = 3, 12  # passes
+_TIMED = 12  # passes
 _NOTICEABLE = 0.02  # of the peak; changes that save less are not listed
 
 
@@ -33,8 +33,8 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues) -
     estimator = Estimator(settings, config)
     if memory is None:
         plan = configured_plan(settings)
-        estimate = estimator.estimate(dialogues.largest(plan.tokens_per_step), plan.recompute)
-        plan = replace(plan, estimate=estimate)
+        shape = dialogues.largest(plan.tokens_per_step)
+        plan = replace(plan, estimate=estimator.estimate(shape, plan.recompute))
     else:
         plan = best_plan(settings, estimator, memory, dialogues)
     _print_memory(settings, estimator, plan, dialogues)
@@ -61,11 +61,11 @@ def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogue
     rows = [
         (f"base: {estimator.parameters / 1e6:,.1f}M parameters in {held}", estimate.base),
         (f"adapter: {estimator.trainable / 1e6:,.1f}M parameters in float32", estimate.adapter),
-        ("the adapter's gradients", estimate.gradients),
+        ("the adapter's gradients", estimate.adapter),
         (f"state of {settings.training.optimizer}", estimate.optimizer),
         (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
         (f"more at the peak (logits {estimate.logits / unit:.2f} at theirs)", estimate.momentary),
-        ("workspace of the matrix products", estimate.workspace),
+        ("workspace of the matrix products", WORKSPACE),
         ("peak of all tensors", estimate.peak),
         ("with the allocator's slack and CUDA's context", estimate.needed),
     ]
@@ -83,13 +83,9 @@ def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogue
 
 
 def _print_work(settings: Settings, plan: Plan, dialogues: Dialogues) -> None:
-    asked = settings.training
     print()
-    for key, given, value in (
-        ("tokens_per_step", asked.tokens_per_step, f"{plan.tokens_per_step:,}"),
-        ("recompute", asked.recompute, plan.recompute),
-    ):
-        print(f"training.{key}: {value}" + (", chosen for auto" if given == "auto" else ""))
+    for key, value in (("tokens_per_step", f"{plan.tokens_per_step:,}"), ("recompute", plan.recompute)):
+        print(f"training.{key}: {value}" + (", chosen for auto" if getattr(settings.training, key) == "auto" else ""))
     passes = dialogues.passes(plan.tokens_per_step)
     padded = sum(one.tokens for one in passes)
     print(
@@ -101,51 +97,34 @@ def _print_work(settings: Settings, plan: Plan, dialogues: Dialogues) -> None:
 def _measured(settings: Settings, config: PretrainedConfig, plan: Plan, dialogues: Dialogues) -> str:
     """Times some of the run's passes on a model with random weights."""
     passes = dialogues.passes(plan.tokens_per_step)
+    timed = [passes[index * (len(passes) - 1) // (_TIMED - 1)] for index in range(_TIMED)]  # spread over the run
     here = device()
     try:
         model = random_model(settings, config, here)
-        attach_token_nll(model, plan.recompute)
-        seconds, tokens = time_passes(model.train(), _sample(passes, dialogues.largest(plan.tokens_per_step)), here)
+        attach_token_nll(model.train(), plan.recompute)
+        _seconds_of(model, [dialogues.largest(plan.tokens_per_step), *timed[:2]], here)  # a warm-up
+        seconds = _seconds_of(model, timed, here)
     except torch.OutOfMemoryError:
         return "not measured, out of memory; lower training.tokens_per_step"
-    padded = sum(one.tokens for one in passes)
+    rate = sum(one.tokens for one in timed) / seconds
     peak = f", {torch.cuda.max_memory_allocated() / GIB:.1f} GiB at the peak" if here.type == "cuda" else ""
     return (
-        f"about {_duration(padded / tokens * seconds)} of training, from {_TIMED} passes with random weights "
-        f"({tokens / seconds:,.0f} tokens/s, padding included{peak}); loading, evaluations and samples are not included"
+        f"about {_duration(sum(one.tokens for one in passes) / rate)} of training, from {_TIMED} passes with random weights "
+        f"({rate:,.0f} tokens/s, padding included{peak}); loading, evaluations and samples are not included"
     )
 
 
-def _sample(passes: list[Pass], largest: Pass) -> list[Pass]:
-    """Passes to warm up with, the largest first, and passes to time, spread over the run."""
-    spread = [passes[index * (len(passes) - 1) // (_TIMED - 1)] for index in range(_TIMED)]
-    return [largest, *spread[: _WARM_UP - 1], *spread]
-
-
-def time_passes(model: Any, shapes: list[Pass], place: torch.device) -> tuple[float, int]:
-    """Seconds and tokens of forward and backward passes over random tokens.
-
-    Args:
-        model: prepared by `loss.attach_token_nll`, on device `place`.
-        shapes: of the passes; the first three are a warm-up and not counted.
-    """
+def _seconds_of(model: Any, shapes: list[Pass], place: torch.device) -> float:
+    """The time of forward and backward passes over random tokens."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    began, tokens = 0.0, 0
-    for index, shape in enumerate(shapes):
-        if index == _WARM_UP:
-            _wait(place)
-            began = time.monotonic()
+    began = time.monotonic()
+    for shape in shapes:
         ids = torch.randint(vocabulary, (shape.rows, shape.length), device=place)
         predicting = torch.arange(min(shape.supervised, shape.tokens - 1), device=place)
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": predicting}).mean().backward()
-        tokens += shape.tokens if index >= _WARM_UP else 0
-    _wait(place)
-    return time.monotonic() - began, tokens
-
-
-def _wait(place: torch.device) -> None:
     if place.type == "cuda":
         torch.cuda.synchronize()
+    return time.monotonic() - began
 
 
 def _duration(seconds: float) -> str:
@@ -167,26 +146,27 @@ def _changes(
         changed = getattr(settings, section).model_copy(update=values)
         return Estimator(settings.model_copy(update={section: changed}), config).estimate(shape, plan.recompute).needed
 
-    found = []
+    found = {}
     if settings.quantization.bits != 4:
-        found.append(("quantization.bits: 4", other("quantization", bits=4)))
+        found["quantization.bits: 4"] = other("quantization", bits=4)
     for level in estimator.levels[estimator.levels.index(plan.recompute) + 1 :]:
-        found.append((f"training.recompute: {level}", estimator.estimate(shape, level).needed))
+        found[f"training.recompute: {level}"] = estimator.estimate(shape, level).needed
     if shape.rows > 1:
-        found.append((f"{smallest}, a dialogue at a time", estimator.estimate(one, plan.recompute).needed))
+        found[f"{smallest}, a dialogue at a time"] = estimator.estimate(one, plan.recompute).needed
+        if plan.recompute != "full":
+            found[f"both training.recompute: full and {smallest}"] = estimator.estimate(one, "full").needed
     else:
         half = Pass(1, -(-shape.length // 2), -(-shape.supervised // 2))
         shorter = f"prompt.max_length: {half.length}, and run preprocess.py again"
-        found.append((shorter, estimator.estimate(half, plan.recompute).needed))
-    found.append((f"lora.r: {max(1, settings.lora.r // 2)}", other("lora", r=max(1, settings.lora.r // 2))))
+        found[shorter] = estimator.estimate(half, plan.recompute).needed
+    rank = max(1, settings.lora.r // 2)
+    found[f"lora.r: {rank}"] = other("lora", r=rank)
     if settings.training.optimizer != "paged_adamw_8bit":
-        found.append(("training.optimizer: paged_adamw_8bit", other("training", optimizer="paged_adamw_8bit")))
-    if shape.rows > 1 and plan.recompute != "full":
-        found.append((f"both training.recompute: full and {smallest}", estimator.estimate(one, "full").needed))
+        found["training.optimizer: paged_adamw_8bit"] = other("training", optimizer="paged_adamw_8bit")
     needed = plan.estimate.needed
     return [
         f"{name}  ({_amount(needed - less)} less: {_amount(less)})"
-        for name, less in sorted(found, key=lambda item: item[1])
+        for name, less in sorted(found.items(), key=lambda item: item[1])
         if needed - less > _NOTICEABLE * plan.estimate.peak
     ]
 

@@ -7,6 +7,7 @@ copies, and what the backward pass recomputes. Kernels that exist on a GPU only 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,17 +46,11 @@ class CannotEstimate(KestrelError):
 
 @dataclass(frozen=True)
 class Pass:
-    """The shape of one forward and backward pass.
-
-    Args:
-        rows: dialogues.
-        length: tokens of the longest one.
-        supervised: tokens with a label.
-    """
+    """The shape of one forward and backward pass."""
 
     rows: int
-    length: int
-    supervised: int
+    length: int  # of the longest row, in tokens
+    supervised: int  # tokens with a label
 
     @property
     def tokens(self) -> int:
@@ -64,33 +59,19 @@ class Pass:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the GPU during training.
+    """Bytes on the GPU during training."""
 
-    Attributes:
-        base: the frozen weights, and their quantization constants.
-        adapter: LoRA's weights.
-        gradients: of LoRA's weights.
-        optimizer: its state.
-        kept: what the largest pass keeps for its backward pass.
-        momentary: on top of that at the peak.
-        logits: peak of the scores over the vocabulary and their gradients, part of `momentary`.
-        workspace: of the matrix products.
-    """
-
-    base: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    kept: int
-    momentary: int
-    logits: int
-    workspace: int = WORKSPACE
+    base: int  # frozen weights and their quantization constants
+    adapter: int  # LoRA's weights; their gradients take as much
+    optimizer: int  # its state
+    kept: int  # by the largest pass, for its backward pass
+    momentary: int  # on top of that at the peak
+    logits: int  # peak of the scores over the vocabulary and their gradients, part of `momentary`
 
     @property
     def peak(self) -> int:
         """Of all tensors, what `torch.cuda.max_memory_allocated()` returns after training."""
-        fixed = self.base + self.adapter + self.gradients + self.optimizer
-        return fixed + self.kept + self.momentary + self.workspace
+        return self.base + 2 * self.adapter + self.optimizer + self.kept + self.momentary + WORKSPACE
 
     @property
     def needed(self) -> int:
@@ -104,7 +85,7 @@ class Estimator:
     def __init__(self, settings: Settings, config: PretrainedConfig):
         self._settings = settings
         self._config = config
-        self._models: dict[Recompute, nn.Module] = {}
+        self._model = functools.cache(self._new_model)
         model = self._model("none")
         causal_lm = causal_lm_of(model)
         knows_mlp = describe(getattr(causal_lm, causal_lm.base_model_prefix)) is not None
@@ -116,12 +97,10 @@ class Estimator:
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
 
-    def _model(self, recompute: Recompute) -> nn.Module:
-        if recompute not in self._models:
-            model = random_model(self._settings, self._config, torch.device("meta"))
-            attach_token_nll(model, recompute)
-            self._models[recompute] = model.train()
-        return self._models[recompute]
+    def _new_model(self, recompute: Recompute) -> nn.Module:
+        model = random_model(self._settings, self._config, torch.device("meta"))
+        attach_token_nll(model, recompute)
+        return model.train()
 
     def estimate(self, shape: Pass, recompute: Recompute) -> Estimate:
         """Memory at the peak of a training step whose largest pass has the given shape.
@@ -138,15 +117,8 @@ class Estimator:
                 f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
                 "training.tokens_per_step and training.recompute"
             ) from error
-        return Estimate(
-            base=self._base,
-            adapter=self._adapter,
-            gradients=self._adapter,
-            optimizer=self.trainable * _STATE_BYTES[self._settings.training.optimizer],
-            kept=kept,
-            momentary=peak - kept,
-            logits=logits,
-        )
+        optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
+        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept, logits)
 
 
 def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:

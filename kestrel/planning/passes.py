@@ -31,32 +31,17 @@ _RECORD = "passes.json"  # in a checkpoint
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run cuts its steps into passes.
+    """How a run cuts its steps into passes."""
 
-    Attributes:
-        tokens_per_step: most tokens, padding included, in one pass.
-        recompute: none, mlp or full.
-        estimate: of memory; None where none was needed.
-        memory: available bytes; None without a GPU.
-    """
-
-    tokens_per_step: int
+    tokens_per_step: int  # most tokens, padding included, in one pass
     recompute: Recompute
     estimate: Estimate | None = None
-    memory: int | None = None
+    memory: int | None = None  # available bytes; None without a GPU
 
     @property
     def fits(self) -> bool:
         """By the estimate, if any."""
         return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
-
-    def line(self) -> str:
-        """One line for the terminal; needs an estimate."""
-        assert self.estimate is not None and self.memory is not None
-        return (
-            f"passes of up to {self.tokens_per_step:,} tokens, recompute {self.recompute}: "
-            f"about {self.estimate.needed / GIB:.1f} of {self.memory / GIB:.1f} GiB"
-        )
 
 
 def available_memory(settings: Settings) -> int | None:
@@ -102,13 +87,11 @@ class Dialogues:
 
     def passes(self, tokens_per_step: int) -> list[Pass]:
         """All passes of the run, in order."""
-        found = []
-        for share in self._shares:
-            lengths = self._lengths[share]
-            for cut in even_batches_within(lengths, tokens_per_step):
-                supervised = int(self._supervised[share[cut]].sum())
-                found.append(Pass(len(cut), int(lengths[cut].max()), supervised))
-        return found
+        return [
+            Pass(len(cut), int(self._lengths[share[cut]].max()), int(self._supervised[share[cut]].sum()))
+            for share in self._shares
+            for cut in even_batches_within(self._lengths[share], tokens_per_step)
+        ]
 
     def largest(self, tokens_per_step: int) -> Pass:
         """A pass that takes at least as much memory as any of the run."""
@@ -150,8 +133,7 @@ def configured_plan(settings: Settings) -> Plan:
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
     """The least recomputation that lets passes of a reasonable size fit into `memory` bytes, with the largest such passes.
 
-    Returns:
-        Where nothing fits, the plan that needs least.
+    Where nothing fits, the plan that needs least.
 
     Raises:
         CannotEstimate: the architecture cannot be run on shapes alone.
@@ -214,25 +196,18 @@ def print_plan(settings: Settings, plan: Plan) -> None:
     """Prints a plan that has an estimate, and warns where it does not fit."""
     if plan.estimate is None or plan.memory is None:
         return
-    print(plan.line())
+    needed, memory = f"{plan.estimate.needed / GIB:.1f}", f"{plan.memory / GIB:.1f}"
+    passes = f"passes of up to {plan.tokens_per_step:,} tokens, recompute {plan.recompute}"
+    print(f"{passes}: about {needed} of {memory} GiB")
     if not plan.fits:
-        smaller_passes = settings.training.tokens_per_step != "auto"
-        print(
-            f"warning: training needs about {plan.estimate.needed / GIB:.1f} GiB and has {plan.memory / GIB:.1f}; "
-            + remedies(settings, plan.recompute, smaller_passes),
-            file=sys.stderr,
-        )
+        changes = remedies(settings, plan.recompute, settings.training.tokens_per_step != "auto")
+        print(f"warning: training needs about {needed} GiB and has {memory}; {changes}", file=sys.stderr)
 
 
 def write_passes(checkpoint: Path, settings: Settings, plan: Plan) -> None:
     """Records the plan in a checkpoint. Dropout depends on the passes, so a resumed run must make the same ones."""
-    write_json(
-        checkpoint / _RECORD,
-        {
-            "asked": _asked(settings),
-            "chosen": {"tokens_per_step": plan.tokens_per_step, "recompute": plan.recompute},
-        },
-    )
+    chosen = {"tokens_per_step": plan.tokens_per_step, "recompute": plan.recompute}
+    write_json(checkpoint / _RECORD, {"asked": _asked(settings), "chosen": chosen})
 
 
 def read_passes(checkpoint: Path, settings: Settings) -> Plan | None:

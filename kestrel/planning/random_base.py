@@ -6,6 +6,7 @@ Nothing is downloaded or quantized. On the meta device it takes no memory; on a 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,9 @@ def random_model(settings: Settings, config: PretrainedConfig, device: torch.dev
     wanted = settings.quantization
     dtype = getattr(torch, wanted.compute_dtype)
     use_fused_kernels(config.model_type)
+    trusted = settings.model.trust_remote_code
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=settings.model.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
     layers = linear_layers(model) if wanted.bits == 4 else {}
     for name, (inputs, outputs) in layers.items():
         parent, _, leaf = name.rpartition(".")
@@ -41,7 +41,8 @@ def random_model(settings: Settings, config: PretrainedConfig, device: torch.dev
         layer = _linear_in_4bit(inputs, outputs, has_bias, wanted, dtype, device)
         setattr(model.get_submodule(parent), leaf, layer)
     if device.type != "meta":
-        _fill(model, device)
+        model._apply(functools.partial(_random, device=device))  # as Module.to does
+        model.tie_weights()
     forbid_repacking(model)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = wanted.bits == 4  # peft chooses its layer classes by it
@@ -71,32 +72,18 @@ def _linear_in_4bit(
         packed.random_()
     with torch.device("meta"):
         layer = Linear4bit(inputs, outputs, bias=has_bias, compute_dtype=dtype, quant_type=wanted.type)
-    shape = torch.Size((outputs, inputs))
-    layer.weight = Params4bit(
-        packed,
-        quant_state=QuantState(
-            shape=shape, code=code, blocksize=BLOCK_SIZE, quant_type=wanted.type, dtype=dtype, **state
-        ),
-        compress_statistics=wanted.double_quant,
-        quant_type=wanted.type,
-        bnb_quantized=True,
-        module=layer,
-    )
+    shape, kind = torch.Size((outputs, inputs)), wanted.type
+    quant_state = QuantState(shape=shape, code=code, blocksize=BLOCK_SIZE, quant_type=kind, dtype=dtype, **state)
+    settings = {"compress_statistics": wanted.double_quant, "quant_type": kind, "bnb_quantized": True}
+    layer.weight = Params4bit(packed, quant_state=quant_state, module=layer, **settings)
     if has_bias:
         layer.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device="meta"))
     return layer
 
 
-def _fill(model: nn.Module, device: torch.device) -> None:
-    """Moves what is still on the meta device to a real one: matrices random, vectors one, buffers zero."""
-    moved: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in moved:
-                    real = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
-                    moved[id(parameter)] = nn.Parameter(real.normal_(0, _SPREAD) if real.dim() > 1 else real)
-                module._parameters[name] = moved[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+def _random(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Of the shape of a tensor on the meta device, on a real one: a random matrix, or a vector of ones."""
+    if not tensor.is_meta:
+        return tensor
+    real = torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
+    return real.normal_(0, _SPREAD) if real.dim() > 1 and real.is_floating_point() else real

@@ -1,10 +1,9 @@
-"""How passes are made: what fits is chosen, what does not fit is made smaller, and the result stays the same."""
+"""Passes: what fits is chosen, what does not fit is made smaller, and the result stays the same."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
-from make_models import make_model
+from make_models import make_model, settings_of
 from safetensors.torch import load_file
 from scripts import die_after
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +22,7 @@ import train
 from kestrel.adapter.lora import add_lora
 from kestrel.adapter.source import WEIGHTS
 from kestrel.config.resolve import resolve
-from kestrel.config.settings import Data, Lora, Model, Settings, Training
+from kestrel.config.settings import Lora, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
 from kestrel.model.loss import attach_token_nll, token_nll
@@ -39,21 +38,17 @@ LENGTHS = st.lists(st.integers(20, 400), min_size=4, max_size=60).map(np.asarray
 
 
 def settings_for(**training: Any) -> Settings:
-    return Settings(
-        run_dir="unused", data=Data(source="unused"), model=Model(name="unused"), training=Training(**training)
-    )
+    return settings_of(training=Training(**training))
 
 
-@dataclass
 class Arithmetic:
-    """An estimator of so many bytes a token, by level, and a bend where the logits' chunk is full."""
+    """An estimator of a fixed number of bytes per token, by level, and a bend where the logits' chunk is full."""
 
     levels = ("none", "mlp", "full")
-    bytes_a_token: tuple[int, int, int] = (2_000_000, 900_000, 300_000)
 
     def estimate(self, shape: Pass, level: str) -> Estimate:
-        kept = shape.tokens * self.bytes_a_token[self.levels.index(level)]
-        return Estimate(4 * 2**30, 0, 0, 0, kept, min(shape.supervised, 512) * 600_000, 0)
+        kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]
+        return Estimate(4 * 2**30, 0, 0, kept, min(shape.supervised, 512) * 600_000, 0)
 
 
 def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
@@ -63,7 +58,7 @@ def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
 
 @hypothesis_settings(deadline=None)
 @given(LENGTHS, st.integers(1, 32), st.integers(4, 60))
-def test_what_is_chosen_fits_and_is_the_largest_that_does(lengths, batch_size, gib):
+def test_the_largest_passes_that_fit_are_chosen(lengths, batch_size, gib):
     dialogues, estimator = dialogues_of(lengths, batch_size), Arithmetic()
     chosen = best_plan(settings_for(), estimator, gib * 2**30, dialogues)
 
@@ -85,35 +80,47 @@ def test_what_is_chosen_fits_and_is_the_largest_that_does(lengths, batch_size, g
 
 
 def test_given_values_are_kept():
-    dialogues = dialogues_of(np.full(32, 300), 32)
-    chosen = best_plan(settings_for(tokens_per_step=3000), Arithmetic(), 8 * 2**30, dialogues)
+    def chosen_for(**training: Any) -> Plan:
+        return best_plan(settings_for(**training), Arithmetic(), 8 * 2**30, dialogues_of(np.full(32, 300), 32))
+
+    chosen = chosen_for(tokens_per_step=3000)
     assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (3000, "mlp", True)
-    chosen = best_plan(settings_for(recompute="none"), Arithmetic(), 8 * 2**30, dialogues)
+    chosen = chosen_for(recompute="none")
     assert chosen.recompute == "none" and 300 <= chosen.tokens_per_step < 2048
-    chosen = best_plan(settings_for(recompute="none", tokens_per_step=9000), Arithmetic(), 8 * 2**30, dialogues)
+    chosen = chosen_for(recompute="none", tokens_per_step=9000)
     assert (chosen.tokens_per_step, chosen.recompute, chosen.fits) == (9000, "none", False)
 
 
-def test_without_a_gpu_numbers_are_fixed(prepared, capsys):
-    """And training.dense_weights, which older configs have, is ignored with a note."""
-    settings, _ = resolve(str(prepared.config), {"training.dense_weights": "true"}, [])
-    assert passes.available_memory(settings) is None
-    chosen = passes.plan_passes(settings, None, None)  # type: ignore[arg-type]  neither is looked at
+def refuse(*_: Any) -> None:
+    raise CannotEstimate("the memory of a mamba cannot be estimated")
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({}, ""),  # no GPU
+        ({"device_memory": "24GiB"}, "warning: the memory of a mamba cannot be estimated"),
+        ({"dense_weights": True}, "training.dense_weights has no effect any more"),  # of older configs
+    ],
+)
+def test_without_an_estimate_numbers_are_fixed(training, message, monkeypatch, capsys):
+    monkeypatch.setattr(passes, "Estimator", refuse)
+    chosen = passes.plan_passes(settings_for(**training), None, None)  # type: ignore[arg-type]  neither is looked at
     assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
-    assert "training.dense_weights has no effect any more" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_of_a_card_what_is_named_or_free_is_taken(monkeypatch):
+def test_the_named_or_free_memory_of_a_gpu_is_taken(monkeypatch):
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * gib, 24 * gib))
     limits = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share))
-    assert passes.available_memory(settings_for()) == 20 * gib + CONTEXT
-    assert passes.available_memory(settings_for(device_memory="12GiB")) == 12 * gib
-    assert passes.available_memory(settings_for(device_memory="80 GB")) == 20 * gib + CONTEXT
-    passes.limit_gpu_memory(settings_for())
-    passes.limit_gpu_memory(settings_for(device_memory="12GiB"))
+    unnamed, small, large = settings_for(), settings_for(device_memory="12GiB"), settings_for(device_memory="80 GB")
+    assert passes.available_memory(unnamed) == passes.available_memory(large) == 20 * gib + CONTEXT
+    assert passes.available_memory(small) == 12 * gib
+    passes.limit_gpu_memory(unnamed)
+    passes.limit_gpu_memory(small)
     assert limits == [pytest.approx((12 * gib - CONTEXT) / (24 * gib))]
 
 
@@ -140,7 +147,7 @@ def test_passes_hold_every_dialogue_within_the_budget(lengths, batch_size, budge
 
 
 def exhaust(monkeypatch: pytest.MonkeyPatch, tokens: int, of_rows: int = 1) -> list[int]:
-    """Lets passes of more than so many tokens fail in training, half-way through what they allocate. Returns their sizes."""
+    """Makes passes of more tokens than this fail in training, after their backward pass. Returns their sizes."""
     failed: list[int] = []
 
     def nll(model, batch):
@@ -160,26 +167,30 @@ def results(run: Path) -> tuple[bytes, bytes]:
     return (run / "adapter" / WEIGHTS).read_bytes(), (run / "logs" / "training.jsonl").read_bytes()
 
 
+def chosen_in(checkpoint: Path) -> int:
+    """The tokens per pass that a checkpoint records."""
+    return json.loads((checkpoint / "passes.json").read_text())["chosen"]["tokens_per_step"]
+
+
 def test_a_step_that_does_not_fit_is_done_again_in_smaller_passes(prepared, tmp_path, monkeypatch, capsys):
     """To the bit what smaller passes give from the beginning, with dropout: nothing is left of the failed attempt."""
     one_step = ["--training.max_steps", "1", "--training.evaluations", "1"]
     with monkeypatch.context() as patch:
         failed = exhaust(patch, 100, of_rows=2)
         assert train.main([*prepared.copy_to(tmp_path / "run"), *one_step]) == 0
-    said = capsys.readouterr().out
-    assert failed and said.count("out of memory in a pass of") == len(failed)
-    record = json.loads((tmp_path / "run/checkpoints/checkpoint-1/passes.json").read_text())
-    budget = record["chosen"]["tokens_per_step"]
-    assert f"passes hold at most {budget:,} (training.tokens_per_step)" in said
+    printed = capsys.readouterr().out
+    assert failed and printed.count("out of memory in a pass of") == len(failed)
+    budget = chosen_in(tmp_path / "run/checkpoints/checkpoint-1")
+    assert f"passes hold at most {budget:,} (training.tokens_per_step)" in printed
     small = [*prepared.copy_to(tmp_path / "small"), *one_step, "--training.tokens_per_step", str(budget)]
     assert train.main(small) == 0
     assert results(tmp_path / "run") == results(tmp_path / "small")
 
 
-def test_a_run_that_steps_down_ends_where_one_with_room_does(prepared, tmp_path, monkeypatch):
+def test_smaller_passes_lead_to_the_same_adapter(prepared, tmp_path, monkeypatch):
     """Without dropout, whose draws depend on the shapes they fill."""
     weights = []
-    for name, tokens in (("room", 10_000), ("none", 260)):
+    for name, tokens in (("enough", 10_000), ("little", 260)):
         with monkeypatch.context() as patch:
             exhaust(patch, tokens, of_rows=2)
             assert train.main([*prepared.copy_to(tmp_path / name), "--lora.dropout", "0.0"]) == 0
@@ -198,27 +209,21 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
             assert train.main(arguments) == 1
         capsys.readouterr()
         assert train.main(arguments) == 0
-    said = capsys.readouterr().out
-    assert "resuming from" in said and "out of memory" not in said
+    printed = capsys.readouterr().out
+    assert "resuming from" in printed and "out of memory" not in printed
     assert results(tmp_path / "run") == results(tmp_path / "whole")
-    # Whoever asks for something else gets it.
-    settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "999"}, [])
-    assert passes.plan_passes(settings, None, None, tmp_path / "run/checkpoints/checkpoint-8").tokens_per_step == 999  # type: ignore[arg-type]
+    # The plan of other settings is not taken.
+    checkpoint, other = tmp_path / "run/checkpoints/checkpoint-8", settings_for(tokens_per_step=999)
+    assert passes.plan_passes(other, None, None, checkpoint).tokens_per_step == 999  # type: ignore[arg-type]
 
 
-def test_one_dialogue_that_does_not_fit_ends_the_run_in_words(prepared, tmp_path, monkeypatch, capsys):
+def test_one_dialogue_that_does_not_fit_ends_the_run_with_what_to_change(prepared, tmp_path, monkeypatch, capsys):
     exhaust(monkeypatch, 60)
-    arguments = [
-        *prepared.copy_to(tmp_path / "run"),
-        "--quantization.bits",
-        "16",
-        "--lora.target_modules",
-        "all-linear",
-    ]
-    assert train.main(arguments) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    places = [said.index(key) for key in ("quantization.bits: 4", "recompute: full", "max_length", "target_modules")]
-    assert "out of memory in a pass of 1 x " in said and places == sorted(places)
+    large = ["--quantization.bits", "16", "--lora.target_modules", "all-linear"]
+    assert train.main([*prepared.copy_to(tmp_path / "run"), *large]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    places = [error.index(key) for key in ("quantization.bits: 4", "recompute: full", "max_length", "target_modules")]
+    assert "out of memory in a pass of 1 x " in error and places == sorted(places)
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -235,7 +240,7 @@ def trainer_for(prepared: Any, budget: int) -> DialogueTrainer:
     )  # fmt: skip
 
 
-def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, monkeypatch, capsys):
+def test_trying_the_largest_pass_finds_the_size_that_fits_and_leaves_no_trace(prepared, monkeypatch, capsys):
     trainer = trainer_for(prepared, 4096)
     failed = exhaust(monkeypatch, 300, of_rows=2)
     before = torch.get_rng_state()
@@ -253,21 +258,17 @@ def test_the_rehearsal_finds_the_size_that_fits_and_leaves_no_trace(prepared, mo
     assert len(failed) == failures
 
 
-def test_of_a_sharded_base_no_process_makes_passes_of_its_own(prepared, monkeypatch):
+def test_with_a_sharded_base_no_pass_is_made_again(prepared, monkeypatch):
     """The others take part in each pass, and would wait for one that is made again."""
     trainer = trainer_for(prepared, 4096)
     trainer._sharded = True
     exhaust(monkeypatch, 100, of_rows=2)
-    with pytest.raises(
-        KestrelError, match=r"out of memory in a pass of \d+ x \d+ tokens; .* lower training.tokens_per_"
-    ):
+    with pytest.raises(KestrelError, match=r"in a pass of \d+ x \d+ tokens; .* lower training.tokens_per_"):
         trainer.training_step(trainer.model, trainer.inputs_of(trainer.rows_of_step(0)))
 
 
 class _Waits(TorchDispatchMode):
-    """Finds operations for which a GPU would have to be waited for: their results are numbers or sizes on the host."""
-
-    _OPERATIONS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+    """Finds operations that wait for a GPU: their results are numbers or sizes on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,7 +277,8 @@ class _Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         indexed_by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if name.split(".")[0] in self._OPERATIONS or indexed_by_mask:
+        waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+        if name in waiting or indexed_by_mask:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -289,29 +291,18 @@ def test_no_step_waits_for_the_gpu(prepared):
         trainer.training_step(trainer.model, inputs)
         trainer._clip_grad_norm(trainer.model)
     assert waits.found == []
-    with _Waits() as waits:  # so that the test can fail
+    with _Waits() as waits:  # does find one
         bool(torch.isfinite(trainer.last_gradient_norm))
     assert waits.found == ["_local_scalar_dense"]
 
 
-def test_auto_takes_what_fits_a_named_card(prepared, tmp_path, capsys):
-    """The whole way through train.py, on a CPU that stands for the card."""
+def test_auto_takes_what_fits_the_named_memory(prepared, tmp_path, capsys):
+    """Through train.py, on a CPU in place of the GPU."""
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.device_memory", "720MiB", "--training.max_steps", "2"]
     assert train.main(arguments) == 0
-    found = re.search(r"passes of up to ([\d,]+) tokens, recompute none: about 0.7 of 0.7 GiB", capsys.readouterr().out)
+    plan = r"passes of up to ([\d,]+) tokens, recompute none: about 0.7 of 0.7 GiB"
+    found = re.search(plan, capsys.readouterr().out)
     assert found is not None
-    record = json.loads((tmp_path / "run/checkpoints/checkpoint-2/passes.json").read_text())
-    assert f"{record['chosen']['tokens_per_step']:,}" == found[1]
+    assert f"{chosen_in(tmp_path / 'run/checkpoints/checkpoint-2'):,}" == found[1]
     assert train.main([*arguments, "--training.device_memory", "600MiB"]) == 0
     assert re.search(r"warning: training needs about 0.\d GiB and has 0.6;", capsys.readouterr().err)
-
-
-def test_where_nothing_can_be_estimated_numbers_are_fixed(prepared, monkeypatch, capsys):
-    def refuse(*_: Any) -> None:
-        raise CannotEstimate("the memory of a mamba cannot be estimated")
-
-    monkeypatch.setattr(passes, "Estimator", refuse)
-    settings, _ = resolve(str(prepared.config), {"training.device_memory": "24GiB"}, [])
-    chosen = passes.plan_passes(settings, None, None)  # type: ignore[arg-type]
-    assert (chosen.tokens_per_step, chosen.recompute) == (4096, "none")
-    assert "warning: the memory of a mamba cannot be estimated" in capsys.readouterr().err
