@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 pytest.importorskip("triton")
 
@@ -106,17 +107,13 @@ def test_plain_dropout_keeps_its_share(p: float) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 320), (513, 64)])
 def test_dequantization(kind: str, shape: tuple[int, int]) -> None:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
     packed, state = quantize_4bit(_random(*shape), blocksize=64, compress_statistics=True, quant_type=kind)
     assert elementwise_gpu.dequantizes(state)
     dense = elementwise_gpu.dequantize(packed, state, torch.float32)
     torch.testing.assert_close(dense, dequantize_4bit(packed, state), rtol=1e-6, atol=1e-7)
 
 
-def test_other_layouts_are_left_to_bitsandbytes() -> None:
-    from bitsandbytes.functional import quantize_4bit
-
-    plain: Any = quantize_4bit(_random(64, 64), blocksize=64, compress_statistics=False, quant_type="nf4")[1]
-    wide: Any = quantize_4bit(_random(64, 64), blocksize=128, compress_statistics=True, quant_type="nf4")[1]
-    assert not elementwise_gpu.dequantizes(plain) and not elementwise_gpu.dequantizes(wide)
+@pytest.mark.parametrize(("blocksize", "double"), [(64, False), (128, True)])
+def test_other_layouts_are_left_to_bitsandbytes(blocksize: int, double: bool) -> None:
+    state: Any = quantize_4bit(_random(64, 64), blocksize=blocksize, compress_statistics=double, quant_type="nf4")[1]
+    assert not elementwise_gpu.dequantizes(state)

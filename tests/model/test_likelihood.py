@@ -10,11 +10,16 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model
 
-from kestrel.data.dataset import load_split
+import generate
+from kestrel.adapter.lora import load_adapter
+from kestrel.config.resolve import resolve
+from kestrel.data.dataset import dialogue_of, load_split
 from kestrel.errors import ProofError
+from kestrel.model.base import load_base
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +84,7 @@ def test_a_likelihood_that_is_not_finite_is_refused():
 
 
 def test_generations_file_holds_the_references_and_candidates_likelihoods(trained, tmp_path):
-    """Every number of the file recomputed from its text: prompt, reference and candidates rendered anew."""
-    import generate
-    from kestrel.adapter.lora import load_adapter
-    from kestrel.config.resolve import resolve
-    from kestrel.data.dataset import dialogue_of
-    from kestrel.model.base import load_base
-    from kestrel.prompt.tokenizer import load_tokenizer
-
+    """Every number of the file computed again from its text: prompt, reference and candidates are rendered again."""
     arguments = trained.copy_to(tmp_path / "run")
     assert generate.main([*arguments, "--generation.candidates", "true", "--generation.systems", "adapter"]) == 0
     chosen, _ = resolve(str(trained.config), {}, [])

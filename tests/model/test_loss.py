@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from make_models import make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kestrel.model.loss
 from kestrel.adapter.lora import add_lora
@@ -55,11 +54,10 @@ def test_equals_the_models_own_loss_and_gradients(model, monkeypatch, chunk, tra
     monkeypatch.setattr(kestrel.model.loss, "CHUNK", chunk)
     model.train(training)
     batch = collate(rows_of([5, 31, 18], seed=chunk), pad_id=END)
-    nll = token_nll(model, batch)
-    own = model(**batch).loss
+    nll, own = token_nll(model, batch), model(**batch).loss
     assert nll.dtype == torch.float32 and nll.shape == ((batch["labels"][:, 1:] != -100).sum(),)
     assert torch.allclose(nll.mean(), own, rtol=1e-5)
-    ours, theirs = gradients(model, token_nll(model, batch).mean()), gradients(model, model(**batch).loss)
+    ours, theirs = gradients(model, nll.mean()), gradients(model, own)
     for name in theirs:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6 * theirs[name].abs().max() + 1e-8), name
 
@@ -102,39 +100,33 @@ def test_proof_passes_for_plain_heads(architecture):
     assert model.training
 
 
-def changing_logits(architecture: str) -> Any:
-    """A tiny model that scales or bounds its logits, by much."""
-    import transformers
-
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"head_dim": 16, "final_logit_softcapping": 1.0}),
+    ],
+)
+def test_logits_that_change_after_the_head(architecture, changes, monkeypatch):
+    """The scale or bound of known architectures is followed, to the adapter's gradient; an unknown one is refused."""
     shape = {
         "vocab_size": 384, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
         "num_key_value_heads": 4, "pad_token_id": 0, "initializer_range": 0.15,
     }  # fmt: skip
-    config: Any = {
-        "cohere": lambda: transformers.CohereConfig(**shape, logit_scale=0.25),
-        "granite": lambda: transformers.GraniteConfig(**shape, logits_scaling=8.0),
-        "gemma2": lambda: transformers.Gemma2Config(**shape, head_dim=16, final_logit_softcapping=1.0),
-    }[architecture]()
-    return transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
-
-
-@pytest.mark.parametrize("architecture", ["cohere", "granite", "gemma2"])
-def test_logits_that_change_after_the_head(architecture, monkeypatch):
-    """Known ones are followed, to the adapter's gradient; what is not known is refused."""
-    model = add_lora(changing_logits(architecture), Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
+    config = AutoConfig.for_model(architecture, **shape, **changes)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = add_lora(base, Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
     own_forward = model.get_base_model().forward
     attach_token_nll(model)
     batch = collate(rows_of([20], seed=0), END)
     prove_loss(model, batch, "float32")
-    gradients = []
-    for loss in (
-        token_nll(model, batch).mean(),
-        own_forward(input_ids=batch["input_ids"], labels=batch["labels"]).loss,
-    ):
-        model.zero_grad()
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.linalg.norm(gradients[0] - gradients[1]) < 1e-4 * torch.linalg.norm(gradients[1]) > 0
+    own_loss = own_forward(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    ours, own = (
+        torch.cat([gradient.flatten() for gradient in gradients(model, loss).values()])
+        for loss in (token_nll(model, batch).mean(), own_loss)
+    )
+    assert torch.linalg.norm(ours - own) < 1e-4 * torch.linalg.norm(own) > 0
 
     monkeypatch.setattr(kestrel.model.loss, "_after_head", lambda causal_lm: (1.0, None))
     with pytest.raises(ProofError, match="differs from this architecture's own"):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from make_models import write_base
+from make_models import settings_of, write_base
 
 import kestrel.model.base
 from kestrel.adapter.lora import add_lora
-from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
+from kestrel.config.settings import Lora, Quantization, Settings
 from kestrel.errors import KestrelError, ProofError
 from kestrel.model.base import load_base, skeleton_of
 from kestrel.model.loss import attach_token_nll, collate, token_nll
@@ -21,8 +22,11 @@ ARCHITECTURES = ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"]
 
 
 def settings_for(base: Path, **quantization: object) -> Settings:
-    chosen = {"compute_dtype": "float32", **quantization}
-    return Settings(run_dir="unused", data=Data(source="unused"), model=Model(name=str(base)), quantization=chosen)
+    return settings_of(base, quantization={"compute_dtype": "float32", **quantization})
+
+
+def load(base: Path, **quantization: object) -> Any:
+    return load_base(settings_for(base, **quantization))[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +36,19 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_base(folder / name, name, hidden=128) for name in ARCHITECTURES}
 
 
-@contextmanager
-def nothing():
-    yield
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_audit_passes_for_what_is_really_in_4_bit(bases, architecture):
+def test_audit_passes_for_what_is_really_in_4_bit_and_all_linear_adapts_it(bases, architecture):
     model, report = load_base(settings_for(bases[architecture]))
     assert report.layers_4bit == report.layers_expected == len(linear_layers(skeleton_of(model.config)))
     assert (report.quant_type, report.double_quant) == ("nf4", True)
     assert "in nf4, double quantization" in report.line()
+    adapted = add_lora(model, Lora(r=2, target_modules="all-linear"), seed=0)
+    assert sum(name.endswith("lora_A") for name, _ in adapted.named_modules()) == report.layers_4bit
 
 
 def test_audit_fails_without_the_remedy(bases, monkeypatch):
     """Passes as long as transformers skips Falcon's layers; once it fails, `quantizable_layers` can go."""
-    monkeypatch.setattr(kestrel.model.base, "quantizable_layers", nothing)
+    monkeypatch.setattr(kestrel.model.base, "quantizable_layers", nullcontext)
     with pytest.raises(ProofError, match=r"8 of 8 linear layers are not in 4 bit, such as transformer\.h\.0\..*Falcon"):
         load_base(settings_for(bases["falcon"]))
 
@@ -61,7 +62,7 @@ def test_remedy_leaves_the_library_as_it_was(bases):
 
 
 @pytest.mark.parametrize(
-    ("held", "asked", "said"),
+    ("held", "asked", "message"),
     [
         ({"type": "fp4"}, {}, "quantization type is fp4; the settings ask for nf4"),
         ({"double_quant": False}, {}, "double quantization is False; the settings ask for True"),
@@ -72,15 +73,15 @@ def test_remedy_leaves_the_library_as_it_was(bases):
         ({"bits": 16}, {"bits": 16, "compute_dtype": "bfloat16"}, "is held in float32; the settings ask for bfloat16"),
     ],
 )
-def test_audit_fails_for_anything_but_what_is_asked(bases, held, asked, said):
-    model, _ = load_base(settings_for(bases["falcon"], **held))
+def test_audit_fails_for_anything_but_what_is_asked(bases, held, asked, message):
+    model = load(bases["falcon"], **held)
     wanted = settings_for(bases["falcon"], **asked).quantization
-    with pytest.raises(ProofError, match=said):
+    with pytest.raises(ProofError, match=message):
         audit(model, skeleton_of(model.config), wanted)
 
 
 def test_audit_sees_one_skipped_layer_and_a_fat_embedding(bases):
-    model, _ = load_base(settings_for(bases["llama"], compute_dtype="bfloat16"))
+    model = load(bases["llama"], compute_dtype="bfloat16")
     wanted = settings_for(bases["llama"], compute_dtype="bfloat16").quantization
     skeleton = skeleton_of(model.config)
     model.model.embed_tokens.float()
@@ -103,9 +104,8 @@ def test_falcon_7b_by_arithmetic():
     skeleton = skeleton_of(config)
     assert sum(p.numel() for p in skeleton.parameters()) == 6_921_720_704
     layers = linear_layers(skeleton)
-    assert len(layers) == 128
     weights = sum(inputs * outputs for inputs, outputs in layers.values())
-    assert weights == 6_625_951_744
+    assert (len(layers), weights) == (128, 6_625_951_744)
     total = expected_footprint_bytes(skeleton, Quantization())
     embedding = 65024 * 4544 * 2
     assert embedding / 1e9 == pytest.approx(0.59, abs=0.005)
@@ -120,8 +120,7 @@ def test_falcon_7b_by_arithmetic():
 @pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox"])
 def test_4_bit_is_near_16_bit_and_not_equal_to_it(bases, architecture):
     ids = torch.arange(12, 76)[None]
-    full, _ = load_base(settings_for(bases[architecture], bits=16))
-    quantized, _ = load_base(settings_for(bases[architecture]))
+    full, quantized = load(bases[architecture], bits=16), load(bases[architecture])
     with torch.no_grad():
         expected, found = full(input_ids=ids).logits, quantized(input_ids=ids).logits
     error = ((found - expected).norm() / expected.norm()).item()
@@ -149,7 +148,7 @@ def _gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
 
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_an_evaluation_leaves_gradients_as_they_were(bases, compute_dtype):
-    base, _ = load_base(settings_for(bases["falcon"], compute_dtype=compute_dtype))
+    base = load(bases["falcon"], compute_dtype=compute_dtype)
     model = add_lora(base, Lora(r=4, dropout=0.0, target_modules="all-linear"), seed=0)
     attach_token_nll(model)
     batch = collate([{"input_ids": list(range(20, 52)), "labels": list(range(20, 52))}], pad_id=11)
@@ -158,42 +157,30 @@ def test_an_evaluation_leaves_gradients_as_they_were(bases, compute_dtype):
     with torch.no_grad():
         model(input_ids=batch["input_ids"])
     after = _gradients(model, batch)
-    import bitsandbytes.functional
-
-    has = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: None)()
-    print(f"this CPU has AVX512-BF16: {has}; only with it would bitsandbytes repack weights without the remedy")
     assert before.keys() == after.keys() and any(g.abs().max() > 0 for g in before.values())
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_forbid_repacking_reaches_every_4_bit_layer(bases):
-    """On CPUs without AVX512-BF16 the test above shows nothing; the switch must be off everywhere."""
-    model, _ = load_base(settings_for(bases["falcon"]))
-    switches = [m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    assert len(switches) == 8 and not any(switches)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = True
+    """Only CPUs with AVX512-BF16 repack weights, so on others the test above shows nothing."""
+    model = load(bases["falcon"])
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    assert len(layers) == 8 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
     forbid_repacking(model)
-    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_linear_adapts_every_quantized_layer(bases, architecture):
-    base, report = load_base(settings_for(bases[architecture]))
-    model = add_lora(base, Lora(r=2, target_modules="all-linear"), seed=0)
-    assert sum(name.endswith("lora_A") for name, _ in model.named_modules()) == report.layers_4bit
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_unknown_target_module_names_the_models_layers(bases):
-    base, _ = load_base(settings_for(bases["falcon"]))
+    base = load(bases["falcon"])
     with pytest.raises(KestrelError, match="q_proj.*its linear layers are .*dense_h_to_4h, .*query_key_value"):
         add_lora(base, Lora(target_modules=["q_proj"]), seed=0)
 
 
 def test_adapter_begins_the_same_for_the_same_seed(bases):
-    weights = []
-    for seed in (1, 1, 2):
-        base, _ = load_base(settings_for(bases["falcon"]))
-        weights.append(next(p for n, p in add_lora(base, Lora(r=2), seed).named_parameters() if "lora_A" in n))
+    weights = [
+        next(p for n, p in add_lora(load(bases["falcon"]), Lora(r=2), seed).named_parameters() if "lora_A" in n)
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
