@@ -1,8 +1,7 @@
 """Several processes of one run, as torchrun and accelerate start them: who prints, who decides, how all of them end.
 
-The launcher gives each process its RANK and the WORLD_SIZE. The first process, rank 0, writes, prints and holds the
-folder's lock for all, and broadcasts what it reads from disk, so that all do the same. Without a launcher there is one
-process, and nothing here costs time. torch is imported only where it is needed.
+The launcher sets RANK and WORLD_SIZE. The first process, rank 0, writes, prints and holds the folder's lock for all, and
+broadcasts what it reads from disk. torch is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STORE_TIMEOUT = timedelta(seconds=10)
-
 
 def world_size() -> int:
     """Number of processes of this run."""
@@ -40,17 +37,25 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def launch_warning() -> str | None:
+    """A warning if the launcher started one process instead of several; None otherwise.
+
+    accelerate (1.15) starts one process on CPUs whatever its --num_processes; if that is above 1, it sets MASTER_PORT
+    but not WORLD_SIZE. tests/chain/test_launchers.py fails when that changes.
+    """
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        return "accelerate started one process instead of several, as it does on CPUs; use torchrun --nproc_per_node N"
+    return None
+
+
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
     """Discards what the other processes print while the block runs."""
-    if is_first():
-        yield
-        return
-    with (
-        open(os.devnull, "w", encoding="utf-8") as null,
-        contextlib.redirect_stdout(null),
-        contextlib.redirect_stderr(null),
-    ):
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+            stack.enter_context(contextlib.redirect_stderr(null))
         yield
 
 
@@ -91,8 +96,7 @@ def all_reduce_min(value: int) -> int:
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replaces each parameter's gradient by its mean over all processes, in one exchange; None counts as zero.
 
-    Args:
-        parameters: the same in each process, all of one dtype.
+    All processes pass the same parameters, of one dtype.
     """
     if world_size() == 1:
         return
@@ -120,28 +124,22 @@ def gather_to_first(value: T) -> list[T]:
 
 
 def failure_to_report(message: str) -> str | None:
-    """What this process should print about the failure that ends it.
+    """What this process should print about the failure that ends it, of which `message` is its own description.
 
     The first process to fail ends the run, and the others then fail too, with nothing to add. Only on each other machine
     one of them repeats the first message, for whoever watches that machine's terminal.
-
-    Args:
-        message: about this process's own failure.
     """
     if world_size() == 1:
         return message
     machine = os.environ.get("GROUP_RANK", "0")
+    mine = [rank(), machine, f"on {socket.gethostname()}: {message}"]
     try:
-        store = _launchers_store()
-        if store.add(_failures_key(), 1) == 1:
-            store.set(f"{_failures_key()}/message", json.dumps([machine, f"on {socket.gethostname()}: {message}"]))
-            return message
-        if os.environ.get("LOCAL_RANK") != "0":
-            return None
-        first_machine, first_message = json.loads(store.get(f"{_failures_key()}/message"))
-        return first_message if first_machine != machine else None
+        first = json.loads(_launchers_store().compare_set(_failure_key(), "", json.dumps(mine)))
     except Exception:  # noqa: BLE001  without the store, two messages are better than none
         return message
+    if first[0] == rank():
+        return message
+    return first[2] if first[1] != machine and os.environ.get("LOCAL_RANK") == "0" else None
 
 
 def any_failed() -> bool:
@@ -149,7 +147,7 @@ def any_failed() -> bool:
     if world_size() == 1:
         return False
     try:
-        return _launchers_store().add(_failures_key(), 0) > 0
+        return bool(_launchers_store().check([_failure_key()]))
     except Exception:  # noqa: BLE001  the store is gone
         return False
 
@@ -160,13 +158,17 @@ def is_lost_connection(error: BaseException) -> bool:
     return world_size() > 1 and isinstance(error, RuntimeError) and any(cause in str(error) for cause in causes)
 
 
-def _failures_key() -> str:
-    return f"kestrel/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _failure_key() -> str:
+    return f"kestrel/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _launchers_store() -> Any:
-    """The store of torchrun, and of accelerate, which uses it; it outlives the processes of the run."""
+    """The store of torchrun, and of accelerate, which uses it; it outlives the processes of the run.
+
+    torchrun's own `elastic.multiprocessing.errors.record` prints a traceback for every process, and on machines other
+    than the one that failed it names a lost connection as the cause.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
