@@ -18,54 +18,49 @@ from pathlib import Path
 
 from kestrel.errors import KestrelError
 
-_PATIENCE = 5.0  # seconds
-
 
 @contextmanager
 def plain_hub_errors(what: str) -> Iterator[None]:
-    """Turns the client's errors into one sentence that says what to do.
-
-    Args:
-        what: is looked for, and with what else it was looked for before.
-    """
+    """Turns the client's errors into one sentence that says what was looked for (`what`) and what to do."""
     from huggingface_hub import errors
 
+    absent = "the Hub cannot be reached, and the client's cache does not have it"
+    if _network_is_forbidden():
+        absent = "HF_HUB_OFFLINE forbids the network, and the client's cache does not have it; unset it"
+    sentences: dict[type[Exception], str] = {  # subclasses come first
+        errors.OfflineModeIsEnabled: absent,
+        errors.LocalEntryNotFoundError: absent,
+        errors.IncompleteSnapshotError: absent,
+        errors.GatedRepoError: "access is restricted; ask for it on the Hub and log in: hf auth login",
+        errors.RepositoryNotFoundError: "the Hub knows no such repository, or it is private and you are not logged in "
+        "(HF_TOKEN, or: hf auth login)",
+        errors.EntryNotFoundError: "the repository lacks a file ({}); it is not what it should be",
+        errors.RevisionNotFoundError: "the repository has no such revision",
+        errors.LocalTokenNotFoundError: "no token; set HF_TOKEN or log in: hf auth login",
+        errors.HfHubHTTPError: "the Hub refused ({}); ",
+    }
+    advice = {
+        400: "fix what it names",
+        401: "the token is missing or wrong; set HF_TOKEN or log in: hf auth login",
+        403: "the token may not write there; make one with write access to this repository",
+        429: "the Hub asks to slow down; wait and run the same command again",
+    }
     try:
         yield
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
-            raise KestrelError(
-                f"{what}: HF_HUB_OFFLINE forbids the network, and the client's cache has it not; unset it"
-            ) from None
-        raise KestrelError(f"{what}: the Hub cannot be reached, and the client's cache has it not") from None
-    except errors.GatedRepoError:
-        raise KestrelError(f"{what}: access is restricted; ask for it on the Hub and log in: hf auth login") from None
-    except errors.RepositoryNotFoundError:
-        raise KestrelError(
-            f"{what}: the Hub knows no such repository, or it is private and you are not logged in (HF_TOKEN, or: "
-            "hf auth login)"
-        ) from None
-    except errors.EntryNotFoundError as error:
-        raise KestrelError(
-            f"{what}: the repository lacks a file ({_first_line(error)}); it is not what it should be"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise KestrelError(f"{what}: the repository has no such revision") from None
-    except errors.LocalTokenNotFoundError:
-        raise KestrelError(f"{what}: no token; set HF_TOKEN or log in: hf auth login") from None
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        advice = {
-            401: "the token is missing or wrong; set HF_TOKEN or log in: hf auth login",
-            403: "the token may not write there; make one with write access to this repository",
-            429: "the Hub asks to slow down; wait and run the same command again",
-        }.get(status or 0, "run the same command again" if status != 400 else "mend what it names")
-        raise KestrelError(f"{what}: the Hub refused ({_first_line(error)}); {advice}") from None
+    except tuple(sentences) as error:
+        kind = next(kind for kind in sentences if isinstance(error, kind))
+        sentence = sentences[kind].format(first_line(error))
+        if kind is errors.HfHubHTTPError:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            sentence += advice.get(status or 0, "run the same command again")
+        raise KestrelError(f"{what}: {sentence}") from None
     except _broken_connections() as error:
-        cause = error.__cause__ or error
-        raise KestrelError(
-            f"{what}: the connection failed ({_first_line(cause)}); run the same command again, what arrived is kept"
-        ) from None
+        failed = f"the connection failed ({first_line(error.__cause__ or error)})"
+        raise KestrelError(f"{what}: {failed}; run the same command again, what arrived is kept") from None
+
+
+def _network_is_forbidden() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
 
 
 def _broken_connections() -> tuple[type[Exception], ...]:
@@ -74,13 +69,14 @@ def _broken_connections() -> tuple[type[Exception], ...]:
     return (ConnectionError, RuntimeError, *(library.HTTPError for library in libraries))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 @functools.cache
 def use_cache_without_network() -> None:
-    """Switches the Hub's client to its cache where the Hub does not answer, and says so; asked once in a process.
+    """Switches the Hub's client to its cache if the Hub does not answer, and says so. Asks once in a process.
 
     The client (huggingface_hub 2.4) would try each file six times, half a minute, and warn of each.
     """
@@ -94,15 +90,14 @@ def use_cache_without_network() -> None:
 def _silent(url: str) -> str | None:
     """Why nobody answers at a URL; None if somebody does, whatever the answer."""
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5.0).close()
     except urllib.error.HTTPError:
         return None
-    except urllib.error.URLError as error:
-        # A refused certificate is an answer too: the client has certificates of its own.
-        certificate = "certificate" in str(error.reason).lower()
-        return None if certificate else str(getattr(error.reason, "strerror", None) or error.reason)
     except OSError as error:
-        return str(error)
+        reason = getattr(error, "reason", error)
+        # A refused certificate is an answer too: the client has certificates of its own.
+        certificate = "certificate" in str(reason).lower()
+        return None if certificate else str(getattr(reason, "strerror", None) or reason)
     return None
 
 
@@ -111,20 +106,18 @@ def plain_loading_errors(what: str, name: str) -> Iterator[None]:
     """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
     from safetensors import SafetensorError
 
-    if not Path(name).exists():
+    is_local = Path(name).exists()
+    if not is_local:
         use_cache_without_network()
     try:
         yield
-    except KestrelError:
-        raise
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(name).exists():
+        if is_local:
             advice = "the folder exists but cannot be used"
-        elif os.environ.get("HF_HUB_OFFLINE") == "1":
-            advice = "it is no local folder and HF_HUB_OFFLINE=1 forbids the network"
+        elif _network_is_forbidden():
+            advice = "it is no local folder and HF_HUB_OFFLINE forbids the network"
         else:
             advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
-        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first})") from error
+        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first_line(error)})") from error

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kestrel.config.settings import is_hub_id
 from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
 from kestrel.errors import KestrelError
@@ -16,7 +17,6 @@ from kestrel.runtime.manifest import sha256_of
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 _NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|state)\b", re.IGNORECASE)
 
@@ -65,7 +65,7 @@ def locate(source: str, revision: str | None) -> Located:
         by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in sections(path)}
         files = {split: by_split[split] for split in SPLITS if split in by_split}
         return Located(files or {"train": [SourceFile(path)]}, path.parent)
-    if path.suffix in SUFFIXES or not _HUB_ID.fullmatch(source) or path.parent.exists():
+    if path.suffix in SUFFIXES or not is_hub_id(source) or path.parent.exists():
         raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_suggestion(path)}")
     return _download(source, revision)
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from kestrel.errors import KestrelError
+from kestrel.hub import first_line
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -64,7 +65,7 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             kind = "that folder" if Path(name).exists() else "no such local folder, and the Hub"
             raise KestrelError(
-                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {_first_line(error)}). Metrics on the Hub "
+                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {first_line(error)}). Metrics on the Hub "
                 "need a network and the packages they import; a local folder NAME/ needs NAME.py in it"
             ) from error
     return metrics
@@ -87,7 +88,7 @@ def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -
         try:
             result = metric.compute(predictions=responses, references=references) or {}
         except Exception as error:
-            raise KestrelError(f"evaluation.extra_metrics: {name!r} fails: {_first_line(error)}") from error
+            raise KestrelError(f"evaluation.extra_metrics: {name!r} fails: {first_line(error)}") from error
         scores[name] = {
             key: number for key, value in result.items() if (number := _mean(value, len(pairs))) is not None
         }
@@ -96,10 +97,6 @@ def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -
     return {
         name: {key: n if math.isfinite(n) else None for key, n in numbers.items()} for name, numbers in scores.items()
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _mean(value: Any, replies: int) -> float | None:
