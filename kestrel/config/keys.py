@@ -23,30 +23,33 @@ class Key:
     field: FieldInfo
 
     @property
+    def alternatives(self) -> list[Any]:
+        """The types that a value may have, each without its limits."""
+        return _members(self.field.annotation)
+
+    @property
     def takes_several(self) -> bool:
-        return any(typing.get_origin(option) is list for option in alternatives(self.field.annotation))
+        return any(typing.get_origin(option) is list for option in self.alternatives)
 
     @property
     def is_text(self) -> bool:
         """Takes strings only, so that a revision such as 1234567 or 12e4567 is not read as a number."""
-        options = {option for option in alternatives(self.field.annotation) if option is not type(None)}
-        return options == {str}
+        return {*self.alternatives} - {type(None)} == {str}
 
     @property
     def type_name(self) -> str:
-        return " or ".join(_type_name(option) for option in alternatives(self.field.annotation))
+        return " or ".join(_type_name(option) for option in self.alternatives)
 
     @property
     def default(self) -> str:
         return "required" if self.field.is_required() else f"default: {as_yaml(self.field.default)}"
 
 
-def alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, `Annotated` and `Literal` left as they are."""
+def _members(annotation: Any) -> list[Any]:
     if typing.get_origin(annotation) is typing.Annotated:
-        return alternatives(typing.get_args(annotation)[0])
+        return _members(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [leaf for member in typing.get_args(annotation) for leaf in alternatives(member)]
+        return [leaf for member in typing.get_args(annotation) for leaf in _members(member)]
     return [annotation]
 
 
@@ -64,9 +67,8 @@ def _type_name(annotation: Any) -> str:
 
 def as_yaml(value: Any) -> str:
     """A value on one line, as YAML that reads back to it."""
-    if isinstance(value, list):
-        return "[" + ", ".join(as_yaml(item) for item in value) + "]"
-    quoted = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = "".join(value) if isinstance(value, list) else value
+    quoted = '"' if isinstance(text, str) and not text.isprintable() else None
     # Within a list, so that what would end a list's item gets quotes as well.
     line = yaml.safe_dump([value], default_flow_style=True, default_style=quoted, allow_unicode=True, width=math.inf)
     return line.strip()[1:-1]

@@ -1,7 +1,7 @@
 """From a YAML file and options to validated settings, and back to YAML.
 
-pydantic checks the values; this room adds what it does not know: the line a value stands in, the nearest valid key,
-and options of the form `--section.key VALUE`.
+pydantic checks the values; this module adds the line of each value, the nearest valid key, and options of the form
+`--section.key VALUE`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import difflib
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from kestrel.config.keys import Key, all_keys, alternatives, as_yaml
+from kestrel.config.keys import Key, all_keys, as_yaml
 from kestrel.config.settings import Settings, conflicts
-from kestrel.config.yaml_file import load_with_lines
+from kestrel.config.yaml_file import Loaded, load_with_lines
 from kestrel.errors import UsageError
 
 _LONGEST = 2**20  # bytes of a YAML file
 
-# Options of the launchers that people put behind the script's name, where they are the script's.
-_OPTIONS = {
+# Options of the launchers, which users may put after the script's name.
+_LAUNCHERS = {
     "torchrun": "nproc_per_node nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rdzv_conf "
     "standalone max_restarts shutdown_timeout",
     "accelerate launch": "config_file num_processes num_machines machine_rank main_process_ip main_process_port "
@@ -41,27 +41,22 @@ def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
 
 def _option_value(key: Key, given: Any) -> Any:
     """The value of one command-line option, read as YAML reads it unless the key takes text."""
-
-    def scalar(text: str) -> Any:
-        if text in ("null", "None") and type(None) in alternatives(key.field.annotation):
-            return None
-        if key.is_text or key.takes_several:
-            return text
-        try:
-            return load_with_lines(text, key.dotted).value
-        except UsageError:
-            return text  # and the settings say what they expect instead
-
-    if not key.takes_several:
-        return scalar(given)
-    if len(given) == 1 and given[0] in [
-        value
-        for option in alternatives(key.field.annotation)
-        for value in typing.get_args(option)
-        if typing.get_origin(option) is typing.Literal
-    ]:
-        return given[0]
-    return [] if given == ["[]"] else list(given)
+    if key.takes_several:
+        words = [
+            word
+            for option in key.alternatives
+            if typing.get_origin(option) is Literal
+            for word in typing.get_args(option)
+        ]
+        if len(given) == 1 and given[0] in words:
+            return given[0]
+        return [] if given == ["[]"] else list(given)
+    if given in ("null", "None") and type(None) in key.alternatives:
+        return None
+    try:
+        return given if key.is_text else load_with_lines(given, key.dotted).value
+    except UsageError:
+        return given  # and the settings say what they expect instead
 
 
 def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -76,21 +71,22 @@ def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def resolve(
     config: str | None, overrides: dict[str, Any], unknown: Sequence[str] = (), flags: Sequence[str] = ()
 ) -> tuple[Settings, dict[str, str]]:
-    """Validated settings from a YAML file and command-line options, and where each value that is no default is from.
+    """Validated settings from a YAML file and command-line options, and the origin of each value that is no default.
 
     Args:
         config: the YAML file.
         overrides: dotted key -> value as given; None where the value is missing, a list where several may be given.
-        unknown: arguments that are no known option, for the messages about them.
+        unknown: arguments that are no known option.
         flags: names of the options that are not keys.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
     """
     keys = all_keys()
-    problems = _unknown_arguments(unknown, [*keys, *flags])
-    tree, lines, readable = _load(config, keys, problems)
-    origin = {dotted: f"{config}:{line}" for dotted, line in lines.items()}
+    loaded = _load(config, keys)
+    problems = _unknown_arguments(unknown, [*keys, *flags]) + loaded.problems
+    tree = loaded.value or {}
+    origin = {dotted: f"{config}:{line}" for dotted, line in loaded.lines.items()}
     for dotted, given in overrides.items():
         if given is None:
             problems.append(f"--{dotted}: needs a value ({keys[dotted].type_name})")
@@ -115,7 +111,7 @@ def resolve(
     except ValidationError as error:
         for problem in error.errors():
             # A key that is missing from an unreadable file may be in it.
-            if readable or problem["type"] != "missing":
+            if loaded.value is not None or problem["type"] != "missing":
                 _explain(problem, keys, report)
     if problems or settings is None:
         raise UsageError(problems)
@@ -125,39 +121,35 @@ def resolve(
 def _unknown_arguments(unknown: Sequence[str], known: list[str]) -> list[str]:
     """A message for each unknown option, and for each argument that is not the value of one."""
     problems = []
-    for before, given in zip([None, *unknown], unknown, strict=False):
+    for before, given in zip(["", *unknown], unknown, strict=False):
         flag = given.split("=")[0]
+        name = flag.lstrip("-")
+        launchers = [each for each, names in _LAUNCHERS.items() if name.replace("-", "_") in names.split()]
         if not flag.startswith("-"):
-            if before is None or not before.startswith("-"):
+            if not before.startswith("-"):
                 problems.append(f"{given!r}: an argument that belongs to no option")
-        elif launcher := launcher_of(flag):
-            problems.append(f"{flag}: an option of {launcher}; it goes before the script's name")
+        elif launchers:
+            problems.append(f"{flag}: an option of {launchers[0]}; it goes before the script's name")
         else:
-            problems.append(f"{flag}: unknown option{_nearest(flag.lstrip('-'), known, '--')}")
+            problems.append(f"{flag}: unknown option{_nearest(name, known, '--')}")
     return problems
 
 
-def _load(config: str | None, keys: dict[str, Key], problems: list[str]) -> tuple[dict[str, Any], dict[str, int], bool]:
-    """The file's content, the line of each dotted key, and whether the file could be read; adds to `problems`."""
+def _load(config: str | None, keys: dict[str, Key]) -> Loaded:
+    """The file's content with the line of each dotted key, and its problems; its value is None if it cannot be read."""
     if config is None:
-        problems.append("--config: needs a YAML file, such as configs/quickstart.yaml")
-        return {}, {}, False
+        return Loaded(None, problems=["--config: needs a YAML file, such as configs/quickstart.yaml"])
     try:
         loaded = load_with_lines(_read(config), config, text_keys={name for name, key in keys.items() if key.is_text})
     except UsageError as error:
-        problems += error.problems
-        return {}, {}, False
-    problems += loaded.problems
+        return Loaded(None, problems=error.problems)
     tree = loaded.value or {}
     if not isinstance(tree, dict):
-        problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
-        return {}, loaded.lines, False
+        loaded.problems.append(f"{config}:1: expected a mapping of sections, found {type(tree).__name__}")
+        return Loaded(None, loaded.lines, loaded.problems)
     # A section whose keys are all commented out is None.
-    return (
-        {name: {} if value is None and name not in keys else value for name, value in tree.items()},
-        loaded.lines,
-        True,
-    )
+    loaded.value = {name: {} if value is None and name not in keys else value for name, value in tree.items()}
+    return loaded
 
 
 def _ancestors(dotted: str) -> list[str]:
@@ -169,29 +161,23 @@ def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], No
     """One pydantic error in the words of the settings."""
     parts = [str(part) for part in problem["loc"]]
     dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
+    found = f"found {problem['input']!r}"
     if problem["type"] == "extra_forbidden":
-        sections = list(Settings.model_fields)
         if parts[0] in keys:  # `training.epochs: 1` for a section with a key
             section, _, name = parts[0].rpartition(".")
             report(parts[0], f"write it as a section: `{section}:`, and below it, indented, `{name}:`")
         else:
-            report(dotted, "unknown key" + _nearest(dotted, [*keys, *sections]))
+            report(dotted, "unknown key" + _nearest(dotted, [*keys, *Settings.model_fields]))
     elif problem["type"] == "missing":
         required = [name for name, key in keys.items() if name.startswith(f"{dotted}.") and key.field.is_required()]
         for name in required or [dotted]:
             report(name, "is required and missing")
-    elif dotted in keys:
-        reason = problem["msg"][0].lower() + problem["msg"][1:]
-        expected = keys[dotted].type_name
-        wrong_kind = problem["type"].endswith(("_type", "_parsing", "literal_error"))
-        report(
-            dotted,
-            f"expected {expected}, found {problem['input']!r}"
-            if wrong_kind
-            else f"{reason}, found {problem['input']!r}",
-        )
+    elif dotted not in keys:
+        report(dotted, f"expected a section with keys, {found}")
+    elif problem["type"].endswith(("_type", "_parsing", "literal_error")):
+        report(dotted, f"expected {keys[dotted].type_name}, {found}")
     else:
-        report(dotted, f"expected a section with keys, found {problem['input']!r}")
+        report(dotted, f"{problem['msg'][0].lower()}{problem['msg'][1:]}, {found}")
 
 
 def _read(config: str) -> str:
@@ -208,29 +194,19 @@ def _read(config: str) -> str:
         raise UsageError([f"{config!r}: {error}"]) from None
     except OSError as error:
         siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UsageError(
-            [f"{config}: {(error.strerror or 'unreadable').lower()}{_nearest(config, siblings)}"]
-        ) from None
+        reason = (error.strerror or "unreadable").lower()
+        raise UsageError([f"{config}: {reason}{_nearest(config, siblings)}"]) from None
 
 
 def describe(settings: Settings, origin: dict[str, str]) -> str:
     """The resolved settings as YAML, with the origin of each value that is not a default."""
     lines = []
-    tree = settings.model_dump()
-    for name, value in tree.items():
+    for section, value in settings.model_dump().items():
         if isinstance(value, dict):
-            lines.append(f"{name}:")
-            entries = [(f"  {key}", f"{name}.{key}", leaf) for key, leaf in value.items()]
-        else:
-            entries = [(name, name, value)]
-        for label, dotted, leaf in entries:
+            lines.append(f"{section}:")
+        for name, leaf in value.items() if isinstance(value, dict) else [("", value)]:
+            label, dotted = (f"  {name}", f"{section}.{name}") if name else (section, section)
             source = origin.get(dotted, "")
             mark = "  # overridden on the command line" if source.startswith("--") else source and f"  # {source}"
             lines.append(f"{label}: {as_yaml(leaf)}{mark}")
     return "\n".join(lines) + "\n"
-
-
-def launcher_of(option: str) -> str | None:
-    """The launcher that has this option, if any."""
-    name = option.lstrip("-").replace("-", "_")
-    return next((launcher for launcher, options in _OPTIONS.items() if name in options.split()), None)
