@@ -11,11 +11,7 @@ class KestrelError(Exception):
 
 
 class UsageError(KestrelError):
-    """An invalid command line or YAML file. Exit status 2.
-
-    Args:
-        problems: one line each; all of them are shown at once.
-    """
+    """An invalid command line or YAML file, with a line for each problem. Exit status 2."""
 
     exit_status = 2
 
@@ -29,13 +25,7 @@ class ProofError(KestrelError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM stopped the run, after it saved what can be resumed.
-
-    Not an Exception, which libraries catch to continue.
-
-    Args:
-        signal_number: 2 or 15; the exit status is 128 more, as shells expect.
-    """
+    """SIGINT or SIGTERM stopped the run, after it saved what can be resumed. Not an Exception: libraries catch those."""
 
     def __init__(self, signal_number: int, message: str = "interrupted"):
         self.exit_status = 128 + signal_number

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from kestrel.errors import KestrelError
 
 INCOMPLETE = ".incomplete-"  # in the names of unfinished files and folders; `clear_leftovers` removes them
+_FORMER = ".former-"  # in the names of folders about to be replaced
 _unfinished: set[Path] = set()  # what this process is writing
 
 
@@ -46,12 +47,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """An open file that gets the name `path` when the block ends without an error.
-
-    Args:
-        path: name of the file; its folder is created.
-        mode: "w" for UTF-8 text, "wb" for bytes.
-    """
+    """A file, open for UTF-8 text or with "wb" for bytes, that gets its name when the block ends without an error."""
     with _temporary(path) as temporary:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -64,8 +60,7 @@ def write_atomically(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def folder_atomically(path: Path) -> Iterator[Path]:
     """An empty folder that gets the name `path` when the block ends without an error, in place of what was there.
 
-    A process killed at any moment leaves the old folder or the new one: under `path` or, between the two renames,
-    beside it, from where `clear_leftovers` restores it.
+    A process killed between the two renames leaves the old folder beside `path`; `clear_leftovers` restores it.
 
     Raises:
         KestrelError: `path` is a file, which is not deleted.
@@ -76,7 +71,7 @@ def folder_atomically(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         _fsync(temporary)
-        former = path.with_name(f".{path.name}.former-{os.getpid()}")
+        former = path.with_name(f".{path.name}{_FORMER}{os.getpid()}")
         try:
             if path.exists():
                 os.replace(path, former)
@@ -91,28 +86,24 @@ def _fsync(folder: Path) -> None:
     """Writes a folder's content to the disk, so that a power cut after its rename does not leave empty files."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
+        # Some file systems cannot synchronize folders.
+        with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
-        except OSError:
-            if not path.is_dir():  # some file systems cannot synchronize folders
-                raise
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Restores and removes what killed processes left in a folder that no other process is writing to."""
-    _clear(folder.rglob(".*.former-*"), folder.rglob(f".*{INCOMPLETE}*"))
+    _clear(folder.rglob(f".*{kind}*") for kind in (_FORMER, INCOMPLETE))
 
 
 def clear_leftovers_of(path: Path) -> None:
     """The same for one file or folder, beside others that living processes of this machine may be writing."""
     name = f".{glob.escape(path.name)}"
-    former, incomplete = (
+    _clear(
         [left for left in path.parent.glob(f"{name}{kind}*") if not _is_alive(left.name.rpartition("-")[2])]
-        for kind in (".former-", INCOMPLETE)
+        for kind in (_FORMER, INCOMPLETE)
     )
-    _clear(former, incomplete)
 
 
 def _is_alive(number: str) -> bool:
@@ -122,14 +113,14 @@ def _is_alive(number: str) -> bool:
     except ProcessLookupError:
         return False
     except (ValueError, OverflowError, PermissionError):
-        return True
+        pass
     return True
 
 
-def _clear(formers: Iterable[Path], incomplete: Iterable[Path]) -> None:
-    formers = sorted(formers)
+def _clear(leftovers: Iterable[Iterable[Path]]) -> None:
+    formers, incomplete = map(sorted, leftovers)
     for former in formers:
-        path = former.with_name(former.name[1:].rpartition(".former-")[0])
+        path = former.with_name(former.name[1:].rpartition(_FORMER)[0])
         if not path.exists():
             os.replace(former, path)
     for left in [*formers, *incomplete]:

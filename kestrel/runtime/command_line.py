@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import Interrupted, KestrelError, UsageError
-from kestrel.runtime import distributed, rendezvous
+from kestrel.runtime import distributed
 from kestrel.runtime.run_folder import locked_run_folder
 from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals, prepare_output
 
@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from kestrel.config.settings import Settings
 
 Options = Sequence[tuple[str, dict[str, Any]]]  # flags, each with the keywords of `ArgumentParser.add_argument`
+
+_OUT_OF_MEMORY = (
+    "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
+    "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
+)
+_LOST_CONNECTION = (
+    "another process of this run ended without a message, perhaps killed because memory ran out; the launcher names it "
+    "below. Run the same command again to continue"
+)
 
 
 def run_script(
@@ -43,7 +52,7 @@ def run_script(
     Args:
         name: the script's file name, for messages.
         doc: its docstring, for --help.
-        steps: what it does with the settings and its own options, to which `again` is added: the options with which
+        steps: what it does with the settings and its own options, and with `again` among these: the options with which
             another script works on the same run.
         argv: arguments without the program's name; None for those of the process.
         options: the script's own flags.
@@ -56,14 +65,13 @@ def run_script(
     if not (together or distributed.is_first()):
         return 0
     prepare_output()
-    stderr = sys.stderr
-    run_dir = None
+    stderr, run_dir = sys.stderr, None
     try:
         with on_signals(exit_now):
             arguments, settings, origin = _read_command_line(name, doc, argv, options)
-            run_dir = settings.run_dir
             from kestrel.config.resolve import describe
 
+            run_dir = settings.run_dir
             if arguments.print_config:
                 if distributed.is_first():
                     print(describe(settings, origin), end="", flush=True)
@@ -72,7 +80,7 @@ def run_script(
             locks = writes and not getattr(arguments, "dry_run", False)
             folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
             with distributed.only_first_prints(), folder:
-                if together and (warning := rendezvous.launch_warning()):
+                if together and (warning := distributed.launch_warning()):
                     print(f"warning: {warning}", file=sys.stderr)
                 steps(settings, arguments)
             distributed.leave_process_group()
@@ -184,13 +192,7 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return 1, f"no permission to write: {error.filename or error}; change that, or give this run another run_dir"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return 1, (
-            "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
-            "training.recompute: full, keep quantization.bits: 4, lower prompt.max_length"
-        )
+        return 1, _OUT_OF_MEMORY
     if distributed.is_lost_connection(error):
-        return 1, (
-            "another process of this run ended without a message, perhaps killed because memory ran out; the launcher "
-            "names it below. Run the same command again to continue"
-        )
+        return 1, _LOST_CONNECTION
     return 1, f"unexpected {type(error).__name__}: {error}\n  run it again with --debug to see where"

@@ -15,14 +15,13 @@ _FULL = 2**20  # bytes; if less is free when a write fails, the disk is full
 # Bytes of Arrow per byte of source: 1.0 to 8.0 over the formats of Persona-Chat, most where both sides are learned.
 _DATASET_FACTOR = 8
 _LARGEST_DIALOGUE = 2**16  # bytes in Arrow; a hundred turns
-_ADAPTER_BYTES = 4  # per trained weight, float32
 _CHECKPOINT_BYTES = 12  # per trained weight, with AdamW's two moments
 _TOKENIZER_BYTES = 64  # per vocabulary entry in tokenizer.json
 _SMALL_FILES = 2**15  # bytes of configurations, manifests and random states in a checkpoint
 _LINE_BYTES = 256  # per line of a log; per row of generations besides its texts
 _TOKEN_BYTES = 6  # of text per generated token
-_ALTERNATIVE = "give this run another run_dir"
 _REPORT_BYTES = 2**20  # the report's page and plots
+_ALTERNATIVE = "give this run another run_dir"
 
 
 def is_full(error: BaseException, folder: Path) -> bool:
@@ -34,16 +33,16 @@ def is_full(error: BaseException, folder: Path) -> bool:
 
 @contextmanager
 def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> Iterator[None]:
-    """Checks that there is room for what the block writes, and explains an OSError in it if the disk is full.
+    """Checks that the disk has space for what the block writes, and explains an OSError in it if the disk is full.
 
     Args:
         what: is written, in the plural, for messages.
-        needed: bytes that it will take, about.
+        needed: bytes.
         folder: where; it need not exist.
         alternative: what to do if no space can be freed.
 
     Raises:
-        KestrelError: no room, before or during the block, with what is needed and what is free.
+        KestrelError: not enough space, before or during the block.
     """
     require_room(what, needed, folder, alternative)
     try:
@@ -51,9 +50,8 @@ def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATI
     except OSError as error:
         if not is_full(error, _existing(folder)):
             raise
-        raise KestrelError(
-            f"the disk is full; what was finished is kept. {_needed_and_free(what, needed, folder, alternative)}"
-        ) from error
+        advice = _needed_and_free(what, needed, folder, alternative)
+        raise KestrelError(f"the disk is full; what was finished is kept. {advice}") from error
 
 
 def require_room(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> None:
@@ -95,8 +93,7 @@ def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpo
         kept: checkpoints that stay on disk, besides the one being written.
         checkpoints: their folder.
     """
-    files = _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
-    checkpoint = _CHECKPOINT_BYTES * weights + files
+    checkpoint = _weights_bytes(_CHECKPOINT_BYTES, weights, vocabulary)
     written = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
     more = max(checkpoint, (kept + 1) * checkpoint - written)
     return more + adapter_bytes(weights, vocabulary) + steps * _LINE_BYTES
@@ -104,22 +101,20 @@ def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpo
 
 def adapter_bytes(weights: int, vocabulary: int) -> int:
     """About how many bytes an adapter takes, with its tokenizer."""
-    return _ADAPTER_BYTES * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
+    return _weights_bytes(4, weights, vocabulary)
 
 
 def merged_bytes(weights: int, dtype: str, vocabulary: int) -> int:
     """About how many bytes a merged model takes, with its tokenizer."""
-    return weights * (4 if dtype == "float32" else 2) + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
+    return _weights_bytes(4 if dtype == "float32" else 2, weights, vocabulary)
+
+
+def _weights_bytes(each: int, weights: int, vocabulary: int) -> int:
+    return each * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
 def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:
-    """About how many bytes generations take.
-
-    Args:
-        rows: of the dataset, with `persona` and `turns`.
-        max_new_tokens: of a response.
-        files: number of files, written one after the other, each twice for a moment.
-    """
+    """About how many bytes the generations for rows of the dataset take, in files of which one at a time exists twice."""
     size = 0
     for row in rows:
         before = sum(len(sentence.encode()) for sentence in row["persona"]) + _LINE_BYTES
@@ -138,11 +133,7 @@ def evaluation_bytes(generations: Sequence[Path]) -> int:
 
 @contextmanager
 def disk_full_as_oserror(folder: Path) -> Iterator[None]:
-    """Turns what torch and safetensors raise on a full disk into an OSError.
-
-    Args:
-        folder: where the block writes; it exists.
-    """
+    """Turns what torch and safetensors raise on a full disk into an OSError; `folder` is where the block writes."""
     try:
         yield
     except Exception as error:

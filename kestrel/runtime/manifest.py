@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,8 @@ def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that shape results, read without importing them."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -43,9 +42,8 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -100,46 +98,41 @@ def with_own_hash(manifest: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path, kind: str, remedy: str, check_files: bool = True) -> dict[str, Any]:
     """Reads a manifest and checks that its folder is what it describes.
 
-    Args:
-        folder: an artifact of a run.
-        kind: the kind that it must have.
-        remedy: what to do about a failure, for the message.
-        check_files: whether to compare each file's hash.
-
     Raises:
-        KestrelError: absent, damaged, of another kind or schema, or a file is missing or changed.
+        KestrelError: absent, damaged, of another kind or schema, or (if `check_files`) a file is missing or changed;
+            with the remedy.
     """
     manifest = read_json(folder / MANIFEST, remedy)
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        raise KestrelError(f"{folder / MANIFEST} does not describe a {kind}; {remedy}")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise KestrelError(
-            f"{folder / MANIFEST} has schema version {manifest.get('schema_version')}, this version of Kestrel reads {SCHEMA_VERSION}; {remedy}"
-        )
-    if manifest != with_own_hash(manifest) and _OWN_HASH in manifest:
-        raise KestrelError(f"{folder / MANIFEST} is damaged or was edited: its own sha256 does not match; {remedy}")
-    for part in ("settings", "made_from", "files"):
-        if not isinstance(manifest.get(part), dict):
-            raise KestrelError(f"{folder / MANIFEST} is damaged (no {part}); {remedy}")
-    for name, digest in manifest["files"].items() if check_files else ():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise KestrelError(
-                f"{folder / MANIFEST} is damaged (it names {name!r}, which is outside of {folder}); {remedy}"
-            )
-        if not os.path.isfile(path):  # Path.is_file raises if the name is too long
-            raise KestrelError(f"{path} is missing; {remedy}")
-        if sha256_of(path) != digest:
-            raise KestrelError(f"{path} is damaged or was edited: its sha256 is not the one in {MANIFEST}; {remedy}")
+    if problem := next(_problems(folder, kind, manifest, check_files), None):
+        raise KestrelError(f"{problem}; {remedy}")
     return manifest
 
 
-def require_artifact(folder: Path, kind: str, remedy: str) -> None:
-    """Checks that an artifact of an earlier script exists, before anything heavy is imported to read it.
+def _problems(folder: Path, kind: str, manifest: Any, check_files: bool) -> Iterator[str]:
+    """What is wrong with an artifact. After the first problem, the others may be its consequences."""
+    path = folder / MANIFEST
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        yield f"{path} does not describe a {kind}"
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+        yield f"{path} has schema version {version}, this version of Kestrel reads {SCHEMA_VERSION}"
+    if manifest != with_own_hash(manifest) and _OWN_HASH in manifest:
+        yield f"{path} is damaged or was edited: its own sha256 does not match"
+    for part in ("settings", "made_from", "files"):
+        if not isinstance(manifest.get(part), dict):
+            yield f"{path} is damaged (no {part})"
+    for name, digest in manifest["files"].items() if check_files else ():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            yield f"{path} is damaged (it names {name!r}, which is outside of {folder})"
+        if not os.path.isfile(folder / name):  # Path.is_file raises if the name is too long
+            yield f"{folder / name} is missing"
+        if sha256_of(folder / name) != digest:
+            yield f"{folder / name} is damaged or was edited: its sha256 is not the one in {MANIFEST}"
 
-    Raises:
-        KestrelError: the folder does not exist. Only in the first process: if another does not see it, the run folder
-            may be another one there, which `rendezvous.join_processes` reports.
+
+def require_artifact(folder: Path, kind: str, remedy: str) -> None:
+    """Checks, before anything heavy is imported, that an artifact of an earlier script exists.
+
+    Only in the first process: if another does not see it, `rendezvous.join_processes` reports another run folder there.
     """
     if is_first() and not folder.is_dir():
         raise KestrelError(f"there is no {kind} in {folder}; {remedy}")
@@ -150,7 +143,7 @@ def identity_of(manifest: dict[str, Any]) -> str:
     return sha256_of_json({key: manifest.get(key) for key in ("kind", "settings", "made_from", "prompt", "files")})
 
 
-def differences(recorded: Any, expected: Any, words: str = "it was {}, now {}", prefix: str = "") -> Iterable[str]:
+def differences(recorded: Any, expected: Any, words: str = "it was {}, now {}", prefix: str = "") -> Iterator[str]:
     """`key: it was X, now Y`, or as `words` puts it, for every leaf in which two nested dicts differ."""
     if isinstance(recorded, dict) and isinstance(expected, dict):
         for key in sorted({*recorded, *expected}):
@@ -166,11 +159,6 @@ def _short(value: Any) -> str:
 
 
 def require_equal(what: str, recorded: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
-    """Refuses an artifact that was made with other settings than this run's.
-
-    Raises:
-        KestrelError: naming each field that differs.
-    """
-    lines = list(differences(recorded, expected))
-    if lines:
-        raise KestrelError(f"{what} was made with other settings; {remedy}\n  " + "\n  ".join(lines))
+    """Refuses, with a KestrelError that names each difference, an artifact made with other settings than this run's."""
+    if lines := list(differences(recorded, expected)):
+        raise KestrelError("\n  ".join([f"{what} was made with other settings; {remedy}", *lines]))

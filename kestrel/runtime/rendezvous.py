@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
+from kestrel.runtime.atomic import INCOMPLETE
 from kestrel.runtime.distributed import all_reduce_max, broadcast_from_first, is_first, rank, world_size
+from kestrel.runtime.manifest import differences, library_versions
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -19,26 +21,14 @@ _TIMEOUT = timedelta(hours=2)  # for which a process waits for the others, while
 _VISIBLE_WITHIN = 10.0  # seconds in which a network file system shows one machine what another wrote
 
 
-def launch_warning() -> str | None:
-    """A warning if the launcher started one process instead of several; None otherwise.
-
-    accelerate (1.15) starts one process on CPUs whatever its --num_processes; if that is above 1, it sets MASTER_PORT
-    but not WORLD_SIZE. tests/chain/test_launchers.py fails when that changes.
-    """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        return "accelerate started one process instead of several, as it does on CPUs; use torchrun --nproc_per_node N"
-    return None
-
-
 def join_processes(settings: Settings) -> bool:
     """Connects this process with the others: gloo for CPU tensors, NCCL for those of GPUs.
 
     Returns:
-        Whether to shard the base: accelerate's FSDP is on and there are several processes.
+        Whether to shard the base: accelerate's FSDP is on and the run has several processes.
 
     Raises:
-        KestrelError: more processes than GPUs on this machine; or settings, libraries or run folder differ from those
-            of the first process.
+        KestrelError: more processes than GPUs here, or settings, libraries or run folder are not the first process's.
     """
     import torch
 
@@ -64,26 +54,20 @@ def join_processes(settings: Settings) -> bool:
 
 def _require_same(settings: Settings) -> None:
     """Refuses processes with other settings, libraries or another run folder, which would fail hours later or silently."""
-    from kestrel.runtime.atomic import INCOMPLETE
-    from kestrel.runtime.manifest import differences, library_versions
-
     folder = Path(settings.run_dir)
     installed = {name: version for name, version in library_versions().items() if name != "python"}
     mine = {**settings.model_dump(), "installed": installed}
 
     def first() -> tuple[dict[str, Any], str]:
-        mark = folder / f".processes{INCOMPLETE}{uuid.uuid4().hex}"
-        mark.touch()
-        return mine, mark.name
+        name = f".processes{INCOMPLETE}{uuid.uuid4().hex}"
+        (folder / name).touch()
+        return mine, name
 
     theirs, mark = broadcast_from_first(first)
     try:
-        different = list(differences(theirs, mine, "{} in the first process, {} in this one"))
-        if different:
-            raise KestrelError(
-                f"process {rank()} has other settings or libraries than the first; use the same on all machines\n  "
-                + "\n  ".join(different)
-            )
+        if different := list(differences(theirs, mine, "{} in the first process, {} in this one")):
+            problem = f"process {rank()} has other settings or libraries than the first; use the same on all machines"
+            raise KestrelError("\n  ".join([problem, *different]))
         if not _appears(folder / mark):
             raise KestrelError(
                 f"process {rank()} does not see what the first one writes to run_dir {folder}; use a folder on a file "

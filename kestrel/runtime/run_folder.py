@@ -32,9 +32,9 @@ _HOLDER = re.compile(r"(?P<holder>process \d+ on .+ since .+)\n(?P<boot_id>.*)\n
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder while the block runs.
 
-    Processes under one kernel, containers included, use a lock of the kernel, which ends with its process however that
-    ends. Network file systems may keep such locks to each machine. So the file also names the holder, which touches it
-    every few seconds; if a process on another machine never released it, the file is watched for a while.
+    Processes under one kernel, containers included, use a lock of the kernel, which always ends with its process.
+    Network file systems may keep such locks to each machine. So the file also names the holder, which touches it every
+    few seconds; if a process on another machine never released it, the file is watched for a while.
 
     Raises:
         KestrelError: another process, which the message names, holds the folder.
@@ -56,8 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
             print("no sign of it: continuing", file=sys.stderr)
         lock.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n{_boot_id()}\n")
-        lock.flush()
+        print(f"process {os.getpid()} on {socket.gethostname()} since {since}\n{_boot_id()}", file=lock, flush=True)
         released = threading.Event()
         threading.Thread(target=_touch_until, args=(path, released), daemon=True).start()
         _locked.add(lock.fileno())
@@ -111,15 +110,12 @@ def _touch_until(path: Path, released: threading.Event) -> None:
 def _is_touched(path: Path) -> bool:
     """Whether the file is touched within STALE_AFTER. Only its own times are compared: clocks of machines differ."""
     until = time.monotonic() + STALE_AFTER
-    first = None
-    while time.monotonic() < until:
+    touched: set[int] = set()
+    while time.monotonic() < until and len(touched) < 2:
         with open(path, encoding="utf-8") as file:  # opening it makes a network file system look again
-            touched = os.fstat(file.fileno()).st_mtime_ns
-        first = first or touched
-        if touched != first:
-            return True
+            touched.add(os.fstat(file.fileno()).st_mtime_ns)
         time.sleep(TOUCH_EVERY / 10)
-    return False
+    return len(touched) > 1
 
 
 @contextmanager
@@ -138,26 +134,22 @@ def locked_run_folder(run_dir: str, settings: str) -> Iterator[Path]:
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise KestrelError(f"run_dir {folder} is a file, or is below one; give this run another run_dir") from None
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ENOENT):
-            reason = f"run_dir {str(folder)[:200]} cannot be created ({error.strerror})"
-            raise KestrelError(f"{reason}; give this run another run_dir") from None
-        raise
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT):
+            raise
+        reason = f"run_dir {str(folder)[:200]} cannot be created ({error.strerror})"
+        raise KestrelError(f"{reason}; give this run another run_dir") from None
     with locked(folder):
         clear_leftovers(folder)
-        accepted = False
         try:
             yield folder
             accepted = True
-        except KeyboardInterrupt:
-            accepted = True
+        except BaseException as error:
+            accepted = isinstance(error, KeyboardInterrupt)  # refused settings are not those of the folder
+            if not accepted and is_new and [path.name for path in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder)
             raise
         finally:
-            # Refused settings are not those that the folder was made with.
             if accepted:
                 with write_atomically(folder / "config.yaml") as file:
                     file.write(settings)
-            elif is_new and [path.name for path in folder.iterdir()] == [LOCK]:
-                shutil.rmtree(folder)

@@ -30,7 +30,7 @@ def exit_now(number: int, frame: object = None, message: str = INTERRUPTED) -> N
     """Signal handler that ends the process with status 128 + number, without running the rest of the program.
 
     Not by an exception: Python ignores those raised in finalizers, libraries (matplotlib 3.11) turn them into errors of
-    their own, and an import that is initializing C++ aborts. Files that are left are the same as after SIGKILL.
+    their own, and an import that is initializing C++ aborts.
     """
     with suppress(Exception):
         sys.stdout.flush()
@@ -82,18 +82,12 @@ def prepare_output() -> None:
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
             continue
-        if stream is getattr(sys, f"__{name}__") and _is_pipe(stream):
-            stream.flush()
-            raw = _Pipe(stream.fileno(), "w", closefd=False)
-            buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, **buffering)
-            setattr(sys, name, stream)
+        with suppress(OSError, ValueError):  # a stream that is closed
+            mode = os.fstat(stream.fileno()).st_mode
+            if stream is getattr(sys, f"__{name}__") and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                stream.flush()
+                raw = _Pipe(stream.fileno(), "w", closefd=False)
+                buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+                stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, **buffering)
+                setattr(sys, name, stream)
         stream.reconfigure(errors="replace")
-
-
-def _is_pipe(stream: io.TextIOWrapper) -> bool:
-    try:
-        mode = os.fstat(stream.fileno()).st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)

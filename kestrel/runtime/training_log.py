@@ -29,19 +29,13 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 def loss_curves(log: Path) -> dict[str, list[tuple[int, float]]]:
     """(optimizer step, loss) by curve: training and validation, those that the log has."""
     rows = read_log(log)
-    curves = {
-        name: [(row["step"], row[key]) for row in rows if key in row]
-        for name, key in (("training", "loss"), ("validation", "eval_loss"))
-    }
+    keys = {"training": "loss", "validation": "eval_loss"}
+    curves = {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in keys.items()}
     return {name: points for name, points in curves.items() if points}
 
 
 def draw_loss(axes: Any, curves: dict[str, list[tuple[int, float]]], training: str, validation: str) -> None:
-    """Draws `loss_curves` on matplotlib axes.
-
-    Args:
-        training, validation: their colours.
-    """
+    """Draws `loss_curves` on matplotlib axes, in the colours `training` and `validation`."""
     for name, points in curves.items():
         style, colour = ("-", training) if name == "training" else ("o-", validation)
         axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4.5, label=name)
