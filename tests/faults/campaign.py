@@ -63,10 +63,7 @@ def draw_signal(draw: random.Random, stage: Stage) -> Moment:
 
 
 def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended]:
-    """Interrupts a script up to three times and lets it finish.
-
-    Returns:
-        How each of the runs ended.
+    """Interrupts a script up to three times, lets it finish, and returns how each of the runs ended.
 
     Raises:
         Failure: a result that differs, half a result, a traceback, a status that is not the signal's.
@@ -91,17 +88,12 @@ def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended
 
 @dataclass
 class Tally:
-    """What a kind of trial came to.
+    """The results of one kind of trial."""
 
-    Attributes:
-        measured: facts about the undisturbed script.
-        stopped_in: seconds from the first signal to the end of the process, at most.
-    """
-
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)  # of the undisturbed script
     trials: int = 0
     hits: int = 0
-    stopped_in: float = 0.0
+    stopped_in: float = 0.0  # greatest number of seconds from the first signal to the end of the process
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, seed: int, attempt: Callable[[], list[Ended]]) -> None:
@@ -117,9 +109,10 @@ class Tally:
         self.stopped_in = max([self.stopped_in, *(run.seconds_to_stop for run in runs if run.status)])
 
     def as_json(self, hits: str, signals: bool) -> dict[str, Any]:
-        told = {"trials": self.trials, "survived": self.trials - len(self.failures), hits: self.hits, **self.measured}
+        survived = self.trials - len(self.failures)
         stopped = {"seconds_to_stop_at_most": round(self.stopped_in, 2)} if signals else {}
-        return told | stopped | {"failures": self.failures}
+        counts = {"trials": self.trials, "survived": survived, hits: self.hits}
+        return counts | self.measured | stopped | {"failures": self.failures}
 
 
 def options() -> argparse.Namespace:
@@ -129,20 +122,20 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over faults and scripts")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first trial of each kind")
     parser.add_argument("--script", choices=(*SCRIPTS, "all"), default="all")
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=["kill"], help="kill unless told")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=["kill"], help="default: kill")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where the result is written")
     return parser.parse_args()
 
 
 def attempts_of(chosen: argparse.Namespace, small: SmallRun) -> dict[str, Callable[[int], list[Ended]]]:
-    """A trial for each kind of fault and each script, by name; to be given a seed."""
+    """A trial for each kind of fault and each script, by name; each takes a seed."""
+    scripts = SCRIPTS if chosen.script == "all" else (chosen.script,)
     attempts: dict[str, Callable[[int], list[Ended]]] = {}
     for fault in chosen.faults:
+        for script in scripts if fault != "damage" else ():
+            attempts[f"{fault} {script}"] = partial(trial, small, small.stages[script], fault == "signal")
         if fault == "damage":
             attempts["damage"] = partial(damaged, small)
-            continue
-        for script in SCRIPTS if chosen.script == "all" else (chosen.script,):
-            attempts[f"{fault} {script}"] = partial(trial, small, small.stages[script], fault == "signal")
     return attempts
 
 
@@ -154,7 +147,7 @@ def main() -> int:
         work = Path(name)
         write_base(work / "base")
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)
-        # A stop by a signal is a line of the log of its own, so that lines between would be other means.
+        # A stop by a signal logs a line, which would change the means of the lines that follow.
         every = "1" if "signal" in chosen.faults else "2"
         training = ["--training.max_steps", "12", "--training.logging_steps", every]
         small = SmallRun(Forks(work), work, training)
@@ -163,19 +156,15 @@ def main() -> int:
         attempts = attempts_of(chosen, small)
         for kind in attempts:
             stage = small.stages.get(kind.partition(" ")[2])
-            tallies[kind] = Tally(
-                {"seconds_undisturbed": round(stage.seconds, 2), "file_operations": stage.operations} if stage else {}
-            )
+            tallies[kind] = Tally(stage.measured() if stage else {})
         for number in range(chosen.trials):
             kind, seed = list(attempts)[number % len(attempts)], chosen.seed + number // len(attempts)
             tallies[kind].add(kind, seed, partial(attempts[kind], seed))
             if chosen.output and (number % 10 == 9 or number == chosen.trials - 1):
                 write_report(chosen, tallies, time.monotonic() - began)
     for kind, tally in tallies.items():
-        print(
-            f"{kind}: {tally.trials - len(tally.failures)} of {tally.trials} trials survived, {tally.hits} hits",
-            flush=True,
-        )
+        survived = tally.trials - len(tally.failures)
+        print(f"{kind}: {survived} of {tally.trials} trials survived, {tally.hits} hits", flush=True)
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 
 

@@ -14,19 +14,12 @@ from faults.runs import Failure, SmallRun, Stage
 
 @dataclass(frozen=True)
 class Target:
-    """Files that a script reads.
-
-    Attributes:
-        script: that reads them.
-        state: name of the folder, below the small run's, that the run folder begins as.
-        files: glob patterns in the run folder, or in the small run's where they begin with "../".
-        is_input: the user's own, for which another content has another result: it only must not break the script.
-    """
+    """Files that a script reads."""
 
     script: str
-    state: str
-    files: tuple[str, ...]
-    is_input: bool = False
+    state: str  # the folder of the small run that the run folder begins as
+    files: tuple[str, ...]  # glob patterns in the run folder, or in the small run's if they begin with "../"
+    is_input: bool = False  # the user's own files, for which other content may have another result
 
 
 TARGETS = (
@@ -78,10 +71,7 @@ def damage(path: Path, draw: random.Random) -> str:
 
 
 def trial(small: SmallRun, seed: int) -> list[Ended]:
-    """Damages a file that is drawn from a target that is drawn, and runs the script that reads it.
-
-    Returns:
-        How the script ended.
+    """Damages a random file of a random target, and returns how the script that reads it ended.
 
     Raises:
         Failure: another result in silence, or a message that does not say where.
@@ -120,6 +110,5 @@ def _judge(small: SmallRun, stage: Stage, target: Target, path: Path, ended: End
         small.check_result(stage)
         return
     parents = [parent.name for parent in path.parents if small.work in parent.parents and parent != small.run]
-    places = [path.name, *parents]
-    if not any(place in ended.said for place in places):
+    if not any(place in ended.said for place in [path.name, *parents]):
         raise Failure(f"a message that does not say where:\n{ended.said}")

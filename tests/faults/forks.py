@@ -45,46 +45,27 @@ def load_scripts() -> dict[str, ModuleType]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run is sent a signal.
-
-    Attributes:
-        number: of the signal.
-        seconds: after its start.
-        operation: instead of that, just before its nth operation on files of the run folder; from 1.
-        again: seconds after which the same signal is sent a second time.
-    """
+    """When a run is sent a signal."""
 
     number: int = signal.SIGKILL
-    seconds: float | None = None
-    operation: int | None = None
-    again: float | None = None
+    seconds: float | None = None  # after its start
+    operation: int | None = None  # instead: just before its nth operation on files of the run folder; from 1
+    again: float | None = None  # seconds after which the same signal is sent a second time
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        status: exit status; minus the signal's number where a signal ended it.
-        seconds: from start to end.
-        seconds_to_stop: from the first signal to the end, 0.0 without one.
-        operations: on files of the run folder, counted as `Moment.operation` does; None for a run that was killed.
-        said: standard output and error.
-    """
-
-    status: int
+    status: int  # exit status; minus the signal's number if a signal ended it
     seconds: float
-    seconds_to_stop: float
-    operations: int | None
-    said: str
+    seconds_to_stop: float  # from the first signal to the end; 0.0 without one
+    operations: int | None  # as `Moment.operation` counts them; None for a run that was killed
+    said: str  # standard output and error
 
 
 class Forks:
-    """Starts scripts by forking this process, which must run nothing that begins threads of its own.
-
-    Args:
-        work: a folder for the output of runs.
-    """
+    """Starts scripts by forking this process, which must not start threads; their output goes to the folder `work`."""
 
     def __init__(self, work: Path):
         self._work = work
@@ -94,14 +75,7 @@ class Forks:
         tqdm.set_lock(threading.RLock())
 
     def run(self, script: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
-        """Runs a script to its end, which `moment` may bring about.
-
-        Args:
-            script: its name without ".py".
-            arguments: of the command line.
-            watched: folder in which file operations are counted.
-            moment: when to send which signal.
-        """
+        """Runs a script to its end, which `moment` may cause; counts the file operations in the folder `watched`."""
         log, report = self._work / "output.txt", self._work / "report.txt"
         log.unlink(missing_ok=True)
         report.unlink(missing_ok=True)

@@ -40,33 +40,26 @@ class Failure(Exception):
 
 @dataclass
 class Stage:
-    """One script of the small run.
-
-    Attributes:
-        start: the run folder as the script before left it.
-        done: the run folder after a run that nothing interrupted.
-        expected: the results in it, by relative path.
-        earlier: the same, made with other options.
-        seconds, operations: what that run took.
-    """
+    """One script of the small run."""
 
     name: str
     arguments: list[str]
-    start: Path
-    done: Path
-    expected: dict[str, bytes] = field(default_factory=dict)
-    earlier: dict[str, bytes] = field(default_factory=dict)
+    start: Path  # the run folder as the script before left it
+    done: Path  # the run folder after a run that nothing interrupted
+    expected: dict[str, bytes] = field(default_factory=dict)  # the results in it, by relative path
+    earlier: dict[str, bytes] = field(default_factory=dict)  # the same, made with other options
     seconds: float = 0.0
     operations: int = 0
+
+    def measured(self) -> dict[str, float]:
+        """What the undisturbed run took."""
+        return {"seconds_undisturbed": round(self.seconds, 2), "file_operations": self.operations}
 
 
 class SmallRun:
     """The four scripts on a tiny model, each run once without an interruption.
 
-    Args:
-        forks: that runs scripts.
-        work: holds base/ and corpus/, and nothing else.
-        options: added to every command line.
+    The folder `work` holds base/ and corpus/ and nothing else; `options` are added to every command line.
     """
 
     def __init__(self, forks: Forks, work: Path, options: list[str]):
@@ -117,33 +110,26 @@ class SmallRun:
         return found
 
     def check_whole(self, stage: Stage) -> None:
-        """What has its final name is whole: all of this run's or all of the earlier one's.
-
-        Raises:
-            Failure: it is not.
-        """
+        """Raises Failure unless each result is whole: all of this run's or all of the earlier one's."""
         found = {name: content for name, content in self.results(stage.name).items() if not name.startswith(_GROWING)}
         for top in {name.split("/")[0] for name in found if not name.startswith("generations/")}:
             these = {name: content for name, content in found.items() if name.startswith(f"{top}/")}
-            for whole in (stage.expected, stage.earlier):
-                if these == {name: content for name, content in whole.items() if name.startswith(f"{top}/")}:
-                    break
-            else:
-                raise Failure(f"{top} is neither what stood there nor what was being made")
+            wholes = [
+                {name: content for name, content in whole.items() if name.startswith(f"{top}/")}
+                for whole in (stage.expected, stage.earlier)
+            ]
+            if these not in wholes:
+                raise Failure(f"{top} is neither what was there before nor what was being made")
         for name, content in found.items():
             if content not in (stage.expected.get(name), stage.earlier.get(name)):
-                raise Failure(f"{name} is neither what stood there nor what was being made")
+                raise Failure(f"{name} is neither what was there before nor what was being made")
 
     def check_result(self, stage: Stage) -> None:
-        """The results are those of the uninterrupted run, to the bit.
-
-        Raises:
-            Failure: naming what is missing, odd or different.
-        """
+        """Raises Failure unless the results are those of the uninterrupted run, byte for byte."""
         found, expected = self.results(stage.name), stage.expected
-        odd = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
-        if odd:
-            raise Failure(f"not what the uninterrupted run made: {', '.join(odd)}")
+        different = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+        if different:
+            raise Failure(f"not what the uninterrupted run made: {', '.join(different)}")
         hidden = [path for path in self.run.rglob(".*") if path.name != ".lock"]
         if hidden:
             raise Failure(f"left lying about: {hidden[0].relative_to(self.run)}")

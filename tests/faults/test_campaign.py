@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from children import python
 
 
 def test_kills_signals_and_damaged_files_at_random(tmp_path: Path) -> None:
-    """Three trials for each fault and script, drawn anew each time; a failure names the seed that repeats it."""
+    """Three trials for each fault and script, drawn again each time; a failure names the seed that repeats it."""
     seed = random.SystemRandom().randrange(10**6)
     command = ["tests/faults/campaign.py", "--trials", "27", "--seed", str(seed), "--output", str(tmp_path / "r.json")]
-    done = subprocess.run(
-        [sys.executable, *command, "--faults", "kill", "signal", "damage"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(*command, "--faults", "kill", "signal", "damage")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     assert sum(kind["trials"] for kind in results.values()) == 27

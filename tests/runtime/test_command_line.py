@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import python
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -21,7 +20,6 @@ from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.runtime.command_line import run_script
 
-ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "run_dir: r\ndata:\n  source: s\nmodel:\n  name: m\n"
 QUICK = hypothesis_settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
@@ -116,19 +114,20 @@ def test_a_section_with_everything_commented_out_has_its_defaults(tmp_path: Path
     assert problems_of(tmp_path, MINIMAL + "training:\n  # epochs: 3\nlora:\n") == []
 
 
-@pytest.mark.parametrize("name", ["nowhere.yaml", "", ".", "a\0b", "x/y/z.yaml"])
-def test_a_missing_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nowhere.yaml", "no such file"), ("", "is a directory"), (".", "is a directory"), ("a\0b", "null byte"),
+        ("x/y/z.yaml", "no such file"), ("falcon7b.yaml", "no such file or directory; did you mean falcon-7b.yaml?"),
+    ],
+)  # fmt: skip
+def test_a_missing_file(tmp_path: Path, name: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "falcon-7b.yaml").write_text(MINIMAL)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         resolve(name, {})
-    assert len(caught.value.problems) == 1
-
-
-def test_a_misspelt_file_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "falcon-7b.yaml").write_text(MINIMAL)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"no such file or directory; did you mean falcon-7b.yaml\?"):
-        resolve("falcon7b.yaml", {})
+    (message,) = caught.value.problems
+    assert problem in message
 
 
 def test_numbers_and_text_keep_their_kind(tmp_path: Path) -> None:
@@ -140,11 +139,8 @@ def test_numbers_and_text_keep_their_kind(tmp_path: Path) -> None:
     settings, _ = resolve(str(path), {"model.adapter": "123"})
     assert (settings.run_dir, settings.data.source, settings.data.revision) == ("2024-01-01", "no", "12e4567")
     assert (settings.model.name, settings.model.revision, settings.model.adapter) == ("7", "0012345", "123")
-    assert (settings.training.learning_rate, settings.training.epochs, settings.training.weight_decay) == (
-        2e-4,
-        3,
-        0.01,
-    )
+    training = settings.training
+    assert (training.learning_rate, training.epochs, training.weight_decay) == (2e-4, 3, 0.01)
     assert (settings.lora.alpha, settings.seed) == (10, 16)
 
 
@@ -180,9 +176,7 @@ def test_any_option_gives_settings_or_problems(tmp_path_factory: pytest.TempPath
     try:
         settings, origin = resolve(str(path), {key: [value] if all_keys()[key].takes_several else value})
     except UsageError as error:
-        assert any(
-            problem.startswith((f"--{key}: ", "minimal")) or key.split(".")[0] in problem for problem in error.problems
-        )
+        assert any(p.startswith((f"--{key}: ", "minimal")) or key.split(".")[0] in p for p in error.problems)
     else:
         assert origin[key] == f"--{key}"
         again = load_with_lines(describe(settings, origin), "x", {k for k, v in all_keys().items() if v.is_text})
@@ -278,7 +272,7 @@ def test_nothing_heavy_before_the_settings_are_valid(script: str, tmp_path: Path
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'peft'} & set(sys.modules)\n"
         "print(status, sorted(heavy), time.process_time())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python("-c", code)
     status, heavy, seconds = done.stdout.split()
     assert (status, heavy) == ("2", "[]") and float(seconds) < 1.0
     assert "a.yaml:6: sead: unknown key; did you mean seed?" in done.stderr

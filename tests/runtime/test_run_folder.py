@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from children import WAIT, child, kill
+from children import WAIT, child, kill, python
 
 from kestrel.errors import KestrelError
 from kestrel.runtime import run_folder
 from kestrel.runtime.run_folder import locked_run_folder
 
-ROOT = Path(__file__).resolve().parents[2]
 HOLD = f"with locked_run_folder(sys.argv[1], ''): {WAIT}"
 
 
@@ -26,13 +23,7 @@ def test_one_run_a_folder(tmp_path: Path) -> None:
     config.write_text(f"run_dir: {tmp_path}\ndata: {{source: s}}\nmodel: {{name: m}}\n")
     left = tmp_path / ".dataset.incomplete-1"
     left.mkdir()
-    second = subprocess.run(
-        [sys.executable, "preprocess.py", "--config", str(config)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    second = python("preprocess.py", "--config", str(config))
     assert second.returncode == 1 and "Traceback" not in second.stderr
     assert f"is in use by process {first.pid} on " in second.stderr and "another run_dir" in second.stderr
     assert left.exists(), "the second must not clear what the first is writing"
@@ -48,11 +39,10 @@ def test_a_process_that_the_holder_forked_does_not_hold_the_folder(tmp_path: Pat
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom kestrel.runtime.run_folder import locked\n"
         f"with locked(Path({str(tmp_path)!r})):\n"
-        "    if os.fork() == 0:\n        os.close(1); time.sleep(30); os._exit(0)\n"
+        "    if os.fork() == 0:\n        os.close(1); os.close(2); time.sleep(30); os._exit(0)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=False)
-    assert died.returncode == -9
+    assert python("-c", code).returncode == -9
     with run_folder.locked(tmp_path):
         pass
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import python
 
 from kestrel.runtime.command_line import run_script
 from kestrel.runtime.signals import INTERRUPTED
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(steps: Callable[..., None], *argv: str) -> int:
-    return run_script("script.py", "What it does.\n", steps, list(argv))
 
 
 @pytest.fixture
@@ -28,15 +21,15 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def run_in_a_process(config: str, step: str, name: str = "x.py") -> subprocess.CompletedProcess[str]:
+def run_in_a_process(config: str, step: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script of one step, for which `os`, `signal`, `sys` and `folder_atomically` are imported."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom kestrel.runtime.atomic import folder_atomically\n"
         "from kestrel.runtime.command_line import run_script\n"
         f"def steps(settings, options):\n{textwrap.indent(textwrap.dedent(step), '    ')}\n"
-        f"raise SystemExit(run_script({name!r}, 'X.', steps, ['--config', {config!r}]))"
+        f"raise SystemExit(run_script('x.py', 'X.', steps, ['--config', {config!r}]))"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return python("-c", code, **environment)
 
 
 SIGNALLED = {
@@ -85,46 +78,31 @@ def test_a_signal_leaves_nothing_unfinished_and_releases_the_folder(config: str,
 
 def test_the_handlers_from_before_come_back(config: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    assert run(lambda *_: None, "--config", config) == 0
+    assert run_script("script.py", "", lambda *_: None, ["--config", config]) == 0
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_reader_that_closes_early(config: str) -> None:
-    done = subprocess.run(
-        f"{sys.executable} preprocess.py --config {config} --print-config | true; exit ${{PIPESTATUS[0]}}",
-        check=False,
-        shell=True,
-        executable="/bin/bash",
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr == "" and done.returncode in (0, 1)
-
-
-def test_a_terminal_of_another_encoding_ends_no_run(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    monkeypatch.setenv("PYTHONUTF8", "0")
-    done = run_in_a_process(config, "print('\\u2013')")
+def test_a_terminal_of_another_encoding_ends_no_run(config: str) -> None:
+    done = run_in_a_process(config, "print('\\u2013')", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
 def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> None:
-    code = (
-        "import os, signal, sys\n"
-        "from kestrel.training.callbacks import StopOnSignal\n"
-        "from kestrel.runtime.signals import _Pipe, prepare_output\n"
-        "def trace(frame, event, argument):\n"
-        "    if frame.f_code is _Pipe.write.__code__:\n"
-        "        sys.settrace(None)\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "prepare_output()\n"
-        "stop = StopOnSignal()\n"
-        "with stop.listening():\n"
-        "    sys.settrace(trace)\n"
-        "    print('step 4', flush=True)\n"
-        "print(stop.received)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = """
+        import os, signal, sys
+        from kestrel.training.callbacks import StopOnSignal
+        from kestrel.runtime.signals import _Pipe, prepare_output
+        def trace(frame, event, argument):
+            if frame.f_code is _Pipe.write.__code__:
+                sys.settrace(None)
+                os.kill(os.getpid(), signal.SIGTERM)
+        prepare_output()
+        stop = StopOnSignal()
+        with stop.listening():
+            sys.settrace(trace)
+            print('step 4', flush=True)
+        print(stop.received)
+    """
+    done = python("-c", textwrap.dedent(code))
     assert (done.stdout, done.returncode) == ("step 4\n15\n", 0), done.stderr
     assert done.stderr.endswith("\nstopping after this step and saving a checkpoint; once more to stop at once\n")
