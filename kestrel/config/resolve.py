@@ -42,13 +42,8 @@ def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
 def _option_value(key: Key, given: Any) -> Any:
     """The value of one command-line option, read as YAML reads it unless the key takes text."""
     if key.takes_several:
-        words = [
-            word
-            for option in key.alternatives
-            if typing.get_origin(option) is Literal
-            for word in typing.get_args(option)
-        ]
-        if len(given) == 1 and given[0] in words:
+        words = [typing.get_args(option) for option in key.alternatives if typing.get_origin(option) is Literal]
+        if len(given) == 1 and any(given[0] in each for each in words):
             return given[0]
         return [] if given == ["[]"] else list(given)
     if given in ("null", "None") and type(None) in key.alternatives:

@@ -135,16 +135,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Reads JSON that one of the scripts wrote.
-
-    Raises:
-        KestrelError: missing or damaged; `remedy` says what to do.
-    """
+    """Reads JSON that one of the scripts wrote; a KestrelError with the remedy if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise KestrelError(f"{path} does not exist; {remedy}") from None
+        problem = "does not exist"
     except OSError as error:
-        raise KestrelError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
+        problem = f"cannot be read ({error.strerror or error})"
     except (ValueError, RecursionError) as error:
-        raise KestrelError(f"{path} is damaged ({error}); {remedy}") from None
+        problem = f"is damaged ({error})"
+    raise KestrelError(f"{path} {problem}; {remedy}")

@@ -32,8 +32,8 @@ def join_processes(settings: Settings) -> bool:
     """
     import torch
 
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus and local >= gpus:
         raise KestrelError(
             f"no GPU is left for process {rank()}: {here} processes were started on this machine, which has {gpus} "
@@ -41,7 +41,7 @@ def join_processes(settings: Settings) -> bool:
         )
     if gpus > here:
         print(f"using {here} of this machine's {gpus} GPUs; torchrun --nproc_per_node {gpus} uses all of them")
-    # Not left in the environment: `sharding` shards the base, and the libraries would shard everything once more.
+    # Removed from the environment: `sharding` shards the base, and the libraries would shard everything again.
     sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and world_size() > 1
     if world_size() == 1 or torch.distributed.is_initialized():
         return sharded
@@ -81,8 +81,6 @@ def _require_same(settings: Settings) -> None:
 
 def _appears(path: Path) -> bool:
     until = time.monotonic() + _VISIBLE_WITHIN
-    while not path.exists():
-        if time.monotonic() > until:
-            return False
+    while not (appeared := path.exists()) and time.monotonic() < until:
         time.sleep(0.2)
-    return True
+    return appeared
