@@ -116,18 +116,12 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
     "damaged Arrow of the split that is answered": (
         lambda d: shortened(d, "dataset/test/data-00000-of-00001.arrow"), "generate", 1, ["arrow is damaged"],
     ),
-    "missing Arrow": (
-        lambda d: (d.run / "dataset/train/data-00000-of-00001.arrow").unlink(), "train", 1, ["arrow is missing"],
-    ),
     "damaged dataset manifest": (
         lambda d: shortened(d, "dataset/manifest.json"), "train", 1, ["manifest.json is damaged", "preprocess.py"],
     ),
     "damaged adapter": (
         lambda d: d.flip("adapter/adapter_model.safetensors"), "generate", 1,
         ["adapter_model.safetensors is damaged", "python train.py"],
-    ),
-    "cut adapter": (
-        lambda d: shortened(d, "adapter/adapter_model.safetensors"), "generate", 1, ["safetensors is damaged"],
     ),
     "adapter without its manifest": (
         lambda d: (d.run / "adapter/manifest.json").unlink(), "generate", 1, ["manifest.json does not exist", "train.py"],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
-from launching import ACCELERATE, PATIENCE, RUN, begin, end, free_port
+from launching import ACCELERATE, RUN, begin, end, free_port
 from scripts import ROOT
 
 from benchmarks.profiles import script
@@ -22,8 +20,7 @@ def test_machines_with_different_settings_are_refused_on_both(prepared, tmp_path
         "from kestrel.runtime import rendezvous\nfrom kestrel.runtime.command_line import run_script\n"
         "rendezvous._VISIBLE_WITHIN = 1.0\n"
         "steps = lambda settings, options: print('met', rendezvous.join_processes(settings))\n"
-        "sys.exit(run_script('meet.py', '', steps, together=True))\n",
-        encoding="utf-8",
+        "sys.exit(run_script('meet.py', '', steps, together=True))\n"
     )
     launcher = [*RUN, "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port(), "--node_rank"]
     command = [str(script), *prepared.arguments("--run_dir", "here")]
@@ -91,10 +88,9 @@ def test_a_warning_where_accelerate_starts_one_process_instead_of_two(prepared, 
     """If this fails, accelerate (1.15) starts several processes on CPUs too, and `launch_warning` can go."""
     launch = [*ACCELERATE, "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "train.py", *prepared.arguments(), "--run_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode != 0 and "no dataset in" in done.stderr
-    assert done.stderr.count("torchrun --nproc_per_node N") == 1
+    command = ["train.py", *prepared.arguments(), "--run_dir", str(tmp_path / "run")]
+    status, _, err = end(begin(*command, launcher=launch))
+    assert status != 0 and "no dataset in" in err and err.count("torchrun --nproc_per_node N") == 1
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str, launcher: list[str] = TORCHRUN) -> tuple[int, str, str]:
-    """Exit status of the launcher, and what it and its two processes said."""
     return end(begin(*command, launcher=launcher))
 
 
@@ -97,7 +96,7 @@ def test_two_processes_train_what_one_does(alone, tmp_path, name):
     assert len(seeds) == 2 and not torch.equal(*seeds), "dropout in one is not dropout in the other"
 
 
-def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tmp_path):
+def test_a_run_of_one_process_resumes_in_two_of_which_one_has_less_memory(alone, tmp_path):
     """The second process runs out of memory again and again; the first one does not wait in vain, and the steps stay what
     they are. Its passes count for both from the next checkpoint on."""
     arguments, one, _ = alone
@@ -126,16 +125,13 @@ def test_a_run_begun_alone_goes_on_in_two_of_which_one_has_less_memory(alone, tm
     assert status == 0, err
     assert "resuming from " in out and "checkpoint-2" in out
     assert_same_training(one, tmp_path / "run")
-    chosen = [
-        json.loads((tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "passes.json").read_text())["chosen"]
-        for step in (2, 4, 8)
-    ]
-    before, after, last = (each["tokens_per_step"] for each in chosen)
+    files = [tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "passes.json" for step in (2, 4, 8)]
+    before, after, last = (json.loads(path.read_text())["chosen"]["tokens_per_step"] for path in files)
     assert after < before and f"at most {after:,} tokens (training.tokens_per_step) in every process" in out
     assert out.count("another process was out of memory") == 1 + (last < after)
 
 
-def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from(alone, tmp_path, capsys):
+def test_one_process_resumes_from_the_checkpoint_of_a_terminated_launcher(alone, tmp_path, capsys):
     import train
 
     arguments, _, prepared = alone
@@ -168,8 +164,8 @@ def test_a_terminated_launcher_leaves_a_checkpoint_that_one_process_goes_on_from
     ],
     ids=["error", "killed"],
 )
-def test_the_end_of_one_process_ends_both_and_is_told_once(alone, tmp_path, how, message):
-    """And three go on from there."""
+def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, how, message):
+    """Three then resume."""
     arguments, one, prepared = alone
     shutil.copytree(prepared, tmp_path / "run")
     script = sabotaged(

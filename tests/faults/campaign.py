@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import shlex
 import signal
@@ -40,6 +39,7 @@ from faults.forks import SCRIPTS, Ended, Forks, Moment
 from faults.runs import Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
+from benchmarks.machine import device_name
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
@@ -177,18 +177,12 @@ def write_report(chosen: argparse.Namespace, tallies: dict[str, Tally], seconds:
             for kind, tally in tallies.items()
         },
         "seconds": round(seconds),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": device_name(), "cores": os.cpu_count()},
         "versions": library_versions(),
         "git_commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
     write_json(chosen.output, report)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 if __name__ == "__main__":

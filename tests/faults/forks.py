@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -18,9 +17,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from scripts import script
 from tqdm import tqdm
 
 from kestrel.runtime.manifest import git_commit
@@ -30,17 +29,6 @@ SCRIPTS = ("preprocess", "train", "generate", "evaluate")
 _LIMIT = 300.0  # seconds; what takes longer hangs
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
-
-
-def load_scripts() -> dict[str, ModuleType]:
-    """The four scripts, by path: `import evaluate` might be the library of that name."""
-    modules = {}
-    for name in SCRIPTS:
-        spec = importlib.util.spec_from_file_location(f"kestrel_{name}", ROOT / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[name])
-    return modules
 
 
 @dataclass(frozen=True)
@@ -69,12 +57,12 @@ class Forks:
 
     def __init__(self, work: Path):
         self._work = work
-        self._scripts = load_scripts()
+        self._scripts = {name: script(name) for name in SCRIPTS}
         git_commit()  # which forks then know
         # tqdm's own lock is a semaphore that all forks share: one that is killed with it would stop the others.
         tqdm.set_lock(threading.RLock())
 
-    def run(self, script: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
+    def run(self, name: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
         """Runs a script to its end, which `moment` may cause; counts the file operations in the folder `watched`."""
         log, report = self._work / "output.txt", self._work / "report.txt"
         log.unlink(missing_ok=True)
@@ -83,7 +71,7 @@ class Forks:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not for the copy of this process
         pid = os.fork()
         if not pid:
-            self._child(script, arguments, watched, moment, log, report)
+            self._child(name, arguments, watched, moment, log, report)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sent = self._send(pid, moment, began)
         hung = _alive_until(pid, time.monotonic() + _LIMIT)
@@ -98,7 +86,7 @@ class Forks:
             with contextlib.suppress(Exception):  # some are made by others and cannot be imported alone
                 importlib.import_module(module)
         if hung:
-            raise TimeoutError(f"{script}.py does not end")
+            raise TimeoutError(f"{name}.py does not end")
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         return Ended(
             os.waitstatus_to_exitcode(status),
@@ -123,7 +111,7 @@ class Forks:
         return sent
 
     def _child(
-        self, script: str, arguments: list[str], watched: Path, moment: Moment | None, log: Path, report: Path
+        self, name: str, arguments: list[str], watched: Path, moment: Moment | None, log: Path, report: Path
     ) -> None:
         status = 99
         try:
@@ -137,11 +125,11 @@ class Forks:
             known = set(sys.modules)
             count = _count_operations(watched, moment.operation if moment else None)
             try:
-                status = self._scripts[script].main(arguments)
+                status = self._scripts[name].main(arguments)
             except SystemExit as exit:
                 status = int(exit.code or 0)
             sys.stdout.flush()
-            new = [name for name in sys.modules if name not in known and "<" not in name]
+            new = [module for module in sys.modules if module not in known and "<" not in module]
             report.write_text("\n".join([str(count()), *new]), encoding="utf-8")
         except BaseException:  # noqa: BLE001  a fork must never return into its parent's work
             traceback.print_exc()

@@ -82,13 +82,14 @@ def config(tmp_path: Path) -> str:
         ("\x00\x01", ["a.yaml: not valid YAML"]),
         (b"\xff\xfe\x00binary", ["a.yaml: not UTF-8 text (byte 0)"]),
         ("a: " + "[" * 1000, ["a.yaml"]),
+        (MINIMAL + "training:\n  # epochs: 3\nlora:\n", []),  # sections with everything commented out
     ],
 )  # fmt: skip
-def test_a_file_that_means_nothing(tmp_path: Path, text: str | bytes, expected: list[str]) -> None:
+def test_problems_of_a_file(tmp_path: Path, text: str | bytes, expected: list[str]) -> None:
     found = problems_of(tmp_path, text)
     for wanted in expected:
         assert any(problem.startswith(wanted) for problem in found), found
-    assert all("\n" not in problem for problem in found) and len(found) <= 3
+    assert all("\n" not in problem for problem in found) and len(found) <= 3 * len(expected)
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
@@ -108,10 +109,6 @@ def test_references_that_unfold_without_end_are_refused(tmp_path: Path) -> None:
     began = time.monotonic()
     assert "values" in problems_of(tmp_path, "\n".join(lines))[0]
     assert time.monotonic() - began < 5
-
-
-def test_a_section_with_everything_commented_out_has_its_defaults(tmp_path: Path) -> None:
-    assert problems_of(tmp_path, MINIMAL + "training:\n  # epochs: 3\nlora:\n") == []
 
 
 @pytest.mark.parametrize(
@@ -240,7 +237,6 @@ def test_without_a_config(capsys: pytest.CaptureFixture[str]) -> None:
 def test_print_config_marks_overrides(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda *_: 1 / 0, "--config", config, "--print-config", "--seed", "7") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "seed: 7  # overridden on the command line" in lines
     assert f"  source: s  # {config}:3" in lines and "  max_length: 1024" in lines
     assert [line for line in lines if "overridden" in line] == ["seed: 7  # overridden on the command line"]
 
@@ -263,15 +259,12 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("script", ["preprocess.py", "train.py", "generate.py", "evaluate.py"])
 def test_nothing_heavy_before_the_settings_are_valid(script: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(MINIMAL + "sead: 1\n")
-    code = (
-        "import importlib.util, sys, time\n"
-        "began = time.perf_counter()\n"
-        f"spec = importlib.util.spec_from_file_location('script', {script!r})\n"
-        "script = importlib.util.module_from_spec(spec); spec.loader.exec_module(script)\n"
-        f"status = script.main(['--config', {str(tmp_path / 'a.yaml')!r}])\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow', 'peft'} & set(sys.modules)\n"
-        "print(status, sorted(heavy), time.process_time())\n"
-    )
+    code = f"""if True:
+        import runpy, sys, time
+        status = runpy.run_path({script!r})["main"](["--config", {str(tmp_path / "a.yaml")!r}])
+        heavy = {{"torch", "transformers", "datasets", "numpy", "pyarrow", "peft"}} & set(sys.modules)
+        print(status, sorted(heavy), time.process_time())
+    """
     done = python("-c", code)
     status, heavy, seconds = done.stdout.split()
     assert (status, heavy) == ("2", "[]") and float(seconds) < 1.0
