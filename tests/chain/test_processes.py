@@ -139,10 +139,7 @@ def test_one_process_resumes_from_the_checkpoint_of_a_terminated_launcher(alone,
     shutil.copytree(prepared, tmp_path / "run")
     arguments = [*arguments, "--training.max_steps", "80", "--training.evaluations", "20"]
     process = begin("train.py", *arguments, "--run_dir", str(tmp_path / "run"))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step "):
-            break
+    next(line for line in process.stdout if line.startswith("step "))
     process.terminate()
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
@@ -183,8 +180,8 @@ def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, 
     began = time.monotonic()
     status, _, err = run(script, *arguments, "--run_dir", str(tmp_path / "run"))
     assert status != 0 and time.monotonic() - began < PATIENCE / 2
-    (told,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
-    assert told.startswith(f"train.py: {message}")
+    (printed,) = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert printed.startswith(f"train.py: {message}")
     assert not (tmp_path / "run" / "adapter").exists()
     if "os.kill" in how:
         three = [*RUN, "--standalone", "--nproc_per_node", "3"]
@@ -219,8 +216,8 @@ def test_two_processes_answer_what_one_does_even_if_they_were_interrupted(alone,
         """,
     )
     status, _, err = run(script, *command)
-    told = [line for line in err.splitlines() if line.startswith("generate.py: ")]
-    assert status != 0 and told == ["generate.py: the second process has had enough"]
+    printed = [line for line in err.splitlines() if line.startswith("generate.py: ")]
+    assert status != 0 and printed == ["generate.py: the second process has had enough"]
     shutil.copytree(two, tmp_path / "again")
 
     status, out, err = run("generate.py", *command)

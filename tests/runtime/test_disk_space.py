@@ -16,11 +16,10 @@ from kestrel.runtime import disk_space
 
 
 def fill(folder: Path, leave: int) -> None:
-    """Fills a disk but for so many bytes."""
-    with open(folder / "filler", "wb") as file:
+    """Fills a disk except for so many bytes."""
+    with open(folder / "filler", "wb", buffering=0) as file:
         while (free := shutil.disk_usage(folder).free) > leave:
-            file.write(b"\0" * min(free - leave, 2**20) if free - leave > 0 else b"")
-            file.flush()
+            file.write(bytes(min(free - leave, 2**20)))
 
 
 @pytest.fixture(scope="module")
