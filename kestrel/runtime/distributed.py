@@ -137,7 +137,7 @@ def failure_to_report(message: str) -> str | None:
         first = json.loads(_launchers_store().compare_set(_failure_key(), "", json.dumps(mine)))
     except Exception:  # noqa: BLE001  without the store, two messages are better than none
         return message
-    if first[0] == rank():
+    if first == mine:
         return message
     return first[2] if first[1] != machine and os.environ.get("LOCAL_RANK") == "0" else None
 
