@@ -79,15 +79,9 @@ def weights_truncated(desk: Desk) -> None:
 # name: (prepare, script, exit status, what the message says)
 FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
     "evaluate before generate": (lambda d: None, "evaluate", 1, ["generate.py"]),
-    "typo in a key": (
-        lambda d: d.config("max_steps", "max_step"), "train", 2, ["changed.yaml", "training.max_step", "max_steps"],
-    ),
     "several problems at once": (
         lambda d: d.config("batch_size: 4", "batch_size: 0\n  nonsense: 1"), "train", 2,
         ["2 problems", "training.batch_size", "training.nonsense"],
-    ),
-    "unreadable config": (
-        lambda d: d.options.__setitem__(1, str(d.tmp / "no.yaml")), "train", 2, ["no.yaml", "no such file"],
     ),
     "dataset of another tokenizer": (other_tokenizer, "train", 1, ["tokenizer_sha256", "python preprocess.py"]),
     "dataset of other data": (

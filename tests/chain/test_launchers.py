@@ -58,17 +58,6 @@ def test_only_the_first_process_prints_uses_the_folder_and_runs_other_scripts(pr
         assert not (tmp_path / "run").exists()
 
 
-def test_a_launchers_option_after_the_scripts_name_is_named_as_such(prepared, capsys):
-    import train
-
-    given = [*prepared.arguments(), "--nproc-per-node", "2", "--config_file", "x.yaml", "--training.max_stepz", "3"]
-    assert train.main(given) == 2
-    said = capsys.readouterr().err
-    assert "--nproc-per-node: an option of torchrun; it goes before the script's name" in said
-    assert "--config_file: an option of accelerate launch; it goes before the script's name" in said
-    assert "--training.max_stepz: unknown option; did you mean --training.max_steps?" in said
-
-
 @pytest.mark.parametrize("script", ["preprocess", "train", "generate", "evaluate", "publish", "chat"])
 def test_launchers_leave_the_scripts_options_to_the_script(script):
     """Both read their options with argparse, which takes or refuses what looks like an abbreviation of one."""

@@ -15,7 +15,6 @@ import yaml
 from kestrel.config.keys import all_keys, as_yaml
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Settings, Tracker, conflicts, json_schema
-from kestrel.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -145,13 +144,3 @@ def test_values_on_one_line_read_back(value: object) -> None:
     line = as_yaml(value)
     assert "\n" not in line
     assert yaml.safe_load(f"key: {line}  # a note")["key"] == (value if value != 1e-5 else pytest.approx(1e-5))
-
-
-def test_a_conflict_names_the_place(tmp_path: Path) -> None:
-    path = tmp_path / "a.yaml"
-    path.write_text("run_dir: r\ndata: {source: s}\nmodel: {name: m}\ngeneration:\n  temperature: 0.7\n")
-    with pytest.raises(UsageError) as caught:
-        resolve(str(path), {})
-    assert caught.value.problems == [
-        f"{path}:5: generation.temperature: has no effect without generation.do_sample: true"
-    ]

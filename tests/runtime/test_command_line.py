@@ -82,6 +82,8 @@ def config(tmp_path: Path) -> str:
         ("\x00\x01", ["a.yaml: not valid YAML"]),
         (b"\xff\xfe\x00binary", ["a.yaml: not UTF-8 text (byte 0)"]),
         ("a: " + "[" * 1000, ["a.yaml"]),
+        (MINIMAL + "generation:\n  top_k: 7\n",
+         ["a.yaml:7: generation.top_k: has no effect without generation.do_sample: true"]),
         (MINIMAL + "training:\n  # epochs: 3\nlora:\n", []),  # sections with everything commented out
     ],
 )  # fmt: skip
@@ -215,6 +217,8 @@ def test_options(config: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--training", "3"], "--training: unknown option"),
         (["--quantization.bits", "8"], "--quantization.bits: expected 4|16, found 8"),
         (["--generation.systems", "adapter", "gold"], "--generation.systems"),
+        (["--nproc-per-node", "2"], "--nproc-per-node: an option of torchrun; it goes before the script's name"),
+        (["--config_file", "x.yaml"], "--config_file: an option of accelerate launch; it goes before the script's name"),
         (["7"], "'7': an argument that belongs to no option"),
     ],
 )  # fmt: skip
