@@ -67,10 +67,12 @@ class Hub:
     stalled: bool = False  # large files wait while this is set
     waiting: threading.Event = field(default_factory=threading.Event)  # set as soon as one waits
 
-    def add(self, name: str, folder: Path, private: bool = False) -> None:
-        """A repository with the files of a folder."""
-        repository = self.repositories[name] = Repository(private)
-        repository.commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    def add(self, name: str, files: Path | dict[str, bytes], private: bool = False) -> None:
+        """A repository with the files of a folder, or with these files."""
+        if isinstance(files, Path):
+            files = {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()}
+        self.repositories[name] = Repository(private)
+        self.repositories[name].commit(files)
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """What a client process needs to come here and nowhere else."""

@@ -21,9 +21,9 @@ from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.model_card import CardFacts, model_card
 from kestrel.publishing.run_records import (
     base_commit,
+    decisive_settings,
     evaluation_of,
     read_adapter_files,
-    require_settings_of_training,
     train_statistics,
 )
 from kestrel.publishing.upload import CARD, base_config
@@ -51,9 +51,9 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     manifest = read_manifest(folder, "adapter", remedy, check_files=False)
     files = read_adapter_files(folder, manifest["files"], remedy)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    require_settings_of_training(settings, manifest, folder, remedy)
-    prompts = {"prompt": json.loads(files[PROMPT])}, {"prompt": prompt.identity()}
-    require_equal(f"the adapter in {folder}", *prompts, remedy)
+    then = {**decisive_settings(manifest["settings"]), "prompt": json.loads(files[PROMPT])}
+    now = {**decisive_settings(settings.model_dump()), "prompt": prompt.identity()}
+    require_equal(f"the adapter in {folder}", then, now, f"publish it with its own settings, or {remedy}")
 
     named = {"base_model_name_or_path": base, "revision": base_commit(manifest)}
     files[CONFIG] = _json({**json.loads(files[CONFIG]), **named})

@@ -60,19 +60,10 @@ def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) ->
     return files
 
 
-def require_settings_of_training(settings: Settings, manifest: Mapping[str, Any], folder: Path, remedy: str) -> None:
-    """Refuses settings that are not those the adapter was trained with."""
-
-    def decisive(of: Mapping[str, Any]) -> dict[str, Any]:
-        training = {name: of["training"].get(name) for name in DECISIVE_TRAINING_SETTINGS}
-        return {"training": training, **{name: of.get(name) for name in ("quantization", "lora", "seed")}}
-
-    require_equal(
-        f"the adapter in {folder}",
-        decisive(manifest["settings"]),
-        decisive(settings.model_dump()),
-        f"publish it with the settings it was trained with, or {remedy}",
-    )
+def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that shape an adapter, besides the prompt."""
+    training = {name: settings["training"].get(name) for name in DECISIVE_TRAINING_SETTINGS}
+    return {"training": training, **{name: settings.get(name) for name in ("quantization", "lora", "seed")}}
 
 
 def train_statistics(settings: Settings, prompt: Prompt, manifest: Mapping[str, Any], again: str) -> dict[str, Any]:

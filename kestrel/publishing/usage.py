@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,6 @@ class PromptExample:
     pieces: list[str]
     first_ids: list[int]
     end_id: int
-
-    @cached_property
-    def text(self) -> str:
-        return "".join(self.pieces)
 
 
 def example_prompt(prompt: Prompt) -> PromptExample:

@@ -23,6 +23,8 @@ from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import sha256_of, with_own_hash
 
+NEW = {"README.md": b"---\nlicense: mit\n---\n"}  # a repository as the Hub's page creates it
+
 
 def sent(hub: Hub) -> list[str]:
     """What could have changed something there; the check of the metadata does not."""
@@ -61,11 +63,9 @@ def test_wrong_command_is_refused(evaluated: Experiment, capsys, more: str, stat
 def test_hub_must_have_what_the_card_names_and_take_its_metadata(
     evaluated: Experiment, hub: Hub, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    write_json(other / "config.json", {**read_json(evaluated.base / "config.json", ""), "hidden_size": 128})
-    hub.add("tiny/other", other)
-    hub.add("tiny/empty", evaluated.run / "logs")
+    config = {**read_json(evaluated.base / "config.json", ""), "hidden_size": 128}
+    hub.add("tiny/other", {"config.json": json.dumps(config).encode()})
+    hub.add("tiny/empty", {})
     hub.datasets.add("tiny/dialogues")
     for more, message in (
         (["--hub.base_model", "tiny/typo"], "hub.base_model tiny/typo: the Hub knows no such repository"),
@@ -88,9 +88,7 @@ def test_a_repository_with_other_things_is_not_written_to(evaluated: Experiment,
     """One's own of another model, somebody else's of a model, somebody else's empty one."""
     hub.add(f"{USER}/model", evaluated.base, private=True)
     hub.add("somebody/model", evaluated.base)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "README.md").write_text("---\nlicense: mit\n---\n")
-    hub.add("somebody/new", tmp_path / "new")
+    hub.add("somebody/new", NEW)
     before = {name: dict(repository.commits) for name, repository in hub.repositories.items()}
     theirs = "holds config.json, generation_config.json, model.safetensors but no adapter of Kestrel"
     for name, message in (
@@ -107,13 +105,11 @@ def test_a_repository_with_other_things_is_not_written_to(evaluated: Experiment,
 def test_a_new_repository_of_the_hubs_page_keeps_who_may_see_it(
     evaluated: Experiment, hub: Hub, tmp_path: Path
 ) -> None:
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "README.md").write_text("---\nlicense: mit\n---\n")
-    hub.add(REPO, tmp_path / "new", private=True)
+    hub.add(REPO, NEW, private=True)
     done = published(evaluated, hub, tmp_path / "home", "--hub.private", "false")
     assert done.status == 0 and "the repository is private and stays so" in done.said, done.said
     assert hub.repositories[REPO].private
-    hub.add(REPO, tmp_path / "new", private=False)
+    hub.add(REPO, NEW, private=False)
     done = published(evaluated, hub, tmp_path / "home")
     assert done.status == 1 and "is public and hub.private is true" in done.said
     done = published(evaluated, hub, tmp_path / "home", "--hub.private", "false")
