@@ -80,9 +80,7 @@ def check(options: argparse.Namespace) -> None:
     if problems:
         raise UsageError(problems)
     if options.web and find_spec("gradio") is None:
-        raise KestrelError(
-            f"--web needs Gradio, which is not installed: {sys.executable} -m pip install -r requirements-web.txt"
-        )
+        raise KestrelError(f"--web needs Gradio: {sys.executable} -m pip install -r requirements-web.txt")
 
 
 def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> ChatModel:

@@ -126,10 +126,8 @@ class Page:
             session.warned_of_cut = True
         stop = session.stop = threading.Event()
         session.undone = False
-        exchange = Exchange(message, system, "")
-        answers = self.model.stream_exchange(
-            exchange, context, compare, generation_settings(self.settings, *controls), stop
-        )
+        exchange, settings = Exchange(message, system, ""), generation_settings(self.settings, *controls)
+        answers = self.model.stream_exchange(exchange, context, compare, settings, stop)
         try:
             yield [gr.Textbox("", submit_btn=False, stop_btn=True), *self._columns(session, exchange)]
             for exchange in answers:

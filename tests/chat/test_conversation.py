@@ -18,15 +18,19 @@ from make_models import make_tokenizer
 
 import chat
 import preprocess
+from kestrel.adapter.load import load_model
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import change_setting
 from kestrel.chat.streaming import ChatModel
 from kestrel.chat.terminal import readable
+from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split
 from kestrel.errors import KestrelError
 from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import sha256_of
 from kestrel.runtime.run_folder import locked_run_folder
 
@@ -113,14 +117,10 @@ def test_answers_are_those_of_generate(talk, trained, tmp_path):
     assert f"adapter> {readable(replies[0]['text'])}\n" in printed
     assert f"base> {readable(replies[2]['text'])}\n" in printed
 
-    from kestrel.adapter.lora import load_adapter
-    from kestrel.config.resolve import resolve
-    from kestrel.model.base import load_base
-    from kestrel.prompt.tokenizer import load_tokenizer
-
     run, _ = resolve(str(trained.config), {})
-    model = load_adapter(load_base(run)[0], trained.run / "adapter")
     prompt = Prompt(load_tokenizer(run.model), "plain", run.prompt.max_length)
+    adapter = trained.run / "adapter"
+    model = load_model(run, prompt, (adapter, read_json(adapter / "manifest.json", "")))
     replayed = Conversation(tuple(row["persona"]))
     for message, reply in zip(row["turns"][::2], replies, strict=True):
         context, _ = ChatModel(model, prompt, ["adapter"]).context(replayed.dialogue(message["text"]))

@@ -15,9 +15,16 @@ from hub_server import TOKEN, Hub
 from publishing_runs import BASE, REPO, ROOT, published, publishing, run
 
 import publish
+from kestrel.adapter.load import load_model
+from kestrel.config.resolve import resolve
+from kestrel.errors import KestrelError
 from kestrel.evaluation.markdown import escape
+from kestrel.generation.respond import respond
+from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.model_card import check_metadata
 from kestrel.publishing.upload import PUBLISHED_FILES
+from kestrel.publishing.usage import EXAMPLE
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import with_own_hash
 
@@ -85,15 +92,6 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
 
 
 def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    from kestrel.adapter.lora import load_adapter
-    from kestrel.config.resolve import resolve
-    from kestrel.generation.respond import respond
-    from kestrel.model.base import load_base
-    from kestrel.model.loss import attach_token_nll
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
-    from kestrel.publishing.usage import EXAMPLE
-
     assert published(evaluated, hub, tmp_path).status == 0
     card = hub.repositories[REPO].files["README.md"].decode()
     program = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)
@@ -102,9 +100,9 @@ def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experimen
     done = run(str(tmp_path / "usage.py"), hub=hub, home=tmp_path)
     assert done.status == 0, done.said
     settings, _ = resolve(str(evaluated.config), {})
-    model = load_adapter(load_base(settings)[0], evaluated.run / "adapter")
-    attach_token_nll(model)
     prompt = Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length)
+    adapter = evaluated.run / "adapter"
+    model = load_model(settings, prompt, (adapter, read_json(adapter / "manifest.json", "")))
     chosen = settings.generation.model_copy(update={"max_new_tokens": 64, "stop_strings": []})
     (expected,) = respond(model, prompt, [prompt.open_context(EXAMPLE)], chosen)
     assert " ".join(expected.text.split()) in " ".join(done.said.split())
@@ -181,8 +179,6 @@ def test_the_token_is_written_nowhere(evaluated: Experiment, hub: Hub, tmp_path:
 
 
 def test_metadata_that_the_hub_would_refuse_is_told() -> None:
-    from kestrel.errors import KestrelError
-
     check_metadata("---\nlicense: apache-2.0\nlanguage:\n- en\n---\nhi")
     for bad in ("license: Apache License", "language: english", "license: other", "license: [", "- a"):
         with pytest.raises(KestrelError):
