@@ -121,7 +121,7 @@ def test_a_new_repository_of_the_hubs_page_keeps_who_may_see_it(
     [
         ({"token": None}, "HF_TOKEN"),
         ({"token": "hf_WrongWrongWrong00000000000000000"}, "token is missing or wrong"),
-        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids the network, and the client's cache has it not; unset it"),
+        ({"HF_HUB_OFFLINE": "1"}, "forbids the network, and the client's cache does not have it; unset it"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "connection failed"),
     ],
 )
