@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from kestrel.data.formats.recognize import FORMATS, recognize
 from kestrel.data.locate import locate
 from kestrel.data.raw import RawDialogue, SourceFile
 from kestrel.data.read_counts import ReadCounts
-from kestrel.data.repair import repair
 from kestrel.errors import KestrelError
+from kestrel.runtime.manifest import sha256_of
 
 
 @dataclass(frozen=True)
@@ -54,31 +51,6 @@ class Corpus:
         for file in self.files[split]:
             yield from FORMATS[self.format].read(replace(file, counts=counts))
 
-    def location(self, split: str, dialogue_id: str) -> str:
-        """Where the source first has a dialogue (file and line or row). Reads the split again: for messages only."""
-        return next(raw.where for raw in self.raw_dialogues(split, ReadCounts()) if raw.dialogue_id == dialogue_id)
-
-    def require_unique_ids(self, split: str, ids: np.ndarray) -> None:
-        """Looks for two equal hashes: sorted, not as a set, which takes ten times the memory.
-
-        Args:
-            split: one of `splits`.
-            ids: hashes of the ids of its dialogues that were kept, in their order, uint64 of shape (dialogues,).
-
-        Raises:
-            KestrelError: a dialogue_id occurs twice; names both places, for which the split is read again.
-        """
-        ordered = np.sort(ids)
-        if (ordered[1:] == ordered[:-1]).any():
-            order = np.argsort(ids, kind="stable")
-            repeated = order[1:][ids[order[1:]] == ids[order[:-1]]]
-            kept = (raw for raw in self.raw_dialogues(split, ReadCounts()) if repair(raw, ReadCounts()) is not None)
-            raw = next(islice(kept, int(repeated.min()), None))
-            first = self.location(split, raw.dialogue_id)
-            raise KestrelError(
-                f"{raw.where}: the dialogue_id {raw.dialogue_id!r} is used at {first} already; make it unique."
-            )
-
 
 def open_corpus(source: str, format: str = "auto", *, revision: str | None = None, both_sides: bool = True) -> Corpus:
     """Finds and recognizes a source; reads no more of it than that takes, and its sha256.
@@ -103,4 +75,5 @@ def open_corpus(source: str, format: str = "auto", *, revision: str | None = Non
     if len(set(formats.values())) > 1:
         found = ", ".join(f"{path.name} is {name}" for path, name in formats.items())
         raise KestrelError(f"{source}: the files are of different formats: {found}.")
-    return Corpus(source, next(iter(formats.values())), located.paths, located.fingerprint(), files)
+    hashes = {path.relative_to(located.root).as_posix(): sha256_of(path) for path in formats}
+    return Corpus(source, next(iter(formats.values())), list(formats), located.hub_commit | hashes, files)

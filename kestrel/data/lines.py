@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from kestrel.errors import KestrelError
 
 LONGEST_LINE = 64 * 2**20  # bytes; a line is held in memory whole
 _HEAD = 4096
-_BLOCK = 2**20
 
 _NOT_TEXT = {
     b"\x1f\x8b": "a gzip archive: unpack it first",
@@ -55,46 +53,19 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         KestrelError: not UTF-8, or a line of more than `LONGEST_LINE` bytes.
     """
     number = 0
-    for block in _blocks(path):
-        try:
-            # Lines end at line feeds only, as bytes are split; str.splitlines would find more line ends.
-            lines: Iterator[str] = io.StringIO(block.decode("utf-8"), newline="\n")
-        except UnicodeDecodeError:
-            first = number + 1
-            lines = (_decode(raw, path, first + index) for index, raw in enumerate(io.BytesIO(block)))
-        for line in lines:
-            number += 1
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            yield number, line
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The file in blocks of whole lines: reading and decoding line by line takes three times as long."""
-    lines, rest = 0, b""
     try:
         with path.open("rb") as file:
-            while piece := file.read(_BLOCK):
-                end = piece.rfind(b"\n") + 1
-                first = len(rest) + (piece.find(b"\n") + 1 or len(piece))
-                if first > LONGEST_LINE:
-                    raise KestrelError(f"{path}:{lines + 1}: a line of more than {LONGEST_LINE:,} bytes; is it data?")
-                if end:
-                    yield rest + piece[:end]
-                    lines += piece.count(b"\n")
-                    rest = b""
-                rest += piece[end:]
-    except OSError as error:
-        raise KestrelError(f"{path}: cannot be read: {error.strerror}.") from error
-    if rest:
-        yield rest
-
-
-def _decode(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode("utf-8")
+            # Lines end at line feeds only; str.splitlines would find more line ends.
+            while raw := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(raw) > LONGEST_LINE:
+                    raise KestrelError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes; is it data?")
+                line = raw.decode("utf-8")
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
     except UnicodeDecodeError as error:
         raise KestrelError(
-            f"{path}:{line}: byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8. "
+            f"{path}:{number}: byte {error.start + 1} of the line (0x{error.object[error.start]:02x}) is not UTF-8. "
             "Convert the file to UTF-8."
         ) from error
+    except OSError as error:
+        raise KestrelError(f"{path}: cannot be read: {error.strerror}.") from error

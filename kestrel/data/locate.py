@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from kestrel.config.settings import is_hub_id
 from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
+from kestrel.dialogue import SPLITS
 from kestrel.errors import KestrelError
 from kestrel.hub import use_cache_without_network
-from kestrel.runtime.manifest import sha256_of
 
-SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
@@ -30,21 +29,12 @@ _HUB_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(NamedTuple):
     """Files by split (in the order train, validation, test), the folder they are below, and their commit on the Hub."""
 
     files: dict[str, list[SourceFile]]
     root: Path
-    hub_commit: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def paths(self) -> list[Path]:
-        return list(dict.fromkeys(file.path for files in self.files.values() for file in files))
-
-    def fingerprint(self) -> dict[str, str]:
-        """File name below the source -> sha256; for the hub also the id and the commit."""
-        return self.hub_commit | {path.relative_to(self.root).as_posix(): sha256_of(path) for path in self.paths}
+    hub_commit: dict[str, str]
 
 
 def locate(source: str, revision: str | None) -> Located:
@@ -60,11 +50,11 @@ def locate(source: str, revision: str | None) -> Located:
     if path.exists() and revision:
         raise KestrelError(f"{source} is a local path; data.revision ({revision}) is for data sets of the Hub only.")
     if path.is_dir():
-        return Located(_files_of_folder(path, source), path)
+        return Located(_files_of_folder(path, source), path, {})
     if path.exists():
         by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in sections(path)}
         files = {split: by_split[split] for split in SPLITS if split in by_split}
-        return Located(files or {"train": [SourceFile(path)]}, path.parent)
+        return Located(files or {"train": [SourceFile(path)]}, path.parent, {})
     if path.suffix in SUFFIXES or not is_hub_id(source) or path.parent.exists():
         raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_suggestion(path)}")
     return _download(source, revision)

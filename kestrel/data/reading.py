@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import marshal
+import pickle
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from kestrel.data.corpus import Corpus
 from kestrel.data.read_counts import ReadCounts
 from kestrel.data.repair import persona_key, repair, stable_hash
-from kestrel.dialogue import Dialogue, Turn
+from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
 NO_PERSONA = 0
@@ -48,21 +47,19 @@ class Reading:
         self._ends = array("Q", [0])
         self.rest = ReadCounts()
         keys = array("Q")
-        failure: KestrelError | None = None
-        with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
-            try:
+        try:
+            with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
                 for raw in corpus.raw_dialogues(split, self.rest):
                     dialogue = repair(raw, self.rest)
                     if dialogue is not None:
                         keys.extend(_keys(dialogue, seed))
-                        self._add(dialogue)
+                        record = pickle.dumps((dialogue, self.rest, raw.where), pickle.HIGHEST_PROTOCOL)
+                        self._ends.append(self._ends[-1] + self._file.write(record))
+                        self.rest.clear()
                         bar.update()
-            except KestrelError as error:
-                failure = error
-        self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
-        corpus.require_unique_ids(split, self.ranks)  # a repeated id comes before what stopped the reader
-        if failure is not None:
-            raise failure
+        finally:  # a repeated id comes before what stopped the reader
+            self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
+            require_unique_ids(self)
         if not len(self.ranks):
             why = self.rest.why_dropped() or "it has none"
             raise KestrelError(f"{corpus.source}: the {split} split yields no dialogue ({why}).")
@@ -74,13 +71,36 @@ class Reading:
             chosen: indices in the order of the source; None: all.
         """
         for index in range(len(self.ranks)) if chosen is None else chosen:
-            start, end = self._ends[index], self._ends[index + 1]
-            self._file.seek(start)
-            yield _unpacked(self._file.read(end - start))
+            dialogue, counts, _ = self.record(index)
+            yield dialogue, counts
 
-    def _add(self, dialogue: Dialogue) -> None:
-        self._ends.append(self._ends[-1] + self._file.write(_packed(dialogue, self.rest)))
-        self.rest.clear()
+    def record(self, index: int) -> tuple[Dialogue, ReadCounts, str]:
+        """A dialogue, what was counted since the one before it, and its place in the source."""
+        start, end = self._ends[index], self._ends[index + 1]
+        self._file.seek(start)
+        record: tuple[Dialogue, ReadCounts, str] = pickle.loads(self._file.read(end - start))
+        return record
+
+
+def require_unique_ids(*readings: Reading) -> None:
+    """Looks for two equal hashes: sorted, not as a set, which takes ten times the memory.
+
+    Raises:
+        KestrelError: a dialogue_id occurs twice; names both places.
+    """
+    ranks = np.concatenate([reading.ranks for reading in readings])
+    order = np.argsort(ranks, kind="stable")
+    repeated = order[1:][ranks[order[1:]] == ranks[order[:-1]]]
+    if len(repeated):
+        second = repeated.min()
+        first = np.flatnonzero(ranks == ranks[second])[0]
+        records = [(reading, index) for reading in readings for index in range(len(reading.ranks))]
+        (dialogue, _, here), (_, _, there) = (
+            reading.record(index) for reading, index in (records[second], records[first])
+        )
+        raise KestrelError(
+            f"{here}: the dialogue_id {dialogue.dialogue_id!r} is used at {there} already; make it unique."
+        )
 
 
 def _keys(dialogue: Dialogue, seed: int) -> tuple[int, int, int, int]:
@@ -88,22 +108,3 @@ def _keys(dialogue: Dialogue, seed: int) -> tuple[int, int, int, int]:
     owner = persona_key(dialogue.persona) if dialogue.persona else conversation
     partner = persona_key(dialogue.partner_persona) if dialogue.partner_persona else NO_PERSONA
     return conversation, owner, partner, stable_hash(str(seed), "dialogue", dialogue.dialogue_id)
-
-
-# marshal takes a quarter of pickle's time, and plain types only.
-
-
-def _packed(dialogue: Dialogue, counted: ReadCounts) -> bytes:
-    turns = [tuple(turn) for turn in dialogue.turns]
-    ids = (dialogue.dialogue_id, dialogue.conversation_id)
-    fields = (*ids, dialogue.persona, dialogue.partner_persona, turns, dialogue.candidates)
-    counts = (counted.read, counted.kept, dict(counted.dropped), dict(counted.repaired), counted.examples)
-    return marshal.dumps((fields, counts))
-
-
-def _unpacked(record: bytes) -> tuple[Dialogue, ReadCounts]:
-    fields, (read, kept, dropped, repaired, examples) = marshal.loads(record)
-    dialogue_id, conversation_id, persona, partner_persona, turns, candidates = fields
-    turns = tuple([Turn(*turn) for turn in turns])
-    dialogue = Dialogue(dialogue_id, persona, turns, conversation_id, partner_persona, candidates)
-    return dialogue, ReadCounts(read, kept, Counter(dropped), Counter(repaired), examples)

@@ -9,16 +9,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from kestrel.data.lines import LONGEST_LINE, first_bytes, text_lines
 from kestrel.errors import KestrelError
 
-FileType = Literal["parquet", "json", "jsonl", "csv", "numbered"]
+T = TypeVar("T")
+FileType = Literal["parquet", "json", "csv", "numbered"]
 SECTIONS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 
 _CHUNK = 2**20
 _JSON_SECTIONS = re.compile(rb'\{\s*"(train|valid|validation|dev|test)"\s*:\s*\[')
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _NUMBERED = re.compile(rb"\d+ \S")
 
 
@@ -35,35 +37,34 @@ class Row:
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise KestrelError(f"{self.where}: '{key}' must be a text, found {self._found(key)}.")
+            raise self._unexpected(key, "a text")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A column that is a list of texts."""
-        value = self.values.get(key, self)
+        value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise KestrelError(f"{self.where}: '{key}' must be a list of texts, found {self._found(key)}.")
+            raise self._unexpected(key, "a list of texts")
         return tuple(value)
 
     def objects(self, key: str) -> list[Row]:
         """A column that is a list of objects, each as a row of its own."""
-        value = self.values.get(key, self)
+        value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise KestrelError(f"{self.where}: '{key}' must be a list of objects, found {self._found(key)}.")
+            raise self._unexpected(key, "a list of objects")
         return [Row(f"{self.where}, {key}[{index}]", item) for index, item in enumerate(value)]
 
     def identifier(self, key: str) -> str:
         """A column that identifies something: a printable text or a whole number."""
-        value = self.values.get(key, self)
+        value = self.values.get(key)
         text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
         if not text.strip() or not text.isprintable():
-            raise KestrelError(
-                f"{self.where}: '{key}' must be a printable text or a whole number, found {self._found(key)}."
-            )
+            raise self._unexpected(key, "a printable text or a whole number")
         return text
 
-    def _found(self, key: str) -> str:
-        return repr(self.values[key])[:60] if key in self.values else f"only {sorted(self.values)}"
+    def _unexpected(self, key: str, expected: str) -> KestrelError:
+        found = repr(self.values[key])[:60] if key in self.values else f"only {sorted(self.values)}"
+        return KestrelError(f"{self.where}: '{key}' must be {expected}, found {found}.")
 
 
 def file_type(path: Path) -> FileType:
@@ -75,30 +76,26 @@ def file_type(path: Path) -> FileType:
     start = first_bytes(path)
     if start.startswith(b"PAR1"):
         return "parquet"
-    if start.startswith(b"[") or _JSON_SECTIONS.match(start):
+    if start.startswith((b"[", b"{")):
         return "json"
-    if start.startswith(b"{"):
-        return "jsonl"
     return "numbered" if _NUMBERED.match(start) else "csv"
 
 
 def sections(path: Path) -> list[str]:
     """The keys of a JSON object of lists that name splits, in the file's order; empty for any other file."""
-    if file_type(path) != "json":
+    if not _JSON_SECTIONS.match(first_bytes(path)):
         return []
-    found = []
-    for section, _, _ in _json_items(path):
-        if section and section not in found:
-            found.append(section)
-    return found
+    return list(dict.fromkeys(section for section, _ in _json_rows(path)))
 
 
 def rows(path: Path, section: str | None = None) -> Iterator[Row]:
     """Streams the rows of a file in bounded memory.
 
     Args:
-        path: a JSON, CSV or Parquet file.
-        section: for a JSON object of lists, the key whose list is meant; None: all.
+        path: a JSON, CSV or Parquet file. JSON is an array of objects, an object of such arrays by split, or objects one
+            after the other (JSON lines).
+        section: for a JSON object of arrays, the key whose array is meant; None: all.
+
     Raises:
         KestrelError: malformed, with the place.
     """
@@ -106,27 +103,9 @@ def rows(path: Path, section: str | None = None) -> Iterator[Row]:
     if kind == "parquet":
         yield from _parquet(path)
     elif kind == "json":
-        for key, where, item in _json_items(path):
-            if section is None or key == section:
-                yield Row(where, item)
-    elif kind == "jsonl":
-        yield from _json_lines(path)
+        yield from (row for key, row in _json_rows(path) if section in (None, key))
     else:
         yield from _csv(path)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in text_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise KestrelError(f"{where}: not JSON ({_reason(error)}); one object a line is expected.") from error
-        if not isinstance(value, dict):
-            raise KestrelError(f"{where}: one JSON object a line is expected, found {line.strip()[:60]!r}.")
-        yield Row(where, value)
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -166,17 +145,17 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise KestrelError(f"{path}: not readable as Parquet after row {number}: {error}") from error
 
 
-def _json_items(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(section or "", place, object) of `[{...}, ...]` or `{"train": [{...}, ...], ...}`, one object in memory."""
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(key of the array, or "", and row) of each object, with one object in memory."""
+    by_section = _JSON_SECTIONS.match(first_bytes(path)) is not None
     with path.open("rb") as file:
         json_text = _JsonText(path, file)
-        if json_text.peek() == "[":
-            yield from _json_array(json_text, "")
-        else:
+        if by_section:
             json_text.take("{")
             seen: set[str] = set()
-            while True:
-                key = json_text.value('"')
+            end = ","
+            while end == ",":
+                key = json_text.value(str)
                 if key not in SECTIONS or key in seen:
                     raise KestrelError(
                         f"{json_text.place()}: the key {key!r} is not one of {list(SECTIONS)}, each once."
@@ -184,22 +163,24 @@ def _json_items(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
                 seen.add(key)
                 json_text.take(":")
                 yield from _json_array(json_text, key)
-                if json_text.take(",}") == "}":
-                    break
-        json_text.end()
+                end = json_text.take(",}")
+        elif json_text.peek() == "[":
+            yield from _json_array(json_text, "")
+        else:
+            while json_text.peek():
+                yield "", Row(json_text.place(), json_text.value(dict))
+        if json_text.peek():
+            raise KestrelError(f"{json_text.place()}: more text after the end of the JSON value.")
 
 
-def _json_array(json_text: _JsonText, section: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _json_array(json_text: _JsonText, section: str) -> Iterator[tuple[str, Row]]:
     json_text.take("[")
-    if json_text.peek() == "]":
-        json_text.take("]")
-        return
+    end = json_text.take("]") if json_text.peek() == "]" else ","
     index = 0
-    while True:
-        yield section, f"{json_text.path}: {section}[{index}]", json_text.value("{")
+    while end == ",":
+        yield section, Row(f"{json_text.path}: {section}[{index}]", json_text.value(dict))
         index += 1
-        if json_text.take(",]") == "]":
-            return
+        end = json_text.take(",]")
 
 
 class _JsonText:
@@ -209,20 +190,17 @@ class _JsonText:
         self.path = path
         self._file = file
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = json.JSONDecoder()
         self._text = ""
         self._at = 0
-        self._line = 1
-        self._decoder = json.JSONDecoder()
+        self._line, self._line_at = 1, 0  # the line at an index of the text, so that each line end is counted once
 
     def peek(self) -> str:
         """The next character that is not blank, "" at the end."""
         while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in " \t\r\n":
-                    return self._text[self._at]
-                self._at += 1
-            if not self._more(_CHUNK):
-                return ""
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches anything
+            if self._at < len(self._text) or not self._more(_CHUNK):
+                return self._text[self._at : self._at + 1]
 
     def take(self, expected: str) -> str:
         """Consumes the next character, which must be one of `expected`."""
@@ -233,37 +211,40 @@ class _JsonText:
         self._at += 1
         return found
 
-    def value(self, first: str) -> Any:
-        """Consumes a value that begins with `first`."""
-        if self.peek() != first:
-            self.take(first)
+    def value(self, kind: type[T]) -> T:
+        """Consumes a value, which must be of a kind. One that the chunk cuts off is tried again with more text."""
+        self.peek()
         size = _CHUNK
         while True:
             try:
-                value, self._at = self._decoder.raw_decode(self._text, self._at)
-                return value
-            except json.JSONDecodeError as error:
-                # A value that the chunk cuts off fails at the end of the chunk, or inside a string without an end.
-                cut_off = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated string")
-                if len(self._text) - self._at > LONGEST_LINE or not (cut_off and self._more(size)):
-                    raise KestrelError(f"{self.place(error.pos)}: not JSON ({error.msg}).") from error
-                size *= 2
+                value, end = self._decoder.raw_decode(self._text, self._at)
+                break
             except (ValueError, RecursionError) as error:
-                raise KestrelError(f"{self.place()}: not JSON ({_reason(error)}).") from error
-
-    def end(self) -> None:
-        """Raises an error if anything follows."""
-        if self.peek():
-            raise KestrelError(f"{self.place()}: more text after the end of the JSON value.")
+                too_deep = isinstance(error, RecursionError)
+                offset = getattr(error, "pos", self._at) - self._at  # `_more` moves the text
+                if too_deep or len(self._text) - self._at > LONGEST_LINE or not self._more(size):
+                    reason = "nested too deeply" if too_deep else getattr(error, "msg", error)
+                    raise KestrelError(f"{self.place(self._at + offset)}: not JSON ({reason}).") from error
+                size *= 2
+        if not isinstance(value, kind):
+            name = "an object" if kind is dict else "a text"
+            raise KestrelError(f"{self.place()}: expected {name} of JSON, found {value!r:.60}.")
+        self._at = end
+        return value
 
     def place(self, at: int | None = None) -> str:
-        return f"{self.path}:{self._line + self._text.count(chr(10), 0, self._at if at is None else at)}"
+        """`file:line` of the next character, or of the one at an index after it."""
+        at = self._at if at is None else at
+        self._line += self._text.count("\n", self._line_at, at)
+        self._line_at = at
+        return f"{self.path}:{self._line}"
 
     def _more(self, size: int) -> bool:
-        raw = self._file.read(size)
-        self._line += self._text.count("\n", 0, self._at)
+        """Reads on; False at the end of the file."""
+        self.place()
         self._text = self._text[self._at :]
-        self._at = 0
+        self._at = self._line_at = 0
+        raw = self._file.read(size)
         try:
             self._text += self._utf8.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
@@ -274,9 +255,3 @@ class _JsonText:
                 "Convert the file to UTF-8."
             ) from error
         return bool(raw)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -11,17 +11,15 @@ as an owner's nor as a partner's, and the dialogues of one conversation are all 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from kestrel.data.corpus import Corpus
-from kestrel.data.locate import SPLITS
 from kestrel.data.read_counts import ReadCounts
-from kestrel.data.reading import Reading
+from kestrel.data.reading import Reading, require_unique_ids
 from kestrel.data.repair import stable_hash
-from kestrel.dialogue import Dialogue
+from kestrel.dialogue import SPLITS, Dialogue
 from kestrel.errors import KestrelError
 
 MIXED = "owner's persona is of another split than the conversation"
@@ -80,7 +78,7 @@ class Splitter:
         }
 
         self._readings = {split: Reading(corpus, split, seed, folder) for split in corpus.splits}
-        self._require_unique_ids()
+        require_unique_ids(*self._readings.values())
         # Of each dialogue of a split of the source: its split, as an index of SPLITS, and why it is left out of that
         # split, as an index of _REASONS.
         self._assigned: dict[str, np.ndarray] = {}
@@ -168,16 +166,6 @@ class Splitter:
             if left.sum() > limit:
                 last = np.partition(ranks[left], limit - 1)[limit - 1]
                 reasons[left & (ranks > last)] = _REASONS.index(TOO_MANY)
-
-    def _require_unique_ids(self) -> None:
-        for (first, reading), (second, other) in combinations(self._readings.items(), 2):
-            shared = np.flatnonzero(np.isin(reading.ranks, other.ranks))
-            if len(shared):
-                ((dialogue, _),) = reading.dialogues(shared[:1])
-                places = [self.corpus.location(split, dialogue.dialogue_id) for split in (first, second)]
-                raise KestrelError(
-                    f"the dialogue_id {dialogue.dialogue_id!r} is used at {' and at '.join(places)}; make it unique."
-                )
 
 
 def _indexed(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

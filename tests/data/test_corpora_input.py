@@ -20,6 +20,7 @@ from make_corpora import CYNAPTICS, LAYOUTS, OWN, PERSONA, parlai, read, steps, 
 
 from kestrel.config.settings import Data
 from kestrel.data import lines
+from kestrel.data import rows as json_rows
 from kestrel.data.corpus import open_corpus
 from kestrel.data.formats.recognize import FORMATS
 from kestrel.data.repair import normalized
@@ -35,16 +36,16 @@ BAD = [
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
     (b"\x1f\x8b\x08\x00", "gzip"),
     ("hi".encode("utf-16"), "UTF-16"),
-    (OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}', r"data.x:2: byte 18 of the line \(0xe9\)"),
+    (OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}', r"data.x:2: byte \d+ of the file \(0xe9\)"),
     (parlai("self").encode() + b"1 your persona: caf\xe9\n", r"data.x:6: byte 20 of the line \(0xe9\)"),
     (
         '{"train": [{"personality": ["a"], "utterances": []},\n {"personality": ["\xe9"]}]}'.encode("latin-1"),
         "x:2: byte",
     ),
     (OWN_LINE + "\n" + OWN_LINE[:-9], r"data.x:2: not JSON"),
-    (OWN_LINE + "\n[1]", r"data.x:2: one JSON object a line"),
+    (OWN_LINE + "\n[1]", r"data.x:2: expected an object of JSON, found \[1\]"),
     (LAYOUTS["huggingface"][:-30], "data.x:1"),
-    ('{"train": [' + "[" * 10 + "]}", "data.x:1: expected one of {"),
+    ('{"train": [' + "[" * 10 + "]}", "data.x:1: not JSON"),
     ('{"persona": ' + "[" * 100_000, "nested too deeply"),
     ('{"train": [{"persona": ' + "[" * 100_000, "nested too deeply"),
     ('{"train": []}', "no rows"),
@@ -79,29 +80,63 @@ def test_bad_input_is_named(tmp_path: Path, content: str | bytes, message: str) 
         read(write(tmp_path, content))
 
 
-def line_by_line(path: Path) -> list[tuple[int, str]]:
-    """As `text_lines`, without blocks."""
-    with path.open("rb") as file:
-        found = [(number, raw.decode("utf-8")) for number, raw in enumerate(file, 1)]
-    return [(number, line.removeprefix("\ufeff") if number == 1 else line) for number, line in found]
+PIECES = st.lists(
+    st.sampled_from(["\n", "\r\n", "\r", "\x85", "\u2028", "\ufeff", "é", "字", "abc", "👍"]), max_size=20
+)
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write(tmp_path, "\ufeffab\x85\r\n\u2028c\ufeff\n\nlonger\nd\n"))
+    assert list(lines.text_lines(path)) == list(
+        enumerate(["ab\x85\r\n", "\u2028c\ufeff\n", "\n", "longer\n", "d\n"], 1)
+    )
+    monkeypatch.setattr(lines, "LONGEST_LINE", 8)
+    with pytest.raises(KestrelError, match="data.x:1: a line of more than 8 bytes"):
+        list(lines.text_lines(path))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    pieces=st.lists(
-        st.sampled_from(["\n", "\r\n", "\r", "\x85", "\u2028", "\ufeff", "é", "字", "abc", "👍"]), max_size=20
-    ),
-    block=st.integers(1, 6),  # at most LONGEST_LINE below
+    texts=st.lists(PIECES.map("".join), min_size=1, max_size=4),
+    layout=st.integers(0, 3),
+    chunk=st.integers(1, 9),
+    escaped=st.booleans(),
 )
-def test_lines_do_not_hang_on_how_a_file_is_read(tmp_path: Path, pieces: list[str], block: int) -> None:
-    path = Path(write(tmp_path, "".join(pieces)))
+def test_json_does_not_depend_on_how_it_is_laid_out_and_read(
+    tmp_path: Path, texts: list[str], layout: int, chunk: int, escaped: bool
+) -> None:
+    records = [{"a": text, "b": [{"n": -12.5}, []]} for text in texts]
+    written = [json.dumps(record, ensure_ascii=escaped, indent=layout == 1 or None) for record in records]
+    array = "[" + ", ".join(written) + "\n]"
+    content = array if layout == 2 else f'{{"train": {array}, "dev": []}}' if layout == 3 else " \n".join(written)
+    path = Path(write(tmp_path, "\ufeff" + content))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lines, "_BLOCK", block)
-        assert list(lines.text_lines(path)) == line_by_line(path)
-        patched.setattr(lines, "LONGEST_LINE", 6)
-        if any(len(line) > 6 for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")):
-            with pytest.raises(KestrelError, match="a line of more than 6 bytes"):
-                list(lines.text_lines(path))
+        patched.setattr(json_rows, "_CHUNK", chunk)
+        found = list(json_rows.rows(path))
+    assert [row.values for row in found] == records
+    if layout == 0:
+        assert [row.where for row in found] == [f"{path}:{number}" for number in range(1, len(records) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}\n{"a":\n}\n{"a": 3}', r"data.x:3: not JSON"),
+        ('[{"a": 1}, 2]', r"data.x:1: expected an object of JSON, found 2"),
+        ('[{"a": 1}\n{"a": 2}]', r"data.x:2: expected one of , \], found '{'"),
+        ('[{"a": 1}]\n[]', "data.x:2: more text after"),
+        ('{"train": [{"a": 1}], "other": []}', "the key 'other' is not one of"),
+        ('{"train": [{"a": 1}], 5: []}', "expected a text of JSON, found 5"),
+        ('{"train": [{"a": 1}], "train": []}', "the key 'train' is not one of .* each once"),
+        ('{"a": ' + "1" * 5000 + "}", "data.x:1: not JSON .Exceeds the limit"),
+        ('{"a": 1, "b": "' + "x" * 99, "data.x:1: not JSON .Unterminated string"),
+    ],
+)  # fmt: skip
+def test_bad_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str) -> None:
+    for chunk in (1, 7, 2**20):
+        monkeypatch.setattr(json_rows, "_CHUNK", chunk)
+        with pytest.raises(KestrelError, match=message):
+            list(json_rows.rows(Path(write(tmp_path, content))))
 
 
 def test_the_line_that_is_not_utf8_is_named_after_those_before_it(tmp_path: Path) -> None:

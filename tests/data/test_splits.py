@@ -242,5 +242,5 @@ def test_too_few_personas_to_cut(tmp_path: Path) -> None:
 def test_the_same_id_in_two_splits_names_both_places(tmp_path: Path) -> None:
     save(tmp_path / "train.jsonl", [line(0, 0), line(1, 1)])
     save(tmp_path / "test.jsonl", [line(2, 2), line(1, 3)])
-    with pytest.raises(KestrelError, match="'d1' is used at .*train.jsonl:2 and at .*test.jsonl:2"):
+    with pytest.raises(KestrelError, match="test.jsonl:2: .*'d1' is used at .*train.jsonl:2 already"):
         Splitter(open_corpus(str(tmp_path)))
