@@ -193,7 +193,7 @@ class _JsonText:
         self._decoder = json.JSONDecoder()
         self._text = ""
         self._at = 0
-        self._line, self._line_at = 1, 0  # the line at an index of the text, so that each line end is counted once
+        self._line, self._line_at = 1, 0  # the line of an index of the text: each line end is counted once
 
     def peek(self) -> str:
         """The next character that is not blank, "" at the end."""
@@ -224,7 +224,8 @@ class _JsonText:
                 offset = getattr(error, "pos", self._at) - self._at  # `_more` moves the text
                 if too_deep or len(self._text) - self._at > LONGEST_LINE or not self._more(size):
                     reason = "nested too deeply" if too_deep else getattr(error, "msg", error)
-                    raise KestrelError(f"{self.place(self._at + offset)}: not JSON ({reason}).") from error
+                    begins, line = self.place(), self._line_of(self._at + offset)
+                    raise KestrelError(f"{begins}: not JSON ({reason} in line {line}).") from error
                 size *= 2
         if not isinstance(value, kind):
             name = "an object" if kind is dict else "a text"
@@ -232,16 +233,18 @@ class _JsonText:
         self._at = end
         return value
 
-    def place(self, at: int | None = None) -> str:
-        """`file:line` of the next character, or of the one at an index after it."""
-        at = self._at if at is None else at
+    def place(self) -> str:
+        """`file:line` of the next character."""
+        return f"{self.path}:{self._line_of(self._at)}"
+
+    def _line_of(self, at: int) -> int:
         self._line += self._text.count("\n", self._line_at, at)
         self._line_at = at
-        return f"{self.path}:{self._line}"
+        return self._line
 
     def _more(self, size: int) -> bool:
         """Reads on; False at the end of the file."""
-        self.place()
+        self._line_of(self._at)
         self._text = self._text[self._at :]
         self._at = self._line_at = 0
         raw = self._file.read(size)
