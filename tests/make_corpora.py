@@ -108,5 +108,5 @@ def check(dialogues: list[Dialogue], counts: ReadCounts) -> None:
         for text in texts + [text for distractors in dialogue.candidates for text in distractors]:
             assert text
             assert text == text.strip()
-            assert not set(text) & {"\n", "\t", "\r", "\0", "\u2028"}
+            assert not set(text) & {"\u2028", *map(chr, range(32))}
             text.encode("utf-8")

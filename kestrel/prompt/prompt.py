@@ -14,7 +14,6 @@ are, by position, the tokens of each reply and the end token after it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -187,7 +186,27 @@ class Prompt:
         Raises:
             Unrenderable: even the last exchange does not fit, or a text cannot be tokenized as text.
         """
-        return self._truncated(dialogue, self.max_length)
+        rendered = self._rendered_from(dialogue, 0)
+        if len(rendered.input_ids) <= self.max_length:
+            return rendered
+        # A lower bound of the length from each turn on: texts without frames and ends.
+        where = f"dialogue {dialogue.dialogue_id}"
+        at_least, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
+        for index in reversed(range(len(dialogue.turns))):
+            total += len(self._tokens_of_text(self._turn_text(dialogue.turns[index]), where))
+            # The original format joins texts before it tokenizes them, which may give fewer tokens.
+            at_least[index] = 0 if self.format == "original" else total
+        last_reply = max((index for index, _ in dialogue.replies()), default=0)
+        for index, turn in enumerate(dialogue.turns[:last_reply]):
+            # Starts are partner's turns, so that the first reply that is left has something to answer.
+            if index > 0 and turn.speaker == "partner" and at_least[index] <= self.max_length:
+                rendered = self._rendered_from(dialogue, index)
+                if len(rendered.input_ids) <= self.max_length:
+                    return rendered
+        raise Unrenderable(
+            TOO_LONG,
+            f"{where}: persona and last exchange alone are longer than prompt.max_length {self.max_length}; raise it",
+        )
 
     def render_all(self, dialogues: Sequence[Dialogue]) -> list[Rendered | Unrenderable]:
         """As `render`, with one call of the tokenizer for all; returns the exception for what cannot be rendered."""
@@ -228,30 +247,6 @@ class Prompt:
         """Text of generated tokens, without the library's clean-up, which removes spaces before punctuation."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
-
-    def _truncated(self, dialogue: Dialogue, max_length: int) -> Rendered:
-        """The rendering with as many of the newest turns as fit."""
-        rendered = self._rendered_from(dialogue, 0)
-        if len(rendered.input_ids) <= max_length:
-            return rendered
-        # A lower bound of the length from each turn on: texts without frames and ends.
-        where = f"dialogue {dialogue.dialogue_id}"
-        at_least, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
-        for index in reversed(range(len(dialogue.turns))):
-            total += len(self._tokens_of_text(self._turn_text(dialogue.turns[index]), where))
-            # The original format joins texts before it tokenizes them, which may give fewer tokens.
-            at_least[index] = 0 if self.format == "original" else total
-        last_reply = max((index for index, _ in dialogue.replies()), default=0)
-        for index, turn in enumerate(dialogue.turns[:last_reply]):
-            # Starts are partner's turns, so that the first reply that is left has something to answer.
-            if index > 0 and turn.speaker == "partner" and at_least[index] <= max_length:
-                rendered = self._rendered_from(dialogue, index)
-                if len(rendered.input_ids) <= max_length:
-                    return rendered
-        raise Unrenderable(
-            TOO_LONG,
-            f"{where}: persona and last exchange alone are longer than prompt.max_length {max_length}; raise it",
-        )
 
     def _rendered_from(self, dialogue: Dialogue, first_turn: int) -> Rendered:
         where = f"dialogue {dialogue.dialogue_id}"
@@ -301,7 +296,7 @@ class Prompt:
 
     def identity(self) -> dict[str, Any]:
         """What identifies a prompt, for prompt.json; its `sha256` changes with any token of any rendering."""
-        canary = self._truncated(_CANARY, sys.maxsize)
+        canary = self._rendered_from(_CANARY, first_turn=0)
         identity: dict[str, Any] = {
             "format": self.format,
             "version": VERSION,

@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 SECONDS, MEGABYTES, LONGEST = 10, 3072, 4096
 # What a target is worth of --share: a line of options costs 20 ms, a run's artifacts 4, most others half a millisecond.
 WORTH = {"evaluation": 0.2, "options": 0.05, "artifacts": 0.4, "config": 0.7, "prompt": 0.2}
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
 
 def fuzz(target: str, arguments: list[str]) -> None:

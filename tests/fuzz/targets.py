@@ -15,17 +15,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import make_corpora
+
 from kestrel.data.corpus import open_corpus
 from kestrel.data.formats.recognize import FORMATS
 from kestrel.data.read_counts import ReadCounts
-from kestrel.data.reading import Reading
 from kestrel.data.splits import Splitter
-from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
 # What the tiny run of `artifacts` was made with, by its own account.
@@ -51,31 +50,12 @@ def _file(name: str, content: bytes) -> Path:
     return path
 
 
-def _is_sound(dialogue: Dialogue) -> None:
-    assert dialogue.dialogue_id and dialogue.turns
-    speakers = [turn.speaker for turn in dialogue.turns]
-    assert set(speakers) <= {"self", "partner"} and speakers[-1] == "self"
-    assert all(one != other for one, other in pairwise(speakers))
-    assert len(dialogue.candidates) in (0, speakers.count("self"))
-    texts = [*dialogue.persona, *dialogue.partner_persona, *(turn.text for turn in dialogue.turns)]
-    texts += [text for offer in dialogue.candidates for text in offer]
-    for text in texts:
-        assert text and text == text.strip() and not set(text) & {chr(i) for i in range(32)}
-        text.encode("utf-8")
-    replies = [text for _, text in dialogue.replies()]
-    assert all(reply not in offer for reply, offer in zip(replies, dialogue.candidates, strict=False))
-
-
 def corpus(data: bytes, format: str) -> None:
     """A source of dialogues: recognized, read, split."""
-    source = open_corpus(str(_file("source", data)), format)
+    path = str(_file("source", data))
+    source = open_corpus(path, format)
     for split in source.splits:
-        reading = Reading(source, split)
-        counts = reading.rest
-        for dialogue, counted in reading.dialogues():
-            _is_sound(dialogue)
-            counts.add(counted)
-        assert counts.read == counts.kept + counts.dropped.total()
+        make_corpora.read(path, format, split)  # checks what it reads
     with contextlib.suppress(KestrelError):  # three dialogues need not be enough for three splits
         cut = Splitter(source, validation_fraction=0.3, test_fraction=0.3)
         for split in cut.splits:
@@ -229,7 +209,7 @@ def partial_generations(data: bytes) -> None:
 
 def prompt(data: bytes) -> None:
     """Any text as persona and turns: rendered, never as a control token, the context of a turn a prefix of the whole."""
-    from kestrel.dialogue import Turn
+    from kestrel.dialogue import Dialogue, Turn
     from kestrel.prompt.prompt import Prompt, Unrenderable
 
     tokenizer = _tokenizer()
