@@ -79,15 +79,7 @@ def batches_within(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 
 
 def even_batches_within(lengths: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """As few batches as `batches_within` makes, as equal in size as possible: a small last one would leave a GPU idle.
-
-    Args:
-        lengths: tokens of each row.
-        tokens: the budget: rows of a batch times its longest row.
-
-    Returns:
-        Positions into `lengths`.
-    """
+    """As few batches as `batches_within` makes, as equal in size as possible: a small last one would leave a GPU idle."""
     batches = list(batches_within(lengths, tokens))
     too_low, enough = 0, tokens
     while len(batches) > 1 and enough - too_low > max(1, tokens // 64):

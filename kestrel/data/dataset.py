@@ -126,13 +126,12 @@ def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path
         KestrelError: missing, damaged, or made with other settings; names what differs.
     """
     folder = Path(settings.run_dir) / "dataset"
-    remedy = f"make it with: {command}"
+    what, remedy = f"the dataset in {folder}", f"make it with: {command}"
     if not (folder / MANIFEST).exists():
         raise KestrelError(f"there is no dataset in {folder}; {remedy}")
     manifest = read_manifest(folder, "dataset", remedy)
-    require_equal(f"the dataset in {folder}", manifest["settings"], settings_that_shape(settings), remedy)
-    recorded, current = manifest.get("prompt"), prompt.identity()
-    require_equal(f"the dataset in {folder}", {"prompt": recorded}, {"prompt": current}, remedy)
+    require_equal(what, manifest["settings"], settings_that_shape(settings), remedy)
+    require_equal(what, {"prompt": manifest.get("prompt")}, {"prompt": prompt.identity()}, remedy)
     return folder, manifest
 
 
@@ -156,8 +155,9 @@ def lengths_of(dataset: Dataset) -> np.ndarray:
     """Tokens of each row, int64, from the lists' lengths."""
     import pyarrow.compute as pc
 
-    column = dataset.with_format("arrow")[:]["input_ids"] if len(dataset) else []
-    return np.asarray(pc.list_value_length(column)).astype(np.int64) if len(dataset) else np.zeros(0, np.int64)
+    if not len(dataset):
+        return np.zeros(0, np.int64)
+    return np.asarray(pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])).astype(np.int64)
 
 
 def supervised_of(dataset: Dataset) -> np.ndarray:

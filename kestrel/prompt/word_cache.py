@@ -92,17 +92,11 @@ class WordCache:
         if len(self._beginnings) > _MAX_BEGINNINGS:
             self._beginnings.clear()
         split = [text.split(" ") for text in texts]
+        beginnings = {beginning for beginning, *_ in split} - self._beginnings.keys()
+        words = {word for _, *words in split for word in words} - self._words.keys()
         # A piece may end where spaces end, so that a cut next to other white space would not be exact.
-        beginnings = {
-            text
-            for text in {text for text, *_ in split} - self._beginnings.keys()
-            if len(text) <= _MAX_LENGTH and not text[-1:].isspace()
-        }
-        words = {
-            word
-            for word in {word for _, *words in split for word in words} - self._words.keys()
-            if len(word) <= _MAX_LENGTH and word.split() == [word]
-        }
+        beginnings = {text for text in beginnings if len(text) <= _MAX_LENGTH and not text[-1:].isspace()}
+        words = {word for word in words if len(word) <= _MAX_LENGTH and word.split() == [word]}
         if beginnings:
             self._beginnings |= zip(beginnings, self._tokenize(list(beginnings)), strict=True)
         if words:
