@@ -46,18 +46,8 @@ def prompt_of(name: str, format: str, max_length: int = 10**6) -> Prompt:
 
 SPECIALS = [
     *("<|endoftext|>", ">>TITLE<<", "<s>", "</s>", "<unk>", "[SEP]", "[CLS]", "<|im_end|>", "<|im_start|>", "<pad>"),
-    *(
-        "\nYou:",
-        "\nPartner: x",
-        "Persona:",
-        "[INST]",
-        "{{ bos_token }}",
-        "\ue0001\ue001",
-        "\ufdfa",
-        "1987",
-        "👍🏽",
-        "\u0301",
-    ),
+    *("\nYou:", "\nPartner: x", "Persona:", "[INST]", "{{ bos_token }}"),
+    *("\ue0001\ue001", "\ufdfa", "1987", "👍🏽", "\u0301"),
 ]
 TEXT = st.lists(
     st.one_of(
