@@ -29,7 +29,6 @@ def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mappin
     """Every pair of scored files, those against base first, and each file against the best trivial system by metric.
 
     Args:
-        kinds: system, base, trivial or gold, by name.
         folders: of each file, so that a system meets the base of its own run first.
     """
     files = sorted((name for name in kinds if kinds[name] in ("system", "base")), key=lambda n: kinds[n] == "base")
@@ -39,10 +38,8 @@ def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mappin
             shared = bootstrap.point[system].keys() & bootstrap.point[against].keys()
             names = [metric.name for metric in METRICS if metric.tested and metric.name in shared]
             tests += [bootstrap.paired(system, against, name) for name in names]
-        for metric in HEADLINES:
-            rival = best_trivial(bootstrap, kinds, metric)
-            if rival is not None:
-                tests.append(bootstrap.paired(system, rival, metric.name))
+        rivals = [(best_trivial(bootstrap, kinds, metric), metric.name) for metric in HEADLINES]
+        tests += [bootstrap.paired(system, rival, name) for rival, name in rivals if rival is not None]
     return tests
 
 
@@ -88,11 +85,7 @@ def _describe(tests: Sequence[Mapping[str, Any]]) -> str:
 
 
 def spread_over_seeds(groups: Mapping[str, str], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean and spread over the seeds of one system, for each that has several.
-
-    Args:
-        groups: what each file's system is called without its seed or run.
-    """
+    """Mean and spread over the seeds of each system that has several; `groups` has the group of each file."""
     result: dict[str, Any] = {}
     for group, count in Counter(groups.values()).items():
         if count < 2:

@@ -19,18 +19,12 @@ from kestrel.evaluation.metrics import Answers, Array, Rows
 
 @dataclass(frozen=True)
 class Column:
-    """Where the table named `table` of `tables.py` shows a metric.
-
-    Attributes:
-        heading: of the column; a function of the score's signature where the settings decide it.
-        show: format of the number, where it is not the metric's own.
-        interval: whether the 95% interval stands beside the score.
-    """
+    """Where a table of `tables.py` shows a metric."""
 
     table: Literal["scores", "properties", "perplexity"]
-    heading: str | Callable[[str], str]
-    show: str = ""
-    interval: bool = False
+    heading: str | Callable[[str], str]  # a function of the score's signature where the settings decide it
+    show: str = ""  # format of the number, where it is not the metric's own
+    interval: bool = False  # whether the 95% interval is shown beside the score
 
 
 @dataclass(frozen=True)

@@ -55,21 +55,18 @@ def _check_personas(first: Generations, other: Generations) -> None:
 def spread_over_orders(
     first: Generations, further: Sequence[Generations], points: Sequence[Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Mean and spread of one system's scores over the orders.
-
-    Args:
-        first, further: from `separate_orders`.
-        points: the scores of each of these files.
+    """Mean and spread of one system's scores over the orders; `points` are the scores of each file.
 
     Returns:
-        orders: their numbers, 0 as given. reordered: share of the replies in further files whose persona really has
-        another order than in the first; a persona of one sentence has only one. By score: mean, std, min, max, the
-        values, and relative_change, (max - min) / mean.
+        orders: their numbers, 0 as given. reordered: share of the replies in further files whose persona has another
+        order than in the first; a persona of one sentence has only one. By score: mean, std, min, max, the values, and
+        relative_change, (max - min) / mean.
     """
+    files = [first, *further]
     pairs = [(one, two) for file in further for one, two in zip(first.replies, file.replies, strict=True)]
     entry: dict[str, Any] = {
-        "orders": [file.order for file in (first, *further)],
-        "files": [str(file.path) for file in (first, *further)],
+        "orders": [file.order for file in files],
+        "files": [str(file.path) for file in files],
         "reordered": sum(one.persona != two.persona for one, two in pairs) / len(pairs),
     }
     for metric in ORDER_METRICS:
@@ -84,13 +81,7 @@ def spread_over_orders(
 def order_verdicts(
     spreads: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], folders: Mapping[str, Path]
 ) -> list[str]:
-    """What the spread means, in words: its size, and whether a lead over the base holds in every order.
-
-    Args:
-        spreads: of `spread_over_orders` by system.
-        kinds: system or base, by system.
-        folders: of each system's file; the base of its own run comes first.
-    """
+    """The size of each system's spread in words, and whether a lead over the base of its run holds in every order."""
     sentences = []
     for name, entry in spreads.items():
         changes = [

@@ -15,11 +15,9 @@ from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha25
 def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path], command: str) -> None:
     """Refuses generations of the run that were edited, or whose dataset or adapter was made again since.
 
-    A file in another order of the persona must also have been made like the one in the order as given, so that they
-    differ in nothing but the order.
+    A file in another order of the persona must differ in nothing but the order from the one in the order as given.
 
     Args:
-        run_dir: the run's folder.
         adapter: folder of the adapter that the settings name; None where it is not on this machine.
         files: of run_dir/generations.
         command: the command that makes them.
@@ -28,13 +26,12 @@ def check_provenance(run_dir: Path, adapter: Path | None, files: Sequence[Path],
         KestrelError: naming the file and what changed.
     """
     folder = run_dir / "generations"
-    recorded = recorded_files(folder, f"make it again with: {command}")
-    current = _current_identities(run_dir, adapter, f"make it again with: {command}")
+    again = f"make it again with: {command}"
+    recorded = recorded_files(folder, again)
+    current = _current_identities(run_dir, adapter, again)
     for file in files:
         system, order = order_in_name(split_and_system(file)[1])
-        remedy = f"make it again with: {command}"
-        if order:
-            remedy += f" --generation.persona_orders {order + 1}, or delete it"
+        remedy = f"{again} --generation.persona_orders {order + 1}, or delete it" if order else again
         facts = recorded.get(file.name)
         if facts is None:
             raise KestrelError(f"{file} is not in {folder / MANIFEST}; {remedy}, or name it in evaluation.generations")

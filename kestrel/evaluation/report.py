@@ -23,10 +23,8 @@ def write_report(folder: Path, evaluation: Evaluation, log: Path, samples: int, 
     """Writes report.html, report.md and the plots as PNG.
 
     Args:
-        folder: of the evaluation; exists.
         log: the run's training.jsonl; its curve is shown where it exists.
-        samples: dialogues to browse.
-        seed: of their choice.
+        samples: dialogues to browse, chosen by `seed`.
     """
     figures = all_figures(evaluation, log)
     dialogues = sample_dialogues(evaluation, samples, seed)
@@ -74,9 +72,8 @@ def as_markdown(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Se
     metrics: dict[str, Any] = evaluation.metrics
     parts = [
         "# Evaluation",
-        (
-            f"{metrics['n_replies']:,} replies of {metrics['n_dialogues']:,} dialogues, "
-            f"{metrics['split'] or 'unknown'} split."
+        "{n_replies:,} replies of {n_dialogues:,} dialogues, {0} split.".format(
+            metrics["split"] or "unknown", **metrics
         ),
         "```\n" + "\n".join(_signatures(metrics).values()) + "\n```",
         "\n".join(f"- {escape(sentence)}" for sentence in metrics["verdicts"]),
