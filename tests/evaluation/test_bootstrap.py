@@ -33,28 +33,31 @@ def statistics(replies: list[Reply]) -> dict[str, np.ndarray]:
     return statistics_of(answers_of(replies, "raw", stemmer=True))
 
 
+def ids_of(replies: list[Reply]) -> list[str]:
+    return [reply.dialogue_id for reply in replies]
+
+
 def test_equals_the_direct_computation():
     replies, resamples, seed = corpus(1), 25, 5
-    ids = [reply.dialogue_id for reply in replies]
-    bootstrap = Bootstrap({"s": statistics(replies)}, ids, resamples, seed)
-    names = sorted(set(ids))
+    bootstrap = Bootstrap({"s": statistics(replies)}, ids_of(replies), resamples, seed)
+    names = sorted(set(ids_of(replies)))
     picks = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=resamples)
     bleu = sacrebleu.BLEU(force=True)
     rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    direct: dict[str, list[float]] = {"bleu": [], "rouge_l": [], "f1": [], "perplexity.token": [], "stopped_by_eos": []}
-    for pick in picks:
-        drawn = [
-            r for name, n in zip(names, pick, strict=True) for _ in range(n) for r in replies if r.dialogue_id == name
-        ]
-        direct["bleu"].append(bleu.corpus_score([r.response for r in drawn], [[r.reference for r in drawn]]).score)
-        direct["rouge_l"].append(
-            100 * np.mean([rouge.score(r.reference, r.response)["rougeL"].fmeasure for r in drawn])
-        )
-        direct["f1"].append(100 * np.mean([f1_score(r.response, r.reference) for r in drawn]))
-        tokens = sum(r.reference_tokens for r in drawn)
-        direct["perplexity.token"].append(np.exp(sum(r.reference_nll for r in drawn) / tokens))
-        direct["stopped_by_eos"].append(np.mean([r.stopped_by == "eos" for r in drawn]))
-    for metric, expected in direct.items():
+    drawn = [
+        [r for name, n in zip(names, pick, strict=True) for _ in range(n) for r in replies if r.dialogue_id == name]
+        for pick in picks
+    ]
+    for metric, score in {
+        "bleu": lambda rows: bleu.corpus_score([r.response for r in rows], [[r.reference for r in rows]]).score,
+        "rouge_l": lambda rows: 100 * np.mean([rouge.score(r.reference, r.response)["rougeL"].fmeasure for r in rows]),
+        "f1": lambda rows: 100 * np.mean([f1_score(r.response, r.reference) for r in rows]),
+        "perplexity.token": lambda rows: np.exp(
+            sum(r.reference_nll for r in rows) / sum(r.reference_tokens for r in rows)
+        ),
+        "stopped_by_eos": lambda rows: np.mean([r.stopped_by == "eos" for r in rows]),
+    }.items():
+        expected = [score(rows) for rows in drawn]
         assert len(set(expected)) > 5
         np.testing.assert_allclose(bootstrap.draws["s"][metric], expected, rtol=1e-9, err_msg=metric)
         assert bootstrap.interval(bootstrap.draws["s"][metric]) == pytest.approx(
@@ -85,17 +88,11 @@ def test_dialogues_are_resampled_and_not_replies():
     assert width(20) == pytest.approx(width(1), rel=1e-9)
 
 
-def statistics_with_f1(f1: np.ndarray) -> dict[str, np.ndarray]:
-    """Of a system that is known by its F1 alone."""
-    return {"f1": np.stack([f1, np.ones(len(f1))], axis=1)}
-
-
 def test_a_system_does_not_differ_from_itself_and_a_better_one_does():
     replies = corpus(2, dialogues=30)
-    ids = [reply.dialogue_id for reply in replies]
     same = statistics(replies)
     gold = statistics([reply.with_response(reply.reference) for reply in replies])
-    bootstrap = Bootstrap({"s": same, "copy": dict(same), "gold": gold}, ids, 200, seed=0)
+    bootstrap = Bootstrap({"s": same, "copy": dict(same), "gold": gold}, ids_of(replies), 200, seed=0)
     for metric in ("bleu", "rouge_l", "f1"):
         nothing = bootstrap.paired("s", "copy", metric)
         assert (nothing["difference"], nothing["ci95"], nothing["p_value"]) == (0, [0, 0], 1)
@@ -116,7 +113,8 @@ def test_p_value_and_interval_hold_their_level():
     for trial in range(trials):
         quality = np.repeat(generator.normal(size=(2, 40)), 3, axis=1)  # shared within a dialogue, as it is in truth
         first, second = 0.5 + 0.1 * quality + 0.02 * generator.normal(size=(2, 120))
-        bootstrap = Bootstrap({"a": statistics_with_f1(first), "b": statistics_with_f1(second)}, ids, 200, seed=trial)
+        systems = {name: {"f1": np.stack([f1, np.ones(120)], axis=1)} for name, f1 in (("a", first), ("b", second))}
+        bootstrap = Bootstrap(systems, ids, 200, seed=trial)
         test = bootstrap.paired("a", "b", "f1")
         alarms += test["p_value"] < 0.05
         misses += not test["ci95"][0] <= 0 <= test["ci95"][1]
@@ -127,7 +125,7 @@ def test_p_value_and_interval_hold_their_level():
 def test_one_dialogue_gives_scores_and_no_interval():
     replies = [reply for reply in corpus(3) if reply.dialogue_id == "d0"]
     columns = statistics(replies)
-    bootstrap = Bootstrap({"a": columns, "b": columns}, ["d0"] * len(replies), 100, seed=0)
+    bootstrap = Bootstrap({"a": columns, "b": columns}, ids_of(replies), 100, seed=0)
     assert bootstrap.interval(bootstrap.draws["a"]["bleu"]) is None
     test = bootstrap.paired("a", "b", "bleu")
     assert test["ci95"] is None and test["p_value"] is None
@@ -135,7 +133,6 @@ def test_one_dialogue_gives_scores_and_no_interval():
 
 def test_seed_decides_the_draws():
     replies = corpus(4)
-    ids = [reply.dialogue_id for reply in replies]
     columns = {"s": statistics(replies)}
-    draws = [Bootstrap(columns, ids, 100, seed).draws["s"]["f1"].tolist() for seed in (1, 1, 2)]
+    draws = [Bootstrap(columns, ids_of(replies), 100, seed).draws["s"]["f1"].tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]

@@ -31,11 +31,18 @@ class Shortness(evaluate.Metric):
 
 
 @pytest.fixture
-def local_metric(tmp_path):
+def config(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def options(tmp_path, config):
+    """That score the run with a metric of its own."""
     folder = tmp_path / "metrics" / "shortness"
     folder.mkdir(parents=True)
     (folder / "shortness.py").write_text(METRIC, encoding="utf-8")
-    return folder
+    few = ["--evaluation.resamples", "100", "--evaluation.samples", "0"]
+    return ["--config", str(config), *few, "--evaluation.extra_metrics", str(folder)]
 
 
 def check_shortness(config: Path) -> None:
@@ -46,22 +53,14 @@ def check_shortness(config: Path) -> None:
 
 
 @pytest.mark.parametrize("started_in", ["the repository", "elsewhere"])
-def test_metrics_of_the_library_from_the_command_line(tmp_path, local_metric, started_in):
-    config = make_run(tmp_path)
+def test_metrics_of_the_library_from_the_command_line(tmp_path, config, options, started_in):
     # The library takes transformers along where it is installed, for seconds, and does without it where it is not.
     (tmp_path / "without").mkdir()
     (tmp_path / "without" / "transformers.py").write_text("raise ImportError('not here')", encoding="utf-8")
-    environment = {
-        **os.environ,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(tmp_path / "without"),
-    }
-    command = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *command, "--evaluation.extra_metrics", str(local_metric)],
+        [sys.executable, str(ROOT / "evaluate.py"), *options],
         cwd=ROOT if started_in == "the repository" else tmp_path,
-        env=environment,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(tmp_path / "without")},
         capture_output=True,
         text=True,
         check=False,
@@ -71,7 +70,7 @@ def test_metrics_of_the_library_from_the_command_line(tmp_path, local_metric, st
     check_shortness(config)
 
 
-def test_metrics_of_the_library_under_pytest(tmp_path, local_metric, monkeypatch):
+def test_metrics_of_the_library_under_pytest(tmp_path, config, options, monkeypatch):
     """Here `import evaluate` may be the script already; the helper must find the library all the same."""
     import datasets.config
 
@@ -80,9 +79,7 @@ def test_metrics_of_the_library_under_pytest(tmp_path, local_metric, monkeypatch
     before = sys.modules.pop("evaluate", None)
     try:
         assert "run_script" in vars(importlib.import_module("evaluate"))  # ours, by sys.path
-        config = make_run(tmp_path)
-        options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
-        assert main([*options, "--evaluation.extra_metrics", str(local_metric)]) == 0
+        assert main(options) == 0
         check_shortness(config)
         assert hasattr(sys.modules["evaluate"], "EvaluationModule")
     finally:

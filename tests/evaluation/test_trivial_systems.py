@@ -69,12 +69,7 @@ def test_what_cannot_be_made_is_told():
     bare = [context(0, t, "hello you", persona=None, history=None) for t in (1, 3)]
     made, made_by, notes = trivial_replies(bare, seed=0, search=None)
     assert made == {} and made_by == {}
-    assert [note.split(" ")[0] for note in notes] == [
-        "copy_partner",
-        "random_persona",
-        "random_reply",
-        "constant_reply",
-    ]
+    assert [note.split()[0] for note in notes] == ["copy_partner", "random_persona", "random_reply", "constant_reply"]
 
 
 def test_an_opening_reply_has_nothing_to_copy():
