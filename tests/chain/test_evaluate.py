@@ -1,5 +1,7 @@
 """evaluate.py from files on disk to what it writes and prints, and the `evaluate` library beside it."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -13,29 +15,20 @@ main = script("evaluate").main
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory, capfd_module):
+def scored(tmp_path_factory):
+    """A config whose run was scored, and what was printed."""
     config = make_run(tmp_path_factory.mktemp("scored"))
-    status = main(["--config", str(config), "--evaluation.resamples", "200"])
-    return config, status, capfd_module.readouterr().out
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
+    return config, printed.getvalue()
 
 
-@pytest.fixture(scope="module")
-def capfd_module(request):
-    """capfd for a fixture that lives as long as the module."""
-    manager = request.config.pluginmanager.getplugin("capturemanager")
-    from _pytest.capture import CaptureFixture, FDCapture
-
-    with manager.global_and_fixture_disabled():
-        capture = CaptureFixture(FDCapture, request, _ispytest=True)
-        capture._start()
-        yield capture
-        capture.close()
+def rows_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_schema_of_metrics_json(scored):
-    config, status, _ = scored
-    assert status == 0
-    metrics = read_metrics(config)
+    metrics = read_metrics(scored[0])
     assert (metrics["split"], metrics["n_replies"], metrics["n_dialogues"]) == ("test", 36, 12)
     assert {"signature", "systems", "paired", "verdicts", "notes", "inputs"} <= set(metrics)
     assert list(metrics["systems"]) == [
@@ -60,7 +53,7 @@ def test_schema_of_metrics_json(scored):
 
 
 def test_what_is_written_reproduces_the_scores(scored):
-    config, _, _ = scored
+    config, _ = scored
     folder = config.parent / "run" / "evaluation"
     metrics = read_metrics(config)
     lines = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in (folder / "responses").iterdir()}
@@ -74,7 +67,7 @@ def test_what_is_written_reproduces_the_scores(scored):
 
 
 def test_printed_table_fits_and_names_everything(scored):
-    config, _, printed = scored
+    config, printed = scored
     lines = printed.splitlines()
     assert max(len(line) for line in lines if str(config.parent) not in line) <= 100
     for name in ("adapter", "base", "copy_partner", "constant_words", "gold"):
@@ -84,10 +77,10 @@ def test_printed_table_fits_and_names_everything(scored):
 
 
 def test_same_seed_same_numbers(scored, tmp_path, capsys):
-    config, _, _ = scored
-    first = (config.parent / "run" / "evaluation" / "metrics.json").read_bytes()
+    config, _ = scored
+    first = read_metrics(config)
     assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
-    assert (config.parent / "run" / "evaluation" / "metrics.json").read_bytes() == first
+    assert read_metrics(config) == first
 
 
 def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
@@ -103,10 +96,8 @@ def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
 
 def test_a_file_from_elsewhere(tmp_path, capsys):
     config = make_run(tmp_path)
-    theirs = write_rows(
-        tmp_path / "theirs.jsonl",
-        [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)],
-    )
+    rows = [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)]
+    theirs = write_rows(tmp_path / "theirs.jsonl", rows)
     assert main(["--config", str(config), "--evaluation.generations", str(theirs)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     metrics = read_metrics(config)
@@ -121,16 +112,20 @@ def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, ca
     from datasets import Dataset
 
     config = make_run(tmp_path)
+    dataset = tmp_path / "run" / "dataset"
     reply = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "i like my dogs"}]
-    for split, ids in (("train", ["t0", "t1"]), ("test", [f"d{i}" for i in range(12)])):
+
+    def write(split: str, *ids: str) -> None:
         rows = [{"dialogue_id": name, "turns": reply} for name in ids]
-        Dataset.from_list(rows).save_to_disk(str(tmp_path / "run" / "dataset" / split))
-    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
+        Dataset.from_list(rows).save_to_disk(str(dataset / split))
+        write_manifest(dataset, "dataset", {}, {})
+
+    write("train", "t0", "t1")
+    write("test", *(f"d{i}" for i in range(12)))
     options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.samples", "0"]
     assert main(options) == 0
     assert "'i like my dogs'" in read_metrics(config)["systems"]["constant_reply"]["made_by"]
-    Dataset.from_list([{"dialogue_id": "z", "turns": reply}]).save_to_disk(str(tmp_path / "run" / "dataset" / "test"))
-    write_manifest(tmp_path / "run" / "dataset", "dataset", {}, {})
+    write("test", "z")
     capsys.readouterr()
     assert main(options) == 0  # a dataset of other dialogues is no place to look
     assert "is of other dialogues" in " ".join(capsys.readouterr().out.split())
@@ -140,12 +135,10 @@ def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, ca
 def test_seeds_are_summarized(tmp_path, capsys):
     configs = [make_run(tmp_path / name) for name in ("one", "two")]
     files = [c.parent / "run" / "generations" / "test.adapter.jsonl" for c in configs]
-    rows = [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
+    rows = rows_in(files[1])
     for row in rows[::3]:
         row["response"] = "i do not"
-    write_rows(files[1], rows)
-    files[1].rename(files[1].with_name("test.adapter-seed2.jsonl"))
-    files[1] = files[1].with_name("test.adapter-seed2.jsonl")
+    files[1] = write_rows(files[1].with_name("test.adapter-seed2.jsonl"), rows)
     options = ["--config", str(configs[0]), "--evaluation.generations", *map(str, files)]
     assert main([*options, "--evaluation.resamples", "100"]) == 0
     metrics = read_metrics(configs[0])
@@ -160,9 +153,7 @@ def add_orders(folder: Path, count: int) -> None:
     """Files of both systems under further orders of the persona, the answers of the adapter ever worse."""
     for name in ("adapter", "base"):
         for order in range(1, count):
-            rows = [
-                json.loads(line) for line in (folder / f"test.{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
+            rows = rows_in(folder / f"test.{name}.jsonl")
             for i, row in enumerate(rows):
                 row["persona"] = row["persona"][::-1]
                 row["reference_nll"] += order
@@ -181,14 +172,14 @@ def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
     assert main(options) == 0
     printed = capsys.readouterr().out
     metrics = read_metrics(config)
-    systems = {
-        name: {key: value for key, value in entry.items() if key != "made_by"}
-        for name, entry in metrics["systems"].items()
-    }
-    assert systems == {
-        name: {key: value for key, value in entry.items() if key != "made_by"}
-        for name, entry in before["systems"].items()
-    }  # further orders change nothing that is said of the one as given
+    written = tmp_path / "run" / "evaluation"
+    for name in ("report.html", "report.md"):
+        text = (written / name).read_text(encoding="utf-8")
+        assert "Persona order: 3 orders" in text and "shuffled for each dialogue" in text
+    assert (written / "responses" / "adapter-order1.txt").is_file()
+    assert metrics["systems"].keys() == before["systems"].keys()
+    for name, entry in metrics["systems"].items():  # further orders change nothing that is said of the one as given
+        assert entry == before["systems"][name] | {"made_by": entry["made_by"]}
     assert metrics["paired"] == before["paired"] and metrics["groups"] == {}
     assert [file["system"] for file in metrics["inputs"]].count("adapter-order2") == 1
     for name in ("adapter", "base"):
@@ -206,17 +197,6 @@ def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
     assert "Persona order: 3 orders" in printed and "adapter-order" not in printed
     assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 100
     assert any(verdict.startswith("adapter over 3 orders") for verdict in metrics["verdicts"])
-
-
-def test_persona_orders_in_the_report(tmp_path, capsys):
-    config = make_run(tmp_path)
-    add_orders(tmp_path / "run" / "generations", 2)
-    assert main(["--config", str(config), "--evaluation.resamples", "100"]) == 0
-    folder = tmp_path / "run" / "evaluation"
-    for name in ("report.html", "report.md"):
-        text = (folder / name).read_text(encoding="utf-8")
-        assert "Persona order: 2 orders" in text and "shuffled for each dialogue" in text
-    assert (folder / "responses" / "adapter-order1.txt").is_file()
 
 
 @pytest.mark.parametrize(

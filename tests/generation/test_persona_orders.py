@@ -47,9 +47,10 @@ def test_orders_depend_on_seed_dialogue_and_number():
     def drawn(seed: int, order: int) -> list[tuple[str, ...]]:
         return [reordered(Dialogue(f"d{i}", tuple("abcdef"), TURNS), seed, order).persona for i in range(50)]
 
-    assert len(set(drawn(0, 1))) > 40
-    assert sum(a == b for a, b in zip(drawn(0, 1), drawn(0, 2), strict=True)) < 5
-    assert sum(a == b for a, b in zip(drawn(0, 1), drawn(1, 1), strict=True)) < 5
+    first = drawn(0, 1)
+    assert len(set(first)) > 40
+    for other in (drawn(0, 2), drawn(1, 1)):
+        assert sum(a == b for a, b in zip(first, other, strict=True)) < 5
 
 
 def test_orders_are_the_same_in_another_process():
@@ -99,14 +100,18 @@ def order_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=384, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["Persona: " + " ".join(PERSONA)] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def scoring_model() -> Any:
+    model = make_model()
+    attach_token_nll(model)
+    return model
 
 
 def log_likelihood(model: torch.nn.Module, context: list[int], reply: list[int]) -> float:
@@ -120,8 +125,7 @@ def log_likelihood(model: torch.nn.Module, context: list[int], reply: list[int])
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_likelihoods_are_those_under_the_shuffled_persona(order):
     prompt = Prompt(make_tokenizer(), "plain", 256)
-    model = make_model()
-    attach_token_nll(model)
+    model = scoring_model()
     candidates = (("no .", "i hate rice ."), (), ("a cat .",))
     dialogue = Dialogue("d", PERSONA, TURNS, candidates=candidates)
     settings = Generation(max_new_tokens=2, candidates=True)
@@ -150,17 +154,15 @@ def test_replies_that_a_longer_persona_cuts_are_answered_or_left_out():
         (questions,) = questions_of(rows, prompt, 0, 1)
         assert [question.span is None for question in questions] == [True, False, False][:kept]
         for question in questions:
-            anew = prompt.context(shuffled, question.turn) if question.span is None else None
-            assert question.context == (anew or prompt.render(shuffled).input_ids[: question.span[0]])
+            again = prompt.context(shuffled, question.turn) if question.span is None else None
+            assert question.context == (again or prompt.render(shuffled).input_ids[: question.span[0]])
         if not kept:
             with pytest.raises(Unrenderable):
                 prompt.render(shuffled)
         else:
-            model = make_model()
-            attach_token_nll(model)
-            for row, question in zip(
-                answer(model, prompt, [[], questions], Generation(max_new_tokens=1), 0), questions, strict=True
-            ):
+            model = scoring_model()
+            answers = answer(model, prompt, [[], questions], Generation(max_new_tokens=1), 0)
+            for row, question in zip(answers, questions, strict=True):
                 expected = log_likelihood(model, question.context, question.reference)
                 assert row["reference_nll"] == pytest.approx(expected, rel=1e-4)
 
@@ -170,12 +172,10 @@ def test_candidates_that_spell_a_control_token_leave_their_reply_without_a_rank(
     prompt = Prompt(tokenizer, "plain", 256)
     with pytest.raises(Unrenderable):
         prompt.reply_ids("the end </s>")
-    model = make_model()
-    attach_token_nll(model)
     candidates = (("i like cars", "the end </s>"), ("i like dogs", "great"), ())
     row = row_of(Dialogue("d", PERSONA, TURNS, candidates=candidates), prompt)
     settings = Generation(max_new_tokens=1, candidates=True)
-    rows = answer(model, prompt, questions_of([row], prompt), settings, 0)
+    rows = answer(scoring_model(), prompt, questions_of([row], prompt), settings, 0)
     assert [len(row.get("candidate_nll", [])) for row in rows] == [0, 2, 0]
     assert "candidate_nll" not in rows[0]
 
@@ -236,10 +236,8 @@ def test_what_a_file_lacks_is_counted(trained, tmp_path):
 
 
 def file_of(name: str, personas: list[tuple[str, ...]] | None = None) -> Generations:
-    replies = [
-        Reply(f"d{i}", 1, f"reference {i}", "response", i + 1, persona=persona)
-        for i, persona in enumerate(personas or [("a", "b"), ("c", "d")])
-    ]
+    personas = personas or [("a", "b"), ("c", "d")]
+    replies = [Reply(f"d{i}", 1, f"reference {i}", "response", i + 1, p) for i, p in enumerate(personas)]
     path = Path(name + ".jsonl")
     return Generations(path.stem.removeprefix("test."), "test", path, name, replies)
 
@@ -261,8 +259,8 @@ def test_orders_are_gathered_with_their_own_system():
     files, _ = align([file_of(name) for name in names])
     assert [file.order for file in files][:3] == [0, 0, 0]
     first, further = separate_orders(files)
-    told = {str(file.path): [str(f.path) for f in further.get(file.system, [])] for file in first}
-    assert told == {
+    orders = {str(file.path): [str(f.path) for f in further.get(file.system, [])] for file in first}
+    assert orders == {
         "a/test.adapter.jsonl": ["a/test.adapter-order2.jsonl", "a/test.adapter-order10.jsonl"],
         "a/test.base.jsonl": ["b/test.base-order1.jsonl"],  # run b has none of its own
         "b/test.adapter.jsonl": ["b/test.adapter-order1.jsonl"],
