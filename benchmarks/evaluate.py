@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,24 +33,18 @@ if TYPE_CHECKING:
 _CANDIDATES = 19  # distractors of each reply, as in ConvAI2
 
 
-def contexts(dialogues: list[Dialogue], replies: int) -> Iterator[dict[str, Any]]:
-    """Rows of a generations file without what a model adds, in the order of the dialogues."""
-    number = written = 0
-    while True:
+def contexts(dialogues: list[Dialogue]) -> Iterator[dict[str, Any]]:
+    """Endless rows of a generations file without what a model adds, in the order of the dialogues."""
+    for number in count():
         for dialogue in dialogues:
             for index, reference in dialogue.replies():
-                if written == replies:
-                    return
-                written += 1
-                history = [{"speaker": before.speaker, "text": before.text} for before in dialogue.turns[:index]]
                 yield {
                     "dialogue_id": f"{number}-{dialogue.dialogue_id}",
                     "turn": index,
-                    "persona": list(dialogue.persona),
-                    "history": history,
+                    "persona": dialogue.persona,
+                    "history": [before._asdict() for before in dialogue.turns[:index]],
                     "reference": reference,
                 }
-        number += 1
 
 
 def write_generations(path: Path, rows: list[dict[str, Any]], seed: int) -> None:
@@ -60,30 +55,25 @@ def write_generations(path: Path, rows: list[dict[str, Any]], seed: int) -> None
     with open(path, "w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
             tokens = len(row["reference"].split()) + 1
-            likelihoods = [[draw.gauss(3.5, 0.5) * tokens, tokens] for _ in range(_CANDIDATES)]
             made = {
                 "response": answer,
                 "stopped_by": "eos",
                 "response_tokens": len(answer.split()) + 1,
                 "reference_nll": draw.gauss(3.0, 0.5) * tokens,
                 "reference_tokens": tokens,
-                "candidate_nll": likelihoods,
+                "candidate_nll": [[draw.gauss(3.5, 0.5) * tokens, tokens] for _ in range(_CANDIDATES)],
             }
             file.write(json.dumps({**row, **made}) + "\n")
 
 
 def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> dict[str, Any]:
-    """Writes the files and times the script.
-
-    Raises:
-        KestrelError: it failed.
-    """
+    """Writes the files and times the script; raises KestrelError if it fails."""
     from kestrel.data.corpus import open_corpus
     from kestrel.data.reading import Reading
     from kestrel.errors import KestrelError
 
     dialogues = [dialogue for dialogue, _ in Reading(open_corpus(text), "train").dialogues()]
-    rows = list(contexts(dialogues, replies))
+    rows = list(islice(contexts(dialogues), replies))
     files = [work / f"system-{number}.jsonl" for number in range(systems)]
     for number, path in enumerate(files):
         write_generations(path, rows, seed=number)

@@ -26,6 +26,10 @@ ATTACKS = [
 DIALOGUES = 9
 
 
+def name(d: int) -> str:
+    return f"dialogue <{d}> & 'more'"
+
+
 def replies(system: str) -> list[Reply]:
     """Dialogue d has d replies that are right, so that their order is known; some texts attack the page."""
     rows = []
@@ -36,15 +40,14 @@ def replies(system: str) -> list[Reply]:
             right = t < d if system == "adapter" else t < 1
             rows.append(
                 Reply(
-                    dialogue_id=f"dialogue <{d}> & 'more'",
+                    dialogue_id=name(d),
                     turn=2 * t + 1,
                     reference=reference,
                     response=reference if right else ("" if t == 8 else f"other {attack}"),
                     line=len(rows) + 1,
                     persona=(f"persona {attack}", "i like dogs ."),
                     history=tuple(
-                        Turn("partner" if i % 2 == 0 else "self", f"turn {i} of {d}" if i % 2 == 0 else "mine")
-                        for i in range(2 * t + 1)
+                        Turn("self", "mine") if i % 2 else Turn("partner", f"turn {i} of {d}") for i in range(2 * t + 1)
                     ),
                     stopped_by="length" if t == 8 else "eos",
                     reference_nll=9.0,
@@ -89,13 +92,8 @@ def page(browser, folder):
 
 def visible(page) -> list[str]:
     """Names of the dialogues that can be seen, in order."""
-    return page.execute_script(
-        "return [...document.querySelectorAll('.dialogue:not([hidden]) .name')].map(e => e.textContent)"
-    )
-
-
-def name(d: int) -> str:
-    return f"dialogue <{d}> & 'more'"
+    script = "return [...document.querySelectorAll('.dialogue:not([hidden]) .name')].map(e => e.textContent)"
+    return page.execute_script(script)
 
 
 def choose(page, control: str, value: str) -> None:
@@ -165,10 +163,8 @@ def test_keyboard_is_enough(page):
 
 @pytest.mark.parametrize("width", [320, 380, 768, 1280])
 def test_fits_the_screen(page, width):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700},
-    )
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 700}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     page.get(page.current_url)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     beyond = page.execute_script(
@@ -183,7 +179,7 @@ def test_text_stands_out_in_both_themes(page, theme):
     """Contrast of at least 4.5 (WCAG AA) of every colour of text, in the plots too."""
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
     page.get(page.current_url)
-    colours = page.execute_script(
+    background, texts = page.execute_script(
         """
         const seen = new Set();
         for (const e of document.querySelectorAll('body, main *, footer *')) {
@@ -193,7 +189,6 @@ def test_text_stands_out_in_both_themes(page, theme):
         return [getComputedStyle(document.body).backgroundColor, [...seen]];
         """
     )
-    background, texts = colours
 
     def luminance(colour: str) -> float:
         channels = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
@@ -236,13 +231,9 @@ def test_markdown_holds_the_same_and_stays_text(folder, evaluation):
     for system in ("adapter", "base", "constant_words", "gold"):
         assert f"| {system} |" in text
     assert "<script" not in text and "<img" not in text and "[z](" not in text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows
-    for pictured in re.findall(r"\((\w+\.png)\)", text):
-        assert (folder / pictured).stat().st_size > 1000
-    assert {"scores.png", "by_reply.png", "by_length.png", "lengths.png", "loss.png"} == set(
-        re.findall(r"\((\w+\.png)\)", text)
-    )
+    pictures = re.findall(r"\((\w+)\.png\)", text)
+    assert set(pictures) == {"scores", "by_reply", "by_length", "lengths", "loss"}
+    assert all((folder / f"{picture}.png").stat().st_size > 1000 for picture in pictures)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +269,7 @@ def test_without_likelihoods_log_or_dialogues(tmp_path):
     """A bare file from elsewhere has a report too."""
     rows = [Reply(f"row {i}", 0, f"i like {i} dogs", f"i like {i} cats", i) for i in range(5)]
     files = [Generations("theirs", None, Path("theirs.jsonl"), "0", rows, True, ("history",))]
-    write_report(
-        tmp_path, evaluate_files(files, [], settings.Evaluation(resamples=100), 0, None), tmp_path / "none", 0, 0
-    )
+    evaluation = evaluate_files(files, [], settings.Evaluation(resamples=100), 0, None)
+    write_report(tmp_path, evaluation, tmp_path / "none", samples=0, seed=0)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "no dialogues are shown" in text and "loss-caption" not in text
