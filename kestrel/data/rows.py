@@ -223,9 +223,12 @@ class _JsonText:
                 too_deep = isinstance(error, RecursionError)
                 offset = getattr(error, "pos", self._at) - self._at  # `_more` moves the text
                 if too_deep or len(self._text) - self._at > LONGEST_LINE or not self._more(size):
-                    reason = "nested too deeply" if too_deep else getattr(error, "msg", error)
-                    begins, line = self.place(), self._line_of(self._at + offset)
-                    raise KestrelError(f"{begins}: not JSON ({reason} in line {line}).") from error
+                    begins = self.place()
+                    reason = "nested too deeply" if too_deep else str(error)
+                    if isinstance(error, json.JSONDecodeError):
+                        line = self._line_of(self._at + offset)
+                        reason = f"{error.msg} at character {offset + 1} of the value, line {line}"
+                    raise KestrelError(f"{begins}: not JSON ({reason}).") from error
                 size *= 2
         if not isinstance(value, kind):
             name = "an object" if kind is dict else "a text"

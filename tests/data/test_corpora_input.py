@@ -121,7 +121,7 @@ def test_json_does_not_depend_on_how_it_is_laid_out_and_read(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"a": 1}\n{"a":\n}\n{"a": 3}', r"data.x:2: not JSON .* in line 3"),
+        ('{"a": 1}\n{"a":\n}\n{"a": 3}', r"data.x:2: not JSON .* at character 7 of the value, line 3"),
         ('[{"a": 1}, 2]', r"data.x:1: expected an object of JSON, found 2"),
         ('[{"a": 1}\n{"a": 2}]', r"data.x:2: expected one of , \], found '{'"),
         ('[{"a": 1}]\n[]', "data.x:2: more text after"),
