@@ -51,7 +51,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_has_the_tested_examples() -> None:
     assert FILES.keys() == {"my-dialogues.jsonl", "chats.csv", "log.txt", "sharegpt.json"}
-    assert len(PROGRAMS) == 4 and len(MISTAKES) == 11
+    assert len(PROGRAMS) == 4 and len(MISTAKES) == 10
 
 
 @pytest.mark.parametrize("name", ["my-dialogues", "from-table", "from-log", "from-sharegpt", "both-sides"])
