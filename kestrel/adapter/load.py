@@ -26,12 +26,10 @@ def load_model(settings: Settings, prompt: Prompt, adapter: tuple[Path, dict[str
     model: Any
     model, audit = load_base(settings)
     print(f"base: {audit.line()}")
-    if adapter is None:
-        attach_token_nll(model)
-        return model
-    folder, manifest = adapter
-    model = load_adapter(model, folder)
-    print(f"adapter: {settings.model.adapter or folder}")
+    if adapter is not None:
+        model = load_adapter(model, adapter[0])
+        print(f"adapter: {settings.model.adapter or adapter[0]}")
     attach_token_nll(model)
-    print(prove_loaded(model, manifest, prompt.identity(), settings.quantization.compute_dtype))
+    if adapter is not None:
+        print(prove_loaded(model, adapter[1], prompt.identity(), settings.quantization.compute_dtype))
     return model

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import ValidationError
 
+from kestrel.adapter.source import CONFIG, WEIGHTS, lora_of, read_config, repair_advice, require_files
 from kestrel.config.settings import Lora
 from kestrel.errors import KestrelError
 from kestrel.model.quantization import linear_layers
-from kestrel.runtime.atomic import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -60,22 +60,19 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    if not (folder / "adapter_config.json").is_file():
-        raise KestrelError(f"there is no adapter in {folder}; train one with: python train.py --config …")
-    if not (folder / "adapter_model.safetensors").is_file():  # peft would unpickle adapter_model.bin instead
-        raise KestrelError(f"there is no adapter_model.safetensors in {folder}; other forms of weights are not read")
+    require_files(str(folder), {path.name for path in folder.iterdir()})  # peft would unpickle adapter_model.bin
     config = adapter_config(folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        with safe_open(folder / WEIGHTS, "pt") as file:
             # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
-            odd = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+            unmatched = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  sizes and names that do not fit raise many types
         raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
-    if odd:
-        raise KestrelError(f"the adapter in {folder} is for other layers than this base has, such as {min(odd)}")
+    if unmatched:
+        raise KestrelError(f"the adapter in {folder} is for other layers than this base has, such as {min(unmatched)}")
     return adapted
 
 
@@ -83,35 +80,23 @@ def adapter_config(folder: Path) -> LoraConfig:
     """The adapter's configuration: plain LoRA, as ours is.
 
     peft (0.21) has many further fields. One names a module to import, others let tensors be unpickled or replace layers
-    of the base; here they must stand at their defaults.
+    of the base; here they must have their defaults.
 
     Raises:
         KestrelError: damaged, another kind of adapter, or a further field that is set.
     """
     from peft import LoraConfig
 
-    path = folder / "adapter_config.json"
-    given = read_json(path, "train the adapter anew")
-    plain = LoraConfig(task_type="CAUSAL_LM")
-    defaults = json.loads(json.dumps(plain.to_dict(), default=sorted))
+    given, path = read_config(folder), folder / CONFIG
+    defaults = json.loads(json.dumps(LoraConfig(task_type="CAUSAL_LM").to_dict(), default=sorted))
     about = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
     ours = {"r", "lora_alpha", "lora_dropout", "target_modules"}
-    if not isinstance(given, dict):
-        raise KestrelError(f"{path} is damaged (no configuration); train the adapter anew")
     for name in sorted(given.keys() - about - ours):
-        # Another version of peft may have fields that this one has not; unset, they mean nothing.
+        # Another version of peft may have fields that this one does not have; unset, they mean nothing.
         if given[name] != defaults.get(name) and (name in defaults or given[name]):
             raise KestrelError(f"{path}: {name} is {given[name]!r}; only plain LoRA adapters are read")
     try:
-        checked = Lora.model_validate(
-            {
-                "r": given.get("r"),
-                "alpha": given.get("lora_alpha"),
-                "dropout": given.get("lora_dropout"),
-                "target_modules": given.get("target_modules"),
-            }
-        )
+        return lora_config(Lora.model_validate(lora_of(given)))
     except ValidationError as error:
         where = error.errors()[0]
-        raise KestrelError(f"{path} is damaged ({where['loc'][0]}: {where['msg']}); train the adapter anew") from None
-    return lora_config(checked)
+        raise KestrelError(f"{path} is damaged ({where['loc'][0]}: {where['msg']}); {repair_advice(folder)}") from None

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.adapter.lora import adapter_config
-from kestrel.adapter.source import PROMPT, WEIGHTS, find_adapter, foreign_manifest, is_made_by_kestrel, repair_advice
+from kestrel.adapter.source import (
+    PROMPT,
+    find_adapter,
+    foreign_manifest,
+    is_made_by_kestrel,
+    repair_advice,
+    require_files,
+)
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
@@ -63,7 +70,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
 
 
 def read_adapter(folder: Path, expected: dict[str, Any], if_other: str, if_damaged: str) -> dict[str, Any]:
-    """Checks that one of Kestrel's adapters is whole and was trained on this base with this prompt.
+    """The manifest of one of Kestrel's adapters, if it is whole and was trained on this base with this prompt.
 
     A base known by its files and a base known by its name on the Hub cannot be compared here; `prove_loaded` then tells
     them apart.
@@ -71,9 +78,6 @@ def read_adapter(folder: Path, expected: dict[str, Any], if_other: str, if_damag
     Args:
         expected: this run's prompt identity, quantization, and base.
         if_other, if_damaged: what to do about an adapter with other settings, or a damaged one, for messages.
-
-    Returns:
-        The manifest.
 
     Raises:
         KestrelError: damaged, or of another base or prompt; naming what differs.
@@ -98,20 +102,17 @@ def _read_foreign(folder: Path) -> dict[str, Any]:
     if (folder / PROMPT).exists():
         raise KestrelError(f"{folder} holds a Kestrel adapter without its {MANIFEST}; {repair_advice(folder)}")
     adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise KestrelError(f"there is no {WEIGHTS} in {folder}; other forms of weights are not read")
+    require_files(str(folder), {path.name for path in folder.iterdir()})
     return foreign_manifest(folder)
 
 
 def _check_base_name(settings: Settings, folder: Path, recorded: Any) -> None:
     """Refuses an adapter whose base has another name on the Hub than this run's."""
-    if not isinstance(recorded, str) or not is_hub_id(recorded):
-        print(
-            f"note: {folder} does not name its base on the Hub (found {recorded!r}); only shapes can be checked",
-            file=sys.stderr,
-        )
-        return
     ours = settings.hub.base_model or settings.model.name
+    if not isinstance(recorded, str) or not is_hub_id(recorded):
+        note = f"note: {folder} does not name its base on the Hub (found {recorded!r}); only shapes can be checked"
+        print(note, file=sys.stderr)
+        return
     if ours == recorded:
         return
     what = f"the adapter in {folder} was trained on {recorded}, and this run's base is {ours}"
@@ -124,6 +125,5 @@ def _compared(lora: Any) -> Any:
     """Settings of LoRA that matter in inference: without dropout, and with the layers in alphabetical order."""
     if not isinstance(lora, dict):
         return lora
-    targets = lora.get("target_modules")
-    ordered = sorted(targets) if isinstance(targets, list) else targets
-    return {**{key: value for key, value in lora.items() if key != "dropout"}, "target_modules": ordered}
+    ordered = {key: sorted(value) if isinstance(value, list) else value for key, value in lora.items()}
+    return {key: value for key, value in ordered.items() if key != "dropout"}

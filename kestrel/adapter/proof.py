@@ -41,7 +41,7 @@ def save_and_prove(
     """Writes the adapter's folder, loads it again beside the trained adapter, and compares the two.
 
     Args:
-        model: trained, with `loss.attach_token_nll` applied.
+        model: prepared by `loss.attach_token_nll`.
         folder: RUN/adapter, replaced as a whole.
         fingerprint: what decided the training, for the manifest.
         facts: measured in training, for the manifest.

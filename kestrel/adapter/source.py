@@ -88,26 +88,35 @@ def repair_advice(folder: Path) -> str:
     return "copy it again from where it was made"
 
 
-def foreign_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest for an adapter that has none: its configuration and the hashes of its files.
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
 
     Raises:
-        KestrelError: damaged.
+        KestrelError: missing or damaged.
     """
     config = read_json(folder / CONFIG, repair_advice(folder))
     if not isinstance(config, dict):
         raise KestrelError(f"{folder / CONFIG} is damaged (no configuration); {repair_advice(folder)}")
+    return config
+
+
+def lora_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of LoRA from peft's."""
     targets = config.get("target_modules")
     return {
+        "r": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "dropout": config.get("lora_dropout"),
+        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+    }
+
+
+def foreign_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest for an adapter that has none: its configuration and the hashes of its files."""
+    config = read_config(folder)
+    return {
         "kind": "adapter made elsewhere",
-        "settings": {
-            "lora": {
-                "r": config.get("r"),
-                "alpha": config.get("lora_alpha"),
-                "dropout": config.get("lora_dropout"),
-                "target_modules": sorted(targets) if isinstance(targets, list) else targets,
-            }
-        },
+        "settings": {"lora": lora_of(config)},
         "made_from": {"base": config.get("base_model_name_or_path")},
         "files": {name: sha256_of(folder / name) for name in (CONFIG, WEIGHTS)},
     }
@@ -132,9 +141,6 @@ def download_adapter(name: str) -> Path:
     Args:
         name: owner/name, or owner/name@revision.
 
-    Returns:
-        The folder; it holds those of `ADAPTER_FILES` that the repository has.
-
     Raises:
         KestrelError: not found, no access, no connection, or no adapter in safetensors.
     """
@@ -149,22 +155,23 @@ def download_adapter(name: str) -> Path:
             # One by one: the threads of snapshot_download (huggingface_hub 2.4) block Ctrl-C for a minute.
             siblings = HfApi().model_info(repository, revision=revision or None).siblings or []
             found = {entry.rfilename for entry in siblings}
-            _require_adapter(name, found)
+            require_files(f"model.adapter {name}: the repository", found)
             files = [file for file in ADAPTER_FILES if file in found]
             paths = [Path(hf_hub_download(repository, file, revision=revision or None)) for file in files]
             folder = paths[0].parent
             if any(path.parent != folder for path in paths):
                 raise KestrelError(f"model.adapter {name} changed during the download; run the same command again")
-    _require_adapter(name, {path.name for path in folder.iterdir()})
+    require_files(f"model.adapter {name}: the repository", {path.name for path in folder.iterdir()})
     return folder
 
 
-def _require_adapter(name: str, files: set[str]) -> None:
+def require_files(where: str, files: set[str]) -> None:
+    """Raises a KestrelError if an adapter's folder or repository lacks its configuration, or weights in safetensors."""
     for needed in (CONFIG, WEIGHTS):
         if needed not in files:
             raise KestrelError(
-                f"model.adapter {name}: the repository has no {needed} at its top; only PEFT adapters in safetensors are "
-                "read, no pickles and no subfolders"
+                f"{where} has no {needed} at its top; only PEFT adapters in safetensors are read, no pickles and no "
+                "subfolders"
             )
 
 

@@ -63,14 +63,16 @@ class Question:
     candidates: tuple[str, ...]
     span: tuple[int, int] | None
 
-    def as_row(self) -> dict[str, Any]:
-        return {
-            "dialogue_id": self.dialogue.dialogue_id,
-            "turn": self.turn,
-            "persona": list(self.dialogue.persona),
-            "history": [{"speaker": t.speaker, "text": t.text} for t in self.dialogue.turns[: self.turn]],
-            "reference": self.dialogue.turns[self.turn].text,
-        }
+
+def question_row(dialogue: Dialogue, turn: int) -> dict[str, Any]:
+    """What a row says about a reply before it is answered."""
+    return {
+        "dialogue_id": dialogue.dialogue_id,
+        "turn": turn,
+        "persona": list(dialogue.persona),
+        "history": [{"speaker": t.speaker, "text": t.text} for t in dialogue.turns[:turn]],
+        "reference": dialogue.turns[turn].text,
+    }
 
 
 def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt, seed: int = 0, order: int = 0) -> list[list[Question]]:
@@ -139,7 +141,7 @@ def answer(
         Generation rows in the same order.
     """
     questions = [question for dialogue in by_dialogue for question in dialogue]
-    answers = [question.as_row() for question in questions]
+    answers = [question_row(question.dialogue, question.turn) for question in questions]
     sequences, sequence_of = _sequences(by_dialogue, settings.references)
     requests = [
         Request(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)

@@ -19,7 +19,7 @@ from kestrel.prompt.prompt import Prompt
 from kestrel.training import callbacks
 from kestrel.training.samples import sampler
 from kestrel.training.sharding import is_sharded
-from kestrel.training.trackers import TrackedArguments, check_trackers, hide_paths, naming, tracked_settings
+from kestrel.training.trackers import TrackedArguments, check_trackers, hide_paths, run_name_arguments, tracked_settings
 from kestrel.training.trainer import DialogueTrainer
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         report_to=training.report_to or "none",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        **naming(settings),
+        **run_name_arguments(settings),
     )
     arguments.tracked = tracked_settings(settings)
     # With several visible GPUs, the Trainer (5.23) would split each batch over them by DataParallel.
@@ -77,10 +77,6 @@ def build_trainer(
     validation: Dataset,
 ) -> tuple[DialogueTrainer, callbacks.StopOnSignal]:
     """The Trainer with its callbacks, and the callback that handles signals.
-
-    Args:
-        steps, fingerprint, plan: as for `DialogueTrainer`.
-        rows, validation: the dataset's rows.
 
     Raises:
         KestrelError: a sample's prompt and answer are longer than the model's context.
@@ -116,11 +112,7 @@ def build_trainer(
 
 
 def check_machine(names: Sequence[str], optimizer: str) -> None:
-    """Refuses a tracker that is not installed and an optimizer that needs a GPU, before anything is loaded.
-
-    Raises:
-        KestrelError: naming it.
-    """
+    """Refuses a tracker that is not installed and an optimizer that needs a GPU, before anything is loaded."""
     if optimizer.startswith("paged") and not torch.cuda.is_available():
         raise KestrelError(f"training.optimizer: {optimizer} needs a GPU; use adamw_torch")
     check_trackers(names)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from transformers import TrainerCallback
 from kestrel.errors import ProofError
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
-from kestrel.runtime.signals import exit_now, on_signals, write_to_stderr
+from kestrel.runtime.signals import exit_now, write_to_stderr
 
 if TYPE_CHECKING:
     from kestrel.training.trainer import DialogueTrainer
@@ -85,7 +84,6 @@ class JsonLines(TrainerCallback):
     """Writes one line of logs/training.jsonl per logged step and per evaluation.
 
     Args:
-        path: the file; a resumed training starts it with the log in the checkpoint.
         tokens_until: int64 (steps,), tokens of dialogue seen after each optimizer step.
     """
 
@@ -121,12 +119,7 @@ class JsonLines(TrainerCallback):
 
 
 class Samples(TrainerCallback):
-    """Writes the model's answers to a few fixed validation contexts at each evaluation.
-
-    Args:
-        path: samples.jsonl; a resumed training starts it with the copy in the checkpoint.
-        answer: returns one row per context.
-    """
+    """Writes the model's answers to a few fixed validation contexts, from `answer`, at each evaluation."""
 
     def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
         self._path = path
@@ -197,19 +190,13 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
         # The launcher also ends the others of a run in which one process has failed.
         if self.received is not None or distributed.any_failed():
             exit_now(number, message="stopped at once; the same command resumes from the last checkpoint, if any")
         self.received = number
         if distributed.is_first():
             write_to_stderr("\nstopping after this step and saving a checkpoint; once more to stop at once")
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles both signals while the block runs."""
-        with on_signals(self._on_signal):
-            yield
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         # The signal reaches several processes in different steps; they stop after the same one.

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import read_json
-from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, write_manifest
+from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
 
-_KIND = "checkpoint"
+KIND = "checkpoint"
 _STATE = "trainer_state.json"
 _SKIPPED = "this checkpoint is skipped"
 # Of training.*, what shapes the weights. A resumed run and a published adapter must agree in these; others may change.
@@ -35,7 +32,6 @@ def resume_fingerprint(
     """All that decides the next step, and nothing else: a checkpoint is resumed only where it is the same.
 
     Args:
-        dataset, base, prompt_sha256: identities.
         steps: optimizer steps of the whole run, which shape the learning rate.
     """
     return {
@@ -47,18 +43,6 @@ def resume_fingerprint(
         "training": {**settings.training.model_dump(include=DECISIVE_TRAINING_SETTINGS), "steps": steps},
         "seed": settings.seed,
     }
-
-
-def complete(checkpoint: Path, fingerprint: dict[str, Any], *growing: Path) -> None:
-    """Writes the manifest of a checkpoint whose other files are written.
-
-    Args:
-        growing: files of the run, of which the checkpoint keeps a copy as they are now.
-    """
-    for path in growing:
-        if path.exists():
-            shutil.copyfile(path, checkpoint / path.name)
-    write_manifest(checkpoint, _KIND, fingerprint, made_from={})
 
 
 def step_of(checkpoint: Path) -> int:
@@ -100,24 +84,14 @@ def require_resumable(checkpoint: Path, fingerprint: dict[str, Any], restart: st
 
 def _read_with_best(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, if it and the best one so far, which may win in the end, are undamaged."""
-    manifest = read_complete(checkpoint, _SKIPPED)
+    manifest = read_manifest(checkpoint, KIND, _SKIPPED)
     best = _trainer_state(checkpoint).get("best_global_step")
     if best and best != step_of(checkpoint):
-        read_complete(checkpoint.with_name(f"checkpoint-{best}"), f"{checkpoint} needs it and is skipped")
+        read_manifest(checkpoint.with_name(f"checkpoint-{best}"), KIND, f"{checkpoint} needs it and is skipped")
     return manifest
 
 
-def read_complete(checkpoint: Path, remedy: str) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as they were when it was completed.
-
-    Raises:
-        KestrelError: never completed, or damaged since; ending in `remedy`.
-    """
-    return read_manifest(checkpoint, _KIND, remedy)
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest first."""
+def _newest_first(folder: Path) -> list[Path]:
     found = (path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal())
     return sorted(found, key=step_of, reverse=True)
 
@@ -125,24 +99,19 @@ def _numbered(folder: Path) -> list[Path]:
 def newest_resumable(folder: Path, fingerprint: dict[str, Any], restart: str) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a line for each newer one that is damaged.
 
-    Args:
-        folder: the run's checkpoints.
-        restart: the command that starts again from step 0, for messages.
-
     Raises:
         KestrelError: the run in this folder was another one; naming each field that differs.
     """
     damaged = []
-    for checkpoint in _numbered(folder):
-        if not (checkpoint / MANIFEST).exists():
-            damaged.append(f"{checkpoint} was never completed; {_SKIPPED}")
-            continue
+    for checkpoint in _newest_first(folder):
         try:
+            if not (checkpoint / MANIFEST).exists():
+                raise KestrelError(f"{checkpoint} was never completed; {_SKIPPED}")
             _read_with_best(checkpoint)
         except KestrelError as error:
             damaged.append(str(error))
-            continue
-        return require_resumable(checkpoint, fingerprint, restart), damaged
+        else:
+            return require_resumable(checkpoint, fingerprint, restart), damaged
     return None, damaged
 
 
@@ -169,25 +138,6 @@ def choose(resume: str, folder: Path, fingerprint: dict[str, Any], restart: str)
 
 def remove_newer(folder: Path, step: int) -> None:
     """Deletes the checkpoints after a step, which the run will write again."""
-    for checkpoint in _numbered(folder):
+    for checkpoint in _newest_first(folder):
         if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
-
-
-@contextmanager
-def refusing_pickles(restart: str) -> Iterator[None]:
-    """Explains in plain words that torch refused to unpickle part of a checkpoint.
-
-    The Trainer reads optimizer, schedule and random state with weights_only, which makes tensors and plain values and
-    runs no code. Anything else does not come from Kestrel, whatever its manifest says.
-
-    Args:
-        restart: the command that starts again from step 0.
-    """
-    try:
-        yield
-    except UnpicklingError as error:
-        raise KestrelError(
-            f"the checkpoint holds more than tensors and plain values, and was not read ({str(error).splitlines()[0]}); "
-            f"start again with: {restart}"
-        ) from None

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+
+import torch
 
 from kestrel.adapter.proof import save_and_prove
 from kestrel.config.settings import Settings
-from kestrel.errors import Interrupted
+from kestrel.errors import Interrupted, KestrelError
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import room_for, training_bytes
 from kestrel.runtime.manifest import sha256_of
+from kestrel.runtime.signals import on_signals
 from kestrel.runtime.training_log import plot_loss
 from kestrel.training import checkpoints, sharding
 from kestrel.training.callbacks import StopOnSignal
-from kestrel.training.model import peak_memory, trainable_parameters
 from kestrel.training.trainer import DialogueTrainer
 
 
@@ -35,13 +38,19 @@ def fit(trainer: DialogueTrainer, stop: StopOnSignal, settings: Settings, resume
         trainer.try_largest_pass()
     folder, steps, began = Path(trainer.args.output_dir), trainer.args.max_steps, time.monotonic()
     kept, vocabulary = max(2, settings.training.keep_checkpoints), len(trainer.processing_class)
-    needed = training_bytes(trainable_parameters(trainer.model), vocabulary, steps, kept, folder)
+    needed = training_bytes(trainer.model.get_nb_trainable_parameters()[0], vocabulary, steps, kept, folder)
     room = room_for("checkpoints, logs and adapter", needed, folder.parent)
-    with room, stop.listening(), checkpoints.refusing_pickles(restart):
+    with room, on_signals(stop.on_signal):
         # Only now, when nothing is left that could refuse the run, are other checkpoints deleted.
         if distributed.is_first():
             checkpoints.remove_newer(folder, checkpoints.step_of(resume) if resume else 0)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except UnpicklingError as error:  # the Trainer reads tensors and plain values, and runs no code
+            raise KestrelError(
+                "the checkpoint holds more than tensors and plain values, and was not read "
+                f"({str(error).splitlines()[0]}); start again with: {restart}"
+            ) from None
     if stop.received is not None and trainer.state.global_step < steps:
         raise Interrupted(
             stop.received, f"stopped at step {trainer.state.global_step}; the same command resumes from there"
@@ -57,19 +66,13 @@ def save(
     audit: dict[str, Any],
     seconds: float,
 ) -> None:
-    """Writes the plot of the losses and the adapter; prints the best validation loss and what was proven.
-
-    Args:
-        fingerprint: what decided the training, for the manifest.
-        audit: of the base, for the manifest.
-        seconds: that training took, for the terminal.
-    """
+    """Writes the plot of the losses and the adapter; prints the best validation loss and what was proven."""
     run, state, model = Path(settings.run_dir), trainer.state, trainer.model
     log = run / "logs" / "training.jsonl"
     plot_loss(log, run / "logs" / "loss.png")
     facts = {
         "audit": audit,
-        "trainable_parameters": trainable_parameters(model),
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "steps": state.global_step,
         "tokens": int(trainer.tokens_until[state.global_step - 1]),
         "best_step": state.best_global_step,
@@ -79,9 +82,11 @@ def save(
     if sharding.is_sharded(model):
         model = sharding.unsharded(model, settings)
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     print(
         f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}; "
-        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process{peak_memory()}"
+        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process"
+        + (f", {peak:.1f} GiB of GPU memory at the peak" if peak else "")
     )
     print(f"proven: {proof}")
     print(f"wrote {run / 'adapter'}")

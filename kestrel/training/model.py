@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Settings
 from kestrel.model.base import check_context, device, load_base
@@ -37,7 +35,7 @@ def load_trainable(
     check_context(base, longest)
     print(f"base: {audit.line()}")
     model = add_lora(base, settings.lora, settings.seed)
-    print(f"adapter: {trainable_parameters(model):,} trainable parameters")
+    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters")
     if sharded:
         print(sharding.shard(model))
     attach_token_nll(model, recompute)
@@ -46,14 +44,3 @@ def load_trainable(
         model, {name: tensor.to(device()) for name, tensor in batch.items()}, settings.quantization.compute_dtype
     )
     return model, audit
-
-
-def trainable_parameters(model: PeftModel) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def peak_memory() -> str:
-    """`, 9.7 GiB of GPU memory at the peak`, or nothing without a GPU."""
-    if not torch.cuda.is_available():
-        return ""
-    return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory at the peak"

@@ -9,6 +9,7 @@ import torch
 
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of
+from kestrel.generation.answers import question_row
 from kestrel.generation.respond import greedy, respond
 from kestrel.model.base import check_context
 from kestrel.prompt.prompt import Prompt
@@ -22,26 +23,18 @@ def sampler(
 ) -> Callable[[], list[dict[str, Any]]]:
     """Returns a function that answers one context of each of the first validation dialogues, greedily.
 
-    It returns a row per context: dialogue_id, turn, persona, history, reference, response, stopped_by.
+    It returns a row per context, as `question_row` with response and stopped_by.
 
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
-    contexts, facts = [], []
-    for source in rows.select(range(min(settings.training.samples, len(rows)))):
-        dialogue = dialogue_of(source)
+    contexts, questions = [], []
+    for row in rows.select(range(min(settings.training.samples, len(rows)))):
+        dialogue = dialogue_of(row)
         replies = list(dialogue.replies())
-        turn, reference = replies[len(replies) // 2]
+        turn, _ = replies[len(replies) // 2]
         contexts.append(prompt.context(dialogue, turn))
-        facts.append(
-            {
-                "dialogue_id": dialogue.dialogue_id,
-                "turn": turn,
-                "persona": list(dialogue.persona),
-                "history": [{"speaker": t.speaker, "text": t.text} for t in dialogue.turns[:turn]],
-                "reference": reference,
-            }
-        )
+        questions.append(question_row(dialogue, turn))
     check_context(model, max(map(len, contexts), default=0), settings.generation.max_new_tokens)
 
     def answer() -> list[dict[str, Any]]:
@@ -50,7 +43,7 @@ def sampler(
         model.train(was_training)
         return [
             {**row, "response": response.text, "stopped_by": response.stopped_by}
-            for row, response in zip(facts, responses, strict=True)
+            for row, response in zip(questions, responses, strict=True)
         ]
 
     return answer

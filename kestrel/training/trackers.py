@@ -1,13 +1,13 @@
 """What trackers receive: the run's name and our settings, instead of the Trainer's own arguments.
 
-The Trainer writes to the trackers of `training.report_to`. TensorBoard's files are in RUN/logs; the other trackers write
-where their own environment variables say. Only TensorBoard is a requirement.
+The Trainer writes to the trackers of `training.report_to`: TensorBoard to RUN/logs, the others where their own environment
+variables say. Only TensorBoard is a requirement.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers.integrations import integration_utils
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
 
-_PROJECT = "kestrel"
 # Where trackers read the project's name; the Trainer's own default is "huggingface" or none.
 _PROJECT_VARIABLES = (
     "CLEARML_PROJECT", "COMET_PROJECT_NAME", "MLFLOW_EXPERIMENT_NAME", "SWANLAB_PROJECT", "TRACKIO_PROJECT",
@@ -29,11 +28,7 @@ _MAY_BE_PATHS = ("data.source", "model.name", "model.adapter", "training.resume"
 
 
 class TrackedArguments(TrainingArguments):
-    """The Trainer's arguments; trackers that read them as a dict get `tracked` instead.
-
-    Most of the Trainer's arguments are at their defaults or misleading: its batch size is 1, for example, because its
-    unit of data is the optimizer step.
-    """
+    """The Trainer's arguments; trackers that read them as a dict get our settings: its own are defaults or misleading."""
 
     tracked: dict[str, Any]
 
@@ -59,29 +54,23 @@ def hide_paths(trainer: Trainer) -> None:
 
     At the start of a training they send the configurations of model and adapter (transformers 5.23), which hold it.
     """
-    trackers = tuple(integration_utils.INTEGRATION_TO_CALLBACK.values())
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, trackers):
-            callback.on_train_begin = _without_paths(callback.on_train_begin)
+    begin, model = trainer.callback_handler.on_train_begin, trainer.model
+    fields = [(model.config, "_name_or_path")]
+    fields += [(config, "base_model_name_or_path") for config in model.peft_config.values()]
+
+    def begin_without_paths(*arguments: Any) -> Any:
+        paths = [getattr(*field) for field in fields]
+        for field, path in zip(fields, paths, strict=True):
+            setattr(*field, _last_part(path))
+        control = begin(*arguments)
+        for field, path in zip(fields, paths, strict=True):  # peft finds the base's files by the path
+            setattr(*field, path)
+        return control
+
+    trainer.callback_handler.on_train_begin = begin_without_paths
 
 
-def _without_paths(event: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, model: Any, **more: Any) -> None:
-        places = [(model.config, "_name_or_path")]
-        places += [(config, "base_model_name_or_path") for config in model.peft_config.values()]
-        paths = [getattr(config, name) for config, name in places]
-        try:
-            for (config, name), path in zip(places, paths, strict=True):
-                setattr(config, name, _last_part(path))
-            event(*arguments, model=model, **more)
-        finally:  # peft finds the base's files by the path
-            for (config, name), path in zip(places, paths, strict=True):
-                setattr(config, name, path)
-
-    return call
-
-
-def naming(settings: Settings) -> dict[str, Any]:
+def run_name_arguments(settings: Settings) -> dict[str, Any]:
     """The Trainer's arguments that name the run, and none that would upload it unasked.
 
     TensorBoard's folder and the trackers' projects are environment variables; those that the user has set stay.
@@ -89,7 +78,7 @@ def naming(settings: Settings) -> dict[str, Any]:
     run = Path(settings.run_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run / "logs")
     for variable in _PROJECT_VARIABLES:
-        os.environ.setdefault(variable, _PROJECT)
+        os.environ.setdefault(variable, "kestrel")
     return {
         "run_name": run.resolve().name,
         "project": os.environ["TRACKIO_PROJECT"],
@@ -99,16 +88,11 @@ def naming(settings: Settings) -> dict[str, Any]:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuses a tracker that cannot be used.
-
-    Raises:
-        KestrelError: naming it and its package.
-    """
+    """Raises a KestrelError that names each tracker that cannot be used, and its package."""
     usable = set(integration_utils.get_available_reporting_integrations())
     if integration_utils.is_flytekit_available():  # missing from the list (transformers 5.23)
         usable.add("flyte")
-    missing = [name for name in names if name not in usable]
-    if missing:
+    if missing := [name for name in names if name not in usable]:
         packages = " ".join(_PACKAGES.get(name, name) for name in missing)
         raise KestrelError(
             f"training.report_to: {', '.join(missing)} is not installed, or not set up as its documentation asks; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -21,8 +22,9 @@ from kestrel.errors import KestrelError, ProofError
 from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import disk_full_as_oserror
+from kestrel.runtime.manifest import read_manifest, write_manifest
 from kestrel.training import objective
-from kestrel.training.checkpoints import complete, read_complete
+from kestrel.training.checkpoints import KIND
 from kestrel.training.sharding import is_sharded
 
 _DIVERGED = 500.0  # nats per token; guessing among 65,024 words costs 11
@@ -39,7 +41,6 @@ class DialogueTrainer(Trainer):
         steps: row numbers of each optimizer step.
         fingerprint: what a checkpoint must agree with to be resumed.
         plan: size of the passes; where memory runs out they become smaller.
-        extra: further arguments of the Trainer.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class DialogueTrainer(Trainer):
                 inputs = self.inputs_of(self.rows_of_step(self.state.global_step))
             random = _random_states()
             try:
-                total = self._backward(self.model, inputs)
+                total = self._backward(inputs)
                 break
             except torch.OutOfMemoryError:
                 too_large = max((b["input_ids"].shape for b in inputs["forward_passes"]), key=math.prod)
@@ -127,7 +128,7 @@ class DialogueTrainer(Trainer):
         distributed.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return total
 
-    def _backward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    def _backward(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Computes this process's gradients, without the DistributedDataParallel around the model.
 
         That wrapper exchanges gradients while the last pass computes them, so this pass could not be repeated. They are
@@ -135,9 +136,8 @@ class DialogueTrainer(Trainer):
         """
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs["forward_passes"]):
-            summed = objective.summed_loss(model, self._on_device(batch))
             weight = self.args.world_size / inputs["step_weight"] if index < inputs["counting"] else 0.0
-            loss = summed * weight
+            loss = objective.summed_loss(self.model, self._on_device(batch)) * weight
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -169,11 +169,9 @@ class DialogueTrainer(Trainer):
             inputs = self.inputs_of(self.rows_of_step(self._step_with_largest_pass(budget)))
             largest = max(inputs["forward_passes"], key=lambda batch: batch["input_ids"].numel())
             self.model.train()
-            try:
+            too_large = largest["input_ids"].shape
+            with contextlib.suppress(torch.OutOfMemoryError):
                 objective.summed_loss(self.model, self._on_device(largest)).backward()
-            except torch.OutOfMemoryError:
-                too_large = largest["input_ids"].shape
-            else:
                 too_large = None
             if too_large is not None:
                 self._use_smaller_passes(too_large)
@@ -280,7 +278,9 @@ class DialogueTrainer(Trainer):
                     torch.distributed.barrier()
                 if self.is_world_process_zero():
                     write_passes(checkpoint, self._settings, self._plan)
-                    complete(checkpoint, self._fingerprint, Path(self._settings.run_dir) / "samples.jsonl")
+                    if (samples := Path(self._settings.run_dir) / "samples.jsonl").exists():
+                        shutil.copyfile(samples, checkpoint / samples.name)
+                    write_manifest(checkpoint, KIND, self._fingerprint, made_from={})
         except Exception:
             # Another process may fail, for lack of this one, when the first has just completed it.
             if self.is_world_process_zero():
@@ -288,13 +288,9 @@ class DialogueTrainer(Trainer):
             raise
 
     def _load_best_model(self) -> None:
-        """Loads the best checkpoint as the Trainer does, if it is undamaged.
-
-        Raises:
-            KestrelError: it is damaged.
-        """
-        best = Path(self.state.best_model_checkpoint)
-        read_complete(best, "it holds the best adapter: run the same command again, or with --training.resume never")
+        """Loads the best checkpoint as the Trainer does, if it is undamaged."""
+        remedy = "it holds the best adapter: run the same command again, or with --training.resume never"
+        read_manifest(Path(self.state.best_model_checkpoint), KIND, remedy)
         super()._load_best_model()
 
     def dialogues_of_step(self, step: int) -> list[str]:

@@ -91,14 +91,14 @@ def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> No
     code = """
         import os, signal, sys
         from kestrel.training.callbacks import StopOnSignal
-        from kestrel.runtime.signals import _Pipe, prepare_output
+        from kestrel.runtime.signals import _Pipe, on_signals, prepare_output
         def trace(frame, event, argument):
             if frame.f_code is _Pipe.write.__code__:
                 sys.settrace(None)
                 os.kill(os.getpid(), signal.SIGTERM)
         prepare_output()
         stop = StopOnSignal()
-        with stop.listening():
+        with on_signals(stop.on_signal):
             sys.settrace(trace)
             print('step 4', flush=True)
         print(stop.received)
