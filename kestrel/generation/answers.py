@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,10 +20,9 @@ from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
 from kestrel.generation.files import GenerationsFile
-from kestrel.generation.prefix_cache import compute_prefixes, continuation_nll
+from kestrel.generation.prefix_cache import Continuation, Prefixes, compute_prefixes, continuation_nll
 from kestrel.generation.respond import (
     Request,
-    Response,
     decodes_from_prefixes,
     respond_from_prefixes,
     respond_with_library,
@@ -48,12 +48,11 @@ class Question:
     """One reply to be made.
 
     Attributes:
-        dialogue: that the reply stands in.
         turn: the reply's index in the dialogue's turns.
         context: the prompt's tokens.
         reference: the reference's tokens, end included.
         candidates: other replies that the source offers here.
-        span: where the reference stands in the dialogue's sequence; None where truncation cut it off.
+        span: of the reference in the dialogue's sequence; None where truncation cut it off.
     """
 
     dialogue: Dialogue
@@ -79,7 +78,7 @@ def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt, seed: int = 0, 
     """The replies of each of the given dataset rows, in order.
 
     A prompt is the dialogue's sequence up to the reply: the training sequence, or in another order of the persona what
-    that sequence would have been. Replies that truncation cut from it are rendered anew; those whose exchange alone is
+    that sequence would have been. Replies that truncation cut from it are rendered again; those whose exchange alone is
     longer than prompt.max_length are left out.
 
     Args:
@@ -109,17 +108,17 @@ def _questions(dialogue: Dialogue, rendered: Rendered | Unrenderable, prompt: Pr
     )
     replies = list(dialogue.replies())
     spans = [*[None] * (len(replies) - len(in_sequence)), *in_sequence]
+    candidates = dialogue.candidates or [()] * len(replies)
     questions = []
-    for number, ((turn, text), span) in enumerate(zip(replies, spans, strict=True)):
-        if span is None:
+    for (turn, text), span, others in zip(replies, spans, candidates, strict=True):
+        if span is not None:
+            context, reference = sequence[: span[0]], sequence[span[0] : span[1]]
+        else:
             try:
                 context, reference = prompt.context(dialogue, turn), prompt.reply_ids(text)
             except Unrenderable:
                 continue
-        else:
-            context, reference = sequence[: span[0]], sequence[span[0] : span[1]]
-        candidates = dialogue.candidates[number] if dialogue.candidates else ()
-        questions.append(Question(dialogue, turn, context, reference, candidates, span))
+        questions.append(Question(dialogue, turn, context, reference, others, span))
     return questions
 
 
@@ -135,7 +134,6 @@ def answer(
     Args:
         model: prepared by `loss.attach_token_nll`.
         by_dialogue: from `questions_of`.
-        seed: of sampling.
 
     Returns:
         Generation rows in the same order.
@@ -147,27 +145,30 @@ def answer(
         Request(question.context, sequence, _seed_of(question, seed) if settings.do_sample else 0)
         for question, sequence in zip(questions, sequence_of, strict=True)
     ]
-    candidates = _tokenized_candidates(prompt, questions) if settings.candidates else {}
+    candidates = _tokenized_candidates(prompt, questions) if settings.candidates else []
     scores: dict[int, list[tuple[float, int]]] = {}
+    groups: Iterable[tuple[Prefixes | None, dict[int, list[tuple[float, int]]]]]
     if decodes_from_prefixes(model, settings):
-        for prefixes, in_group in compute_prefixes(model, sequences, settings.tokens_per_step):
-            scores |= in_group
-            _add_responses(answers, respond_from_prefixes(model, prompt, prefixes, requests, settings))
-            wanted = {
-                index: (requests[index].sequence, questions[index].context, replies)
-                for index, replies in candidates.items()
-                if prefixes.holds(requests[index].sequence)
-            }
-            for index, pairs in continuation_nll(model, prefixes, wanted, settings.tokens_per_step).items():
-                answers[index]["candidate_nll"] = [list(pair) for pair in pairs]
+        groups = compute_prefixes(model, sequences, settings.tokens_per_step)
     else:
-        _add_responses(answers, respond_with_library(model, prompt, requests, settings))
-        scores = dict(enumerate(span_nll(model, sequences, settings.tokens_per_step)))
-        _score_candidates(model, questions, candidates, answers, settings.tokens_per_step)
+        groups = [(None, dict(enumerate(span_nll(model, sequences, settings.tokens_per_step))))]
+    for prefixes, in_group in groups:
+        scores |= in_group
+        if prefixes is None:
+            responses, mine = respond_with_library(model, prompt, requests, settings), candidates
+        else:
+            responses = respond_from_prefixes(model, prompt, prefixes, requests, settings)
+            mine = [(index, ids) for index, ids in candidates if prefixes.holds(requests[index].sequence)]
+        for index, response in responses:
+            answers[index] |= response.as_row()
+        continuations = [Continuation(requests[index].sequence, requests[index].ids, ids) for index, ids in mine]
+        nll = continuation_nll(model, prefixes, continuations, settings.tokens_per_step)
+        for (index, _), pair in zip(mine, nll, strict=True):
+            answers[index].setdefault("candidate_nll", []).append(list(pair))
     if settings.references:
         in_order = [pair for index in range(len(sequences)) for pair in scores[index]]
-        for row, (nll, tokens) in zip(answers, in_order, strict=True):
-            row |= {"reference_nll": nll, "reference_tokens": tokens}
+        for row, (reference_nll, tokens) in zip(answers, in_order, strict=True):
+            row |= {"reference_nll": reference_nll, "reference_tokens": tokens}
     return answers
 
 
@@ -200,47 +201,16 @@ def _sequences(by_dialogue: Sequence[Sequence[Question]], references: bool) -> t
     return sequences, sequence_of
 
 
-def _add_responses(answers: list[dict[str, Any]], responses: Iterable[tuple[int, Response]]) -> None:
-    for index, response in responses:
-        answers[index] |= {
-            "response": response.text,
-            "stopped_by": response.stopped_by,
-            "response_tokens": response.tokens,
-        }
-
-
-def _tokenized_candidates(prompt: Prompt, questions: Sequence[Question]) -> dict[int, list[list[int]]]:
-    """Token ids of the candidates of each question that has any, by the question's index.
+def _tokenized_candidates(prompt: Prompt, questions: Sequence[Question]) -> list[tuple[int, list[int]]]:
+    """Each candidate: the index of its question, and token ids.
 
     A reply of whose candidates one cannot be tokenized as text has none: a rank among fewer would be another score.
     """
-    found = {}
+    found = []
     for index, question in enumerate(questions):
-        try:
-            replies = [prompt.reply_ids(text) for text in question.candidates]
-        except Unrenderable:
-            continue
-        if replies:
-            found[index] = replies
+        with contextlib.suppress(Unrenderable):
+            found += [(index, ids) for ids in [prompt.reply_ids(text) for text in question.candidates]]
     return found
-
-
-def _score_candidates(
-    model: torch.nn.Module,
-    questions: Sequence[Question],
-    candidates: dict[int, list[list[int]]],
-    answers: list[dict[str, Any]],
-    tokens_per_step: int,
-) -> None:
-    """Adds candidate_nll, [nll, tokens] of each candidate, each scored behind a prompt of its own."""
-    sequences, owners = [], []
-    for index, replies in candidates.items():
-        start = len(questions[index].context)
-        for reply in replies:
-            sequences.append(SpanRequest([*questions[index].context, *reply], [(start, start + len(reply))]))
-            owners.append(index)
-    for index, scores in zip(owners, span_nll(model, sequences, tokens_per_step), strict=True):
-        answers[index].setdefault("candidate_nll", []).append(list(scores[0]))
 
 
 def write_answers(
@@ -306,7 +276,7 @@ def _mark(done: int, shard: bytes) -> str:
 
 
 def _keep_complete_shards(partial: Path, identity: str, dataset: Dataset) -> int:
-    """Cuts a partial file behind its last sound shard, or begins it anew. Returns the dialogues that are done."""
+    """Cuts a partial file after its last undamaged shard, or starts it again. Returns the dialogues that are done."""
     header = json.dumps({"identity": identity, "dialogues": len(dataset)}) + "\n"
     kept, done, end = header.encode(), 0, len(header.encode())
     content = partial.read_bytes() if partial.exists() else b""
@@ -332,7 +302,7 @@ def left_out(dataset: Dataset, path: Path) -> tuple[int, int]:
     replies = unscored = 0
     for dialogue in map(dialogue_of, dataset):
         for number, (turn, _) in enumerate(dialogue.replies()):
-            key = (dialogue.dialogue_id, turn)
-            replies += key not in scored
-            unscored += bool(dialogue.candidates and dialogue.candidates[number]) and not scored.get(key, True)
+            is_scored = scored.get((dialogue.dialogue_id, turn))
+            replies += is_scored is None
+            unscored += is_scored is False and bool(dialogue.candidates and dialogue.candidates[number])
     return replies, unscored

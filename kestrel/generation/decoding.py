@@ -23,6 +23,12 @@ _ROWS_AT_ONCE = 256  # rows whose probabilities are sorted and summed in float32
 _NO_TOKEN = -1
 
 
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """int64 (rows, longest)."""
+    tensors = [torch.as_tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
+
+
 def decode(
     model: torch.nn.Module,
     rows: PrefixBatch,
@@ -108,11 +114,9 @@ class _TokenChooser:
         self._draws = None if draws is None else torch.from_numpy(1.0 - draws).float().to(device)
         self._seen: torch.Tensor | None = None
         if self._penalty or self._no_repeat:
-            self._length = max(map(len, contexts))
-            self._seen = torch.full((len(contexts), self._length + settings.max_new_tokens), _NO_TOKEN)
-            for row, context in zip(self._seen, contexts, strict=True):
-                row[self._length - len(context) : self._length] = torch.as_tensor(context)
-            self._seen = self._seen.to(device)
+            seen = pad_left(contexts, _NO_TOKEN)
+            self._length = seen.shape[1]
+            self._seen = torch.nn.functional.pad(seen, (0, settings.max_new_tokens), value=_NO_TOKEN).to(device)
 
     def __call__(self, logits: torch.Tensor, done: int) -> torch.Tensor:
         """int64 (rows,) from logits (rows, vocabulary), after `done` tokens."""

@@ -14,8 +14,8 @@ between them. So copying is an indexing of rows, and all rows grow at the same c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kestrel.batching import batches_within
-from kestrel.model.likelihood import SpanRequest, collate_requests, sums_by_span
+from kestrel.model.likelihood import SpanRequest, collate_requests, span_nll, sums_by_span
 from kestrel.model.loss import causal_lm_of, nll_of_hidden
 
 # The most memory that a position of a pass without gradient takes, in hidden states: the layer's input, norm, fused
@@ -51,7 +51,7 @@ def supports_prefixes(model: torch.nn.Module) -> bool:
     )
 
 
-def activation_bytes(model: torch.nn.Module) -> int:
+def _activation_bytes(model: torch.nn.Module) -> int:
     """Upper bound of the bytes that a position of a pass without gradient takes while its layer is computed."""
     causal_lm = causal_lm_of(model)
     width = int(causal_lm.config.get_text_config().hidden_size)
@@ -154,13 +154,10 @@ class Prefixes:
         width = max(length for _, length in prefixes)
         places = np.asarray([self._places[sequence] for sequence, _ in prefixes])
         device = self._batches[0][0][0].device
-        chosen: list[
-            tuple[int, torch.Tensor, torch.Tensor]
-        ] = []  # batch, rows to fill, and which of its rows fill them
-        for number in np.unique(places[:, 0]):
+        chosen = []  # batch, rows to fill, and which of its rows fill them
+        for number in np.unique(places[:, 0]).tolist():
             rows = np.flatnonzero(places[:, 0] == number)
-            sources = torch.from_numpy(places[rows, 1]).to(device)
-            chosen.append((int(number), torch.from_numpy(rows).to(device), sources))
+            chosen.append((number, torch.from_numpy(rows).to(device), torch.from_numpy(places[rows, 1]).to(device)))
 
         def copied(layer: int, which: int) -> torch.Tensor:
             _, heads, _, size = (example := self._batches[0][layer][which]).shape
@@ -215,50 +212,61 @@ def compute_prefixes(
 
 def continuation_memory(model: torch.nn.Module, prefixes: Prefixes, tokens_per_step: int) -> int:
     """Bytes that a batch of continuations may take: as much as a pass over tokens_per_step tokens, or as their cache."""
-    return tokens_per_step * max(activation_bytes(model), prefixes.bytes_per_token)
+    return tokens_per_step * max(_activation_bytes(model), prefixes.bytes_per_token)
+
+
+class Continuation(NamedTuple):
+    """What may follow a prefix.
+
+    Attributes:
+        sequence: index of the sequence that begins with the prefix.
+        context: token ids of the prefix.
+        ids: token ids that follow it.
+    """
+
+    sequence: int
+    context: Sequence[int]
+    ids: Sequence[int]
 
 
 @torch.no_grad()
 def continuation_nll(
-    model: torch.nn.Module,
-    prefixes: Prefixes,
-    wanted: Mapping[int, tuple[int, Sequence[int], Sequence[Sequence[int]]]],
-    tokens_per_step: int,
-) -> dict[int, list[tuple[float, int]]]:
-    """Negative log-likelihood of further continuations of prefixes; only the continuations' own tokens are computed.
+    model: torch.nn.Module, prefixes: Prefixes | None, continuations: Sequence[Continuation], tokens_per_step: int
+) -> list[tuple[float, int]]:
+    """Negative log-likelihood of continuations; only their own tokens are computed.
 
     Args:
         model, tokens_per_step: as for `compute_prefixes`.
-        wanted: by any name, the sequence, the context that begins it, and the continuations' token ids.
+        prefixes: None where the model cannot share them; then each continuation is computed with its context.
 
     Returns:
-        For each name, (sum in nats, tokens) of each continuation.
+        (sum in nats, tokens) of each continuation.
 
     Raises:
         ProofError: a likelihood is not finite.
     """
-    rows = [(name, number) for name, (_, _, continuations) in wanted.items() for number in range(len(continuations))]
-    rows.sort(key=lambda row: -len(wanted[row[0]][1]))
-    longest = max((len(c) for _, _, continuations in wanted.values() for c in continuations), default=0) + 1
-    results: dict[int, list[tuple[float, int]]] = {name: [(0.0, 0)] * len(of[2]) for name, of in wanted.items()}
-    first = 0
-    while first < len(rows):
-        width = len(wanted[rows[first][0]][1]) + longest
-        cost = width * prefixes.bytes_per_token + longest * activation_bytes(model)
+    if prefixes is None:
+        whole = [
+            SpanRequest([*c.context, *c.ids], [(len(c.context), len(c.context) + len(c.ids))]) for c in continuations
+        ]
+        return [pair for (pair,) in span_nll(model, whole, tokens_per_step)]
+    left = sorted(range(len(continuations)), key=lambda index: -len(continuations[index].context))
+    longest = max((len(c.ids) for c in continuations), default=0) + 1
+    results = [(0.0, 0)] * len(continuations)
+    while left:
+        width = len(continuations[left[0]].context) + longest
+        cost = width * prefixes.bytes_per_token + longest * _activation_bytes(model)
         count = max(1, continuation_memory(model, prefixes, tokens_per_step) // cost)
-        chosen, scored = rows[first : first + count], []
-        for name, number in chosen:
-            _, context, continuations = wanted[name]
-            # The context's last token is computed again: it predicts the continuation's first.
-            ids = [context[-1], *continuations[number]]
-            scored.append(SpanRequest(ids, [(1, len(ids))]))
-        length = max(len(sequence.input_ids) for sequence in scored)
-        batch = prefixes.copy_rows([(wanted[name][0], len(wanted[name][1]) - 1) for name, _ in chosen], length)
+        indices, left = left[:count], left[count:]
+        chosen = [continuations[index] for index in indices]
+        # The context's last token is computed again: it predicts the continuation's first.
+        scored = [SpanRequest([c.context[-1], *c.ids], [(1, len(c.ids) + 1)]) for c in chosen]
+        length = max(len(request.input_ids) for request in scored)
+        batch = prefixes.copy_rows([(c.sequence, len(c.context) - 1) for c in chosen], length)
         scores = sums_by_span(scored, _pass(model, scored, **batch.inputs(0, length)))
         del batch  # before the next rows are copied
-        for (name, number), (pair,) in zip(chosen, scores, strict=True):
-            results[name][number] = pair
-        first += len(chosen)
+        for index, (pair,) in zip(indices, scores, strict=True):
+            results[index] = pair
     return results
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kestrel.batching import batches_within
 from kestrel.config.settings import Generation
-from kestrel.generation.decoding import decode
+from kestrel.generation.decoding import decode, pad_left
 from kestrel.generation.prefix_cache import Prefixes, compute_prefixes, continuation_memory, supports_prefixes
 from kestrel.generation.stop_strings import StopStrings
 from kestrel.model.base import check_context
@@ -39,6 +39,9 @@ class Response:
     text: str
     tokens: int
     stopped_by: StoppedBy
+
+    def as_row(self) -> dict[str, Any]:
+        return {"response": self.text, "stopped_by": self.stopped_by, "response_tokens": self.tokens}
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,9 @@ def respond_from_prefixes(
         size = math.ceil(len(left) / math.ceil(len(left) / fitting))
         indices, left = left[:size], left[size:]
         batch = [requests[index] for index in indices]
-        draws = np.stack([_draws(r.seed, settings.max_new_tokens) for r in batch]) if settings.do_sample else None
+        draws = None
+        if settings.do_sample:
+            draws = np.stack([np.random.default_rng(r.seed).random(settings.max_new_tokens) for r in batch])
         rows = decode(
             model,
             prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens),
@@ -162,10 +167,6 @@ def respond_from_prefixes(
         )
         for index, row in zip(indices, rows, strict=True):
             yield index, _response(row, prompt, stops)
-
-
-def _draws(seed: int, count: int) -> np.ndarray:
-    return np.random.default_rng(seed).random(count)
 
 
 @torch.no_grad()
@@ -184,12 +185,8 @@ def respond_with_library(
     lengths = np.asarray([len(request.ids) + settings.max_new_tokens for request in requests], dtype=np.int64)
     for indices in batches_within(lengths, settings.tokens_per_step):
         contexts = [requests[index].ids for index in indices]
-        longest = max(map(len, contexts))
-        ids = torch.full((len(contexts), longest), prompt.end_id)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, longest - len(context) :] = torch.as_tensor(context)
-            mask[row, longest - len(context) :] = 1
+        ids = pad_left(contexts, prompt.end_id)
+        mask, longest = pad_left([[1] * len(context) for context in contexts], 0), ids.shape[1]
 
         def is_over(sequences: torch.Tensor, start: int = longest) -> list[bool]:
             """Which rows, of a batch or of its beams, have just spelled a stop string; all before was looked at."""

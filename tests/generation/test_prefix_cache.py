@@ -14,7 +14,13 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Generation, Lora
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import _shard, answer, questions_of
-from kestrel.generation.prefix_cache import Prefixes, compute_prefixes, continuation_nll, supports_prefixes
+from kestrel.generation.prefix_cache import (
+    Continuation,
+    Prefixes,
+    compute_prefixes,
+    continuation_nll,
+    supports_prefixes,
+)
 from kestrel.generation.respond import decodes_from_prefixes, respond
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.model.loss import attach_token_nll
@@ -155,40 +161,36 @@ def test_no_prompt_is_computed_twice(models, prompt):
 
 
 @st.composite
-def sharers(draw: st.DrawFn) -> tuple[list[list[int]], dict[int, tuple[int, list[int], list[list[int]]]]]:
-    """Sequences, and by name: which of them, a prefix of it, and what may follow."""
+def sharers(draw: st.DrawFn) -> tuple[list[list[int]], list[Continuation]]:
+    """Sequences, and what may follow prefixes of them."""
     sequences = draw(st.lists(st.lists(IDS, min_size=2, max_size=40), min_size=1, max_size=4))
-    wanted = {}
-    for name in range(draw(st.integers(1, 5))):
+    continuations = []
+    for _ in range(draw(st.integers(1, 12))):
         which = draw(st.integers(0, len(sequences) - 1))
         length = draw(st.integers(1, len(sequences[which])))
-        more = draw(st.lists(st.lists(IDS, min_size=1, max_size=9), max_size=4))
-        wanted[name] = (which, sequences[which][:length], more)
-    return sequences, wanted
+        more = draw(st.lists(IDS, min_size=1, max_size=9))
+        continuations.append(Continuation(which, sequences[which][:length], more))
+    return sequences, continuations
 
 
 @pytest.mark.parametrize("architecture", SHARING)
 @given(shared=sharers(), budget=st.integers(1, 200))
 @settings(max_examples=8, deadline=None)
 def test_continuations_cost_what_they_cost_alone(models, architecture, shared, budget):
-    model, (sequences, wanted) = models[architecture], shared
-    spans = [[(1, len(ids))] for ids in sequences]
+    model, (sequences, continuations) = models[architecture], shared
+    whole = [SpanRequest(ids, [(1, len(ids))]) for ids in sequences]
     found, of_sequences = {}, {}
-    asked = [SpanRequest(ids, of) for ids, of in zip(sequences, spans, strict=True)]
-    for held, scores in compute_prefixes(model, asked, budget):
-        mine = {name: of for name, of in wanted.items() if held.holds(of[0])}
-        assert not found.keys() & mine.keys()
-        found |= continuation_nll(model, held, mine, budget)
+    for held, scores in compute_prefixes(model, whole, budget):
+        mine = [index for index, continuation in enumerate(continuations) if held.holds(continuation.sequence)]
+        assert not found.keys() & set(mine)
+        nll = continuation_nll(model, held, [continuations[index] for index in mine], budget)
+        found |= dict(zip(mine, nll, strict=True))
         of_sequences |= scores
-    assert found.keys() == wanted.keys()
-    for name, (_, context, more) in wanted.items():
-        alone = [SpanRequest([*context, *ids], [(len(context), len(context) + len(ids))]) for ids in more]
-        expected = [scores[0] for scores in span_nll(model, alone, 1)]
-        assert [tokens for _, tokens in found[name]] == [tokens for _, tokens in expected]
-        assert [nll for nll, _ in found[name]] == pytest.approx([nll for nll, _ in expected], rel=1e-4, abs=1e-4)
-    for index, ids in enumerate(sequences):
-        [[(expected, tokens)]] = span_nll(model, [SpanRequest(ids, spans[index])], 1)
-        assert of_sequences[index] == [(pytest.approx(expected, rel=1e-4, abs=1e-4), tokens)]
+    alone = continuation_nll(model, None, continuations, 1)
+    for index, (nll, tokens) in enumerate(alone):
+        assert found[index] == (pytest.approx(nll, rel=1e-4, abs=1e-4), tokens)
+    for index, [(nll, tokens)] in enumerate(span_nll(model, whole, 1)):
+        assert of_sequences[index] == [(pytest.approx(nll, rel=1e-4, abs=1e-4), tokens)]
 
 
 def test_what_is_held_stays_within_the_budget(models):
