@@ -13,6 +13,7 @@ import pytest
 
 from kestrel.generation.files import order_in_name
 from kestrel.model.loss import token_nll
+from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import sha256_of
 from kestrel.training import callbacks
 
@@ -91,27 +92,22 @@ def make_run(folder: Path, dialogues: int = 12) -> Path:
     def text() -> str:
         return " ".join(generator.choices(words, k=generator.randint(4, 9))) + " ."
 
-    files = {name: [] for name in ("adapter", "base")}
+    files: dict[str, list[dict]] = {"adapter": [], "base": []}
+    of_system = {
+        "adapter": {"stopped_by": "eos", "reference_nll": 9.0},
+        "base": {"stopped_by": "length", "reference_nll": 20.0},
+    }
     for d in range(dialogues):
         history: list[dict[str, str]] = []
-        for t in range(3):
+        for turn in (1, 3, 5):
             history.append({"speaker": "partner", "text": text()})
             reference = text()
+            of_reply = {"dialogue_id": f"d{d}", "turn": turn, "history": list(history), "reference": reference}
             for name, rows in files.items():
-                rows.append(
-                    {
-                        "dialogue_id": f"d{d}",
-                        "turn": 2 * t + 1,
-                        "persona": [text(), text()],
-                        "history": list(history),
-                        "reference": reference,
-                        "response": reference if name == "adapter" and generator.random() < 0.6 else text(),
-                        "stopped_by": "eos" if name == "adapter" else "length",
-                        "response_tokens": 8,
-                        "reference_nll": 9.0 if name == "adapter" else 20.0,
-                        "reference_tokens": 7,
-                    }
-                )
+                persona = [text(), text()]
+                response = reference if name == "adapter" and generator.random() < 0.6 else text()
+                made = {"persona": persona, "response": response, "response_tokens": 8, "reference_tokens": 7}
+                rows.append({**of_reply, **made, **of_system[name]})
             history.append({"speaker": "self", "text": reference})
     for name, rows in files.items():
         write_rows(folder / "run" / "generations" / f"test.{name}.jsonl", rows)
@@ -127,19 +123,8 @@ def record(folder: Path) -> None:
     for path in folder.glob("*.jsonl"):
         order = order_in_name(path.stem)[1]
         facts[path.name] = {"sha256": sha256_of(path), "made_from": {"persona_order": order} if order else {}}
-    (folder / "manifest.json").write_text(
-        json.dumps(
-            {
-                "kind": "generations",
-                "schema_version": 1,
-                "settings": {},
-                "made_from": {},
-                "files": {},
-                "generations": facts,
-            }
-        ),
-        encoding="utf-8",
-    )
+    entries = {"kind": "generations", "schema_version": 1, "settings": {}, "made_from": {}, "files": {}}
+    write_json(folder / "manifest.json", {**entries, "generations": facts})
 
 
 def write_rows(path: Path, rows) -> Path:

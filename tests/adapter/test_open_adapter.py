@@ -12,11 +12,14 @@ from conftest import Experiment
 from hub_server import Hub, serving
 from publishing_runs import BASE, ROOT, run, stopped_at_a_large_file
 from safetensors.torch import load_file, save_file
+from scripts import script
 
 import generate
 import preprocess
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import files_below, with_own_hash
+
+NAMED = ["--hub.base_model", BASE]
 
 
 @pytest.fixture
@@ -38,6 +41,12 @@ def change(folder: Path, **values: Any) -> None:
         write_json(folder / "manifest.json", with_own_hash({**manifest, "files": files_below(folder)}))
 
 
+def double(folder: Path) -> None:
+    """Doubles an adapter's weights."""
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+
+
 def arguments(trained: Experiment, run_dir: Path, adapter: Path | str, *more: str) -> list[str]:
     chosen = ["--model.adapter", str(adapter), "--generation.max_dialogues", "1", "--generation.systems", "adapter"]
     if not run_dir.exists():
@@ -45,37 +54,35 @@ def arguments(trained: Experiment, run_dir: Path, adapter: Path | str, *more: st
     return trained.arguments("--run_dir", str(run_dir), *chosen, *more)
 
 
-def test_an_adapter_made_elsewhere_is_used_and_what_is_not_known_is_said(
+def test_an_adapter_made_elsewhere_is_used_and_what_is_not_known_is_printed(
     trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
 ) -> None:
-    told = ["--hub.base_model", BASE]
-    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, *told)) == 0
+    given = arguments(trained, tmp_path / "run", elsewhere, *NAMED)
+    assert generate.main(given) == 0
     printed = capsys.readouterr().out
     assert "not proven: this adapter was not made by Kestrel" in printed and "proven: it computes" not in printed
     answers = (tmp_path / "run" / "generations" / "test.adapter.jsonl").read_bytes()
     # The same weights as the run's own adapter, so the same answers; and they belong to these weights from now on.
     assert generate.main(arguments(trained, tmp_path / "own", trained.run / "adapter")) == 0
     assert answers == (tmp_path / "own" / "generations" / "test.adapter.jsonl").read_bytes()
-    weights = elsewhere / "adapter_model.safetensors"
-    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    double(elsewhere)
     capsys.readouterr()
-    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, *told)) == 0
+    assert generate.main(given) == 0
     assert "up to date" not in capsys.readouterr().out
+
+
+OTHER = {"base_model_name_or_path": "other/model"}
 
 
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [
-        (
-            {"base_model_name_or_path": "other/model"},
-            [],
-            "if that is a copy of other/model, add --hub.base_model other/model",
-        ),
-        ({"base_model_name_or_path": "other/model"}, ["--hub.base_model", BASE], "--model.name other/model"),
-        ({"use_dora": True}, ["--hub.base_model", BASE], "use_dora"),
-        ({"target_modules": ["no_such_layer"]}, ["--hub.base_model", BASE], "does not load onto this base"),
-        ({"target_modules": ["dense"]}, ["--hub.base_model", BASE], "other layers than this base has"),
-        ({"r": 8}, ["--hub.base_model", BASE], "does not load onto this base"),
+        (OTHER, [], "if that is a copy of other/model, add --hub.base_model other/model"),
+        (OTHER, NAMED, "--model.name other/model"),
+        ({"use_dora": True}, NAMED, "use_dora"),
+        ({"target_modules": ["no_such_layer"]}, NAMED, "does not load onto this base"),
+        ({"target_modules": ["dense"]}, NAMED, "other layers than this base has"),
+        ({"r": 8}, NAMED, "does not load onto this base"),
     ],
 )
 def test_one_that_does_not_fit_is_refused_with_what_to_do(
@@ -86,7 +93,7 @@ def test_one_that_does_not_fit_is_refused_with_what_to_do(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_base_that_is_only_a_path_is_told_and_taken(
+def test_a_base_that_is_only_a_path_is_noted_and_used(
     trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
 ) -> None:
     change(elsewhere, base_model_name_or_path="/content/falcon")
@@ -99,7 +106,7 @@ def test_weights_that_lack_a_layer_are_refused(trained: Experiment, elsewhere: P
     tensors = load_file(weights)
     del tensors[min(tensors)]
     save_file(tensors, weights)
-    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE)) == 1
+    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, *NAMED)) == 1
     assert "other layers than this base has" in capsys.readouterr().err
 
 
@@ -152,13 +159,11 @@ def test_what_is_no_adapter_is_named_with_what_may_have_been_meant(
         assert message in capsys.readouterr().err
 
 
-def test_a_damaged_one_is_told_what_mends_it(trained: Experiment, tmp_path: Path, capsys) -> None:
+def test_a_damaged_one_is_refused_with_what_to_do(trained: Experiment, tmp_path: Path, capsys) -> None:
+    cached = tmp_path / "models--me--lora"
     for folder, remedy in (
         (tmp_path / "copy", "copy it again"),
-        (
-            tmp_path / "models--me--lora" / "snapshots" / "0123",
-            f"delete {tmp_path / 'models--me--lora'} to download it again",
-        ),
+        (cached / "snapshots" / "0123", f"delete {cached} to download it again"),
     ):
         shutil.copytree(trained.run / "adapter", folder)
         weights = folder / "adapter_model.safetensors"
@@ -172,23 +177,18 @@ def test_another_tools_manifest_does_not_make_an_adapter_ours(
     trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
 ) -> None:
     write_json(elsewhere / "manifest.json", {"name": "an extension"})
-    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE)) == 0
+    assert generate.main(arguments(trained, tmp_path / "run", elsewhere, *NAMED)) == 0
     assert "not made by Kestrel" in capsys.readouterr().out
 
 
 def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
     trained: Experiment, elsewhere: Path, tmp_path: Path, capsys
 ) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("our_evaluate", ROOT / "evaluate.py")  # its name is a library's too
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
-    given = arguments(trained, tmp_path / "run", elsewhere, "--hub.base_model", BASE, "--evaluation.resamples", "100")
+    evaluate = script("evaluate")
+    given = arguments(trained, tmp_path / "run", elsewhere, *NAMED, "--evaluation.resamples", "100")
     assert generate.main(given) == 0 and evaluate.main(given) == 0
     capsys.readouterr()
-    weights = elsewhere / "adapter_model.safetensors"
-    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    double(elsewhere)
     assert evaluate.main(given) == 1
     assert "was generated from another adapter than the run has now" in capsys.readouterr().err
     given[given.index(str(elsewhere))] = "someone/never-downloaded"
@@ -197,7 +197,7 @@ def test_answers_of_another_adapter_are_not_scored_wherever_it_is_from(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "a/b/c", "../x/y", "owner/"])
-def test_what_is_neither_folder_nor_id_is_told(trained: Experiment, tmp_path: Path, capsys, name: str) -> None:
+def test_what_is_neither_folder_nor_id_is_refused(trained: Experiment, tmp_path: Path, capsys, name: str) -> None:
     assert generate.main(arguments(trained, tmp_path / "run", name)) == 1
     assert "no such folder, and not an id on the Hub" in capsys.readouterr().err
 
@@ -213,14 +213,12 @@ def test_from_the_hub_only_safetensors_come(trained: Experiment, elsewhere: Path
         hub.add("someone/lora", elsewhere)
         hub.add("someone/pickles", pickles)
         hub.add("someone/secret", elsewhere, private=True)
-        told, home = ["--hub.base_model", BASE], tmp_path / "home"
-        given = arguments(trained, tmp_path / "run", "someone/lora", *told)
+        home = tmp_path / "home"
+        given = arguments(trained, tmp_path / "run", "someone/lora", *NAMED)
         done = run("generate.py", *given, hub=hub, home=home, token=None)
         assert done.status == 0 and "not proven" in done.said, done.said
         asked = [request for request in hub.requests if "/resolve/" in request]
-        assert asked and all(
-            request.endswith(("/adapter_config.json", "/adapter_model.safetensors")) for request in asked
-        )
+        assert {request.rpartition("/")[2] for request in asked} == {"adapter_config.json", "adapter_model.safetensors"}
         looking = tmp_path / "look.py"  # what generate.py asks for, in a process that imports no model
         looking.write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom kestrel.errors import KestrelError\n"
@@ -236,11 +234,11 @@ def test_from_the_hub_only_safetensors_come(trained: Experiment, elsewhere: Path
         assert hub.wrong == []
 
 
-def test_ctrl_c_in_the_middle_of_a_download_ends_it_and_the_same_command_goes_on(
+def test_ctrl_c_in_the_middle_of_a_download_ends_it_and_the_same_command_continues(
     trained: Experiment, elsewhere: Path, tmp_path: Path, hub: Hub
 ) -> None:
     hub.add("someone/lora", elsewhere)
-    given, home = arguments(trained, tmp_path / "run", "someone/lora", "--hub.base_model", BASE), tmp_path / "home"
+    given, home = arguments(trained, tmp_path / "run", "someone/lora", *NAMED), tmp_path / "home"
     done = stopped_at_a_large_file("generate.py", *given, hub=hub, home=home)
     assert done.status == 130 and "run the same command again" in done.said and "Traceback" not in done.said, done.said
     assert run("generate.py", *given, hub=hub, home=home).status == 0
@@ -250,7 +248,7 @@ def test_a_full_disk_under_the_hubs_cache_is_named(
     trained: Experiment, elsewhere: Path, tmp_path: Path, hub: Hub
 ) -> None:
     hub.add("someone/lora", elsewhere)
-    given = arguments(trained, tmp_path / "run", "someone/lora", "--hub.base_model", BASE)
+    given = arguments(trained, tmp_path / "run", "someone/lora", *NAMED)
     with small_disk(tmp_path / "disk", 8) as small:
         done = run("generate.py", *given, hub=hub, home=small)
     assert done.status == 1 and f"the Hub's cache, {small}" in done.said and "HF_HOME" in done.said, done.said

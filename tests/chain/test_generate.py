@@ -11,18 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_models import make_tokenizer, words, write_base, write_config, write_corpus
+from make_models import words, write_config, write_corpus
 
+import generate
+import preprocess
+import train
 from kestrel.data.dataset import load_split
-from kestrel.generation.answers import questions_of
-from kestrel.prompt.prompt import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def prompt() -> Prompt:
-    return Prompt(make_tokenizer(), "plain", 256)
 
 
 def rows_in(path: Path) -> list[dict]:
@@ -30,8 +26,6 @@ def rows_in(path: Path) -> list[dict]:
 
 
 def test_rows_are_in_the_datasets_order_and_recorded(trained, tmp_path):
-    import generate
-
     arguments = trained.copy_to(tmp_path / "run")
     assert generate.main([*arguments, "--generation.candidates", "true"]) == 0
     made = tmp_path / "run" / "generations"
@@ -51,8 +45,6 @@ def test_rows_are_in_the_datasets_order_and_recorded(trained, tmp_path):
 
 
 def test_same_command_again_does_nothing_and_another_does(trained, tmp_path, capsys):
-    import generate
-
     arguments = [*trained.copy_to(tmp_path / "run"), "--generation.systems", "adapter"]
     assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
     path = tmp_path / "run" / "generations" / "test.adapter.jsonl"
@@ -71,8 +63,6 @@ def test_same_command_again_does_nothing_and_another_does(trained, tmp_path, cap
 
 
 def test_batching_changes_nothing_and_sampling_seed_does(trained, tmp_path):
-    import generate
-
     arguments = [*trained.copy_to(tmp_path / "run"), "--generation.systems", "adapter"]
     path = tmp_path / "run" / "generations" / "test.adapter.jsonl"
 
@@ -92,10 +82,6 @@ def test_batching_changes_nothing_and_sampling_seed_does(trained, tmp_path):
 
 def test_replies_that_truncation_cut_are_answered_too(trained, tmp_path, capsys):
     """The dataset holds only the last exchanges; the file holds every reply but the one that fits into no prompt."""
-    import generate
-    import preprocess
-    import train
-
     write_corpus(tmp_path / "corpus", 8)
     persona = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
     huge = [{"speaker": "partner", "text": "hi " * 200}, {"speaker": "self", "text": "hi ."}]
@@ -116,24 +102,8 @@ def test_replies_that_truncation_cut_are_answered_too(trained, tmp_path, capsys)
     assert all(np.isfinite(row["reference_nll"]) and row["reference_tokens"] > 1 for row in rows)
 
 
-def test_questions_hold_the_datasets_own_prompts(trained, prompt):
-    dataset = load_split(trained.run / "dataset", "test", "")
-    own = Prompt(prompt.tokenizer, "plain", 160)
-    for row, questions in zip(dataset, questions_of(list(dataset), own), strict=True):
-        for question in questions:
-            assert (
-                row["input_ids"][: len(question.context)]
-                == question.context
-                == own.context(question.dialogue, question.turn)
-            )
-            assert question.reference[-1] == own.end_id
-
-
 def test_killed_in_the_middle_and_again_is_the_same_file(trained, tmp_path):
     """40 dialogues are two shards; the first call is killed while it works on the second."""
-    import generate
-    import preprocess
-
     write_corpus(tmp_path / "corpus", 8, test=40)
     config = write_config(tmp_path / "c.yaml", trained.base, tmp_path / "corpus", tmp_path / "run")
     sampling = ["--generation.do_sample", "true", "--generation.top_k", "20", "--generation.max_new_tokens", "60"]
@@ -158,13 +128,3 @@ def test_killed_in_the_middle_and_again_is_the_same_file(trained, tmp_path):
         file.write(b'{"dialogue_id": "half a li')
     assert generate.main(arguments) == 0
     assert (made / "test.base.jsonl").read_bytes() == expected and not partial.exists()
-
-
-def test_gpt2_runs_the_chain_with_absolute_positions(trained, tmp_path):
-    import generate
-    import preprocess
-    import train
-
-    config = write_config(tmp_path / "c.yaml", write_base(tmp_path / "base", "gpt2"), trained.source, tmp_path / "run")
-    arguments = ["--config", str(config), "--lora.target_modules", "all-linear", "--training.max_steps", "2"]
-    assert preprocess.main(arguments) == 0 and train.main(arguments) == 0 and generate.main(arguments) == 0

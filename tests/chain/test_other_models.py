@@ -14,6 +14,9 @@ from make_tokenizers import CHATML, INST, byte_level, sentencepiece_like
 from safetensors.torch import load_file
 from scripts import script
 
+import generate
+import preprocess
+import train
 from kestrel.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,10 +44,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def run_all(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """What the four scripts print; none may fail or warn."""
-    import generate
-    import preprocess
-    import train
-
     for main in (preprocess.main, train.main, generate.main, evaluate):
         assert main(arguments) == 0, capfd.readouterr().err
     said = capfd.readouterr()
@@ -86,6 +85,13 @@ def test_the_four_scripts(architecture, source, tmp_path, capfd):
     assert_taught(tmp_path / "run", layers)
 
 
+def test_gpt2_with_absolute_positions(source, tmp_path):
+    base = write_base(tmp_path / "base", "gpt2")
+    config = write_config(tmp_path / "c.yaml", base, source, tmp_path / "run")
+    arguments = ["--config", str(config), "--lora.target_modules", "all-linear", "--training.max_steps", "2"]
+    assert preprocess.main(arguments) == 0 and train.main(arguments) == 0 and generate.main(arguments) == 0
+
+
 @pytest.mark.parametrize("template", [CHATML, INST], ids=["with a system message", "system within the first message"])
 def test_an_instruct_model_with_its_chat_template(template, source, tmp_path, capfd):
     """The shipped configuration, on a tiny model: only what names the big one and its machine is replaced."""
@@ -108,9 +114,6 @@ def test_an_instruct_model_with_its_chat_template(template, source, tmp_path, ca
 
 
 def test_default_targets_are_falcons_and_others_are_named(source, tmp_path, capsys):
-    import preprocess
-    import train
-
     base = write_base(tmp_path / "base", "llama", sentencepiece_like(TEXTS))
     arguments = ["--config", str(write_config(tmp_path / "config.yaml", base, source, tmp_path / "run"))]
     assert preprocess.main([*arguments, "--prompt.max_length", "400"]) == 0

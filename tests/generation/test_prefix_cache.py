@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words
 
-from kestrel.adapter.lora import add_lora
-from kestrel.config.settings import Generation, Lora
+from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import _shard, answer, questions_of
 from kestrel.generation.prefix_cache import (
@@ -23,28 +22,11 @@ from kestrel.generation.prefix_cache import (
 )
 from kestrel.generation.respond import decodes_from_prefixes, respond
 from kestrel.model.likelihood import SpanRequest, span_nll
-from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
 NOT_SHARING = ["bloom", "mistral"]
 IDS = st.integers(12, 380)
-
-
-def adapted(architecture: str) -> torch.nn.Module:
-    """With an adapter that does something."""
-    target: Any = ["c_attn"] if architecture == "gpt2" else "all-linear"
-    model = add_lora(make_model(architecture), Lora(r=4, target_modules=target), seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    attach_token_nll(model)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, torch.nn.Module]:
-    return {name: adapted(name) for name in (*SHARING, *NOT_SHARING)}
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,10 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 from make_tokenizers import sentencepiece_like, unigram, wordpiece
 
-from kestrel.adapter.lora import add_lora
-from kestrel.config.settings import Generation, Lora
+from kestrel.config.settings import Generation
 from kestrel.errors import KestrelError
 from kestrel.generation.respond import Request, respond, respond_with_library
 from kestrel.generation.stop_strings import StopStrings
-from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
 END = 11
@@ -31,22 +29,6 @@ CONTEXTS = st.lists(st.lists(st.integers(12, 380), min_size=1, max_size=30), min
 @pytest.fixture(scope="module")
 def prompt() -> Prompt:
     return Prompt(make_tokenizer(), "plain", 256)
-
-
-def adapted(architecture: str) -> torch.nn.Module:
-    """A model as generate.py has it: with an adapter that does something, and prepared for likelihoods."""
-    target = ["c_attn"] if architecture == "gpt2" else "all-linear"
-    model = add_lora(make_model(architecture), Lora(r=4, target_modules=target), seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    attach_token_nll(model)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, torch.nn.Module]:
-    return {name: adapted(name) for name in ARCHITECTURES}
 
 
 def own_greedy(model: torch.nn.Module, context: list[int], count: int) -> list[int]:
@@ -95,32 +77,16 @@ def test_answers_are_the_librarys_own(models, prompt, architecture, contexts, ru
         assert response == alone
 
 
-class Parrot(torch.nn.Module):
-    """Makes a model say a given token sequence after any prompt, by adding to its logits."""
-
-    def __init__(self, model, script):
-        super().__init__()
-        self.model, self.script = model, script
-
-    def __enter__(self):
-        self.said = {}
-
-        def push(module, inputs, output):
-            step = self.said.setdefault("n", 0)
-            output[:, -1, self.script[min(step, len(self.script) - 1)]] += 1e4
-            self.said["n"] += 1
-
-        self.hook = self.model.get_output_embeddings().register_forward_hook(push)
-        return self.model
-
-    def __exit__(self, *error):
-        self.hook.remove()
-
-
 def said(prompt: Prompt, script: list[int], context: str = "You:", **chosen):
-    with Parrot(make_model(), script) as model:
-        contexts = [prompt.tokenizer(context)["input_ids"], prompt.tokenizer("hi " + context)["input_ids"]]
-        first, second = respond(model, prompt, contexts, Generation(max_new_tokens=12, **chosen))
+    """The answer of a model whose logits are pushed to say the given tokens, whatever the prompt."""
+    model, steps = make_model(), iter([*script, *script[-1:] * 12])
+
+    def push(module, inputs, output):
+        output[:, -1, next(steps)] += 1e4
+
+    model.get_output_embeddings().register_forward_hook(push)
+    contexts = [prompt.tokenizer(text)["input_ids"] for text in (context, "hi " + context)]
+    first, second = respond(model, prompt, contexts, Generation(max_new_tokens=12, **chosen))
     assert first == second
     return first
 
@@ -142,9 +108,6 @@ def test_empty_answer(prompt):
 
 
 def test_stop_string_over_several_tokens_and_the_first_of_several(prompt):
-    script = [*prompt.tokenizer(" yes , i have a dog . STOP and more")["input_ids"]]
-    answer = said(prompt, script, stop_strings=["more", "STOP"], context="a")
-    assert answer.text == "yes , i have a dog ."[: len(answer.text)] and answer.stopped_by in ("stop_string", "length")
     answer = said(prompt, prompt.tokenizer("noSTOPmore")["input_ids"], stop_strings=["more", "STOP"])
     assert (answer.text, answer.stopped_by) == ("no", "stop_string")
 
