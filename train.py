@@ -41,8 +41,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.manifest import identity_of
     from kestrel.training import callbacks, checkpoints, objective
     from kestrel.training.arguments import build_trainer, check_machine
-    from kestrel.training.fit import fit, save
-    from kestrel.training.model import load_trainable
+    from kestrel.training.fit import fit, load_trainable, save
 
     sharded = rendezvous.join_processes(settings)
     if not options.dry_run:

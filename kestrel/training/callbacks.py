@@ -40,7 +40,7 @@ class Guard(TrainerCallback):
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
             if not gradients or not any(bool(g.abs().max() > 0) for g in gradients):
                 raise ProofError(
-                    "the gradient of the first step is zero for every weight of the adapter: nothing is learned"
+                    "the gradient of the first step is zero for every weight of the adapter: it learns nothing"
                 )
             self._initial = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
         self._check()
@@ -140,11 +140,7 @@ class Samples(TrainerCallback):
 
 
 class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint in a run folder that was moved.
-
-    The Trainer (5.17 to 5.23) resumes with the recorded path. Where that no longer exists, it forgets the best checkpoint
-    and ends with the last weights.
-    """
+    """Finds the best checkpoint in a run folder that was moved; the Trainer (5.17 to 5.23) would end with the last."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         if state.best_global_step:
@@ -212,10 +208,7 @@ def evaluations_without_progress(log_history: Sequence[dict[str, Any]]) -> int:
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too.
-
-    The library's own callback does not save its count, so an interrupted run would stop later than an uninterrupted one.
-    """
+    """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too."""
 
     def __init__(self, patience: int):
         self._patience = patience

@@ -1,17 +1,21 @@
-"""The optimization from its first step, or from a checkpoint, to its end, and the adapter that comes out."""
+"""The model that is trained, the optimization from its first step or a checkpoint to its end, and the adapter that results."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kestrel.adapter.lora import add_lora
 from kestrel.adapter.proof import save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
+from kestrel.model.base import check_context, device, load_base
+from kestrel.model.loss import attach_token_nll, collate, prove_loss
+from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import room_for, training_bytes
@@ -21,6 +25,40 @@ from kestrel.runtime.training_log import plot_loss
 from kestrel.training import checkpoints, sharding
 from kestrel.training.callbacks import StopOnSignal
 from kestrel.training.trainer import DialogueTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+    from kestrel.model.decoder_layer import Recompute
+
+
+def load_trainable(
+    settings: Settings, recompute: Recompute, sharded: bool, longest: int, validation: Dataset, pad_id: int
+) -> tuple[PeftModel, Audit]:
+    """Loads the base, adds the adapter, and proves the loss on one dialogue; prints what was loaded and proven.
+
+    Args:
+        sharded: split the base over the processes.
+        longest: tokens of the longest dialogue.
+
+    Raises:
+        KestrelError: the base cannot be loaded, its context is too short, or it lacks the layers to adapt.
+        ProofError: the base is not what the settings ask for, or its loss is wrong.
+    """
+    base, audit = load_base(settings, to_be_sharded=sharded)
+    check_context(base, longest)
+    print(f"base: {audit.line()}")
+    model = add_lora(base, settings.lora, settings.seed)
+    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters")
+    if sharded:
+        print(sharding.shard(model))
+    attach_token_nll(model, recompute)
+    batch = collate([validation[0]], pad_id=pad_id)
+    prove_loss(
+        model, {name: tensor.to(device()) for name, tensor in batch.items()}, settings.quantization.compute_dtype
+    )
+    return model, audit
 
 
 def fit(trainer: DialogueTrainer, stop: StopOnSignal, settings: Settings, resume: Path | None, restart: str) -> float:

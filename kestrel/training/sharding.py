@@ -28,13 +28,7 @@ _TOLERANCE = 1e-3  # relative difference of logits; the same kernels compute the
 
 @torch.no_grad()
 def shard(model: PeftModel) -> str:
-    """Shards the base's layers over the processes.
-
-    Args:
-        model: base, from `load_base` with to_be_sharded, and adapter.
-
-    Returns:
-        What this process still holds of the layers, for the terminal.
+    """Shards the base's layers, loaded with to_be_sharded. Returns how much this process still holds, for the terminal.
 
     Raises:
         ProofError: the sharded model computes something else.
@@ -79,8 +73,7 @@ def _held_bytes(layers: nn.Module) -> int:
     from torch.distributed.tensor import DTensor
 
     frozen = (p for p in layers.parameters() if not p.requires_grad)
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in frozen)
-    return sum(p.numel() * p.element_size() for p in local)
+    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
 
 
 def unsharded(model: PeftModel, settings: Settings) -> PeftModel:

@@ -34,8 +34,7 @@ class DialogueTrainer(Trainer):
     """A Trainer whose unit of data is the optimizer step.
 
     The loader yields one item per step: this process's share of the step's dialogues, cut into forward passes, and the
-    weight of the whole step over all processes, by which the summed loss is divided (`objective.py`). To the Trainer the
-    run is one epoch of such items, so resuming means skipping items.
+    weight of the whole step, by which the summed loss is divided. Resuming means skipping items.
 
     Args:
         steps: row numbers of each optimizer step.
@@ -56,6 +55,7 @@ class DialogueTrainer(Trainer):
         self._rows = self.train_dataset.select_columns(objective.COLUMNS).with_format("numpy")
         self._lengths = lengths_of(self.train_dataset)
         self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
+        self._pad_id = int(self.processing_class.eos_token_id)
         self.last_gradient_norm: torch.Tensor | None = None
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -89,10 +89,6 @@ class DialogueTrainer(Trainer):
         mine = share_of(lengths, rank, self.args.world_size)
         return [mine[cut] for cut in even_batches_within(lengths[mine], self._plan.tokens_per_step)]
 
-    @property
-    def _pad_id(self) -> int:
-        return int(self.processing_class.eos_token_id)
-
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's estimate needs one batch of ids, and nothing here reads it
 
@@ -103,9 +99,8 @@ class DialogueTrainer(Trainer):
     ) -> torch.Tensor:
         """Backward over one optimizer step. Returns this process's part of the loss times the number of processes.
 
-        Where memory runs out, the step is repeated with smaller passes, from the same random state: the result is the
-        same up to rounding. The other processes wait. With a sharded base, where they take part in each pass, it ends
-        the run.
+        Where memory runs out, the step is repeated with smaller passes from the same random state, while the other
+        processes wait; the result is the same up to rounding. With a sharded base the run ends.
 
         Raises:
             KestrelError: a pass of one dialogue does not fit.
@@ -129,10 +124,10 @@ class DialogueTrainer(Trainer):
         return total
 
     def _backward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Computes this process's gradients, without the DistributedDataParallel around the model.
+        """Computes this process's gradients.
 
-        That wrapper exchanges gradients while the last pass computes them, so this pass could not be repeated. They are
-        small, and `training_step` exchanges them when all passes are done.
+        DistributedDataParallel, which the Trainer puts around the model, would exchange them during the last pass, which
+        could then not be repeated.
         """
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs["forward_passes"]):
@@ -156,8 +151,6 @@ class DialogueTrainer(Trainer):
     def try_largest_pass(self) -> None:
         """Runs the largest pass before training does, and makes passes smaller where memory runs out.
 
-        Gradients and the random state are left as they were.
-
         Raises:
             KestrelError: a pass of one dialogue does not fit.
         """
@@ -166,7 +159,8 @@ class DialogueTrainer(Trainer):
         random, budget = _random_states(), None
         while budget != self._plan.tokens_per_step:
             budget = self._plan.tokens_per_step
-            inputs = self.inputs_of(self.rows_of_step(self._step_with_largest_pass(budget)))
+            step = max(range(len(self._steps)), key=lambda step: self._largest_pass(self._steps[step]))
+            inputs = self.inputs_of(self.rows_of_step(step))
             largest = max(inputs["forward_passes"], key=lambda batch: batch["input_ids"].numel())
             self.model.train()
             too_large = largest["input_ids"].shape
@@ -179,13 +173,11 @@ class DialogueTrainer(Trainer):
         self._agree_on_passes()
         _restore_random_states(random)
 
-    def _step_with_largest_pass(self, budget: int) -> int:
-        def tokens(rows: np.ndarray) -> int:
-            lengths = self._lengths[rows]
-            mine = lengths[share_of(lengths, self.args.process_index, self.args.world_size)]
-            return max((len(cut) * int(mine[cut].max()) for cut in even_batches_within(mine, budget)), default=0)
-
-        return max(range(len(self._steps)), key=lambda step: tokens(self._steps[step]))
+    def _largest_pass(self, rows: np.ndarray) -> int:
+        """Tokens of this process's largest pass in a step of these rows."""
+        lengths = self._lengths[rows]
+        cuts = self._cuts(lengths, self.args.process_index)
+        return max((len(cut) * int(lengths[cut].max()) for cut in cuts), default=0)
 
     def _agree_on_passes(self) -> None:
         """Takes the smallest passes of any process for all: a checkpoint records one size, with which all resume."""
@@ -221,12 +213,10 @@ class DialogueTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean negative log-likelihood per supervised token of validation, and its exponential.
-
-        Sums and counts are kept apart until the end: a mean of batch means would depend on the batch size.
-        """
+        """Mean negative log-likelihood per supervised token of validation, and its exponential."""
         rows = self.eval_dataset.select_columns(objective.COLUMNS).with_format("numpy")
         self.model.eval()
+        # A mean of batch means would depend on the batch size.
         nll, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         mine = np.arange(self.args.process_index, len(rows), self.args.world_size)
         lengths = lengths_of(self.eval_dataset)[mine]

@@ -259,7 +259,7 @@ def test_a_start_that_fails_deletes_no_checkpoint(prepared, begun, tmp_path, mon
     elif fails == "adapter":
         arguments += ["--lora.target_modules", "no_such_layer"]
     elif fails == "loss":
-        monkeypatch.setattr("kestrel.training.model.prove_loss", lambda *_: 1 / 0)
+        monkeypatch.setattr("kestrel.training.fit.prove_loss", lambda *_: 1 / 0)
     else:
         monkeypatch.setattr("kestrel.training.fit.training_bytes", lambda *_: 2**70)
     assert train.main(arguments) == 1, capsys.readouterr()
