@@ -77,12 +77,9 @@ def question_row(dialogue: Dialogue, turn: int) -> dict[str, Any]:
 def questions_of(rows: Sequence[dict[str, Any]], prompt: Prompt, seed: int = 0, order: int = 0) -> list[list[Question]]:
     """The replies of each of the given dataset rows, in order.
 
-    A prompt is the dialogue's sequence up to the reply: the training sequence, or in another order of the persona what
-    that sequence would have been. Replies that truncation cut from it are rendered again; those whose exchange alone is
-    longer than prompt.max_length are left out.
-
-    Args:
-        seed, order: of the persona's sentences, as of `dialogue.reordered`.
+    A prompt is the dialogue's training sequence up to the reply, as it would be with the persona in the given order.
+    Replies that truncation cut from it are rendered again; those whose exchange alone is longer than prompt.max_length
+    are left out.
 
     Raises:
         ProofError: the prompt renders a dialogue, as given, otherwise than the dataset holds it.
@@ -228,7 +225,6 @@ def write_answers(
     cut them, and the first writes them in order: the file does not depend on the number of processes.
 
     Args:
-        dataset: rows of the split, in the order of the file.
         seed: of sampling and of the persona's order.
 
     Yields:

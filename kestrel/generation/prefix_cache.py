@@ -87,7 +87,6 @@ class PrefixBatch:
     """Rows of prefixes, side by side, with space for their continuation.
 
     Attributes:
-        cache: for the model's `past_key_values`; grows with each pass.
         width: columns of the longest prefix.
         lengths: int64 (rows,), tokens of each prefix.
     """
@@ -116,12 +115,7 @@ class PrefixBatch:
 
 
 class Prefixes:
-    """Keys and values of some sequences.
-
-    Attributes:
-        bytes_per_token: of keys and values, all layers together.
-        nbytes: of all keys and values.
-    """
+    """Keys and values of some sequences; `nbytes` of them, and `bytes_per_token`, all layers together."""
 
     def __init__(self) -> None:
         self._batches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
@@ -145,12 +139,7 @@ class Prefixes:
         self._batches.clear()
 
     def copy_rows(self, prefixes: Sequence[tuple[int, int]], space: int) -> PrefixBatch:
-        """Copies prefixes side by side.
-
-        Args:
-            prefixes: for each row, the sequence and the number of its tokens.
-            space: most tokens that will follow.
-        """
+        """Copies prefixes, each given by its sequence and its tokens, side by side, with space for more tokens."""
         width = max(length for _, length in prefixes)
         places = np.asarray([self._places[sequence] for sequence, _ in prefixes])
         device = self._batches[0][0][0].device
@@ -168,9 +157,7 @@ class Prefixes:
                 memory[rows, :, : min(width, source.shape[2])] = source[sources, :, :width]
             return memory
 
-        layers = [
-            _PreallocatedLayer(copied(layer, 0), copied(layer, 1), width) for layer in range(len(self._batches[0]))
-        ]
+        layers = [_PreallocatedLayer(copied(n, 0), copied(n, 1), width) for n in range(len(self._batches[0]))]
         return PrefixBatch(layers, torch.tensor([length for _, length in prefixes], device=device), width, space)
 
 
@@ -182,7 +169,6 @@ def compute_prefixes(
 
     Args:
         model: one that `supports_prefixes`; it is left in evaluation mode.
-        sequences: with spans to score in the same passes, if any.
         tokens_per_step: most tokens of one pass, padding included.
 
     Yields:
@@ -216,13 +202,7 @@ def continuation_memory(model: torch.nn.Module, prefixes: Prefixes, tokens_per_s
 
 
 class Continuation(NamedTuple):
-    """What may follow a prefix.
-
-    Attributes:
-        sequence: index of the sequence that begins with the prefix.
-        context: token ids of the prefix.
-        ids: token ids that follow it.
-    """
+    """Token ids that may follow a context, and the index of the computed sequence that begins with this context."""
 
     sequence: int
     context: Sequence[int]

@@ -28,13 +28,7 @@ StoppedBy = Literal["eos", "length", "stop_string"]
 
 @dataclass(frozen=True)
 class Response:
-    """One answer.
-
-    Attributes:
-        text: without what ended it.
-        tokens: generated tokens up to and including the end token or the stop string.
-        stopped_by: eos, stop_string, or length where max_new_tokens ran out.
-    """
+    """One answer: its text without what ended it, and its tokens up to and including the end token or stop string."""
 
     text: str
     tokens: int
@@ -80,11 +74,8 @@ def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
         "use_cache": True,
     }
     if settings.do_sample:
-        chosen |= {
-            "temperature": settings.temperature or 1.0,
-            "top_p": settings.top_p or 1.0,
-            "top_k": settings.top_k or 0,
-        }
+        chosen |= {"temperature": settings.temperature or 1.0, "top_p": settings.top_p or 1.0}
+        chosen["top_k"] = settings.top_k or 0
     if settings.num_beams > 1:
         chosen["length_penalty"] = 1.0 if settings.length_penalty is None else settings.length_penalty
     return GenerationConfig(**chosen)
@@ -95,23 +86,20 @@ def respond(
     prompt: Prompt,
     contexts: Sequence[Sequence[int]],
     settings: Generation,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] = (),
 ) -> list[Response]:
     """Answers contexts.
 
     Args:
-        model: the causal LM, with or without its adapter switched on; it is left in evaluation mode.
+        model: with or without its adapter switched on; it is left in evaluation mode.
         contexts: token ids of each prompt.
-        seeds: one per answer, for sampling; None draws them from torch's generator.
+        seeds: one per answer, for sampling.
 
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
-    if not contexts:
-        return []
-    check_context(model, max(map(len, contexts)), settings.max_new_tokens)
-    if seeds is None:
-        seeds = torch.randint(2**62, (len(contexts),)).tolist() if settings.do_sample else [0] * len(contexts)
+    check_context(model, max(map(len, contexts), default=0), settings.max_new_tokens)
+    seeds = seeds or [0] * len(contexts)
     requests = [Request(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
     responses: dict[int, Response] = {}
     if decodes_from_prefixes(model, settings):
@@ -134,9 +122,6 @@ def respond_from_prefixes(
 ) -> Iterator[tuple[int, Response]]:
     """Answers the requests whose sequence is among the prefixes, in batches of similar length, the longest first.
 
-    A row takes its share of the cache and one row of logits; a batch takes no more memory than a pass over
-    tokens_per_step tokens.
-
     Yields:
         Index in `requests`, and the response.
     """
@@ -148,6 +133,7 @@ def respond_from_prefixes(
     stops = StopStrings(prompt, settings.stop_strings)
     while left:
         width = len(requests[left[0]].ids) + settings.max_new_tokens
+        # A row takes its share of the cache and one row of logits.
         fitting = max(1, memory // (width * prefixes.bytes_per_token + logits))
         # Batches of equal size: a small last one would take as long as a large one.
         size = math.ceil(len(left) / math.ceil(len(left) / fitting))
@@ -156,15 +142,9 @@ def respond_from_prefixes(
         draws = None
         if settings.do_sample:
             draws = np.stack([np.random.default_rng(r.seed).random(settings.max_new_tokens) for r in batch])
-        rows = decode(
-            model,
-            prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens),
-            [r.ids for r in batch],
-            settings,
-            prompt.end_id,
-            draws,
-            stops,
-        )
+        copies = prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens)
+        rows = decode(model, copies, [r.ids for r in batch], settings, prompt.end_id, draws, stops)
+        del copies  # before the next rows are copied
         for index, row in zip(indices, rows, strict=True):
             yield index, _response(row, prompt, stops)
 
@@ -212,7 +192,7 @@ def generate(
 
     Args:
         ids, mask: int64 (rows, tokens), padded on the left.
-        is_over: tells, after each token, which rows of int64 (rows, tokens so far) have ended.
+        is_over: returns, after each token, which rows of int64 (rows, tokens so far) have ended.
 
     Returns:
         int64 (rows, tokens), prompts included.
