@@ -5,24 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make_models import make_model
+from make_models import make_model, write_base
+from matplotlib import image
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from scripts import worsen
 
+import generate
+import preprocess
 import train
 from kestrel.adapter import proof
 from kestrel.adapter.lora import add_lora, load_adapter
 from kestrel.adapter.source import WEIGHTS
+from kestrel.config.resolve import resolve
 from kestrel.config.settings import Lora
+from kestrel.data.dataset import load_split
 from kestrel.model.base import load_base
 from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.planning.passes import Plan
+from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.training import arguments, callbacks, fit
+from kestrel.training.samples import sampler
 from kestrel.training.trainer import DialogueTrainer
 
 
@@ -70,18 +80,10 @@ def test_samples_and_plot(trained):
     assert samples[0].keys() == {
         "step", "dialogue_id", "turn", "persona", "history", "reference", "response", "stopped_by",
     }  # fmt: skip
-    from matplotlib import image
-
     assert image.imread(trained.run / "logs" / "loss.png").shape[:2] == (600, 1050)
 
 
 def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
-    from kestrel.config.resolve import resolve
-    from kestrel.data.dataset import load_split
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
-    from kestrel.training.samples import sampler
-
     settings, _ = resolve(str(trained.config), {}, [])
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     rows, model = load_split(trained.run / "dataset", "validation", ""), make_model()
@@ -109,21 +111,15 @@ def test_adapter_moved_and_is_the_best_checkpoint(trained, prepared, tmp_path, m
     assert bests == [True, False]
 
 
-def test_checkpoints_that_are_kept(prepared, tmp_path):
-    arguments = prepared.copy_to(tmp_path / "run")
-    assert train.main([*arguments, "--training.keep_checkpoints", "3"]) == 0
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
-    assert all((tmp_path / "run" / "checkpoints" / name / "manifest.json").exists() for name in kept)
-
-
-def test_last_steps_are_logged_and_evaluated_too(prepared, tmp_path):
-    arguments = prepared.copy_to(tmp_path / "run")
-    arguments += ["--training.max_steps", "7", "--training.evaluations", "2", "--training.logging_steps", "2"]
+def test_last_steps_are_logged_evaluated_and_saved_too(prepared, tmp_path):
+    arguments = [*prepared.copy_to(tmp_path / "run"), "--training.keep_checkpoints", "3"]
+    arguments += ["--training.max_steps", "7", "--training.evaluations", "4", "--training.logging_steps", "5"]
     assert train.main(arguments) == 0
     lines = log_of(tmp_path / "run")
-    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 7]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 7]
+    kept = sorted(path.parent.name for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"))
+    assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
 
 
 def test_early_stopping(prepared, tmp_path, monkeypatch):
@@ -155,8 +151,6 @@ def test_running_again_changes_nothing(trained, tmp_path):
 
 
 def test_16_bit_trains_and_generates(prepared, tmp_path):
-    import generate
-
     arguments = prepared.copy_to(tmp_path / "run")
     assert train.main([*arguments, "--quantization.bits", "16", "--training.max_steps", "2"]) == 0
     assert generate.main([*arguments, "--quantization.bits", "16", "--generation.max_dialogues", "1"]) == 0
@@ -199,9 +193,6 @@ def test_recomputation_gives_identical_gradients_with_dropout(architecture):
 
 def test_each_token_of_a_step_weighs_the_same(prepared):
     """The gradient of a step cut into many passes is that of the mean over all of its supervised tokens."""
-    from kestrel.config.resolve import resolve
-    from kestrel.data.dataset import load_split
-
     settings, _ = resolve(str(prepared.config), {"training.tokens_per_step": "120", "training.report_to": []}, [])
     rows = load_split(prepared.run / "dataset", "train", "")
     model = add_lora(make_model().requires_grad_(False), Lora(r=4, dropout=0.0), seed=0)
@@ -239,16 +230,13 @@ def stopped(capsys, arguments: list[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_zero_gradient_stops_the_first_step(prepared, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("kestrel.training.objective.token_nll", lambda model, batch: token_nll(model, batch) * 0)
-    said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
-    assert "the gradient of the first step is zero" in said
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_an_optimizer_that_moves_nothing_stops_the_first_step(prepared, tmp_path, capsys, monkeypatch):
+def test_a_first_step_that_learns_nothing_stops_the_run(prepared, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("kestrel.training.objective.token_nll", lambda model, batch: token_nll(model, batch) * 0)
+        said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
+    assert "the gradient of the first step is zero" in said and not (tmp_path / "run" / "adapter").exists()
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-    assert "moved no lora_B" in stopped(capsys, prepared.copy_to(tmp_path / "run"))
+    assert "moved no lora_B" in stopped(capsys, prepared.copy_to(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -286,10 +274,6 @@ def test_a_weight_that_is_not_finite_is_never_saved(prepared, tmp_path, capsys, 
 
 
 def test_a_base_with_an_infinite_weight_is_refused(prepared, tmp_path, capsys):
-    import shutil
-
-    import preprocess
-
     base = tmp_path / "base"
     shutil.copytree(prepared.base, base)
     weights = load_file(str(base / "model.safetensors"))
@@ -302,59 +286,48 @@ def test_a_base_with_an_infinite_weight_is_refused(prepared, tmp_path, capsys):
 
 def test_saved_adapter_is_the_trained_one(trained):
     """From the files alone: the fixed dialogue's likelihood is the one that training recorded."""
-    from kestrel.adapter.proof import canary_nll
-    from kestrel.config.resolve import resolve
-
     settings, _ = resolve(str(trained.config), {}, [])
     model = load_adapter(load_base(settings)[0], trained.run / "adapter")
     attach_token_nll(model)
     identity = json.loads((trained.run / "adapter" / "prompt.json").read_text())
     manifest = json.loads((trained.run / "adapter" / "manifest.json").read_text())
-    assert canary_nll(model, identity) == pytest.approx(manifest["canary_nll"], rel=1e-6)
+    assert proof.canary_nll(model, identity) == pytest.approx(manifest["canary_nll"], rel=1e-6)
     with model.disable_adapter():
-        assert canary_nll(model, identity) != pytest.approx(manifest["canary_nll"], rel=1e-3)
+        assert proof.canary_nll(model, identity) != pytest.approx(manifest["canary_nll"], rel=1e-3)
 
 
-@pytest.mark.parametrize("break_it", ["values", "keys", "nothing_learned"])
-def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(prepared, tmp_path, capsys, monkeypatch, break_it):
-    from peft import PeftModel
-
-    own = PeftModel.save_pretrained
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [("values", "was saved with other values"), ("keys", "differ in keys"), ("nothing_learned", "it is the base")],
+)
+def test_an_adapter_that_is_not_saved_as_trained_stops_the_run(
+    prepared, tmp_path, capsys, monkeypatch, break_it, message
+):
+    own, save_and_prove = PeftModel.save_pretrained, proof.save_and_prove
 
     def save(self, folder, **extra):
-        if break_it == "nothing_learned":
-            raise AssertionError("it must be refused before it is saved")
         own(self, folder, **extra)
         if Path(folder).parent.name != "checkpoints":
+            assert break_it != "nothing_learned", "it must be refused before it is saved"
             tensors = load_file(f"{folder}/{WEIGHTS}")
             name = min(tensors)
             tensors[name if break_it == "values" else "other"] = tensors.pop(name) * 2
             save_file(tensors, f"{folder}/{WEIGHTS}")
 
-    arguments = [*prepared.copy_to(tmp_path / "run"), "--training.max_steps", "2"]
+    def forget(model, *more):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        return save_and_prove(model, *more)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
     if break_it == "nothing_learned":
-
-        def forget(model, *more):
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.zero_()
-            return save_and_prove(model, *more)
-
-        save_and_prove = proof.save_and_prove
         monkeypatch.setattr(fit, "save_and_prove", forget)
-    else:
-        monkeypatch.setattr(PeftModel, "save_pretrained", save)
-    said = stopped(capsys, arguments)
-    expected = {"values": "was saved with other values", "keys": "differ in keys", "nothing_learned": "it is the base"}
-    assert expected[break_it] in said
+    assert message in stopped(capsys, [*prepared.copy_to(tmp_path / "run"), "--training.max_steps", "2"])
     assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_dialogue_longer_than_the_models_context_is_refused(prepared, tmp_path, capsys):
-    from make_models import write_base
-
-    import preprocess
-
     base = write_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
