@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: a second thread on a busy machine makes tiny models ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -100,3 +101,11 @@ def hub(prepared: Experiment) -> Iterator[Hub]:
         served.add("tiny/falcon", prepared.base)
         yield served
         assert served.wrong == []
+
+
+@pytest.fixture(scope="session")
+def models() -> Mapping[str, Any]:
+    """Models with an adapter that does something, by architecture, each made when a test asks for it."""
+    from adapted_models import AdaptedModels
+
+    return AdaptedModels()

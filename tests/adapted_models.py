@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from make_models import make_model
 
@@ -13,7 +12,7 @@ from kestrel.config.settings import Lora
 from kestrel.model.loss import attach_token_nll
 
 
-class Models(dict[str, torch.nn.Module]):
+class AdaptedModels(dict[str, torch.nn.Module]):
     """By architecture, each made when it is first asked for."""
 
     def __missing__(self, architecture: str) -> torch.nn.Module:
@@ -25,8 +24,3 @@ class Models(dict[str, torch.nn.Module]):
         attach_token_nll(model)
         self[architecture] = model.eval()
         return self[architecture]
-
-
-@pytest.fixture(scope="session")
-def models() -> Models:
-    return Models()
