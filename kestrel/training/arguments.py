@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kestrel.config.settings import Settings
@@ -16,8 +16,9 @@ from kestrel.errors import KestrelError
 from kestrel.model.base import device
 from kestrel.planning.passes import Plan
 from kestrel.prompt.prompt import Prompt
+from kestrel.runtime import distributed
 from kestrel.training import callbacks
-from kestrel.training.samples import sampler
+from kestrel.training.samples import Samples
 from kestrel.training.sharding import is_sharded
 from kestrel.training.trackers import TrackedArguments, check_trackers, hide_paths, run_name_arguments, tracked_settings
 from kestrel.training.trainer import DialogueTrainer
@@ -96,17 +97,14 @@ def build_trainer(
     for own in (PrinterCallback, ProgressCallback):  # callbacks.Progress replaces both
         trainer.remove_callback(own)
     hide_paths(trainer)
-    answer = sampler(model, prompt, validation, settings)
+    samples = Samples(model, prompt, validation, settings)  # of a sharded model, the first process alone has no answers
     stop = callbacks.StopOnSignal()
-    for callback in (
-        callbacks.Progress(),
-        callbacks.BestCheckpoint(),
-        callbacks.JsonLines(run / "logs" / "training.jsonl", trainer.tokens_until),
-        *([] if is_sharded(model) else [callbacks.Samples(run / "samples.jsonl", answer)]),  # the first process alone
-        *([callbacks.EarlyStopping(patience)] if patience else []),
-        stop,
-        callbacks.Guard(trainer),  # last: it checks before what the others request is done
-    ):
+    chosen: list[TrainerCallback] = [callbacks.Schedule()]
+    if distributed.is_first():
+        chosen += [callbacks.Progress(), callbacks.JsonLines(run / "logs" / "training.jsonl", trainer.tokens_until)]
+        chosen += [] if is_sharded(model) else [samples]
+    chosen += [callbacks.EarlyStopping(patience)] if patience else []
+    for callback in (*chosen, stop, callbacks.Guard(trainer)):  # Guard checks before what the others request is done
         trainer.add_callback(callback)
     return trainer, stop
 

@@ -1,10 +1,10 @@
-"""Callbacks of the Trainer: proofs, logs, samples, progress, early stopping, and stopping on a signal."""
+"""Callbacks of the Trainer: proofs, schedule, log, progress, early stopping, and stopping on a signal."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,23 @@ class Guard(TrainerCallback):
             self._check()
 
 
+class Schedule(TrainerCallback):
+    """Logs, evaluates and saves where a resumed run will too, and finds the best checkpoint of a run that was moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        # The Trainer (5.17 to 5.23) forgets the best checkpoint where the recorded path no longer exists.
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        if state.global_step == state.max_steps:  # the final weights are evaluated and saved too
+            control.should_evaluate = control.should_save = True
+        # A save ends the window that the logged loss is averaged over, so that a resumed run logs the same losses.
+        control.should_log |= control.should_evaluate or control.should_save
+
+
 class JsonLines(TrainerCallback):
-    """Writes one line of logs/training.jsonl per logged step and per evaluation.
+    """Writes one line of logs/training.jsonl per logged step and per evaluation; for the first process.
 
     Args:
         tokens_until: int64 (steps,), tokens of dialogue seen after each optimizer step.
@@ -90,85 +105,41 @@ class JsonLines(TrainerCallback):
     _KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_perplexity")
 
     def __init__(self, path: Path, tokens_until: np.ndarray):
-        self._path = path
-        self._tokens_until = tokens_until
+        self._path, self._tokens_until = path, tokens_until
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         # The checkpoint holds, under its hashes, what was logged before it; the file may have been damaged since.
-        if state.is_world_process_zero:
-            with write_atomically(self._path) as file:
-                file.writelines(self._line(entry["step"], entry) for entry in state.log_history if self._values(entry))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.global_step == state.max_steps:  # the final weights are evaluated and saved too
-            control.should_evaluate = control.should_save = True
-        # A save ends the window that the logged loss is averaged over, so that a resumed run logs the same losses.
-        control.should_log |= control.should_evaluate or control.should_save
+        with write_atomically(self._path) as file:
+            file.writelines(self._lines(entry["step"], entry) for entry in state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
-        if logs and self._values(logs) and state.is_world_process_zero:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(self._line(state.global_step, logs))
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(self._lines(state.global_step, logs or {}))
 
-    def _values(self, logs: dict[str, float]) -> dict[str, float]:
-        return {key: logs[key] for key in self._KEYS if key in logs}
-
-    def _line(self, step: int, logs: dict[str, float]) -> str:
+    def _lines(self, step: int, logs: dict[str, float]) -> str:
+        """One line, or none for an entry without any of the keys."""
+        values = {key: logs[key] for key in self._KEYS if key in logs}
         tokens = int(self._tokens_until[step - 1]) if step else 0
-        return json.dumps({"step": step, **self._values(logs), "tokens": tokens}) + "\n"
-
-
-class Samples(TrainerCallback):
-    """Writes the model's answers to a few fixed validation contexts, from `answer`, at each evaluation."""
-
-    def __init__(self, path: Path, answer: Callable[[], list[dict[str, Any]]]):
-        self._path = path
-        self._answer = answer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.is_world_process_zero:
-            copy = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._path.name
-            with write_atomically(self._path, "wb") as file:
-                file.write(copy.read_bytes() if copy.exists() else b"")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.is_world_process_zero:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n" for row in self._answer()
-                )
-
-
-class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint in a run folder that was moved; the Trainer (5.17 to 5.23) would end with the last."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.best_global_step:
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        return json.dumps({"step": step, **values, "tokens": tokens}) + "\n" if values else ""
 
 
 class Progress(TrainerCallback):
-    """A progress bar on a terminal, and a line per evaluation everywhere."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+    """A progress bar on a terminal, and a line per evaluation everywhere; for the first process."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", disable=None, leave=False)
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", disable=None, leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
-        if self._bar is not None and logs and "loss" in logs:
+        if logs and "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **extra: Any
     ) -> None:
-        if metrics and state.is_world_process_zero:
+        if metrics:
             tqdm.write(
                 f"step {state.global_step:,} of {state.max_steps:,}: validation loss {metrics['eval_loss']:.4f}, "
                 f"perplexity {metrics['eval_perplexity']:.2f} per reply token"
@@ -176,8 +147,7 @@ class Progress(TrainerCallback):
             sys.stdout.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 class StopOnSignal(TrainerCallback):

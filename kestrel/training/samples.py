@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from kestrel.config.settings import Settings
 from kestrel.data.dataset import dialogue_of
@@ -13,37 +15,46 @@ from kestrel.generation.answers import question_row
 from kestrel.generation.respond import greedy, respond
 from kestrel.model.base import check_context
 from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.atomic import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def sampler(
-    model: torch.nn.Module, prompt: Prompt, rows: Dataset, settings: Settings
-) -> Callable[[], list[dict[str, Any]]]:
-    """Returns a function that answers one context of each of the first validation dialogues, greedily.
-
-    It returns a row per context, as `question_row` with response and stopped_by.
+class Samples(TrainerCallback):
+    """Answers one context of each of the first validation dialogues at each evaluation; for the first process.
 
     Raises:
         KestrelError: a context and its answer are longer than the model's context.
     """
-    contexts, questions = [], []
-    for row in rows.select(range(min(settings.training.samples, len(rows)))):
-        dialogue = dialogue_of(row)
-        replies = list(dialogue.replies())
-        turn, _ = replies[len(replies) // 2]
-        contexts.append(prompt.context(dialogue, turn))
-        questions.append(question_row(dialogue, turn))
-    check_context(model, max(map(len, contexts), default=0), settings.generation.max_new_tokens)
 
-    def answer() -> list[dict[str, Any]]:
-        was_training = model.training
-        responses = respond(model, prompt, contexts, greedy(settings.generation))
-        model.train(was_training)
+    def __init__(self, model: torch.nn.Module, prompt: Prompt, rows: Dataset, settings: Settings):
+        self._model, self._prompt, self._generation = model, prompt, greedy(settings.generation)
+        self._path = Path(settings.run_dir) / "samples.jsonl"
+        self._contexts, self._questions = [], []
+        for dialogue in map(dialogue_of, rows.select(range(min(settings.training.samples, len(rows))))):
+            replies = list(dialogue.replies())
+            turn, _ = replies[len(replies) // 2]
+            self._contexts.append(prompt.context(dialogue, turn))
+            self._questions.append(question_row(dialogue, turn))
+        check_context(model, max(map(len, self._contexts), default=0), settings.generation.max_new_tokens)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """`question_row` of each context, with response and stopped_by."""
+        was_training = self._model.training
+        responses = respond(self._model, self._prompt, self._contexts, self._generation)
+        self._model.train(was_training)
         return [
             {**row, "response": response.text, "stopped_by": response.stopped_by}
-            for row, response in zip(questions, responses, strict=True)
+            for row, response in zip(self._questions, responses, strict=True)
         ]
 
-    return answer
+    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        copy = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._path.name
+        with write_atomically(self._path, "wb") as file:
+            file.write(copy.read_bytes() if copy.exists() else b"")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        rows = ({"step": state.global_step, **row} for row in self.rows())
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -32,7 +32,7 @@ from kestrel.planning.passes import Plan
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.training import arguments, callbacks, fit
-from kestrel.training.samples import sampler
+from kestrel.training.samples import Samples
 from kestrel.training.trainer import DialogueTrainer
 
 
@@ -90,7 +90,7 @@ def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
     rows_of = []
     for changes in ({}, {"num_beams": 4, "length_penalty": 0.1}, {"do_sample": True, "temperature": 9.0, "top_k": 50}):
         changed = settings.model_copy(update={"generation": settings.generation.model_copy(update=changes)})
-        rows_of.append(sampler(model, prompt, rows, changed)())
+        rows_of.append(Samples(model, prompt, rows, changed).rows())
     assert rows_of[0] and rows_of[0] == rows_of[1] == rows_of[2]
 
 
@@ -258,14 +258,14 @@ def test_a_gradient_that_is_not_finite_names_step_and_dialogues(prepared, tmp_pa
 
 def test_a_weight_that_is_not_finite_is_never_saved(prepared, tmp_path, capsys, monkeypatch):
     """Poisoned between the last step's proof and the checkpoint."""
-    own = callbacks.JsonLines.on_step_end
+    own = callbacks.Schedule.on_step_end
 
     def poison(self, args, state, control, model=None, **extra):
         if state.global_step == 4:
             next(p for p in model.parameters() if p.requires_grad).data[0, 0] = math.nan
         own(self, args, state, control)
 
-    monkeypatch.setattr(callbacks.JsonLines, "on_step_end", poison)
+    monkeypatch.setattr(callbacks.Schedule, "on_step_end", poison)
     said = stopped(capsys, prepared.copy_to(tmp_path / "run"))
     assert "step 4" in said
     found = list((tmp_path / "run" / "checkpoints").glob("*/adapter_model.safetensors"))
