@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,14 +80,12 @@ def trained(prepared: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
 @pytest.fixture(scope="session")
 def evaluated(trained: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """An experiment after evaluate.py. Read it, or copy it; never write into it."""
+    from scripts import script
+
     folder = tmp_path_factory.mktemp("evaluated")
     arguments = trained.copy_to(folder / "run")
-    root = Path(__file__).resolve().parent.parent
-    for script in ("generate.py", "evaluate.py"):
-        done = subprocess.run(
-            [sys.executable, script, *arguments, "--evaluation.resamples", "100"], cwd=root, check=False
-        )
-        assert done.returncode == 0
+    for name in ("generate", "evaluate"):
+        assert script(name).main([*arguments, "--evaluation.resamples", "100"]) == 0
     config = write_config(folder / "config.yaml", trained.base, trained.source, folder / "run")
     return Experiment(config, folder / "run", trained.base, trained.source)
 

@@ -131,7 +131,7 @@ def test_beams_are_the_same_alone_and_together(models, prompt):
     assert together != respond(models["falcon"], prompt, contexts, Generation(max_new_tokens=8))
 
 
-def test_a_sample_hangs_on_its_own_seed_alone(models, prompt):
+def test_a_sample_depends_on_its_own_seed_alone(models, prompt):
     contexts, seeds = [[20 + i, 30, 40] + [50] * i for i in range(6)], list(range(6))
     chosen = Generation(max_new_tokens=8, do_sample=True, top_k=50, top_p=0.9, temperature=1.3)
 
@@ -165,19 +165,15 @@ def test_samples_follow_the_models_probabilities(models, prompt):
         assert abs(found[text] - probability) < 4.5 * (probability * (1 - probability) / count) ** 0.5
 
 
-def test_a_models_own_defaults_change_nothing(models, prompt):
+def test_a_models_own_defaults_change_nothing(models, prompt, monkeypatch):
     model, contexts = models["falcon"], [[20, 30, 40], [50, 60]]
     expected = respond(model, prompt, contexts, Generation(max_new_tokens=8))
     own = model.get_base_model().generation_config
     foreign = {"repetition_penalty": 5.0, "suppress_tokens": list(range(12, 300)), "min_new_tokens": 8, "num_beams": 2}
     for key, value in {**foreign, "forced_eos_token_id": 20, "bad_words_ids": [[310], [320]]}.items():
-        setattr(own, key, value)
-    try:
-        assert respond(model, prompt, contexts, Generation(max_new_tokens=8)) == expected
-        assert model.get_base_model().generation_config is own
-    finally:
-        for key in (*foreign, "forced_eos_token_id", "bad_words_ids"):
-            setattr(own, key, None)
+        monkeypatch.setattr(own, key, value)
+    assert respond(model, prompt, contexts, Generation(max_new_tokens=8)) == expected
+    assert model.get_base_model().generation_config is own
 
 
 def test_model_without_max_position_embeddings(prompt):
