@@ -170,10 +170,10 @@ def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, 
         "train",
         f"""
         from kestrel.training import trainer as training
-        def fail(self, model, inputs, whole=training.DialogueTrainer._backward):
+        def fail(self, inputs, whole=training.DialogueTrainer._backward):
             if self.state.global_step == 3:
                 {how}
-            return whole(self, model, inputs)
+            return whole(self, inputs)
         training.DialogueTrainer._backward = fail
         """,
     )
