@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from make_models import make_model, make_tokenizer, words
 
-from benchmarks.generate import check, rows_of
-from benchmarks.profiles import ROOT
+from benchmarks.generate import check, main, rows_of
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
@@ -57,21 +54,16 @@ def test_a_token_from_another_context_is_detected(prompt: Prompt, monkeypatch: p
 
 def test_the_command_writes_its_record(tmp_path: Path) -> None:
     output = tmp_path / "record.json"
-    command = ["--profile", "cpu", "--layers", "1", "--replies", "20", "--new-tokens", "4", "--output", str(output)]
-    command += ["--tokens_per_step", "512", "4096", "--stock-batch", "5", "--stock-batches", "2"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/generate.py", *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    options = "--profile cpu --layers 1 --replies 20 --new-tokens 4 --stock-batch 5 --stock-batches 2"
+    assert main([*options.split(), "--tokens_per_step", "512", "4096", "--output", str(output)]) == 0
     record = json.loads(output.read_text(encoding="utf-8"))
     assert (record["replies"], record["new_tokens"]) == (20, 4) and record["commit"] and record["versions"]["torch"]
-    assert [row["name"] for row in record["rows"]] == [
-        "kestrel, tokens_per_step 512",
-        "kestrel, tokens_per_step 4096",
-        "stock",
-    ]
+    ours, other, stock = record["rows"]
+    names = ["kestrel, tokens_per_step 512", "kestrel, tokens_per_step 4096", "stock"]
+    assert [row["name"] for row in record["rows"]] == names
     for row in record["rows"]:
         assert row["replies_per_second"] == pytest.approx(20 / row["seconds"]) and row["peak_bytes"] > 0
-    ours, _, stock = record["rows"]
-    assert ours["replies"] == 20 and ours["prefill_seconds"] + ours["decode_seconds"] < ours["seconds"]
+    assert (
+        ours["replies"] == other["replies"] == 20 and ours["prefill_seconds"] + ours["decode_seconds"] < ours["seconds"]
+    )
     assert stock["timed_replies"] == 10 and stock["seconds"] == pytest.approx(stock["timed"] * 2)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -139,19 +138,23 @@ def test_profiles_have_unique_names_and_existing_configs() -> None:
         assert all((ROOT / system.config).is_file() for system in profile.systems)
 
 
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+def _status_of(script: str, *arguments: str) -> int:
+    """The exit status of a benchmark, run in this process."""
+    try:
+        status: int = importlib.import_module(f"benchmarks.{script}").main([*arguments])
+    except SystemExit as usage_error:
+        status = int(usage_error.code or 0)
+    return status
 
 
-def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
+def test_each_system_is_checked_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a small model and few dialogues; with TRL if it is installed."""
     corpus = write_corpus(tmp_path / "corpus", dialogues=24)
     names = ["kestrel", "original", *(["trl-turns", "trl-dialogues", "trl-packed"] if find_spec("trl") else [])]
     output = tmp_path / "result.json"
     trial = ("--profile", "cpu", "--layers", "1", "--steps", "1", "--text", str(corpus), "--output", str(output))
-    done = _run("train.py", *trial, "--only", *names)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert _status_of("train", *trial, "--only", *names) == 0
+    printed = capsys.readouterr().out.rpartition("| system |")[2]
     record = json.loads(output.read_text())
     rows = {row["name"]: row for row in record["rows"]}
     assert set(rows) == set(names)
@@ -161,16 +164,10 @@ def test_each_system_is_checked_and_timed(tmp_path: Path) -> None:
         assert 0 <= row["loss_difference"] < agreement.TOLERANCE[record["compute_dtype"]][0]
         assert row["epoch_seconds"] > 0 and row["peak_bytes"] > 2**20
         assert (row["padding_share"] > 0.5) == (name == "original")
-        assert name in done.stdout.rpartition("| system |")[2]
+        assert name in printed
     # Losses of one layer in float32 may be identical; gradients computed in different ways hardly ever are.
     assert 0 < rows["kestrel"]["gradient_difference"] < agreement.TOLERANCE[record["compute_dtype"]][1]
     assert record["versions"]["torch"] and record["date"] and record["device"]
-
-
-def test_an_unknown_row_is_a_usage_error() -> None:
-    done = _run("train.py", "--profile", "cpu", "--only", "kestrle")
-    assert done.returncode == 2
-    assert "trl-dialogues" in done.stderr
 
 
 def test_the_recorded_command_has_no_paths_of_the_machine() -> None:
@@ -179,25 +176,28 @@ def test_the_recorded_command_has_no_paths_of_the_machine() -> None:
     assert command_of("train.py", typed.split()) == recorded
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "preprocess.py"])
-def test_a_missing_file_gives_one_line(script: str, tmp_path: Path) -> None:
-    more = ["--profile", "cpu", "--only", "kestrel"] if script == "train.py" else []
-    done = _run(script, "--text", str(tmp_path / "nowhere.txt"), *more)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+@pytest.mark.parametrize("script", ["train --profile cpu --only kestrel", "evaluate", "preprocess"])
+def test_a_missing_file_gives_one_line(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status_of(*script.split(), "--text", str(tmp_path / "nowhere.txt")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "nowhere.txt: no such file" in line
 
 
-@pytest.mark.parametrize(("script", "option"), [("evaluate.py", "--replies"), ("preprocess.py", "--dialogues")])
-@pytest.mark.parametrize("value", ["0", "-1", "many"])
-def test_nothing_to_measure_is_a_usage_error(script: str, option: str, value: str) -> None:
-    done = _run(script, option, value)
-    assert done.returncode == 2 and option in done.stderr
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --profile cpu --only kestrle", "trl-dialogues"),
+        ("evaluate --replies 0", "--replies"), ("evaluate --replies -1", "--replies"),
+        ("preprocess --dialogues 0", "--dialogues"), ("preprocess --dialogues many", "--dialogues"),
+    ],
+)  # fmt: skip
+def test_usage_errors(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status_of(*command.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_preprocess_is_timed(tmp_path: Path) -> None:
-    done = _run("preprocess.py", "--dialogues", "50", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert _status_of("preprocess", "--dialogues", "50", "--output", str(tmp_path)) == 0
     record = json.loads((tmp_path / "preprocess-50.json").read_text())
     assert record["dialogues"] == 50 and record["peak_resident_bytes"] > 2**24
     assert record["command"] == "python benchmarks/preprocess.py --dialogues 50"
@@ -205,8 +205,7 @@ def test_preprocess_is_timed(tmp_path: Path) -> None:
 
 def test_evaluate_is_timed(tmp_path: Path) -> None:
     output = tmp_path / "evaluate.json"
-    done = _run("evaluate.py", "--replies", "30", "--systems", "2", "--resamples", "100", "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    options = "--replies 30 --systems 2 --resamples 100"
+    assert _status_of("evaluate", *options.split(), "--output", str(output)) == 0
     record = json.loads(output.read_text())
-    assert (record["replies"], record["systems"]) == (30, 2)
-    assert record["seconds"] > 0
+    assert (record["replies"], record["systems"]) == (30, 2) and record["seconds"] > 0

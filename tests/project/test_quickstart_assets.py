@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from make_models import SPECIAL
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
 SPLITS = ("train", "validation", "test")
-SPARE_TOKENS = [f">>{name}<<" for name in (
-    "TITLE", "ABSTRACT", "INTRODUCTION", "SUMMARY", "COMMENT", "ANSWER", "QUESTION", "DOMAIN", "PREFIX", "SUFFIX", "MIDDLE",
-)]  # fmt: skip
 
 
 def rows(split: str) -> list[dict[str, Any]]:
     lines = (QUICKSTART / "dialogues" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def replies_of(row: dict[str, Any]) -> list[str]:
+    return [turn["text"] for turn in row["turns"] if turn["speaker"] == "self"]
 
 
 def run_script(script: str, *options: object) -> None:
@@ -39,6 +45,16 @@ def world(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("world")
 
 
+@pytest.fixture
+def make_base(world: ModuleType) -> ModuleType:
+    return importlib.import_module("make_base")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(QUICKSTART / "base")
+
+
 def attributes(persona: list[str], world: ModuleType) -> frozenset[str]:
     """The words that make a persona different from others, in whatever sentences and order."""
     known = {text for topic in world.TOPICS.values() for value in topic.values for text in value.values()}
@@ -46,15 +62,11 @@ def attributes(persona: list[str], world: ModuleType) -> frozenset[str]:
     return frozenset(word for word in known if re.search(rf"\b{word}\b", " ".join(persona)))
 
 
-def test_the_committed_dialogues_are_what_the_script_makes(tmp_path: Path) -> None:
-    run_script("make_dialogues.py", "--output", tmp_path)
-    for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (QUICKSTART / "dialogues" / f"{split}.jsonl").read_bytes()
-
-
-def test_another_seed_makes_other_dialogues(tmp_path: Path) -> None:
-    run_script("make_dialogues.py", "--output", tmp_path, "--seed", 2)
-    assert (tmp_path / "test.jsonl").read_bytes() != (QUICKSTART / "dialogues" / "test.jsonl").read_bytes()
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_committed_dialogues_are_what_the_script_makes_of_seed_1(seed: int, tmp_path: Path) -> None:
+    run_script("make_dialogues.py", "--output", tmp_path, *(["--seed", seed] if seed != 1 else []))
+    for file in (QUICKSTART / "dialogues").iterdir():
+        assert ((tmp_path / file.name).read_bytes() == file.read_bytes()) == (seed == 1)
 
 
 def test_sizes() -> None:
@@ -67,8 +79,7 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_dialogues_are_well_formed(split: str) -> None:
-    identities = [row["dialogue_id"] for row in rows(split)]
-    assert len(set(identities)) == len(identities)
+    assert len({row["dialogue_id"] for row in rows(split)}) == len(rows(split))
     for row in rows(split):
         where = row["dialogue_id"]
         assert 3 <= len(row["persona"]) <= 5, where
@@ -80,43 +91,31 @@ def test_dialogues_are_well_formed(split: str) -> None:
 
 def test_candidates_never_contain_the_reference() -> None:
     for row in rows("test"):
-        replies = [turn["text"] for turn in row["turns"] if turn["speaker"] == "self"]
-        assert len(row["candidates"]) == len(replies)
-        for reply, distractors in zip(replies, row["candidates"], strict=True):
+        for reply, distractors in zip(replies_of(row), row["candidates"], strict=True):
             assert reply not in distractors
             assert len(set(distractors)) == len(distractors) > 0
 
 
 def test_splits_share_attributes_but_no_persona(world: ModuleType) -> None:
     personas = {split: [attributes(row["persona"], world) for row in rows(split)] for split in SPLITS}
-    train = set(personas["train"])
-    known = frozenset().union(*train)
-    for split in ("validation", "test"):
-        assert not train & set(personas[split])
-        for persona in personas[split]:
-            assert persona and persona <= known
-    assert not set(personas["validation"]) & set(personas["test"])
+    known = frozenset().union(*personas["train"])
+    assert all(persona and persona <= known for split in ("validation", "test") for persona in personas[split])
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not set(personas[one]) & set(personas[other])
 
 
 def test_no_reply_is_frequent() -> None:
-    replies = [turn["text"] for row in rows("test") for turn in row["turns"] if turn["speaker"] == "self"]
-    assert max(replies.count(reply) for reply in set(replies)) <= 0.03 * len(replies)
+    replies = [reply for row in rows("test") for reply in replies_of(row)]
+    assert max(Counter(replies).values()) <= 0.03 * len(replies)
 
 
 def test_the_base_has_the_flags_of_falcon_7b() -> None:
     config = json.loads((QUICKSTART / "base" / "config.json").read_text())
     expected = {
-        "model_type": "falcon",
-        "architectures": ["FalconForCausalLM"],
-        "new_decoder_architecture": False,
-        "multi_query": True,
-        "parallel_attn": True,
-        "bias": False,
-        "alibi": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": 11,
-        "eos_token_id": 11,
-    }
+        "model_type": "falcon", "architectures": ["FalconForCausalLM"], "new_decoder_architecture": False,
+        "multi_query": True, "parallel_attn": True, "bias": False, "alibi": False, "tie_word_embeddings": True,
+        "bos_token_id": 11, "eos_token_id": 11,
+    }  # fmt: skip
     assert {key: config.get(key) for key in expected} == expected
     # Sizes that bitsandbytes' NF4 kernels require of a linear layer.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -124,22 +123,15 @@ def test_the_base_has_the_flags_of_falcon_7b() -> None:
 
 
 def test_the_weights_load_and_are_finite() -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "base", dtype=torch.float32)
     assert type(model).__name__ == "FalconForCausalLM"
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b() -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
-    specials = [*SPARE_TOKENS, "<|endoftext|>"]
-    assert tokenizer.convert_ids_to_tokens(list(range(12))) == specials
-    assert set(tokenizer.all_special_tokens) == set(specials)
+def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b(tokenizer: Any) -> None:
+    assert tokenizer.convert_ids_to_tokens(list(range(12))) == SPECIAL
+    assert set(tokenizer.all_special_tokens) == set(SPECIAL)
     assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.bos_token) == (11, None, None)
     assert 11 not in tokenizer("no end token is appended.")["input_ids"]
     assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
@@ -156,10 +148,7 @@ def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b
 
 
 @pytest.mark.parametrize("text", ["i am a nurse, and you?", "Ünïcode 漢字 🙂\n\ttabs", "in 1234567 <html> >>x<<"])
-def test_decoding_restores_the_text(text: str) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
+def test_decoding_restores_the_text(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
@@ -170,11 +159,7 @@ def test_make_base_writes_every_file_and_the_same_tokenizer(tmp_path: Path) -> N
         assert json.loads((tmp_path / name).read_text()) == json.loads((QUICKSTART / "base" / name).read_text()), name
 
 
-def test_the_same_seed_makes_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.syspath_prepend(str(QUICKSTART))
-    make_base = importlib.import_module("make_base")
+def test_the_same_seed_makes_the_same_weights(make_base: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_base, "BATCH", 2)
     tokenizer = make_base.make_tokenizer(1)
 
@@ -188,10 +173,8 @@ def test_the_same_seed_makes_the_same_weights(monkeypatch: pytest.MonkeyPatch) -
     assert not any(torch.equal(first[name], other[name]) for name in first if "word_embeddings" in name)
 
 
-def test_the_texts_of_the_base_do_not_teach_answering(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_texts_of_the_base_do_not_teach_answering(make_base: ModuleType) -> None:
     """Labels are drawn at random, so a line labelled You answers the line before it only by chance."""
-    monkeypatch.syspath_prepend(str(QUICKSTART))
-    make_base = importlib.import_module("make_base")
     texts = make_base.documents(2)
     corpus = "\n".join(next(texts) for _ in range(5000))
     assert "<|endoftext|>" not in corpus
