@@ -12,9 +12,7 @@ from kestrel.evaluation.trivial_systems import TRIVIAL
 
 
 def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
-    """Brings several files to the same replies in the same order, that of the first file.
-
-    Files with the persona as given come before those with its sentences in another order.
+    """Brings several files to the same replies in the order of the first; files with the persona as given come first.
 
     Returns:
         The files, each with the replies that all of them have, under unique names; and what the reader of the scores
@@ -56,14 +54,12 @@ def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
 
 def _without_copies(files: Sequence[Generations], notes: list[str]) -> list[Generations]:
     """Two runs with one base write its file twice; it is one system."""
-    kept: list[Generations] = []
+    kept: dict[tuple[str, str], Generations] = {}
     for file in files:
-        same = next((k for k in kept if k.sha256 == file.sha256 and k.system == file.system), None)
-        if same is None:
-            kept.append(file)
-        else:
+        same = kept.setdefault((file.sha256, file.system), file)
+        if same is not file:
             notes.append(f"{file.path} is the same as {same.path} and is scored once.")
-    return kept
+    return list(kept.values())
 
 
 def _make_names_unique(files: Sequence[Generations]) -> None:

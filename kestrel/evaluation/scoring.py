@@ -171,12 +171,9 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
     for file in files:
         # Candidates are scored only on request; that they are absent from a file that has all else is no news.
         if set(file.missing) - {"candidate_nll", "response_tokens"}:
-            lost = [metric.label for metric in METRICS if set(metric.needs) & set(file.missing)]
-            notes.append(
-                f"{file.path} has no {', '.join(file.missing)}."
-                + (f" Left out for it: {', '.join(lost)}." if lost else "")
-                + (" Each row counts as a dialogue of its own." if file.numbered else "")
-            )
+            lost = ", ".join(metric.label for metric in METRICS if set(metric.needs) & set(file.missing))
+            note = f"{file.path} has no {', '.join(file.missing)}." + (f" Left out for it: {lost}." if lost else "")
+            notes.append(note + (" Each row counts as a dialogue of its own." if file.numbered else ""))
         sizes = {len(reply.candidate_nll) for reply in file.replies if reply.candidate_nll}
         if len(sizes) > 1:
             notes.append(

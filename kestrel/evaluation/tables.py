@@ -88,14 +88,8 @@ def _cell(metric: Metric, column: Column, entry: Mapping[str, Any]) -> str:
     return _with_interval(score, interval if column.interval else None, column.show or metric.show)
 
 
-def scores_table(metrics: Mapping[str, Any]) -> Table:
-    """The scores that papers report, with their intervals."""
-    return _metrics_table("scores", metrics)
-
-
-def properties_table(metrics: Mapping[str, Any]) -> Table:
-    """What the replies are like, and the scores under other conventions."""
-    return _metrics_table("properties", metrics)
+scores_table = partial(_metrics_table, "scores")
+properties_table = partial(_metrics_table, "properties")
 
 
 def perplexity_table(metrics: Mapping[str, Any]) -> Table | None:
