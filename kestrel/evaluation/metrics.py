@@ -266,8 +266,8 @@ def is_hit(reply: Reply) -> bool:
 
 def hit_details(answers: Answers, sums: Array) -> dict[str, Any]:
     """Candidates per reply (one number, or the fewest and the most), and the replies that have some."""
-    sizes = sorted({len(reply.candidate_nll) + 1 for reply in answers.replies if reply.candidate_nll})
-    return {"candidates": sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]], "replies": int(sums[1])}
+    sizes = {len(reply.candidate_nll) + 1 for reply in answers.replies if reply.candidate_nll}
+    return {"candidates": [min(sizes), max(sizes)] if len(sizes) > 1 else sizes.pop(), "replies": int(sums[1])}
 
 
 def is_copy(response: str, sources: Iterable[str]) -> bool:

@@ -70,14 +70,13 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
 def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: int, chosen: str) -> SampleDialogue:
     shown = evaluation.of_kind("system", "base")
     contexts = evaluation.systems["gold"]
-    exchanges = []
-    seen = 0
+    exchanges, seen = [], 0
     for i in indices:
         history = contexts[i].history or ()
-        turns = history[seen:] if len(history) >= seen else history
+        turns = history[seen if len(history) >= seen else 0 :]
         seen = len(history) + 1
         responses = tuple(_response(evaluation, system, i) for system in shown)
-        exchanges.append(Exchange(tuple(turns), contexts[i].reference, responses))
+        exchanges.append(Exchange(turns, contexts[i].reference, responses))
     scores = {s: float(100 * evaluation.statistics[s][DETAILED.name][list(indices), 0].mean()) for s in shown}
     return SampleDialogue(name, place, chosen, contexts[indices[0]].persona or (), scores, tuple(exchanges))
 
