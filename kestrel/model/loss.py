@@ -10,6 +10,7 @@ needed. Without a mask the fused attention kernels run.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +190,7 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
             return own_forward(*args, **kwargs)
         return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
+    forward.is_fast = lambda: fused is not None and fused.can_run()  # type: ignore[attr-defined]  # for `prove_layers`
     causal_lm.forward = forward
 
 
@@ -237,3 +239,58 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
             f"the loss differs from this architecture's own by {difference:.2%}: its logits are changed after the output "
             "head in a way that Kestrel does not know. Use another base, or report it with the model's name"
         )
+
+
+def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: str) -> str:
+    """Compares the LoRA gradients of the fast layers with those of transformers' and PEFT's layers, without dropout.
+
+    B begins at zero, where A has no gradient; meanwhile it is random. Weights, gradients and random state stay as they are.
+
+    Args:
+        model: prepared by `attach_token_nll`, with a fresh adapter.
+        batch: from `collate`, on the model's device; the first 64 tokens of its first row are taken.
+
+    Returns:
+        Which layers will compute, and what was proven, for the terminal.
+
+    Raises:
+        ProofError: they differ by more than the compute type's rounding; naming the matrix that differs most.
+    """
+    backbone = getattr(causal_lm_of(model), causal_lm_of(model).base_model_prefix)
+    kind = backbone.config.model_type
+    if not getattr(causal_lm_of(model).forward, "is_fast", lambda: False)():
+        return f"layers: transformers' own; Kestrel's do not cover this {kind}, its adapter or its sharding"
+    was_training = model.training
+    model.eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = {name: p.detach().clone() for name, p in trained.items()}
+    generator = torch.Generator().manual_seed(0)
+    for p in trained.values():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    ids = batch["input_ids"][:1, :64]
+    labels = torch.cat((torch.full_like(ids[:, :1], IGNORED), ids[:, 1:]), dim=1)
+    short = {"input_ids": ids, "labels": labels, "predicting": torch.arange(ids.shape[1] - 1, device=ids.device)}
+    gradients = []
+    for loss in (lambda: token_nll(model, short).sum(), lambda: _library_nll(model, ids)):
+        loss().backward()
+        gradients.append({name: p.grad for name, p in trained.items() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    for name, p in trained.items():
+        p.data.copy_(kept[name])
+    model.train(was_training)
+    ours, theirs = gradients
+    apart = {name: (ours[name] - g).norm().item() if name in ours else math.inf for name, g in theirs.items()}
+    total = math.hypot(*(g.norm().item() for g in theirs.values()))
+    difference = math.hypot(*apart.values()) / total
+    if not difference <= (1e-3 if compute_dtype == "float32" else 0.2):
+        worst = max(apart, key=lambda name: apart[name])
+        raise ProofError(
+            f"the fast layers for {kind} compute other LoRA gradients than transformers' ({difference:.2%} apart, most in "
+            f"{worst}); report it with the model's name and the version of transformers"
+        )
+    return f"layers: Kestrel's own for {kind}; proven: their LoRA gradients are transformers' ({difference:.1%} apart)"
+
+
+def _library_nll(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")

@@ -14,7 +14,7 @@ from kestrel.adapter.proof import save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
 from kestrel.model.base import check_context, device, load_base
-from kestrel.model.loss import attach_token_nll, collate, prove_loss
+from kestrel.model.loss import attach_token_nll, collate, prove_layers, prove_loss
 from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
@@ -54,10 +54,9 @@ def load_trainable(
     if sharded:
         print(sharding.shard(model))
     attach_token_nll(model, recompute)
-    batch = collate([validation[0]], pad_id=pad_id)
-    prove_loss(
-        model, {name: tensor.to(device()) for name, tensor in batch.items()}, settings.quantization.compute_dtype
-    )
+    batch = {name: tensor.to(device()) for name, tensor in collate([validation[0]], pad_id=pad_id).items()}
+    prove_loss(model, batch, settings.quantization.compute_dtype)
+    print(prove_layers(model, batch, settings.quantization.compute_dtype))
     return model, audit
 
 

@@ -12,10 +12,12 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from kestrel.errors import ProofError
+from kestrel.model import projection
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
-from kestrel.model.loss import causal_lm_of, collate, nll_of_hidden
+from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, prove_layers
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -168,3 +170,29 @@ def test_what_is_not_described_is_left_to_transformers() -> None:
     ):
         causal_lm = transformers.AutoModelForCausalLM.from_config(config)
         assert describe(getattr(causal_lm, causal_lm.base_model_prefix)) is None
+
+
+@pytest.mark.parametrize("name", ["qwen2", "falcon"])
+def test_the_proof_leaves_everything_as_it_was_and_sees_a_wrong_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(name, torch.float32, dropout=0.3)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    attach_token_nll(model)
+    state = torch.get_rng_state()
+    assert "proven" in prove_layers(model, batch(), "float32")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    own = projection.project_gradient
+    monkeypatch.setattr(projection, "project_gradient", lambda *given: own(*given) * 1.01)
+    with pytest.raises(ProofError, match=r"most in .*lora_A"):
+        prove_layers(model, batch(), "float32")
+
+
+def test_the_proof_says_which_layers_compute() -> None:
+    base = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320)
+    )
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    attach_token_nll(model)
+    assert "transformers' own" in prove_layers(model, batch(), "float32")
