@@ -24,7 +24,13 @@ LOCK = dependencies.pins(ROOT / "requirements.lock.txt")
 DIRECT = dependencies.pins(ROOT / "requirements.txt")
 FLOOR = dependencies.pins(ROOT / "requirements-floor.txt")
 # Import names that differ from the package's.
-PACKAGE_OF = {"yaml": "pyyaml", "jinja2": "jinja2", "huggingface_hub": "huggingface-hub", "rouge_score": "rouge-score"}
+PACKAGE_OF = {
+    "pydantic_core": "pydantic-core",
+    "yaml": "pyyaml",
+    "jinja2": "jinja2",
+    "huggingface_hub": "huggingface-hub",
+    "rouge_score": "rouge-score",
+}
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt", "requirements-web.txt"])
