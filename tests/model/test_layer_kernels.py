@@ -42,7 +42,7 @@ def test_rotating_back_is_the_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "inputs", "ranks", "p"), [(70, 96, 16, 0.3), (130, 200, 48, 0.05), (33, 64, 3, 0.5)]
+    ("tokens", "inputs", "ranks", "p"), [(70, 96, 16, 0.3), (130, 200, 48, 0.05), (33, 64, 3, 0.5), (40, 1100, 16, 0.1)]
 )
 def test_products_with_dropout_in_passing(tokens: int, inputs: int, ranks: int, p: float) -> None:
     """All three see one mask, which keeps its share and the mean."""

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_PROGRAMS = 512  # enough for the multiprocessors of any card
+
 
 @triton.jit
 def _kept(seed, rows, first, inputs, threshold, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -30,13 +32,14 @@ def _kept(seed, rows, first, inputs, threshold, COLUMNS: tl.constexpr):  # type:
 
 @triton.jit(do_not_specialize=["tokens", "seed"])
 def _project_kernel(  # type: ignore[no-untyped-def]
-    x_of, a_of, out, tokens, inputs, ranks, threshold, scale, seed,
+    x_of, a_of, out, tokens, inputs, ranks, threshold, scale, seed, columns_each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rank = tl.arange(0, RANKS)
     acc = tl.zeros([ROWS, RANKS], tl.float32)
-    for first in range(0, inputs, COLUMNS):
+    begin = tl.program_id(1) * columns_each
+    for first in range(begin, tl.minimum(begin + columns_each, inputs), COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         there = (rows < tokens)[:, None] & (column < inputs)[None, :]
         x = tl.load(x_of + rows[:, None] * inputs + column[None, :], mask=there, other=0.0)
@@ -47,21 +50,25 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
-    write = out + rows[:, None] * ranks + rank[None, :]
+    write = out + (tl.program_id(1).to(tl.int64) * tokens + rows[:, None]) * ranks + rank[None, :]
     tl.store(write, acc * scale, mask=(rows < tokens)[:, None] & (rank < ranks)[None, :])
 
 
 def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
-    """As `low_rank.project`."""
+    """As `low_rank.project`. Where there are few tokens, sums are made in parts to occupy a GPU, and added up in order."""
     tokens, inputs = x.shape
-    out = x.new_empty(tokens, len(a))
     ranks = _padded(len(a))
     rows = 32 if ranks <= 64 else 16
-    _project_kernel[(triton.cdiv(tokens, rows),)](
-        x, a, out, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed,
+    blocks = triton.cdiv(tokens, rows)
+    parts = max(1, min(_PROGRAMS // blocks, inputs // 512))
+    columns_each = triton.cdiv(triton.cdiv(inputs, parts), 128) * 128
+    parts = triton.cdiv(inputs, columns_each)
+    out = x.new_empty(parts, tokens, len(a), dtype=x.dtype if parts == 1 else torch.float32)
+    _project_kernel[(blocks, parts)](
+        x, a, out, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed, columns_each,
         ROWS=rows, COLUMNS=128, RANKS=ranks, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out
+    return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "seed"])
