@@ -136,6 +136,7 @@ def scoring(record: Record) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU": ("train-gpu.json", training),
     "training on a GPU, for longer": ("train-gpu-longer.json", training),
+    "training on a GPU, today": ("train-gpu-today.json", training),
     "training on a smaller GPU": ("train-gpu-h100.json", training),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),

@@ -69,7 +69,7 @@ def run_quickstart() -> tuple[str, str]:
 
 def measured_table() -> str:
     """Memory and speed of training Falcon-7B's shape, one row per config, from benchmarks/results."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "train-gpu.json").read_text(encoding="utf-8"))
+    record = json.loads((ROOT / "benchmarks" / "results" / "train-gpu-today.json").read_text(encoding="utf-8"))
     rows = [
         [f"`{row['config']}`", f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['useful_tokens_per_second']:,.0f}"]
         for row in record["rows"]
