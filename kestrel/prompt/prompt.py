@@ -14,6 +14,7 @@ are, by position, the tokens of each reply and the end token after it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,7 +24,6 @@ from kestrel.errors import KestrelError
 from kestrel.prompt.chat_template import ChatTemplate
 from kestrel.prompt.original_format import introduction, prompt_text
 from kestrel.prompt.tokenizer import tokenizer_fingerprint
-from kestrel.prompt.word_cache import WordCache, can_split_at_spaces
 from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ class Prompt:
         self._control_ids = _control_ids(tokenizer)
         # Kept here because the library searches for them at each access.
         self._unknown, self._unknown_id = tokenizer.unk_token, tokenizer.unk_token_id
-        self._cache = WordCache(self._tokenized) if can_split_at_spaces(tokenizer) else None
         self._text_ids: dict[str, list[int]] = {}  # tokens of the texts of one batch
         self._frame_ids: dict[str, list[int]] = {}  # tokens of frames, of which few exist
         controls = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._control_ids))]
@@ -189,20 +188,16 @@ class Prompt:
         rendered = self._rendered_from(dialogue, 0)
         if len(rendered.input_ids) <= self.max_length:
             return rendered
-        # A lower bound of the length from each turn on: texts without frames and ends.
-        where = f"dialogue {dialogue.dialogue_id}"
-        at_least, total = [0] * len(dialogue.turns), len(self._tokens_of_text(self._persona_text(dialogue), where))
-        for index in reversed(range(len(dialogue.turns))):
-            total += len(self._tokens_of_text(self._turn_text(dialogue.turns[index]), where))
-            # The original format joins texts before it tokenizes them, which may give fewer tokens.
-            at_least[index] = 0 if self.format == "original" else total
         last_reply = max((index for index, _ in dialogue.replies()), default=0)
-        for index, turn in enumerate(dialogue.turns[:last_reply]):
-            # Starts are partner's turns, so that the first reply that is left has something to answer.
-            if index > 0 and turn.speaker == "partner" and at_least[index] <= self.max_length:
-                rendered = self._rendered_from(dialogue, index)
-                if len(rendered.input_ids) <= self.max_length:
-                    return rendered
+        # Starts are partner's turns, so that the first reply that is left has something to answer.
+        starts = [index for index in range(1, last_reply) if dialogue.turns[index].speaker == "partner"]
+        # Each exchange that is left out makes it shorter.
+        first = bisect_left(
+            starts, True, key=lambda start: len(self._rendered_from(dialogue, start).input_ids) <= self.max_length
+        )
+        if first < len(starts):
+            return self._rendered_from(dialogue, starts[first])
+        where = f"dialogue {dialogue.dialogue_id}"
         raise Unrenderable(
             TOO_LONG,
             f"{where}: persona and last exchange alone are longer than prompt.max_length {self.max_length}; raise it",
@@ -212,9 +207,7 @@ class Prompt:
         """As `render`, with one call of the tokenizer for all; returns the exception for what cannot be rendered."""
         texts = {self._turn_text(turn) for dialogue in dialogues for turn in dialogue.turns}
         texts.update(map(self._persona_text, dialogues))
-        if self._cache is not None:
-            self._text_ids = self._cache.tokens(texts)
-        elif texts:
+        if texts:
             self._text_ids.update(zip(texts, self._tokenized(list(texts)), strict=True))
         results: list[Rendered | Unrenderable] = []
         for dialogue in dialogues:

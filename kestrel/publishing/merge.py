@@ -23,7 +23,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation.respond import generation_config, greedy, respond
 from kestrel.hub import plain_loading_errors
-from kestrel.model.base import base_identity, load_config, skeleton_of
+from kestrel.model.base import base_identity, device, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
@@ -198,8 +198,6 @@ def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTraine
 def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
     """The saved model, loaded as anybody would load it."""
     from transformers import AutoModelForCausalLM
-
-    from kestrel.model.base import device
 
     dtype = getattr(torch, settings.quantization.compute_dtype)
     loaded: PreTrainedModel
