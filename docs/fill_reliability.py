@@ -1,4 +1,4 @@
-"""Fills the tables of docs/reliability.md from tests/faults/results, so that no number in them is typed by hand.
+"""Fills the tables of docs/reliability.md from tests/faults/results and tests/fuzz/results.json.
 
 python docs/fill_reliability.py
 """
@@ -12,6 +12,7 @@ from typing import Any
 from blocks import ROOT, fill_page, table
 
 RESULTS = ROOT / "tests" / "faults" / "results"
+FUZZING = ROOT / "tests" / "fuzz" / "results.json"
 # The columns of a block besides trials and survived: heading -> key of the result.
 COLUMNS = {
     "kills": {"kills that hit": "interruptions_that_hit", "operations on files": "file_operations"},
@@ -35,12 +36,28 @@ def results(report: dict[str, Any], columns: dict[str, str]) -> str:
     return table(["", "trials", "survived", *columns], rows, numeric=True) + f"\n\n{origin}"
 
 
+def fuzzing(runs: list[dict[str, Any]]) -> str:
+    """A row for each target, with the sums over its recorded runs."""
+    rows = []
+    for target in sorted({run["target"] for run in runs}):
+        of_it = [run for run in runs if run["target"] == target]
+        inputs, accepted, seconds = (sum(run[key] for run in of_it) for key in ("inputs", "accepted", "seconds"))
+        seeds, peak = ", ".join(str(run["seed"]) for run in of_it), max(run["peak_megabytes"] for run in of_it)
+        rows.append([target, f"{inputs:,}", f"{accepted:,}", f"{seconds:,.0f}", seeds, f"{peak:,}"])
+    total, commits = sum(run["inputs"] for run in runs), ", ".join(sorted({run["commit"] for run in runs}))
+    origin = (
+        f"{total:,} inputs in all; Python {runs[-1]['python']}, {max(run['date'] for run in runs)}, commits {commits}."
+    )
+    return table(["target", "inputs", "accepted", "seconds", "seeds", "peak MB"], rows, numeric=True) + f"\n\n{origin}"
+
+
 def blocks() -> dict[str, str]:
     """The content of each block."""
-    return {
+    tables = {
         name: results(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), columns)
         for name, columns in COLUMNS.items()
     }
+    return tables | {"fuzzing": fuzzing(json.loads(FUZZING.read_text(encoding="utf-8"))["runs"])}
 
 
 def main() -> int:

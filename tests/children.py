@@ -17,18 +17,25 @@ ROOT = Path(__file__).resolve().parents[1]
 WAIT = "print('now', flush=True); time.sleep(60)\n"
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """Python in a process of its own, at the repository's root."""
-    environment = {**os.environ, **environment}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, text=True, **pipes
+    )
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same until it ends."""
+    process = start(*arguments, **environment)
+    said = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 def child(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts Python that prints a line when it is where it shall be killed."""
     header = "import os, sys, time; from pathlib import Path; from kestrel.runtime.atomic import *; from kestrel.runtime.manifest import *; from kestrel.runtime.run_folder import *\n"
-    command, pipe = [sys.executable, "-c", header + code, *arguments], subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    process = start("-c", header + code, *arguments)
     assert process.stdout is not None and process.stdout.readline().strip() == "now"
     return process
 

@@ -24,7 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest
 from hub_server import Hub, serving
-from make_models import write_base, write_config, write_corpus
+from make_models import AdaptedModels, write_base, write_config, write_corpus
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,4 @@ def hub(prepared: Experiment) -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def models() -> Mapping[str, Any]:
     """Models with an adapter that does something, by architecture, each made when a test asks for it."""
-    from adapted_models import AdaptedModels
-
     return AdaptedModels()

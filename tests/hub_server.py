@@ -94,8 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         (r"GET /api/whoami-v2", "whoami"),
         (r"POST /api/repos/create", "create"),
         (r"POST /api/validate-yaml", "validate"),
-        (rf"GET /api/datasets/{_ID}", "dataset"),
-        (rf"GET /api/models/{_ID}(/revision/{_REVISION})?", "info"),
+        (rf"GET /api/(?P<kind>models|datasets)/{_ID}(/revision/{_REVISION})?", "info"),
         (rf"GET /api/models/{_ID}/tree/{_REVISION}(?P<under>/.+)?", "tree"),
         (rf"POST /api/models/{_ID}/preupload/{_REVISION}", "preupload"),
         (rf"POST /api/models/{_ID}/commit/{_REVISION}", "commit"),
@@ -131,9 +130,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def json_body(self) -> Any:
-        return json.loads(self.body())
 
     def stall(self) -> None:
         """Keeps large files waiting, as long as they are to."""
@@ -189,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"type": "user", "name": USER, "auth": {"type": "access_token"}, "orgs": []})
 
     def create(self) -> None:
-        asked = self.json_body()
+        asked = json.loads(self.body())
         self.require(self.known, "Invalid username or password.", 401)
         self.require(asked.get("type", "model") == "model" and bool(asked["name"]), f"unexpected {asked}")
         self.require(asked["organization"] in (None, USER), "You don't have the rights to create it", 403)
@@ -202,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"url": f"{self.hub.endpoint}/{name}"}, 409 if exists else 200)
 
     def validate(self) -> None:
-        asked = self.json_body()
+        asked = json.loads(self.body())
         match = re.match(r"---\n(.*?)\n---\n", asked["content"], re.DOTALL)
         self.require(asked["repoType"] == "model" and match is not None, "no metadata")
         data = yaml.safe_load(match[1]) if match else {}
@@ -215,30 +211,24 @@ class Handler(BaseHTTPRequestHandler):
         refused = self.hub.refused_metadata
         self.answer({"errors": [{"message": refused}] if refused else [], "warnings": []}, 400 if refused else 200)
 
-    def info(self, id: str, revision: str | None) -> None:
-        repository = self.repository(id)
+    def info(self, kind: str, id: str, revision: str | None) -> None:
+        repository = Repository(False, {"0" * 40: {}}) if id in self.hub.datasets else self.repository(id)
         oid, files = self.at(repository, revision or "main")
         siblings = [{"rfilename": name} for name in sorted(files)]
         self.answer({"id": id, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []})
-
-    def dataset(self, id: str) -> None:
-        if id not in self.hub.datasets:
-            raise Refused(404 if self.known else 401, "RepoNotFound", "Repository not found")
-        self.answer({"id": id, "sha": "0" * 40, "private": False, "siblings": [], "tags": []})
 
     def tree(self, id: str, revision: str, under: str | None) -> None:
         _, files = self.at(self.repository(id), revision)
         if under:
             raise Refused(404, "EntryNotFound", f"{under} does not exist")
-        facts = [
-            {"type": "file", "path": name, "size": len(files[name]), "oid": git_oid(files[name])} for name in files
-        ]
-        for entry in (entry for entry in facts if entry["path"].endswith(_LFS)):
-            entry["lfs"] = {"oid": sha256(files[entry["path"]]), "size": entry["size"], "pointerSize": 134}
-        self.answer(facts)
+        entries = []
+        for name, data in files.items():
+            lfs = {"lfs": {"oid": sha256(data), "size": len(data), "pointerSize": 134}} if name.endswith(_LFS) else {}
+            entries.append({"type": "file", "path": name, "size": len(data), "oid": git_oid(data), **lfs})
+        self.answer(entries)
 
     def preupload(self, id: str, revision: str) -> None:
-        asked = self.json_body()
+        asked = json.loads(self.body())
         _, files = self.at(self.repository(id, write=True), revision)
         answers = []
         for file in asked["files"]:
@@ -250,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"files": answers})
 
     def batch(self, id: str) -> None:
-        asked = self.json_body()
+        asked = json.loads(self.body())
         self.repository(id, write=True)
         self.require(asked["operation"] == "upload" and asked["hash_algo"] == "sha256", f"unexpected {asked}")
         self.require("basic" in asked["transfers"], "no basic transfer")
@@ -279,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b"")
 
     def verify(self) -> None:
-        asked = self.json_body()
+        asked = json.loads(self.body())
         self.require(len(self.hub.objects.get(asked["oid"], b"")) == asked["size"], "not there")
         self.answer({})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kestrel.config.settings import Data, Model, Settings
+from kestrel.config.settings import Data, Lora, Model, Settings
 
 # Falcon's spare special tokens and, as id 11, its only end and padding token.
 SPECIAL = [
@@ -125,6 +125,23 @@ def make_model(
         config.bos_token_id = tokenizer.bos_token_id
     config.initializer_range = 0.15
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+class AdaptedModels(dict[str, torch.nn.Module]):
+    """By architecture, with an adapter that does something and prepared for likelihoods; made when first asked for."""
+
+    def __missing__(self, architecture: str) -> torch.nn.Module:
+        from kestrel.adapter.lora import add_lora
+        from kestrel.model.loss import attach_token_nll
+
+        target: Any = ["c_attn"] if architecture == "gpt2" else "all-linear"
+        model = add_lora(make_model(architecture), Lora(r=4, target_modules=target), seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        attach_token_nll(model)
+        self[architecture] = model.eval()
+        return self[architecture]
 
 
 def write_base(folder: Path, architecture: str = "falcon", tokenizer: Any = None, **shape: int) -> Path:

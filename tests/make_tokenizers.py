@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from make_models import SPECIAL
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -27,14 +19,6 @@ TEXTS = [
     "i'm a teacher . i've been one for 12 years , it's fun :-)",
     "<s> and </s> or <|endoftext|> are not what people say [SEP]",
 ]
-
-SPARE_TOKENS = [
-    f">>{name}<<"
-    for name in (
-        "TITLE", "ABSTRACT", "INTRODUCTION", "SUMMARY", "COMMENT", "ANSWER",
-        "QUESTION", "DOMAIN", "PREFIX", "SUFFIX", "MIDDLE",
-    )
-]  # fmt: skip
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -70,19 +54,14 @@ DATED = "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.<|im_end|>\
 
 def falcon_like(texts: Iterable[str] = TEXTS, vocabulary: int = 600) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Falcon's chain of pre-tokenizers; special ids 0-11, <|endoftext|> last; no bos, no pad."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Punctuation("contiguous"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            pre_tokenizers.Digits(individual_digits=False),
-            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    _train_bpe(tokenizer, texts, [*SPARE_TOKENS, "<|endoftext|>"], vocabulary)
+    digits = [
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+    chain = [pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False), *digits]
+    tokenizer = _byte_level_bpe(pre_tokenizers.Sequence(chain), texts, SPECIAL, vocabulary)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", additional_special_tokens=SPARE_TOKENS
+        tokenizer_object=tokenizer, eos_token=SPECIAL[-1], additional_special_tokens=SPECIAL[:-1]
     )
 
 
@@ -90,16 +69,10 @@ def byte_level(
     texts: Iterable[str] = TEXTS, chat_template: str | None = CHATML, vocabulary: int = 600
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE in the manner of GPT-2, with <|im_start|> and <|im_end|>, which is its eos, and a chat template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    _train_bpe(tokenizer, texts, specials, vocabulary)
+    specials, end = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>"
+    tokenizer = _byte_level_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), texts, specials, vocabulary)
     made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=specials[:2],
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, additional_special_tokens=specials[:2]
     )
     made.chat_template = chat_template
     return made
@@ -114,34 +87,23 @@ def sentencepiece_like(
     """Blanks as ▁ and one before each text, unknown characters as bytes, <s> before and </s> after: as Llama 2 has it."""
     specials = ["<unk>", "<s>", "</s>"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    space = pre_tokenizers.Metaspace(prepend_scheme="always")
     if model == "bpe":
-        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        tokenizer.pre_tokenizer = space
         # Bytes are vocabulary, not special: text may be made of them.
         trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[*specials, *bytes_], show_progress=False, initial_alphabet=["▁"]
+            vocab_size=vocabulary, special_tokens=[*specials, *bytes_], initial_alphabet=["▁"]
         )
-        tokenizer.train_from_iterator(texts, trainer)
-        trained = Tokenizer.from_str(tokenizer.to_str())
-        vocab = trained.get_vocab()
-        merges = [tuple(pair) for pair in _model_of(trained)["merges"]]
-        tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        options = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+        trained = json.loads(_with_spaces(models.BPE(**options), texts, trainer).to_str())["model"]
+        tokenizer = Tokenizer(models.BPE(trained["vocab"], [tuple(pair) for pair in trained["merges"]], **options))
     else:
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = space
-        tokenizer.train_from_iterator(
-            texts,
-            trainers.UnigramTrainer(vocab_size=120, special_tokens=specials, unk_token="<unk>", show_progress=False),
-        )
-        pieces = [(piece, score) for piece, score in _model_of(tokenizer)["vocab"]]
+        trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=specials, unk_token="<unk>")
+        pieces = json.loads(_with_spaces(models.Unigram(), texts, trainer).to_str())["model"]["vocab"]
         known = {piece for piece, _ in pieces}
-        pieces += [(byte, -20.0) for byte in bytes_ if byte not in known]
+        pieces = [(piece, score) for piece, score in pieces] + [(byte, -20.0) for byte in bytes_ if byte not in known]
         tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = space
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -153,16 +115,10 @@ def sentencepiece_like(
 
 def unigram(texts: Iterable[str] = TEXTS) -> PreTrainedTokenizerFast:
     """Unigram after NFKC, with an unknown token and its special tokens in the vocabulary, as T5 and XLNet have it."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    specials = ["<pad>", "<unk>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>")
+    tokenizer = _with_spaces(models.Unigram(), texts, trainer, normalizers.NFKC())
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.UnigramTrainer(
-            vocab_size=200, special_tokens=["<pad>", "<unk>", "</s>"], unk_token="<unk>", show_progress=False
-        ),
-    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
 
 
@@ -173,9 +129,8 @@ def wordpiece(texts: Iterable[str] = TEXTS) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -184,19 +139,23 @@ def wordpiece(texts: Iterable[str] = TEXTS) -> PreTrainedTokenizerFast:
     )
 
 
-def _train_bpe(tokenizer: Tokenizer, texts: Iterable[str], specials: list[str], vocabulary: int) -> None:
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=specials,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        ),
+def _byte_level_bpe(pre_tokenizer: Any, texts: Iterable[str], specials: list[str], vocabulary: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
-def _model_of(tokenizer: Tokenizer) -> dict[str, list]:
-    import json
-
-    return json.loads(tokenizer.to_str())["model"]
+def _with_spaces(model: Any, texts: Iterable[str], trainer: Any, normalizer: Any = None) -> Tokenizer:
+    """A tokenizer in the manner of SentencePiece, trained."""
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer.show_progress = False
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

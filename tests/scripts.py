@@ -71,32 +71,15 @@ def worsen(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 def make_run(folder: Path, dialogues: int = 12) -> Path:
     """A run with generations of an adapter that often says the reference and of a base that never does."""
     generator = random.Random(5)
-    words = [
-        "i",
-        "you",
-        "a",
-        "like",
-        "love",
-        "dogs",
-        "cats",
-        "music",
-        "very",
-        "much",
-        "and",
-        "my",
-        "two",
-        "work",
-        "play",
-    ]
+    words = ["i", "you", "a", "like", "love", "dogs", "cats", "music"]
+    words += ["very", "much", "and", "my", "two", "work", "play"]
 
     def text() -> str:
         return " ".join(generator.choices(words, k=generator.randint(4, 9))) + " ."
 
     files: dict[str, list[dict]] = {"adapter": [], "base": []}
-    of_system = {
-        "adapter": {"stopped_by": "eos", "reference_nll": 9.0},
-        "base": {"stopped_by": "length", "reference_nll": 20.0},
-    }
+    of_system = {"adapter": {"stopped_by": "eos", "reference_nll": 9.0}}
+    of_system["base"] = {"stopped_by": "length", "reference_nll": 20.0}
     for d in range(dialogues):
         history: list[dict[str, str]] = []
         for turn in (1, 3, 5):
@@ -125,6 +108,10 @@ def record(folder: Path) -> None:
         facts[path.name] = {"sha256": sha256_of(path), "made_from": {"persona_order": order} if order else {}}
     entries = {"kind": "generations", "schema_version": 1, "settings": {}, "made_from": {}, "files": {}}
     write_json(folder / "manifest.json", {**entries, "generations": facts})
+
+
+def rows_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_rows(path: Path, rows) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # noqa: TID251  of dialogues in a file without a name
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -78,7 +78,7 @@ class Reading:
         """A dialogue, what was counted since the one before it, and its place in the source."""
         start, end = self._ends[index], self._ends[index + 1]
         self._file.seek(start)
-        record: tuple[Dialogue, ReadCounts, str] = pickle.loads(self._file.read(end - start))
+        record: tuple[Dialogue, ReadCounts, str] = pickle.loads(self._file.read(end - start))  # noqa: S301
         return record
 
 

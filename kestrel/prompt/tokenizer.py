@@ -43,7 +43,7 @@ def _is_plain_falcon(folder: Path) -> bool:
     """Whether this is a local Falcon, for which AutoTokenizer would choose the plain fast tokenizer.
 
     AutoTokenizer imports the models' configurations, and they import torch: two seconds and 200 MB that preprocess.py
-    does not need (transformers 5.23; tests/chain/test_preprocess.py, test_little_is_imported, fails when that changes).
+    does not need (transformers 5.23; tests/chain/test_preprocess.py, test_torch_is_not_imported, fails when that changes).
     """
     try:
         files = (folder / name for name in ("config.json", "tokenizer_config.json"))

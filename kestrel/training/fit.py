@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import UnpicklingError  # noqa: TID251  what torch raises where it refuses
 from typing import TYPE_CHECKING, Any
 
 import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-from scripts import make_run, read_metrics, record, script, write_rows
+from scripts import make_run, read_metrics, record, rows_in, script, write_rows
 
 from kestrel.runtime.manifest import write_manifest
 
@@ -21,10 +21,6 @@ def scored(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
     return config, printed.getvalue()
-
-
-def rows_in(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_schema_of_metrics_json(scored):
@@ -76,13 +72,6 @@ def test_printed_table_fits_and_names_everything(scored):
     assert "tok:13a" in json.dumps(read_metrics(config)) and "resamples:200" in printed
 
 
-def test_same_seed_same_numbers(scored, tmp_path, capsys):
-    config, _ = scored
-    first = read_metrics(config)
-    assert main(["--config", str(config), "--evaluation.resamples", "200"]) == 0
-    assert read_metrics(config) == first
-
-
 def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
     config = make_run(tmp_path)
     base = tmp_path / "run" / "generations" / "test.base.jsonl"
@@ -94,7 +83,7 @@ def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
     assert "adapter does NOT beat the best trivial system in" in printed
 
 
-def test_a_file_from_elsewhere(tmp_path, capsys):
+def test_a_generation_file_of_another_tool(tmp_path, capsys):
     config = make_run(tmp_path)
     rows = [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)]
     theirs = write_rows(tmp_path / "theirs.jsonl", rows)
@@ -163,7 +152,7 @@ def add_orders(folder: Path, count: int) -> None:
     record(folder)
 
 
-def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
+def test_persona_orders_are_kept_apart_from_systems(scored, tmp_path, capsys):
     before = read_metrics(scored[0])
     config = make_run(tmp_path)
     folder = tmp_path / "run" / "generations"
@@ -208,7 +197,7 @@ def test_persona_orders_are_told_apart_from_systems(scored, tmp_path, capsys):
         (["--evaluation.extra_metrics", "no_such_folder/metric"], 1, "cannot load 'no_such_folder/metric'"),
     ],
 )
-def test_failures_are_told_and_leave_nothing(tmp_path, capsys, monkeypatch, options, status, says):
+def test_failures_print_a_message_and_write_nothing(tmp_path, capsys, monkeypatch, options, status, says):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = make_run(tmp_path)
     assert main(["--config", str(config), *options]) == status

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import python
+from children import python, start
 from conftest import Experiment
 from make_models import make_tokenizer, write_base
 from scripts import script, snapshot
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Desk:
@@ -58,11 +53,11 @@ def other_tokenizer(desk: Desk) -> None:
     desk.add("--model.name", str(base))
 
 
-def empty_source(desk: Desk) -> None:
-    desk.remove("dataset")
-    (desk.tmp / "empty").mkdir()
-    (desk.tmp / "empty" / "train.jsonl").write_text("")
-    desk.add("--data.source", str(desk.tmp / "empty"))
+def damaged_generations(desk: Desk) -> None:
+    (desk.run / "generations").mkdir(exist_ok=True)
+    (desk.run / "generations" / "manifest.json").write_text("{")
+    (desk.run / "generations" / "test.base.jsonl").write_text("{}\n")
+    desk.add("--generation.systems", "base")
 
 
 def shortened(desk: Desk, name: str) -> None:
@@ -89,9 +84,6 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
     ),
     "dataset of another prompt": (
         lambda d: d.add("--prompt.max_length", "99"), "generate", 1, ["prompt.max_length", "preprocess.py"],
-    ),
-    "no chat template": (
-        lambda d: d.add("--prompt.format", "chat"), "preprocess", 1, ["no chat template", "prompt.format: plain"],
     ),
     "damaged Arrow": (
         lambda d: d.flip("dataset/train/data-00000-of-00001.arrow"), "train", 1,
@@ -126,14 +118,7 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
         lambda d: d.add("--quantization.type", "fp4"), "generate", 1,
         ["quantization.type: it was 'nf4', now 'fp4'", "python train.py"],
     ),
-    "empty source": (empty_source, "preprocess", 1, ["train.jsonl"]),
-    "nothing left to train on": (
-        lambda d: (d.remove("dataset"), d.add("--prompt.max_length", "17")), "preprocess", 1, ["prompt.max_length"],
-    ),
-    "source that does not exist": (
-        lambda d: (d.remove("dataset"), d.add("--data.source", "no/such.txt")), "preprocess", 1,
-        ["no/such.txt"],
-    ),
+    "damaged manifest of generations": (damaged_generations, "generate", 1, ["manifest.json is damaged", "delete"]),
     "model folder that does not exist": (
         lambda d: d.add("--model.name", "no/such/model"), "train", 1, ["model.name 'no/such/model'"],
     ),
@@ -178,24 +163,9 @@ def test_a_missing_artifact_comes_before_anything_heavy(trained, tmp_path, name,
     assert snapshot(desk.run) == before
 
 
-def test_generations_manifest_that_is_damaged(trained, tmp_path, capsys):
-    desk = Desk(trained, tmp_path)
-    (desk.run / "generations").mkdir(exist_ok=True)
-    (desk.run / "generations" / "manifest.json").write_text("{")
-    (desk.run / "generations" / "test.base.jsonl").write_text("{}\n")
-    assert script("generate").main([*desk.options, "--generation.systems", "base"]) == 1
-    said = capsys.readouterr().err
-    assert "manifest.json is damaged" in said and "delete" in said
-    assert json.loads((desk.run / "generations" / "test.base.jsonl").read_text()) == {}
-
-
-# -- the process -------------------------------------------------------------------------------------------------------
-
-
-def test_a_reader_that_goes_does_not_end_the_run(prepared, tmp_path):
+def test_a_closed_pipe_does_not_end_the_run(prepared, tmp_path):
     """`preprocess.py | head`: the dataset is made, and no message is about the pipe."""
-    command = [sys.executable, "preprocess.py", *prepared.arguments("--run_dir", str(tmp_path / "run"))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("preprocess.py", *prepared.arguments("--run_dir", str(tmp_path / "run")))
     process.stdout.close()
     said = process.stderr.read()
     assert process.wait() == 0 and "ipe" not in said and "Traceback" not in said, said
@@ -211,8 +181,7 @@ def test_interrupted_while_it_imports(prepared, tmp_path, milliseconds):
         print("now", flush=True)
         runpy.run_path("train.py", run_name="__main__")
     """
-    command = [sys.executable, "-c", code, *prepared.copy_to(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("-c", code, *prepared.copy_to(tmp_path / "run"))
     process.stdout.readline()
     time.sleep(milliseconds / 1000)
     process.send_signal(signal.SIGINT)

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from make_models import words, write_config, write_corpus
+from scripts import rows_in
 
 import generate
 import preprocess
 import train
 from kestrel.data.dataset import load_split
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def rows_in(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_are_in_the_datasets_order_and_recorded(trained, tmp_path):
@@ -44,7 +34,7 @@ def test_rows_are_in_the_datasets_order_and_recorded(trained, tmp_path):
     assert sorted(path.name for path in made.iterdir()) == ["manifest.json", "test.adapter.jsonl", "test.base.jsonl"]
 
 
-def test_same_command_again_does_nothing_and_another_does(trained, tmp_path, capsys):
+def test_the_same_command_again_writes_nothing_and_another_does(trained, tmp_path, capsys):
     arguments = [*trained.copy_to(tmp_path / "run"), "--generation.systems", "adapter"]
     assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
     path = tmp_path / "run" / "generations" / "test.adapter.jsonl"
@@ -80,7 +70,7 @@ def test_batching_changes_nothing_and_sampling_seed_does(trained, tmp_path):
     assert drawn != [row["response"] for row in many]
 
 
-def test_replies_that_truncation_cut_are_answered_too(trained, tmp_path, capsys):
+def test_replies_cut_from_the_dataset_are_answered_too(trained, tmp_path, capsys):
     """The dataset holds only the last exchanges; the file holds every reply but the one that fits into no prompt."""
     write_corpus(tmp_path / "corpus", 8)
     persona = ["i have a cat .", "my favorite food is rice .", "i live in lima ."]
@@ -100,31 +90,3 @@ def test_replies_that_truncation_cut_are_answered_too(trained, tmp_path, capsys)
     assert [row["turn"] for row in rows if row["dialogue_id"] == "long"] == [1, 3, 5, 7, 9, 11]
     assert [row["turn"] for row in rows if row["dialogue_id"] == "huge"] == [3, 5, 7]
     assert all(np.isfinite(row["reference_nll"]) and row["reference_tokens"] > 1 for row in rows)
-
-
-def test_killed_in_the_middle_and_again_is_the_same_file(trained, tmp_path):
-    """40 dialogues are two shards; the first call is killed while it works on the second."""
-    write_corpus(tmp_path / "corpus", 8, test=40)
-    config = write_config(tmp_path / "c.yaml", trained.base, tmp_path / "corpus", tmp_path / "run")
-    sampling = ["--generation.do_sample", "true", "--generation.top_k", "20", "--generation.max_new_tokens", "60"]
-    sampling += ["--generation.tokens_per_step", "64"]
-    arguments = ["--config", str(config), "--generation.systems", "base", *sampling]
-    assert preprocess.main(arguments) == 0
-    assert generate.main(arguments) == 0
-    made = tmp_path / "run" / "generations"
-    expected = (made / "test.base.jsonl").read_bytes()
-    (made / "test.base.jsonl").unlink()
-
-    partial = made / ".test.base.jsonl.partial"
-    process = subprocess.Popen([sys.executable, "generate.py", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while not (partial.exists() and b"dialogues_done" in partial.read_bytes()):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (made / "test.base.jsonl").exists()
-    with open(partial, "ab") as file:
-        file.write(b'{"dialogue_id": "half a li')
-    assert generate.main(arguments) == 0
-    assert (made / "test.base.jsonl").read_bytes() == expected and not partial.exists()

@@ -80,18 +80,3 @@ def test_a_warning_where_accelerate_starts_one_process_instead_of_two(prepared, 
     command = ["train.py", *prepared.arguments(), "--run_dir", str(tmp_path / "run")]
     status, _, err = end(begin(*command, launcher=launch))
     assert status != 0 and "no dataset in" in err and err.count("torchrun --nproc_per_node N") == 1
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
-def test_accelerate_reads_the_configs(name):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
-    for line in path.read_text(encoding="utf-8").splitlines():
-        assert not line or " # " in line or line.startswith("#"), f"no comment: {line}"
-    given = launch_command_parser().parse_args(["--config_file", str(path), "train.py", "--config", "c.yaml"])
-    validated, *_ = _validate_launch_command(given)
-    environment = prepare_multi_gpu_env(validated)
-    assert validated.nproc_per_node == ("8" if name == "multi-node" else "4")
-    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if name == "fsdp" else None)

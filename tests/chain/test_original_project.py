@@ -8,7 +8,8 @@ from pathlib import Path
 
 from conftest import Experiment
 from hub_server import Hub
-from publishing_runs import ROOT, run
+from publishing_runs import run
+from scripts import rows_in
 
 from kestrel.runtime.atomic import read_json, write_json
 
@@ -39,13 +40,7 @@ def test_one_table_has_both_adapters(evaluated: Experiment, hub: Hub, tmp_path: 
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     scored = [name for name, entry in metrics["systems"].items() if entry["kind"] == "system"]
     assert len(scored) == 2 and metrics["n_replies"] > 0
-    ours, original = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    ours, original = map(rows_in, files)
     keys = ("dialogue_id", "turn", "reference")
     assert [[row[key] for key in keys] for row in ours] == [[row[key] for key in keys] for row in original]
     assert [row["reference_nll"] for row in ours] != [row["reference_nll"] for row in original], "another prompt"
-
-
-def test_the_command_is_told_where_it_is_looked_for() -> None:
-    said = "--evaluation.generations runs/falcon-7b-cynaptics/generations/test.adapter.jsonl"
-    for page in (CONFIG, "docs/publishing.md"):
-        assert said in (ROOT / page).read_text(encoding="utf-8"), page

@@ -12,14 +12,13 @@ import torch
 from make_models import make_tokenizer, words, write_base, write_config, write_corpus
 from make_tokenizers import CHATML, INST, byte_level, sentencepiece_like
 from safetensors.torch import load_file
-from scripts import script
+from scripts import ROOT, rows_in, script
 
 import generate
 import preprocess
 import train
 from kestrel.config.resolve import resolve
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [turn["text"] for turn in words(["i have a dog .", "my favorite food is soup .", "i live in rome ."])] * 3
 
 # Each architecture with a tokenizer of the kind that its models come with, and its linear layers but the output head.
@@ -36,10 +35,6 @@ SHAPES: dict[str, tuple[Callable[[], Any], set[str]]] = {
 LAYERS = 2
 
 evaluate = script("evaluate").main
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run_all(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -67,14 +62,14 @@ def assert_taught(run: Path, layers: set[str]) -> None:
     moved = [name for name, weight in weights.items() if ".lora_B." in name and torch.count_nonzero(weight)]
     assert len(moved) == count and {name.split(".lora_B")[0].rpartition(".")[2] for name in moved} == layers
 
-    losses = [line["eval_loss"] for line in lines(run / "logs" / "training.jsonl") if "eval_loss" in line]
+    losses = [line["eval_loss"] for line in rows_in(run / "logs" / "training.jsonl") if "eval_loss" in line]
     assert losses[-1] < losses[0]
     systems = json.loads((run / "evaluation" / "metrics.json").read_text())["systems"]
     assert systems["adapter"]["perplexity"]["token"] < 0.8 * systems["base"]["perplexity"]["token"]
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_the_four_scripts(architecture, source, tmp_path, capfd):
+def test_every_architecture_goes_through_all_scripts(architecture, source, tmp_path, capfd):
     tokenizer, layers = SHAPES[architecture]
     base = write_base(tmp_path / "base", architecture, tokenizer())
     config = write_config(tmp_path / "config.yaml", base, source, tmp_path / "run", "evaluation:\n  resamples: 100\n")

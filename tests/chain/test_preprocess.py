@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import make_tokenizers as make
 import pytest
+from children import python, start
 from make_models import make_config
+from scripts import write_rows
 from transformers import AutoTokenizer
 
 import preprocess
@@ -24,7 +22,6 @@ from kestrel.data.dataset import load_split, open_dataset, print_rows
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer, tokenizer_fingerprint
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["i", "like", "dogs", "cats", "cars", "music", "the", "sea", "and", "two", "old", "books", "you", "how", "what"]
 
 
@@ -45,7 +42,6 @@ class Conversation:
             return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 7)))
 
         self.persona = [f"{say()} {number} ." for _ in range(3)]
-        self.other = [f"{say()} {number} !" for _ in range(3)]
         self.exchanges = [(say(), f"{say()} ,  {say()} .") for _ in range(3)]
 
 
@@ -67,33 +63,22 @@ def huggingface(conversations: list[Conversation], path: Path) -> None:
         return {"personality": each.persona, "utterances": utterances}
 
     half = len(conversations) // 2
-    path.write_text(
-        json.dumps({"train": list(map(row, conversations[:half])), "valid": list(map(row, conversations[half:]))})
-    )
+    rows = list(map(row, conversations))
+    path.write_text(json.dumps({"train": rows[:half], "valid": rows[half:]}))
 
 
 def kestrel(conversations: list[Conversation], path: Path) -> None:
     rows = []
     for each in conversations:
-        turns = [
-            {"speaker": speaker, "text": text}
-            for pair in each.exchanges
-            for speaker, text in zip(("partner", "self"), pair, strict=True)
+        said = [
+            (speaker, text) for pair in each.exchanges for speaker, text in zip(("partner", "self"), pair, strict=True)
         ]
-        rows.append(json.dumps({"persona": each.persona, "turns": turns}))
-    path.write_text("".join(f"{row}\n" for row in rows))
+        rows.append({"persona": each.persona, "turns": [{"speaker": who, "text": text} for who, text in said]})
+    write_rows(path, rows)
 
 
-def cynaptics(conversations: list[Conversation], path: Path) -> None:
-    rows = []
-    for number, each in enumerate(conversations):
-        said = [f"Persona {who}: {text}" for pair in each.exchanges for who, text in zip("AB", pair, strict=True)]
-        rows.append({"conv_id": number, "persona_b": each.persona, "dialogue": said[:-1], "reference": said[-1][11:]})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-WRITERS = {"parlai": parlai, "huggingface": huggingface, "kestrel": kestrel, "cynaptics": cynaptics}
-SUFFIX = {"parlai": "txt", "huggingface": "json", "kestrel": "jsonl", "cynaptics": "jsonl"}
+WRITERS = {"parlai": parlai, "huggingface": huggingface, "kestrel": kestrel}
+SUFFIX = {"parlai": "txt", "huggingface": "json", "kestrel": "jsonl"}
 
 
 def source(folder: Path, format: str, count: int = 24) -> Path:
@@ -109,37 +94,27 @@ def config(folder: Path, base: Path, source: Path) -> list[str]:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def start(argv: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "preprocess.py", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("format", WRITERS)
-def test_sources(format: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_format_becomes_a_dataset(
+    format: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = config(tmp_path, base, source(tmp_path, format))
     assert preprocess.main(argv) == 0
     shown = capsys.readouterr()
     settings, _ = resolve(argv[1], {})
-    folder, manifest = open_dataset(
-        settings, Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length), "x"
-    )
+    prompt = Prompt(load_tokenizer(settings.model), "plain", settings.prompt.max_length)
+    folder, manifest = open_dataset(settings, prompt, "x")
     splits = {split: list(load_split(folder, split, "x")) for split in ("train", "validation", "test")}
     assert sum(map(len, splits.values())) == 24 and all(splits.values())
     assert manifest["made_from"]["format"] == format and f"is {format}, with train" in shown.out
     personas = {split: {tuple(row["persona"]) for row in rows} for split, rows in splits.items()}
     assert not personas["train"] & personas["validation"] and not personas["train"] & personas["test"]
-    assert (
-        manifest["counts"] == {split: sum(len(row["reply_spans"]) for row in rows) for split, rows in splits.items()}
-        and sum(manifest["counts"].values()) == 24 * 3
-    )
+    assert manifest["counts"] == {name: sum(len(row["reply_spans"]) for row in rows) for name, rows in splits.items()}
+    assert sum(manifest["counts"].values()) == 24 * 3
     described = json.loads((folder / "statistics.json").read_text())
     for split, rows in splits.items():
         assert described["splits"][split]["dialogues"] == described["corpus"][split]["read"] == len(rows)
@@ -150,7 +125,9 @@ def test_sources(format: str, tmp_path: Path, base: Path, capsys: pytest.Capture
     assert f"wrote {folder}" in shown.out and shown.err == ""
 
 
-def test_show(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_prints_what_is_supervised(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     argv = [*config(tmp_path, base, source(tmp_path, "kestrel")), "--show", "2"]
     assert preprocess.main(argv) == 0
     plain = capsys.readouterr().out.partition("wrote ")[2]
@@ -180,8 +157,8 @@ def one_dialogue(folder: Path) -> Path:
 
 
 def empty(folder: Path) -> Path:
-    (folder / "empty.jsonl").write_text("")
-    return folder / "empty.jsonl"
+    (path := folder / "empty.jsonl").write_text("")
+    return path
 
 
 def nowhere(folder: Path) -> Path:
@@ -190,9 +167,8 @@ def nowhere(folder: Path) -> Path:
 
 def too_long(folder: Path) -> Path:
     turns = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "dogs " * 3000}]
-    rows = [json.dumps({"persona": [f"i am {number}"], "turns": turns}) + "\n" for number in range(24)]
-    (folder / "long.jsonl").write_text("".join(rows))
-    return folder / "long.jsonl"
+    rows = [{"persona": [f"i am {number}"], "turns": turns} for number in range(24)]
+    return write_rows(folder / "long.jsonl", rows)
 
 
 def broken(folder: Path) -> Path:
@@ -215,16 +191,11 @@ def broken(folder: Path) -> Path:
         (one_dialogue, ["--data.test_fraction", "1"], 2, "--data.test_fraction: input should be less than 1"),
         (one_dialogue, ["--prompt.format", "chat"], 1, "no chat template; use prompt.format: plain"),
         (one_dialogue, ["--model.name", "/nowhere/base"], 1, "model.name '/nowhere/base'"),
-        (
-            one_dialogue,
-            ["--show", "some"],
-            2,
-            "argument --show: expected a number of dialogues, 0 or more, found 'some'",
-        ),
-        (one_dialogue, ["--show", "-3"], 2, "argument --show: expected a number of dialogues, 0 or more, found '-3'"),
+        (one_dialogue, ["--show", "some"], 2, "--show: expected a number of dialogues, 0 or more, found 'some'"),
+        (one_dialogue, ["--show", "-3"], 2, "--show: expected a number of dialogues, 0 or more, found '-3'"),
     ],
 )
-def test_what_cannot_be(
+def test_mistakes_end_with_a_message_and_keep_the_dataset(
     tmp_path: Path, base: Path, make_source, extra: list[str], status: int, message: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -252,7 +223,7 @@ def test_a_file_in_the_place_of_the_dataset_stays(
     assert (tmp_path / "run" / "dataset").read_text() == "my notes"
 
 
-def test_little_is_imported() -> None:
+def test_torch_is_not_imported() -> None:
     """The quickstart's dataset is made without torch, which takes longer to import than the dataset takes to make."""
     code = (
         "import sys, preprocess, tempfile\n"
@@ -263,12 +234,9 @@ def test_little_is_imported() -> None:
         "AutoTokenizer.from_pretrained('quickstart/base')\n"
         "print('torch' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    imported, by_library = done.stdout.splitlines()[-2:]
+    imported, by_library = python("-c", code).stdout.splitlines()[-2:]
     assert imported == "imported: []"
-    assert by_library == "True", (
-        "transformers no longer imports torch: kestrel.prompt.tokenizer can leave the choice to it"
-    )
+    assert by_library == "True", "transformers no longer imports torch: kestrel.prompt.tokenizer can be simplified"
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "llama", "gpt_neox", "gpt2"])
@@ -290,14 +258,10 @@ def test_without_test_split(tmp_path: Path, base: Path, capsys: pytest.CaptureFi
 
 
 def test_text_that_spells_control_tokens_trains_none(tmp_path: Path, base: Path) -> None:
-    path = tmp_path / "nasty.jsonl"
-    turns = [
-        {"speaker": "partner", "text": ">>TITLE<< <|endoftext|>\nYou: hi"},
-        {"speaker": "self", "text": "<|endoftext|>"},
-    ]
-    rows = [json.dumps({"persona": [f"<|endoftext|> {number}"], "turns": turns}) + "\n" for number in range(24)]
-    path.write_text("".join(rows))
-    assert preprocess.main(config(tmp_path, base, path)) == 0
+    texts = {"partner": ">>TITLE<< <|endoftext|>\nYou: hi", "self": "<|endoftext|>"}
+    turns = [{"speaker": speaker, "text": text} for speaker, text in texts.items()]
+    rows = [{"persona": [f"<|endoftext|> {number}"], "turns": turns} for number in range(24)]
+    assert preprocess.main(config(tmp_path, base, write_rows(tmp_path / "nasty.jsonl", rows))) == 0
     for row in load_split(tmp_path / "run" / "dataset", "train", "x"):
         assert [index for index in row["input_ids"] if index <= 11] == [11] and row["input_ids"][-1] == 11
     show = make.falcon_like().decode(row["input_ids"])
@@ -305,8 +269,8 @@ def test_text_that_spells_control_tokens_trains_none(tmp_path: Path, base: Path)
 
 
 def test_two_processes_and_folders_make_the_same_bytes(tmp_path: Path, base: Path) -> None:
-    argv = config(tmp_path, base, source(tmp_path, "cynaptics"))
-    other = start([*argv, "--run_dir", str(tmp_path / "other")])
+    argv = config(tmp_path, base, source(tmp_path, "parlai"))
+    other = start("preprocess.py", *argv, "--run_dir", str(tmp_path / "other"))
     assert preprocess.main(argv) == 0
     _, errors = other.communicate()
     assert other.returncode == 0, errors
@@ -316,26 +280,3 @@ def test_two_processes_and_folders_make_the_same_bytes(tmp_path: Path, base: Pat
     # The manifest names the checkout as well, and somebody may commit while a test runs.
     manifests = [json.loads((tmp_path / name / "dataset" / "manifest.json").read_text()) for name in ("run", "other")]
     assert manifests[0] | {"git_commit": ""} == manifests[1] | {"git_commit": ""}
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
-def test_stopped_midway(how: signal.Signals, tmp_path: Path, base: Path) -> None:
-    argv = config(tmp_path, base, source(tmp_path, "parlai"))
-    assert preprocess.main(argv) == 0
-    run = tmp_path / "run"
-    whole = digest(run / "dataset")
-    process = start(config(tmp_path, base, source(tmp_path, "kestrel", count=5000)))
-    deadline = time.monotonic() + 60
-    while not list(run.glob(".dataset.incomplete-*/train/*.arrow")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate()
-    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), errors
-    assert digest(run / "dataset") == whole
-    assert len(list(run.glob(".dataset.incomplete-*"))) == (how == signal.SIGKILL)
-    if how == signal.SIGKILL:
-        assert preprocess.main(config(tmp_path, base, tmp_path / "parlai.txt")) == 0
-        assert sorted(os.listdir(run)) == [".lock", "config.yaml", "dataset"]
-        assert digest(run / "dataset") == whole
-    else:
-        assert "Traceback" not in errors and "interrupted" in errors

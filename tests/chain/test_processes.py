@@ -14,8 +14,7 @@ import torch
 from launching import ACCELERATE, PATIENCE, RUN, TORCHRUN, begin, end, free_port
 from make_models import write_config, write_corpus
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import ROOT, rows_in
 
 
 def run(*command: str, launcher: list[str] = TORCHRUN) -> tuple[int, str, str]:
@@ -33,13 +32,10 @@ def sabotaged(path: Path, script: str, sabotage: str) -> str:
     return str(path)
 
 
-def logged(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "logs" / "training.jsonl").read_text().splitlines()]
-
-
 def assert_same_training(one: Path, other: Path) -> None:
     """The same losses and the same adapter, within 1e-4."""
-    for a, b in zip(logged(one), logged(other), strict=True):
+    logs = (rows_in(folder / "logs" / "training.jsonl") for folder in (one, other))
+    for a, b in zip(*logs, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
     weights, others = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
     assert weights.keys() == others.keys()

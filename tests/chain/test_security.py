@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import gzip
-import io
 import json
 import os
 import pickle
 import shutil
 import sys
-import tarfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,19 +21,14 @@ from kestrel.evaluation.evaluate_library import load_metrics
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import MANIFEST, files_below, with_own_hash
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*ROOT.glob("*.py"), *(ROOT / "kestrel").rglob("*.py")]
 TOKEN = "hf_PlantedTokenThatMustNotAppearAnywhere"
 
 
-@dataclass
-class Planted:
-    """Makes a folder when it is unpickled."""
-
-    folder: Path
+class Planted(str):
+    """A path that makes a folder there when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
+        return os.mkdir, (str(self),)
 
 
 @pytest.fixture
@@ -88,7 +77,7 @@ def test_an_adapter_of_pickled_weights_is_refused(trained: Experiment, tmp_path,
     assert not sprung.exists()
 
 
-def test_what_an_adapter_would_have_peft_import_is_refused(trained: Experiment, tmp_path, capsys):
+def test_adapter_fields_that_make_peft_import_modules_are_refused(trained: Experiment, tmp_path, capsys):
     arguments = trained.copy_to(tmp_path / "run")
     config = tmp_path / "run" / "adapter" / "adapter_config.json"
     hostile = {"megatron_config": {"a": 1}, "megatron_core": "this", "layer_replication": [[0, 1], [0, 1]]}
@@ -104,15 +93,11 @@ def test_what_an_adapter_would_have_peft_import_is_refused(trained: Experiment, 
     assert generate.main([*arguments, "--generation.max_dialogues", "1"]) == 0
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_pickles_in_a_checkpoint_run_nothing(trained: Experiment, tmp_path, sprung, capsys, name):
     """Sealed, as in a run folder from a stranger; torch's own restricted unpickler is all that reads them then."""
     arguments = trained.copy_to(tmp_path / "run")
-    *_, newest, last = checkpoints_of(tmp_path / "run")
+    newest, last = (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" for step in (6, 8))
     shutil.rmtree(last)  # at the end of a run there is no random state to go on with
     assert (newest / name).is_file()
     plant(newest / name, sprung)
@@ -122,26 +107,6 @@ def test_pickles_in_a_checkpoint_run_nothing(trained: Experiment, tmp_path, spru
     assert not sprung.exists()
     # What is not read at all cannot hurt either.
     assert (status, "start again" in said) == ((0, False) if name == "training_args.bin" else (1, True)), said
-
-
-def test_a_checkpoint_that_was_changed_is_skipped_and_one_from_elsewhere_refused(
-    trained: Experiment, tmp_path, sprung, capsys
-):
-    arguments = trained.copy_to(tmp_path / "run")
-    newest = checkpoints_of(tmp_path / "run")[-1]
-    downloaded = shutil.copytree(newest, tmp_path / "downloaded" / "checkpoint-8")
-    assert train.main([*arguments, "--training.resume", str(downloaded)]) == 1
-    assert "is not a checkpoint of this run" in capsys.readouterr().err
-    plant(newest / "optimizer.pt", sprung)
-    assert train.main(arguments) == 0
-    assert "optimizer.pt is damaged or was edited" in capsys.readouterr().err
-    assert not sprung.exists()
-
-
-def run_script(name: str, *arguments: str, **environment: str) -> tuple[int, str]:
-    """Exit status of a script in a process of its own, and all that it printed."""
-    done = python(name, *arguments, **environment)
-    return done.returncode, done.stdout + done.stderr
 
 
 def test_code_of_a_model_runs_only_if_allowed_and_with_a_warning(prepared: Experiment, tmp_path, sprung):
@@ -155,11 +120,12 @@ def test_code_of_a_model_runs_only_if_allowed_and_with_a_warning(prepared: Exper
     write_json(path, read_json(path, "") | own)
     arguments = [*prepared.arguments("--run_dir", str(tmp_path / "run")), "--model.name", str(base)]
     cache = {"HF_HOME": str(tmp_path / "cache")}
-    _, said = run_script("preprocess.py", *arguments, **cache)
-    assert not sprung.exists() and "trust_remote_code is true" not in said
-    status, said = run_script("preprocess.py", *arguments, "--model.trust_remote_code", "true", **cache)
-    assert status == 0 and sprung.is_dir()
-    assert "model.trust_remote_code is true: Python code that comes with" in said and "token of the Hub" in said
+    done = python("preprocess.py", *arguments, **cache)
+    assert not sprung.exists() and "trust_remote_code is true" not in done.stderr
+    done = python("preprocess.py", *arguments, "--model.trust_remote_code", "true", **cache)
+    assert done.returncode == 0 and sprung.is_dir()
+    for said in ("model.trust_remote_code is true: Python code that comes with", "token of the Hub"):
+        assert said in done.stderr
 
 
 def test_a_warning_says_that_a_metric_is_code(tmp_path, capsys):
@@ -192,57 +158,16 @@ def test_yaml_makes_no_objects(tmp_path, sprung, capsys, document):
     assert not sprung.exists()
 
 
-def archive(kind: str, line: bytes) -> bytes:
-    """An archive with one file that wants to lie beside the folder."""
-    packed = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(packed, "w") as file:
-            file.writestr("../escaped.jsonl", line)
-    else:
-        with tarfile.open(fileobj=packed, mode="w:gz" if kind == "tar.gz" else "w") as tar:
-            member = tarfile.TarInfo("../escaped.jsonl")
-            member.size = len(line)
-            tar.addfile(member, io.BytesIO(line))
-    return gzip.compress(line) if kind == "gz" else packed.getvalue()
-
-
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "gz"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar"])
 @pytest.mark.parametrize("within_folder", [True, False])
 def test_archives_are_refused_and_never_unpacked(prepared: Experiment, tmp_path, capsys, kind, within_folder):
-    line = (prepared.source / "train.jsonl").read_bytes()
-    source = tmp_path / "data" / f"train.{kind}"
-    source.parent.mkdir()
-    source.write_bytes(archive(kind, line))
+    source = Path(shutil.make_archive(str(tmp_path / "data" / "train"), kind, prepared.source))
     before = set(tmp_path.rglob("*"))
     given = source.parent if within_folder else source
     arguments = prepared.arguments("--run_dir", str(tmp_path / "run"), "--data.source", str(given))
     assert preprocess.main(arguments) == 1
     assert str(given) in capsys.readouterr().err
     assert {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)} == before
-
-
-def test_nothing_here_unpacks_unpickles_or_evaluates():
-    """By the syntax of every script and module: the ways in which data becomes code, or leaves its folder."""
-    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tarfile", "zipfile", "runpy"}
-    calls = {"eval", "exec", "compile", "system", "popen", "unpack_archive", "load_module"}
-    found = []
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                bad = modules & names
-            elif isinstance(node, ast.Call):
-                function = ast.unparse(node.func)
-                bad = {function} & {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "np.load"}
-                bad |= {function} & calls | {function.rpartition(".")[2]} & (calls - {"compile", "eval"})
-                bad |= {f"{function}(shell)" for word in node.keywords if word.arg == "shell"}
-            else:
-                continue
-            found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in bad]
-    # One imports the error by which torch refuses to unpickle; the other keeps dialogues in a file without a name.
-    expected = {"kestrel/training/fit.py": "pickle", "kestrel/data/reading.py": "pickle"}
-    assert len(SOURCES) > 40
-    assert {line.partition(":")[0]: line.rpartition(" ")[2] for line in found} == expected, found
 
 
 def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path, capsys):
@@ -271,11 +196,11 @@ def test_the_hubs_token_is_written_nowhere(prepared: Experiment, tmp_path):
     arguments = prepared.arguments("--run_dir", str(run), "--training.max_steps", "2", "--training.evaluations", "1")
     nothing = {"preprocess.py": "--data.source", "evaluate.py": "--evaluation.generations"}
     for name in ("preprocess.py", "train.py", "generate.py", "evaluate.py"):
-        status, output = run_script(name, *arguments, **environment)
-        assert status == 0 and TOKEN not in output, output
-        bad = [nothing.get(name, "--model.name"), "nobody/nothing"]
-        status, output = run_script(name, *arguments, *bad, "--debug", **environment)
-        assert status == 1 and "Traceback" in output and TOKEN not in output, output
+        bad = [nothing.get(name, "--model.name"), "nobody/nothing", "--debug"]
+        for more, status in (([], 0), (bad, 1)):
+            done = python(name, *arguments, *more, **environment)
+            assert done.returncode == status and ("Traceback" in done.stderr) == bool(status), done.stderr
+            assert TOKEN not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 30
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ from benchmarks.machine import device_name
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
-_HITS = {"damage": "refused_with_a_message"}  # or else the result was the same
 FAULTS = ("kill", "signal", "damage")
 _STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
@@ -86,33 +84,25 @@ def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended
     return runs
 
 
-@dataclass
-class Tally:
-    """The results of one kind of trial."""
+def count(result: dict[str, Any], kind: str, seed: int, attempt: Callable[[int], list[Ended]]) -> None:
+    """Makes one trial and adds it to the result of its kind."""
+    result["trials"] += 1
+    try:
+        runs = attempt(seed)
+    except Failure as failure:
+        result["failures"].append({"seed": seed, "what": str(failure)})
+        print(f"{kind}, seed {seed}: {failure}", flush=True)
+        return
+    result["survived"] += 1
+    result[hits_of(kind)] += sum(run.status != 0 for run in runs)
+    if kind.startswith("signal"):
+        slowest = max((run.seconds_to_stop for run in runs if run.status), default=0.0)
+        result["seconds_to_stop_at_most"] = max(result["seconds_to_stop_at_most"], round(slowest, 2))
 
-    measured: dict[str, Any] = field(default_factory=dict)  # of the undisturbed script
-    trials: int = 0
-    hits: int = 0
-    stopped_in: float = 0.0  # greatest number of seconds from the first signal to the end of the process
-    failures: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, name: str, seed: int, attempt: Callable[[], list[Ended]]) -> None:
-        """Makes one trial and counts it."""
-        self.trials += 1
-        try:
-            runs = attempt()
-        except Failure as failure:
-            self.failures.append({"seed": seed, "what": str(failure)})
-            print(f"{name}, seed {seed}: {failure}", flush=True)
-            return
-        self.hits += sum(run.status != 0 for run in runs)
-        self.stopped_in = max([self.stopped_in, *(run.seconds_to_stop for run in runs if run.status)])
-
-    def as_json(self, hits: str, signals: bool) -> dict[str, Any]:
-        survived = self.trials - len(self.failures)
-        stopped = {"seconds_to_stop_at_most": round(self.stopped_in, 2)} if signals else {}
-        counts = {"trials": self.trials, "survived": survived, hits: self.hits}
-        return counts | self.measured | stopped | {"failures": self.failures}
+def hits_of(kind: str) -> str:
+    """What a trial of this kind that had an effect is called."""
+    return "refused_with_a_message" if kind == "damage" else "interruptions_that_hit"  # damage may change nothing
 
 
 def options() -> argparse.Namespace:
@@ -130,59 +120,57 @@ def options() -> argparse.Namespace:
 def attempts_of(chosen: argparse.Namespace, small: SmallRun) -> dict[str, Callable[[int], list[Ended]]]:
     """A trial for each kind of fault and each script, by name; each takes a seed."""
     scripts = SCRIPTS if chosen.script == "all" else (chosen.script,)
-    attempts: dict[str, Callable[[int], list[Ended]]] = {}
-    for fault in chosen.faults:
-        for script in scripts if fault != "damage" else ():
-            attempts[f"{fault} {script}"] = partial(trial, small, small.stages[script], fault == "signal")
-        if fault == "damage":
-            attempts["damage"] = partial(damaged, small)
-    return attempts
+    attempts = {
+        f"{fault} {script}": partial(trial, small, small.stages[script], fault == "signal")
+        for fault in chosen.faults
+        for script in (scripts if fault != "damage" else ())
+    }
+    return attempts | ({"damage": partial(damaged, small)} if "damage" in chosen.faults else {})
 
 
 def main() -> int:
     chosen = options()
     began = time.monotonic()
-    tallies: dict[str, Tally] = {}
+    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         work = Path(name)
         write_base(work / "base")
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)
         # A stop by a signal logs a line, which would change the means of the lines that follow.
         every = "1" if "signal" in chosen.faults else "2"
-        training = ["--training.max_steps", "12", "--training.logging_steps", every]
-        small = SmallRun(Forks(work), work, training)
+        small = SmallRun(Forks(work), work, ["--training.max_steps", "12", "--training.logging_steps", every])
         if "damage" in chosen.faults:
             make_begun(small)
         attempts = attempts_of(chosen, small)
         for kind in attempts:
             stage = small.stages.get(kind.partition(" ")[2])
-            tallies[kind] = Tally(stage.measured() if stage else {})
+            results[kind] = {"trials": 0, "survived": 0, hits_of(kind): 0, **(stage.measured() if stage else {})}
+            results[kind] |= {"seconds_to_stop_at_most": 0.0} if kind.startswith("signal") else {}
+            results[kind]["failures"] = []
         for number in range(chosen.trials):
             kind, seed = list(attempts)[number % len(attempts)], chosen.seed + number // len(attempts)
-            tallies[kind].add(kind, seed, partial(attempts[kind], seed))
-            if chosen.output and (number % 10 == 9 or number == chosen.trials - 1):
-                write_report(chosen, tallies, time.monotonic() - began)
-    for kind, tally in tallies.items():
-        survived = tally.trials - len(tally.failures)
-        print(f"{kind}: {survived} of {tally.trials} trials survived, {tally.hits} hits", flush=True)
-    return 1 if any(tally.failures for tally in tallies.values()) else 0
+            count(results[kind], kind, seed, attempts[kind])
+            if chosen.output and (number % 10 == 9 or number == chosen.trials - 1):  # a long campaign may be stopped
+                write_report(chosen.output, results, time.monotonic() - began)
+    for kind, result in results.items():
+        print(
+            f"{kind}: {result['survived']} of {result['trials']} trials survived, {result[hits_of(kind)]} hits",
+            flush=True,
+        )
+    return 1 if any(result["failures"] for result in results.values()) else 0
 
 
-def write_report(chosen: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> None:
-    """Writes what is known so far, whole, so that a long campaign may be stopped."""
+def write_report(path: Path, results: dict[str, dict[str, Any]], seconds: float) -> None:
     report = {
         "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
-        "results": {
-            kind: tally.as_json(_HITS.get(kind, "interruptions_that_hit"), kind.startswith("signal"))
-            for kind, tally in tallies.items()
-        },
+        "results": results,
         "seconds": round(seconds),
         "machine": {"processor": device_name(), "cores": os.cpu_count()},
         "versions": library_versions(),
         "git_commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    write_json(chosen.output, report)
+    write_json(path, report)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 Each target has a process of its own: a bug ends it, and its input stands in runs/fuzz/TARGET/found/. What was reached
 is kept in runs/fuzz/TARGET/corpus/, and the next call begins there and at tests/fuzz/corpus/TARGET/. An input may take
 `SECONDS` and a process `MEGABYTES`. With --record the results are added to tests/fuzz/results.json, of which
---table makes the table of docs/reliability.md.
+docs/fill_reliability.py makes a table.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KEPT = ROOT / "runs" / "fuzz"
 RESULTS = HERE / "results.json"
-PAGE = ROOT / "docs" / "reliability.md"
 SECONDS, MEGABYTES, LONGEST = 10, 3072, 4096
 # What a target is worth of --share: a line of options costs 20 ms, a run's artifacts 4, most others half a millisecond.
 WORTH = {"evaluation": 0.2, "options": 0.05, "artifacts": 0.4, "config": 0.7, "prompt": 0.2}
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
+
+from kestrel.runtime.manifest import git_commit
 
 
 def fuzz(target: str, arguments: list[str]) -> None:
@@ -102,11 +103,7 @@ def main() -> int:
     parser.add_argument("--share", type=int)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="add the results to tests/fuzz/results.json")
-    parser.add_argument("--table", action="store_true", help="fill the table of docs/reliability.md, and run nothing")
     options = parser.parse_args()
-    if options.table:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return 0
     from targets import TARGETS
 
     chosen = options.targets or list(TARGETS)
@@ -124,31 +121,10 @@ def main() -> int:
     return 0 if clean else 1
 
 
-def filled(page: str) -> str:
-    """The page with the table of all recorded runs, a row a target."""
-    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
-    lines = ["| target | inputs | accepted | seconds | seeds | peak MB |", "|---|---:|---:|---:|---|---:|"]
-    for target in sorted({run["target"] for run in runs}):
-        of_it = [run for run in runs if run["target"] == target]
-        inputs, accepted, seconds = (sum(run[key] for run in of_it) for key in ("inputs", "accepted", "seconds"))
-        seeds = ", ".join(str(run["seed"]) for run in of_it)
-        peak = max(run["peak_megabytes"] for run in of_it)
-        lines.append(f"| {target} | {inputs:,} | {accepted:,} | {seconds:,.0f} | {seeds} | {peak:,} |")
-    total = sum(run["inputs"] for run in runs)
-    dates, commits = sorted({run["date"] for run in runs}), sorted({run["commit"] for run in runs})
-    lines += ["", f"{total:,} inputs in all; Python {runs[-1]['python']}, {dates[-1]}, commits {', '.join(commits)}."]
-    block = re.compile(r"(<!-- fuzzing: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
-    content = "\n".join(lines)
-    return block.sub(lambda found: f"{found[1]}{content}\n{found[2]}", page)
-
-
 def record(result: dict[str, object]) -> None:
     """Adds one result to results.json."""
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": []}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], check=False, cwd=ROOT, capture_output=True, text=True
-    )
-    when = {"date": datetime.now(UTC).date().isoformat(), "commit": commit.stdout.strip()}
+    when = {"date": datetime.now(UTC).date().isoformat(), "commit": (git_commit() or "")[:10]}
     known["runs"].append({**result, **when, "python": platform.python_version()})
     RESULTS.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 

@@ -1,14 +1,13 @@
-"""What rubbish is fed to: a function for each kind of input, from bytes to nothing, or to an exception that is a bug.
+"""What is fuzzed: a function for each kind of input, which takes bytes.
 
-A `KestrelError` is what rubbish deserves. Whatever else comes out is a bug: another exception, a dialogue that breaks
-what `kestrel.dialogue` promises, settings that do not read back, an exit status of no meaning.
+Input that makes no sense must raise a `KestrelError`. Anything else is a bug: another exception, a dialogue that breaks
+what `kestrel.dialogue` promises, settings that do not read back, an undefined exit status.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import io
 import json
 import shutil
@@ -274,8 +273,3 @@ def try_input(target: str, data: bytes) -> bool:
         assert str(error).strip(), "an error without a message"
         return False
     return True
-
-
-def name_of(data: bytes) -> str:
-    """What a kept input is called."""
-    return hashlib.sha256(data).hexdigest()[:16]

@@ -47,7 +47,7 @@ def falcon() -> Estimator:
         (["query_key_value"], 20, "none", 25.68), ("all-linear", 5, "none", 18.41),
     ],
 )  # fmt: skip
-def test_within_a_tenth_of_what_was_measured(monkeypatch, targets, rows, recompute, measured):
+def test_estimates_are_within_10_percent_of_measurements(monkeypatch, targets, rows, recompute, measured):
     """By transformers' layers, which were measured."""
     for module in (memory, kestrel.model.loss):
         monkeypatch.setattr(module, "describe", lambda backbone: None)
@@ -58,7 +58,7 @@ def test_within_a_tenth_of_what_was_measured(monkeypatch, targets, rows, recompu
 
 
 @pytest.mark.parametrize("architecture", list(TARGETS))
-def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
+def test_the_estimate_counts_what_real_tensors_allocate(architecture, monkeypatch):
     """Without dropout. The GPU's kernels for attention and likelihoods replace the CPU's, which allocate otherwise."""
     monkeypatch.setattr(attention, "kernels_for", lambda query: allocations)
     for module in (gated, rotary):
@@ -89,7 +89,7 @@ def test_shapes_alone_allocate_what_real_tensors_do(architecture, monkeypatch):
 
 @pytest.mark.parametrize("architecture", list(TARGETS))
 @pytest.mark.parametrize("bits", [4, 16])
-def test_weights_are_counted_as_they_are_held(architecture, bits):
+def test_estimated_memory_of_weights_is_that_of_a_real_model(architecture, bits):
     settings = settings_for(architecture, quantization=Quantization(bits=bits))
     estimator = Estimator(settings, make_config(architecture))
     estimate = estimator.estimate(Pass(2, 30, 20), "none")
@@ -114,7 +114,7 @@ def test_more_tokens_take_more_and_recomputation_takes_less(architecture):
     assert four.kept - two.kept == pytest.approx(2 * (two.kept - one.kept), rel=0.02)
 
 
-def test_logits_are_those_of_a_chunk(falcon):
+def test_memory_of_logits_is_that_of_one_chunk(falcon):
     """However many tokens there are: 512 positions, in the compute type, whose gradients take their place."""
     for supervised in (1600, 3600):
         assert falcon.estimate(Pass(8, 500, supervised), "none").logits == 512 * 384 * 2

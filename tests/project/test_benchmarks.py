@@ -131,13 +131,6 @@ def test_a_row_counts_the_dialogues_tokens_once() -> None:
     assert "not timed: its loss is another" in table({"rows": [row, refused]})
 
 
-def test_profiles_have_unique_names_and_existing_configs() -> None:
-    for profile in PROFILES.values():
-        names = [system.name for system in profile.systems]
-        assert len(set(names)) == len(names)
-        assert all((ROOT / system.config).is_file() for system in profile.systems)
-
-
 def _status_of(script: str, *arguments: str) -> int:
     """The exit status of a benchmark, run in this process."""
     try:
@@ -170,42 +163,39 @@ def test_each_system_is_checked_and_timed(tmp_path: Path, capsys: pytest.Capture
     assert record["versions"]["torch"] and record["date"] and record["device"]
 
 
-def test_the_recorded_command_has_no_paths_of_the_machine() -> None:
+def test_records_name_no_paths_of_the_machine_and_profiles_name_configs_that_exist() -> None:
     typed = "--profile cpu --text /home/me/a.txt --output=/home/me/b.json --model /home/me/c --steps=3"
     recorded = "python benchmarks/train.py --profile cpu --text FILE --model FOLDER --steps=3"
     assert command_of("train.py", typed.split()) == recorded
-
-
-@pytest.mark.parametrize("script", ["train --profile cpu --only kestrel", "evaluate", "preprocess"])
-def test_a_missing_file_gives_one_line(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _status_of(*script.split(), "--text", str(tmp_path / "nowhere.txt")) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "nowhere.txt: no such file" in line
+    for profile in PROFILES.values():
+        names = [system.name for system in profile.systems]
+        assert len(set(names)) == len(names)
+        assert all((ROOT / system.config).is_file() for system in profile.systems)
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "status", "message"),
     [
-        ("train --profile cpu --only kestrle", "trl-dialogues"),
-        ("evaluate --replies 0", "--replies"), ("evaluate --replies -1", "--replies"),
-        ("preprocess --dialogues 0", "--dialogues"), ("preprocess --dialogues many", "--dialogues"),
+        ("train --profile cpu --only kestrel --text nowhere.txt", 1, "nowhere.txt: no such file"),
+        ("evaluate --text nowhere.txt", 1, "nowhere.txt: no such file"),
+        ("preprocess --text nowhere.txt", 1, "nowhere.txt: no such file"),
+        ("train --profile cpu --only kestrle", 2, "trl-dialogues"),
+        ("evaluate --replies 0", 2, "--replies"), ("evaluate --replies -1", 2, "--replies"),
+        ("preprocess --dialogues 0", 2, "--dialogues"), ("preprocess --dialogues many", 2, "--dialogues"),
     ],
 )  # fmt: skip
-def test_usage_errors(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _status_of(*command.split()) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes(command: str, status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status_of(*command.split()) == status
+    said = capsys.readouterr().err
+    assert message in said and (status == 2 or said.startswith("error: ") and said.count("\n") == 1)
 
 
-def test_preprocess_is_timed(tmp_path: Path) -> None:
+def test_preprocess_and_evaluate_are_timed(tmp_path: Path) -> None:
     assert _status_of("preprocess", "--dialogues", "50", "--output", str(tmp_path)) == 0
     record = json.loads((tmp_path / "preprocess-50.json").read_text())
     assert record["dialogues"] == 50 and record["peak_resident_bytes"] > 2**24
     assert record["command"] == "python benchmarks/preprocess.py --dialogues 50"
-
-
-def test_evaluate_is_timed(tmp_path: Path) -> None:
-    output = tmp_path / "evaluate.json"
-    options = "--replies 30 --systems 2 --resamples 100"
-    assert _status_of("evaluate", *options.split(), "--output", str(output)) == 0
-    record = json.loads(output.read_text())
+    options = f"--replies 30 --systems 2 --resamples 100 --output {tmp_path / 'evaluate.json'}"
+    assert _status_of("evaluate", *options.split()) == 0
+    record = json.loads((tmp_path / "evaluate.json").read_text())
     assert (record["replies"], record["systems"]) == (30, 2) and record["seconds"] > 0

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import ROOT, python
 from make_corpora import read
 from make_models import write_base, write_config
 
 import preprocess
 from kestrel.dialogue import Dialogue
 
-ROOT = Path(__file__).resolve().parents[2]
 OWN_DATA = (ROOT / "docs" / "your-own-data.md").read_text(encoding="utf-8")
 
 FILES = dict(re.findall(r"^`([\w.-]+)`:\n\n```\w+\n(.*?)```$", OWN_DATA, re.DOTALL | re.MULTILINE))
@@ -33,8 +31,7 @@ def dialogues_of(path: Path) -> list[Dialogue]:
 
 
 def execute(program: str, folder: Path) -> None:
-    command = [sys.executable, "-W", "error::SyntaxWarning", "-c", program]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = python("-W", "error::SyntaxWarning", "-c", f"import os; os.chdir({str(folder)!r})\n{program}")
     assert done.returncode == 0, done.stderr
 
 
@@ -159,9 +156,6 @@ def test_three_files_are_the_splits_and_two_are_split_as_the_page_says(base, tmp
     (tmp_path / "data" / "test.jsonl").unlink()
     (tmp_path / "data" / "train.jsonl").write_text("".join(map(valid_line, ANIMALS)), encoding="utf-8")
     assert preprocess.main(["--config", str(config)]) == 0
-    rows = {
-        line.split()[0]: line
-        for line in capsys.readouterr().out.splitlines()
-        if "the source's" in line or "cut" in line
-    }
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if "the source's" in line or "cut" in line}
     assert rows["test"].endswith("the source's validation") and rows["validation"].endswith("cut from train")

@@ -70,16 +70,10 @@ def lines_of(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_scripts_have_at_most_120_lines() -> None:
+def test_scripts_files_and_functions_are_short() -> None:
     assert len(SCRIPTS) == 6
     assert [f"{path.name}: {lines_of(path)}" for path in SCRIPTS if lines_of(path) > 120] == []
-
-
-def test_files_have_at_most_350_lines() -> None:
     assert [f"{path.relative_to(ROOT)}: {lines_of(path)}" for path in SOURCES if lines_of(path) > 350] == []
-
-
-def test_functions_have_at_most_60_lines() -> None:
     lengths = {
         f"{path.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
         for path in SOURCES
@@ -89,12 +83,9 @@ def test_functions_have_at_most_60_lines() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
 
 
-def test_at_most_six_modules_are_at_the_top_of_kestrel() -> None:
-    assert len(list(KESTREL.glob("*.py"))) <= 6
-
-
-def test_packages_hold_a_docstring_and_import_nothing() -> None:
+def test_few_modules_are_at_the_top_and_packages_import_nothing() -> None:
     """So that importing one module of a folder does not load torch."""
+    assert len(list(KESTREL.glob("*.py"))) <= 6
     for path in KESTREL.rglob("__init__.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), path

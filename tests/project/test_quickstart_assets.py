@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -16,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from children import ROOT, python
 from make_models import SPECIAL
+from scripts import rows_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
+QUICKSTART = ROOT / "quickstart"
 SPLITS = ("train", "validation", "test")
 
 
 def rows(split: str) -> list[dict[str, Any]]:
-    lines = (QUICKSTART / "dialogues" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return rows_in(QUICKSTART / "dialogues" / f"{split}.jsonl")
 
 
 def replies_of(row: dict[str, Any]) -> list[str]:
@@ -34,9 +32,8 @@ def replies_of(row: dict[str, Any]) -> list[str]:
 
 def run_script(script: str, *options: object) -> None:
     # With its own hash seed, since nothing may depend on the order of a set.
-    environment = os.environ | {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(QUICKSTART / script), *map(str, options)]
-    subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = python(str(QUICKSTART / script), *map(str, options), PYTHONHASHSEED="123")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -48,11 +45,6 @@ def world(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def make_base(world: ModuleType) -> ModuleType:
     return importlib.import_module("make_base")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(QUICKSTART / "base")
 
 
 def attributes(persona: list[str], world: ModuleType) -> frozenset[str]:
@@ -69,16 +61,9 @@ def test_the_committed_dialogues_are_what_the_script_makes_of_seed_1(seed: int, 
         assert ((tmp_path / file.name).read_bytes() == file.read_bytes()) == (seed == 1)
 
 
-def test_sizes() -> None:
-    dialogues = sum(path.stat().st_size for path in (QUICKSTART / "dialogues").iterdir())
-    weights = sum(path.stat().st_size for path in (QUICKSTART / "base").glob("*.safetensors"))
-    assert dialogues <= 1_500_000
-    assert 0 < weights <= 8_000_000
-    assert sum(len(row["turns"]) // 2 for row in rows("test")) >= 300
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_dialogues_are_well_formed(split: str) -> None:
+    assert (QUICKSTART / "dialogues" / f"{split}.jsonl").stat().st_size <= 1_500_000
     assert len({row["dialogue_id"] for row in rows(split)}) == len(rows(split))
     for row in rows(split):
         where = row["dialogue_id"]
@@ -89,11 +74,13 @@ def test_dialogues_are_well_formed(split: str) -> None:
         assert all(text and text == text.strip() and not re.search(r"[A-Z{}\n|<>]", text) for text in texts), where
 
 
-def test_candidates_never_contain_the_reference() -> None:
+def test_replies_of_the_test_split_differ_and_are_not_among_their_candidates() -> None:
     for row in rows("test"):
         for reply, distractors in zip(replies_of(row), row["candidates"], strict=True):
             assert reply not in distractors
             assert len(set(distractors)) == len(distractors) > 0
+    replies = [reply for row in rows("test") for reply in replies_of(row)]
+    assert len(replies) >= 300 and max(Counter(replies).values()) <= 0.03 * len(replies)
 
 
 def test_splits_share_attributes_but_no_persona(world: ModuleType) -> None:
@@ -104,12 +91,7 @@ def test_splits_share_attributes_but_no_persona(world: ModuleType) -> None:
         assert not set(personas[one]) & set(personas[other])
 
 
-def test_no_reply_is_frequent() -> None:
-    replies = [reply for row in rows("test") for reply in replies_of(row)]
-    assert max(Counter(replies).values()) <= 0.03 * len(replies)
-
-
-def test_the_base_has_the_flags_of_falcon_7b() -> None:
+def test_the_base_has_the_flags_of_falcon_7b_and_finite_weights() -> None:
     config = json.loads((QUICKSTART / "base" / "config.json").read_text())
     expected = {
         "model_type": "falcon", "architectures": ["FalconForCausalLM"], "new_decoder_architecture": False,
@@ -120,21 +102,21 @@ def test_the_base_has_the_flags_of_falcon_7b() -> None:
     # Sizes that bitsandbytes' NF4 kernels require of a linear layer.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     assert hidden % 64 == 0 and (hidden + 2 * hidden // heads) % 32 == 0
-
-
-def test_the_weights_load_and_are_finite() -> None:
     model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "base", dtype=torch.float32)
-    assert type(model).__name__ == "FalconForCausalLM"
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert sum(path.stat().st_size for path in (QUICKSTART / "base").glob("*.safetensors")) <= 8_000_000
 
 
-def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b(tokenizer: Any) -> None:
+def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base")
     assert tokenizer.convert_ids_to_tokens(list(range(12))) == SPECIAL
     assert set(tokenizer.all_special_tokens) == set(SPECIAL)
     assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.bos_token) == (11, None, None)
-    assert 11 not in tokenizer("no end token is appended.")["input_ids"]
-    assert set(tokenizer("a text")) == {"input_ids", "attention_mask"}
+    text = "Ünïcode 漢字 🙂\n\ttabs in 1234567 <html> >>x<<, and no end token"
+    encoded = tokenizer(text)
+    assert set(encoded) == {"input_ids", "attention_mask"} and 11 not in encoded["input_ids"]
+    assert tokenizer.decode(encoded["input_ids"]) == text
     chain = json.loads((QUICKSTART / "base" / "tokenizer.json").read_text())["pre_tokenizer"]
     assert chain == {
         "type": "Sequence",
@@ -145,11 +127,6 @@ def test_the_tokenizer_has_the_special_tokens_and_the_pre_tokenizer_of_falcon_7b
             {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": False},
         ],
     }
-
-
-@pytest.mark.parametrize("text", ["i am a nurse, and you?", "Ünïcode 漢字 🙂\n\ttabs", "in 1234567 <html> >>x<<"])
-def test_decoding_restores_the_text(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_make_base_writes_every_file_and_the_same_tokenizer(tmp_path: Path) -> None:

@@ -6,15 +6,13 @@ import importlib
 import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from children import ROOT, python
 
 from kestrel.config.keys import all_keys
 from kestrel.publishing.merge import serving_commands
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
     for page in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")), ROOT / "quickstart" / "README.md")
@@ -35,32 +33,29 @@ TOOL = r"python ((?:quickstart|benchmarks|docs|tools)/\w+\.py)"
 SERVING = serving_commands("merged", "bfloat16").splitlines()
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def stdout_of(*arguments: str) -> str:
+    done = python(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_readme_has_the_two_commands() -> None:
-    assert {"make quickstart", "make test"} <= set(commands_of(PAGES["README.md"]))
-
-
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
 def test_make_targets_exist(command: str) -> None:
-    run("make", "-n", *shlex.split(command, comments=True)[1:])
+    subprocess.run(["make", "-n", *shlex.split(command, comments=True)[1:]], cwd=ROOT, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize("command", sorted({match[1] for command in COMMANDS if (match := re.match(SCRIPT, command))}))
 def test_commands_of_scripts_are_valid(command: str) -> None:
-    assert "run_dir:" in run(sys.executable, *shlex.split(command, comments=True), "--print-config")
+    assert "run_dir:" in stdout_of(*shlex.split(command, comments=True), "--print-config")
 
 
 @pytest.mark.parametrize("tool", sorted({match[1] for command in COMMANDS if (match := re.match(TOOL, command))}))
 def test_tools_exist(tool: str) -> None:
-    run(sys.executable, tool, "--help")
+    stdout_of(tool, "--help")
 
 
 def test_every_command_is_checked_by_some_test() -> None:
+    assert {"make quickstart", "make test"} <= set(commands_of(PAGES["README.md"]))
     checked = re.compile(rf"make |pip install -r requirements|{SCRIPT}|{TOOL}")
     assert not [command for command in COMMANDS if not checked.match(command) and command not in SERVING]
 

@@ -117,15 +117,12 @@ def test_settings_that_were_refused_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(KestrelError), locked_run_folder(str(tmp_path / "run"), "a: 2\n"):
         raise KestrelError("made with other settings")
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
-    with pytest.raises(Interrupted), locked_run_folder(str(tmp_path / "run"), "a: 3\n"):
-        raise Interrupted(15)
-    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 3\n"
-
-
-def test_a_mistyped_run_folder_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KestrelError), locked_run_folder(str(tmp_path / "typo"), "a: 1\n"):
         raise KestrelError("there is no dataset")
     assert not (tmp_path / "typo").exists()
+    with pytest.raises(Interrupted), locked_run_folder(str(tmp_path / "run"), "a: 3\n"):
+        raise Interrupted(15)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 3\n"
 
 
 @pytest.mark.parametrize("name", ["file", "file/run", "x" * 300])
@@ -174,7 +171,7 @@ def test_a_sound_artifact(artifact: Path) -> None:
     + ['{"kind": "thing", "schema_version": 1, "settings": [], "made_from": {}, "files": {}}', "\ufeff{}", "{}{}"]
     + ['{"kind": "thing", "schema_version": "1"}', "9" * 5000, "\x00"],
 )  # fmt: skip
-def test_manifests_that_mean_nothing(artifact: Path, text: str) -> None:
+def test_invalid_manifests_are_refused(artifact: Path, text: str) -> None:
     (artifact / MANIFEST).write_text(text, encoding="utf-8")
     refused(artifact, MANIFEST)
 

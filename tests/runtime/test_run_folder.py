@@ -17,7 +17,7 @@ from kestrel.runtime.run_folder import locked_run_folder
 HOLD = f"with locked_run_folder(sys.argv[1], ''): {WAIT}"
 
 
-def test_one_run_a_folder(tmp_path: Path) -> None:
+def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
     first = child(HOLD, str(tmp_path))
     config = tmp_path / "c.yaml"
     config.write_text(f"run_dir: {tmp_path}\ndata: {{source: s}}\nmodel: {{name: m}}\n")

@@ -56,7 +56,7 @@ SIGNALLED = {
 
 @pytest.mark.parametrize("where", SIGNALLED)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_script_wherever_it_comes(config: str, where: str, number: signal.Signals) -> None:
+def test_a_signal_ends_a_script_at_any_moment(config: str, where: str, number: signal.Signals) -> None:
     done = run_in_a_process(config, "print('begun')\n" + textwrap.dedent(SIGNALLED[where].format(number=int(number))))
     assert (done.returncode, done.stdout) == (128 + number, "begun\n")
     assert done.stderr == f"{INTERRUPTED}\n"
