@@ -41,12 +41,9 @@ def sprung(tmp_path: Path) -> Path:
     return folder
 
 
-def plant(path: Path, sprung: Path, as_torch: bool = True) -> None:
-    """Writes a file that runs code wherever it is unpickled, as torch writes one or as plain pickle."""
-    if as_torch:
-        torch.save({"state": Planted(sprung)}, path)
-    else:
-        path.write_bytes(pickle.dumps(Planted(sprung)))
+def plant(path: Path, sprung: Path) -> None:
+    """Writes a file, as torch writes one, that runs code wherever it is unpickled."""
+    torch.save({"state": Planted(sprung)}, path)
 
 
 def hash_again(folder: Path) -> None:
@@ -55,11 +52,10 @@ def hash_again(folder: Path) -> None:
     write_json(folder / MANIFEST, with_own_hash({**manifest, "files": files_below(folder)}))
 
 
-@pytest.mark.parametrize("as_torch", [True, False])
-def test_a_base_of_pickled_weights_is_refused(prepared: Experiment, tmp_path, sprung, capsys, as_torch):
+def test_a_base_of_pickled_weights_is_refused(prepared: Experiment, tmp_path, sprung, capsys):
     base = shutil.copytree(prepared.base, tmp_path / "base")
     (base / "model.safetensors").unlink()
-    plant(base / "pytorch_model.bin", sprung, as_torch)
+    plant(base / "pytorch_model.bin", sprung)
     arguments = prepared.copy_to(tmp_path / "run")
     assert train.main([*arguments, "--model.name", str(base)]) == 1
     assert "cannot load the weights of model.name" in capsys.readouterr().err
@@ -147,15 +143,6 @@ def test_a_chat_template_cannot_reach_python(prepared: Experiment, tmp_path, cap
     arguments = prepared.arguments("--run_dir", str(tmp_path / "run"), "--model.name", str(base))
     assert preprocess.main([*arguments, "--prompt.format", "chat"]) == 1
     assert "chat template fails" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("document", ["!!python/object/apply:os.mkdir [{0}]", "!!python/name:os.mkdir ''"])
-def test_yaml_makes_no_objects(tmp_path, sprung, capsys, document):
-    config = tmp_path / "config.yaml"
-    config.write_text(f"seed: {document.format(sprung)}\n")
-    assert preprocess.main(["--config", str(config)]) == 2
-    assert f"{config}:1: " in capsys.readouterr().err
-    assert not sprung.exists()
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar"])
