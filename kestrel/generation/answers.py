@@ -267,8 +267,8 @@ def _shard(lengths: np.ndarray, tokens_per_step: int) -> int:
 
 
 def _mark(done: int, shard: bytes) -> str:
-    """The line that closes a shard. Its hash keeps a run from going on after rows that were damaged meanwhile."""
-    return json.dumps({"dialogues_done": done, "sha256": hashlib.sha256(shard).hexdigest()}) + "\n"
+    """The line that closes a shard. Its hash, of the count and the rows, finds damage before a run continues after it."""
+    return json.dumps({"dialogues_done": done, "sha256": hashlib.sha256(b"%d\n" % done + shard).hexdigest()}) + "\n"
 
 
 def _keep_complete_shards(partial: Path, identity: str, dataset: Dataset) -> int:
