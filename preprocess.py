@@ -61,7 +61,7 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
 
     from kestrel.data import report
     from kestrel.data.dataset import settings_that_shape, write_split
-    from kestrel.data.read_counts import ReadCounts
+    from kestrel.data.read_counts import ReadCounts, reasons
     from kestrel.data.splits import Splitter
     from kestrel.errors import KestrelError
     from kestrel.runtime.atomic import write_json
@@ -80,9 +80,9 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
     for split in splitter.splits:
         dialogues = tqdm(splitter.read(split, counts[split]), split, unit=" dialogues", disable=None, leave=False)
         statistics[split] = write_split(dialogues, prompt, folder / split)
-        if not statistics[split].dialogues:
+        if not statistics[split].lengths:
             raise KestrelError(
-                f"no dialogue of {data.source} is left for {split} ({statistics[split].why_dropped()}); "
+                f"no dialogue of {data.source} is left for {split} ({reasons(statistics[split].dropped)}); "
                 "raise prompt.max_length, or the split's fraction"
             )
     write_json(folder / "statistics.json", report.as_json(splitter, statistics, counts))

@@ -72,7 +72,7 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
     from kestrel.data.reading import Reading
     from kestrel.errors import KestrelError
 
-    dialogues = [dialogue for dialogue, _ in Reading(open_corpus(text), "train").dialogues()]
+    dialogues = [dialogue for dialogue, *_ in Reading(open_corpus(text), "train").dialogues()]
     rows = list(islice(contexts(dialogues), replies))
     files = [work / f"system-{number}.jsonl" for number in range(systems)]
     for number, path in enumerate(files):

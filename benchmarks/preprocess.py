@@ -47,7 +47,7 @@ class Words:
         from kestrel.data.reading import Reading
 
         counts: Counter[str] = Counter()
-        for dialogue, _ in Reading(open_corpus(text), "train").dialogues():
+        for dialogue, *_ in Reading(open_corpus(text), "train").dialogues():
             for said in (*dialogue.persona, *(turn.text for turn in dialogue.turns)):
                 counts.update(re.findall(r"[^\W_]+|[.,!?]", said.lower()))
         self._words = list(counts)

@@ -131,7 +131,7 @@ def read_dialogues(text: str) -> list[Dialogue]:
     from kestrel.data.corpus import open_corpus
     from kestrel.data.reading import Reading
 
-    return [dialogue for dialogue, _ in Reading(open_corpus(text), "train").dialogues()]
+    return [dialogue for dialogue, *_ in Reading(open_corpus(text), "train").dialogues()]
 
 
 def _lines(dialogues: list[Dialogue]) -> Iterator[str]:

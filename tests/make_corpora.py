@@ -10,7 +10,7 @@ from typing import Any
 
 from kestrel.data.corpus import open_corpus
 from kestrel.data.read_counts import ReadCounts
-from kestrel.data.reading import Reading
+from kestrel.data.reading import Reading, require_unique_ids
 from kestrel.dialogue import Dialogue, Turn
 
 PERSONA = ["i like tea .", "i have two dogs ."]
@@ -84,7 +84,8 @@ def read(
 ) -> tuple[list[Dialogue], ReadCounts]:
     reading = Reading(open_corpus(source, format, both_sides=both_sides), split)
     dialogues, counts = [], ReadCounts()
-    for dialogue, counted in reading.dialogues():
+    require_unique_ids([reading])
+    for dialogue, counted, _ in reading.dialogues():
         dialogues.append(dialogue)
         counts.add(counted)
     counts.add(reading.rest)

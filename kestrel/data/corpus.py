@@ -1,13 +1,4 @@
-"""A source of dialogues in any published form of Persona-Chat, or Kestrel's own.
-
-    corpus = open_corpus("train_self_original.txt")
-    splitter = Splitter(corpus)                              # kestrel.data.splits
-    counts = ReadCounts()                                    # kestrel.data.read_counts
-    for dialogue in splitter.read("train", counts): ...
-    print(counts.table())
-
-A module for each format reads raw dialogues; `repair.repair` is the one way from there to a dialogue.
-"""
+"""A source of dialogues: found, recognized, and read by the module of its format."""
 
 from __future__ import annotations
 
@@ -28,7 +19,6 @@ class Corpus:
     """Dialogues of one source.
 
     Attributes:
-        source: as given.
         format: a key of `FORMATS`.
         paths: the local files that it is read from (for a hub set: in the Hub's cache).
         fingerprint: file name -> sha256; for a hub set also "hub id" and "hub revision" (the commit).
@@ -43,7 +33,6 @@ class Corpus:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that the source has."""
         return tuple(self.files)
 
     def raw_dialogues(self, split: str, counts: ReadCounts) -> Iterator[RawDialogue]:
@@ -67,10 +56,9 @@ def open_corpus(source: str, format: str = "auto", *, revision: str | None = Non
     located = locate(source, revision)
     files: dict[str, list[SourceFile]] = {}
     for split, parts in located.files.items():
-        prefixes = [split] if len(parts) == 1 else [f"{split}.{number}" for number in range(len(parts))]
-        files[split] = [
-            replace(part, id_prefix=prefix, both_sides=both_sides) for part, prefix in zip(parts, prefixes, strict=True)
-        ]
+        for number, part in enumerate(parts):
+            prefix = split if len(parts) == 1 else f"{split}.{number}"
+            files.setdefault(split, []).append(replace(part, id_prefix=prefix, both_sides=both_sides))
     formats = {file.path: recognize(file, format) for parts in files.values() for file in parts}
     if len(set(formats.values())) > 1:
         found = ", ".join(f"{path.name} is {name}" for path, name in formats.items())

@@ -13,36 +13,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.config.settings import Settings
-from kestrel.data.split_statistics import SplitStatistics
+from kestrel.data.report import SplitStatistics
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt, Rendered, Unrenderable
 from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, sha256_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 _BATCH = 1000  # dialogues that are rendered together
 _ARROW_FILE = "data-00000-of-00001.arrow"
 
 
 def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> SplitStatistics:
-    """Renders dialogues and writes them as `Dataset.save_to_disk` does, with no more than a batch in memory.
+    """Renders dialogues and writes them into a new folder as `Dataset.save_to_disk` does, a batch in memory.
 
     `Dataset.from_generator` and `save_to_disk` write the same rows twice, and a fingerprint that differs each time.
-
-    Args:
-        dialogues: consumed once.
-        prompt: how they become tokens.
-        folder: where the split is written; it must not exist.
     """
-    from datasets import DatasetInfo
+    from datasets import DatasetInfo, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
+    texts, integers = List(Value("string")), List(Value("int32"))
+    features = Features(
+        {
+            "dialogue_id": Value("string"),
+            "persona": texts,
+            "partner_persona": texts,
+            "turns": List({"speaker": Value("string"), "text": Value("string")}),
+            "candidates": List(texts),
+            "input_ids": integers,
+            "labels": integers,
+            "reply_spans": List(integers),
+        }
+    )
     statistics = SplitStatistics()
     remaining = iter(dialogues)
     folder.mkdir(parents=True)
-    with ArrowWriter(path=str(folder / _ARROW_FILE), features=_features()) as writer:
+    with ArrowWriter(path=str(folder / _ARROW_FILE), features=features) as writer:
         while batch := list(islice(remaining, _BATCH)):
             for dialogue, rendered in zip(batch, prompt.render_all(batch), strict=True):
                 if isinstance(rendered, Unrenderable):
@@ -51,7 +59,7 @@ def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> 
                     statistics.add(dialogue, rendered)
                     writer.write(_row(dialogue, rendered))
         writer.finalize()
-    DatasetInfo(features=_features()).write_to_directory(str(folder))
+    DatasetInfo(features=features).write_to_directory(str(folder))
     state: dict[str, Any] = {
         "_data_files": [{"filename": _ARROW_FILE}],
         "_fingerprint": sha256_of(folder / _ARROW_FILE)[:16],
@@ -65,35 +73,12 @@ def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> 
     return statistics
 
 
-def _features() -> Features:
-    from datasets import Features, List, Value
-
-    texts, integers = List(Value("string")), List(Value("int32"))
-    return Features(
-        {
-            "dialogue_id": Value("string"),
-            "persona": texts,
-            "partner_persona": texts,
-            "turns": List({"speaker": Value("string"), "text": Value("string")}),
-            "candidates": List(texts),
-            "input_ids": integers,
-            "labels": integers,
-            "reply_spans": List(integers),
-        }
-    )
-
-
 def _row(dialogue: Dialogue, rendered: Rendered) -> dict[str, Any]:
-    return {
-        "dialogue_id": dialogue.dialogue_id,
-        "persona": dialogue.persona,
-        "partner_persona": dialogue.partner_persona,
-        "turns": [turn._asdict() for turn in dialogue.turns],
-        "candidates": dialogue.candidates,
-        "input_ids": rendered.input_ids,
-        "labels": rendered.labels,
-        "reply_spans": rendered.reply_spans,
-    }
+    row = vars(dialogue) | vars(rendered) | {"labels": rendered.labels}
+    row["turns"] = [turn._asdict() for turn in dialogue.turns]
+    for key in ("conversation_id", "first_turn"):
+        del row[key]
+    return row
 
 
 def dialogue_of(row: dict[str, Any]) -> Dialogue:
@@ -109,8 +94,7 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
     """The settings on which the dataset depends."""
-    data = settings.data.model_dump()
-    return {"data": data, "prompt": settings.prompt.model_dump(), "seed": settings.seed}
+    return settings.model_dump(include={"data", "prompt", "seed"})
 
 
 def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path, dict[str, Any]]:
@@ -155,21 +139,22 @@ def lengths_of(dataset: Dataset) -> np.ndarray:
     """Tokens of each row, int64, from the lists' lengths."""
     import pyarrow.compute as pc
 
-    if not len(dataset):
-        return np.zeros(0, np.int64)
-    return np.asarray(pc.list_value_length(dataset.with_format("arrow")[:]["input_ids"])).astype(np.int64)
+    return np.asarray(pc.list_value_length(_column(dataset, "input_ids"))).astype(np.int64)
 
 
 def supervised_of(dataset: Dataset) -> np.ndarray:
     """Supervised tokens of each row, int64, from the reply spans."""
     import pyarrow.compute as pc
 
-    if not len(dataset):
-        return np.zeros(0, np.int64)
-    spans_of_rows = dataset.with_format("arrow")[:]["reply_spans"].combine_chunks()
+    spans_of_rows = _column(dataset, "reply_spans")
     rows = np.asarray(pc.list_parent_indices(spans_of_rows))
     spans = np.asarray(pc.list_flatten(pc.list_flatten(spans_of_rows))).reshape(-1, 2)
     return np.bincount(rows, weights=spans[:, 1] - spans[:, 0], minlength=len(dataset)).astype(np.int64)
+
+
+def _column(dataset: Dataset, name: str) -> Any:
+    """A column as one Arrow array."""
+    return dataset.with_format("arrow")[:][name].combine_chunks()
 
 
 def print_rows(dataset: Dataset, prompt: Prompt, count: int) -> None:

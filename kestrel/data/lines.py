@@ -25,8 +25,7 @@ def first_bytes(path: Path) -> bytes:
     """The first bytes of a data file, without byte order mark and leading white space.
 
     Raises:
-        KestrelError: the file cannot be read, is empty, or is clearly something else (an archive, a web page, a Git LFS
-            pointer, UTF-16).
+        KestrelError: the file cannot be read, is empty, or is clearly something else.
     """
     try:
         with path.open("rb") as file:

@@ -22,15 +22,13 @@ _NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|state)\b", 
 # Which files of a known hub set are the data, and in which revision: `datasets` (4.0 and later) does not run the loading
 # script of personachat_truecased, but the Hub keeps a converted copy.
 _HUB_FILES = {
-    "AlekseyKorshuk/persona-chat": (None, ["data/*.parquet"]),
-    "Cynaptics/persona-chat": (None, ["data/*.parquet"]),
     "bavard/personachat_truecased": ("refs/convert/parquet", ["full/*.parquet"]),
-    "google/Synthetic-Persona-Chat": (None, ["data/Synthetic-Persona-Chat_*.csv"]),
+    "google/Synthetic-Persona-Chat": ("main", ["data/Synthetic-Persona-Chat_*.csv"]),
 }
 
 
 class Located(NamedTuple):
-    """Files by split (in the order train, validation, test), the folder they are below, and their commit on the Hub."""
+    """Files by split (in the order of SPLITS), the folder they are below, and their commit on the Hub."""
 
     files: dict[str, list[SourceFile]]
     root: Path
@@ -112,10 +110,8 @@ def _download(repo_id: str, revision: str | None) -> Located:
     """Downloads the files of a hub set into the Hub's cache, unless it has them, and treats them as a folder."""
     import huggingface_hub
 
-    default, patterns = _HUB_FILES.get(repo_id, (None, [f"*{suffix}" for suffix in SUFFIXES]))
-    revision = revision or default or "main"
-    if revision != default and repo_id == "bavard/personachat_truecased":
-        patterns = ["*.parquet"]
+    default, patterns = _HUB_FILES.get(repo_id, ("main", [f"*{suffix}" for suffix in SUFFIXES]))
+    revision = revision or default
     use_cache_without_network()
     try:
         snapshot = Path(

@@ -17,7 +17,6 @@ class SourceFile:
     """A file, or one section of a JSON file, that belongs to one split.
 
     Attributes:
-        path: the local file.
         section: of a JSON object of lists, the key whose list is meant; None: the whole file.
         id_prefix: begins the ids of dialogues that the source does not name.
         both_sides: whether a conversation whose personas are both known yields a dialogue for each owner.
@@ -31,7 +30,6 @@ class SourceFile:
     counts: ReadCounts = field(default_factory=ReadCounts)
 
     def rows(self) -> Iterator[Row]:
-        """The rows of a JSON, CSV or Parquet file, from the first one."""
         return rows(self.path, self.section)
 
     def dialogue_id(self, index: int) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pickle  # noqa: TID251  of dialogues in a file without a name
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from kestrel.data.corpus import Corpus
-from kestrel.data.read_counts import ReadCounts
+from kestrel.data.read_counts import ReadCounts, reasons
 from kestrel.data.repair import persona_key, repair, stable_hash
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
@@ -27,8 +27,6 @@ class Reading:
     are 44 bytes for each.
 
     Args:
-        corpus: the source.
-        split: one of `corpus.splits`.
         seed: of the ranks.
         folder: on whose disk the file is; None: the system's folder for temporary files.
 
@@ -39,7 +37,7 @@ class Reading:
         rest: what was counted after the last dialogue.
 
     Raises:
-        KestrelError: malformed input, no dialogue that could be kept, or a dialogue_id that occurs twice.
+        KestrelError: malformed input, or no dialogue that could be kept.
     """
 
     def __init__(self, corpus: Corpus, split: str, seed: int = 0, folder: Path | None = None):
@@ -47,42 +45,33 @@ class Reading:
         self._ends = array("Q", [0])
         self.rest = ReadCounts()
         keys = array("Q")
-        try:
-            with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
-                for raw in corpus.raw_dialogues(split, self.rest):
-                    dialogue = repair(raw, self.rest)
-                    if dialogue is not None:
-                        keys.extend(_keys(dialogue, seed))
-                        record = pickle.dumps((dialogue, self.rest, raw.where), pickle.HIGHEST_PROTOCOL)
-                        self._ends.append(self._ends[-1] + self._file.write(record))
-                        self.rest.clear()
-                        bar.update()
-        finally:  # a repeated id comes before what stopped the reader
-            self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
-            require_unique_ids(self)
-        if not len(self.ranks):
-            why = self.rest.why_dropped() or "it has none"
+        with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
+            for raw in corpus.raw_dialogues(split, self.rest):
+                dialogue = repair(raw, self.rest)
+                if dialogue is not None:
+                    keys.extend(_keys(dialogue, seed))
+                    record = pickle.dumps((dialogue, self.rest, raw.where), pickle.HIGHEST_PROTOCOL)
+                    self._ends.append(self._ends[-1] + self._file.write(record))
+                    self.rest.clear()
+                    bar.update()
+        if not keys:
+            why = reasons(self.rest.dropped) or "it has none"
             raise KestrelError(f"{corpus.source}: the {split} split yields no dialogue ({why}).")
+        self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
 
-    def dialogues(self, chosen: Iterable[int] | None = None) -> Iterator[tuple[Dialogue, ReadCounts]]:
-        """Dialogues, each with what was counted since the dialogue before it in the source.
+    def dialogues(self, chosen: Iterable[int] | None = None) -> Iterator[tuple[Dialogue, ReadCounts, str]]:
+        """Dialogues, each with what was counted since the dialogue before it in the source, and its place there.
 
         Args:
             chosen: indices in the order of the source; None: all.
         """
         for index in range(len(self.ranks)) if chosen is None else chosen:
-            dialogue, counts, _ = self.record(index)
-            yield dialogue, counts
-
-    def record(self, index: int) -> tuple[Dialogue, ReadCounts, str]:
-        """A dialogue, what was counted since the one before it, and its place in the source."""
-        start, end = self._ends[index], self._ends[index + 1]
-        self._file.seek(start)
-        record: tuple[Dialogue, ReadCounts, str] = pickle.loads(self._file.read(end - start))  # noqa: S301
-        return record
+            start, end = self._ends[index], self._ends[index + 1]
+            self._file.seek(start)
+            yield pickle.loads(self._file.read(end - start))  # noqa: S301
 
 
-def require_unique_ids(*readings: Reading) -> None:
+def require_unique_ids(readings: Collection[Reading]) -> None:
     """Looks for two equal hashes: sorted, not as a set, which takes ten times the memory.
 
     Raises:
@@ -94,10 +83,8 @@ def require_unique_ids(*readings: Reading) -> None:
     if len(repeated):
         second = repeated.min()
         first = np.flatnonzero(ranks == ranks[second])[0]
-        records = [(reading, index) for reading in readings for index in range(len(reading.ranks))]
-        (dialogue, _, here), (_, _, there) = (
-            reading.record(index) for reading, index in (records[second], records[first])
-        )
+        records = (record for reading in readings for record in reading.dialogues())
+        (_, _, there), (dialogue, _, here) = (record for at, record in enumerate(records) if at in (first, second))
         raise KestrelError(
             f"{here}: the dialogue_id {dialogue.dialogue_id!r} is used at {there} already; make it unique."
         )

@@ -60,10 +60,6 @@ def repair(raw: RawDialogue, counts: ReadCounts) -> Dialogue | None:
     Texts are stripped; line breaks become spaces; other control characters and lone surrogates are removed; empty
     turns are removed; neighbours by one speaker are merged (without their candidates, which answered half of the reply);
     the partner's turns after the last reply are removed, since nothing in them can be learned or scored.
-
-    Args:
-        raw: what a reader found.
-        counts: `read`, `kept` or `dropped`, and `repaired` are increased by what was done.
     """
     counts.read += 1
     where = raw.where
@@ -92,17 +88,11 @@ def repair(raw: RawDialogue, counts: ReadCounts) -> Dialogue | None:
         counts.drop("no reply by the persona's owner", where)
         return None
     counts.repair("turns removed: by the partner after the last reply", where, len(merged) - 1 - replies[-1])
-    merged = merged[: replies[-1] + 1]
-
-    counts.kept += 1
+    turns = tuple([Turn(turn.speaker, turn.text) for turn in merged[: replies[-1] + 1]])
     candidates = tuple([_distractors(merged[index], where, counts) for index in replies])
+    counts.kept += 1
     return Dialogue(
-        dialogue_id=raw.dialogue_id,
-        conversation_id=conversation_id,
-        persona=persona,
-        partner_persona=partner_persona,
-        turns=tuple([Turn(turn.speaker, turn.text) for turn in merged]),
-        candidates=candidates if any(candidates) else (),
+        raw.dialogue_id, persona, turns, conversation_id, partner_persona, candidates if any(candidates) else ()
     )
 
 
@@ -125,8 +115,6 @@ def _texts(texts: Iterable[str], unit: str, where: str, counts: ReadCounts) -> t
 
 
 def _distractors(turn: RawTurn, where: str, counts: ReadCounts) -> tuple[str, ...]:
-    if not turn.candidates:
-        return ()
     cleaned = _texts(turn.candidates, "candidates", where, counts)
     counts.repair("candidates removed: the gold reply among the distractors", where, cleaned.count(turn.text))
     return tuple(text for text in cleaned if text != turn.text)

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kestrel.data.read_counts import ReadCounts
-from kestrel.data.split_statistics import SplitStatistics
 from kestrel.data.splits import Splitter
+from kestrel.dialogue import Dialogue
+from kestrel.prompt.prompt import Rendered
+
+
+@dataclass
+class SplitStatistics:
+    """Counts of one split of a dataset. Lengths are in tokens."""
+
+    replies: int = 0
+    supervised_tokens: int = 0
+    truncated_dialogues: int = 0
+    turns_cut: int = 0
+    replies_cut: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
+
+    def add(self, dialogue: Dialogue, rendered: Rendered) -> None:
+        """Counts a dialogue that is written."""
+        self.replies += len(rendered.reply_spans)
+        self.supervised_tokens += sum([end - start for start, end in rendered.reply_spans])
+        self.truncated_dialogues += rendered.first_turn > 0
+        self.turns_cut += rendered.first_turn
+        self.replies_cut += sum([turn.speaker == "self" for turn in dialogue.turns[: rendered.first_turn]])
+        self.lengths.append(len(rendered.input_ids))
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts, and shares and percentiles made of them."""
+        lengths = np.asarray(self.lengths or [0])
+        tokens = int(lengths.sum())
+        return {
+            "dialogues": len(self.lengths),
+            "replies": self.replies,
+            "tokens": tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "supervised_share": self.supervised_tokens / max(1, tokens),
+            "tokens_a_dialogue": {
+                "mean": float(lengths.mean()),
+                **{f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)},
+                "max": int(lengths.max()),
+            },
+            "truncated_dialogues": self.truncated_dialogues,
+            "turns_cut": self.turns_cut,
+            "replies_cut": self.replies_cut,
+            "dropped_at_rendering": dict(self.dropped),
+        }
 
 
 def as_json(
@@ -18,11 +67,11 @@ def as_json(
         split: {
             "origin": splitter.origin[split],
             "persona_overlap": splitter.persona_overlap.get(split),
-            "read": counts[split].read,
-            "dropped": dict(counts[split].dropped),
-            "repaired": dict(counts[split].repaired),
+            "read": read.read,
+            "dropped": dict(read.dropped),
+            "repaired": dict(read.repaired),
         }
-        for split in splitter.splits
+        for split, read in counts.items()
     }
     return {"splits": {split: each.as_json() for split, each in statistics.items()}, "corpus": corpus}
 
@@ -35,8 +84,8 @@ def as_text(splitter: Splitter, statistics: Mapping[str, SplitStatistics], count
         values, origin = each.as_json(), splitter.origin[split]
         lengths = values["tokens_a_dialogue"]
         lines.append(
-            f"{split:<11}{each.dialogues:>10,}{each.replies:>9,}{each.tokens:>12,}{values['supervised_share']:>12.1%}"
-            f"{lengths['p50']:>8,}{lengths['max']:>7,}{each.turns_cut:>11,}  "
+            f"{split:<11}{values['dialogues']:>10,}{each.replies:>9,}{values['tokens']:>12,}"
+            f"{values['supervised_share']:>12.1%}{lengths['p50']:>8,}{lengths['max']:>7,}{each.turns_cut:>11,}  "
             + (origin if "cut" in origin else f"the source's {origin}")
         )
         lines += [f"  {count:,} dropped: {reason}" for reason, count in each.dropped.items()]

@@ -20,7 +20,7 @@ SECTIONS = {"train": "train", "valid": "validation", "validation": "validation",
 
 _CHUNK = 2**20
 _JSON_SECTIONS = re.compile(rb'\{\s*"(train|valid|validation|dev|test)"\s*:\s*\[')
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 _NUMBERED = re.compile(rb"\d+ \S")
 
 
@@ -68,11 +68,7 @@ class Row:
 
 
 def file_type(path: Path) -> FileType:
-    """The type of a file, by its first bytes.
-
-    Raises:
-        KestrelError: the file is empty, or plainly not data (see `lines.first_bytes`).
-    """
+    """The type of a file, by its first bytes."""
     start = first_bytes(path)
     if start.startswith(b"PAR1"):
         return "parquet"
@@ -89,11 +85,11 @@ def sections(path: Path) -> list[str]:
 
 
 def rows(path: Path, section: str | None = None) -> Iterator[Row]:
-    """Streams the rows of a file in bounded memory.
+    """Streams the rows of a JSON, CSV or Parquet file in bounded memory.
+
+    JSON is an array of objects, an object of such arrays by split, or objects one after the other (JSON lines).
 
     Args:
-        path: a JSON, CSV or Parquet file. JSON is an array of objects, an object of such arrays by split, or objects one
-            after the other (JSON lines).
         section: for a JSON object of arrays, the key whose array is meant; None: all.
 
     Raises:
@@ -113,7 +109,7 @@ def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     reader = csv.reader((line for _, line in text_lines(path)), strict=True)
     try:
-        columns = next(reader)
+        columns = next(reader, [])
         if len(set(columns)) != len(columns):
             raise KestrelError(f"{path}:1: a column name occurs twice in {columns}.")
         start = reader.line_num + 1
@@ -126,8 +122,6 @@ def _csv(path: Path) -> Iterator[Row]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise KestrelError(f"{path}:{reader.line_num}: not CSV ({error}); is a quotation mark left open?") from error
-    except StopIteration:
-        raise KestrelError(f"{path}: the file has no header line.") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -156,10 +150,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             end = ","
             while end == ",":
                 key = json_text.value(str)
-                if key not in SECTIONS or key in seen:
-                    raise KestrelError(
-                        f"{json_text.place()}: the key {key!r} is not one of {list(SECTIONS)}, each once."
-                    )
+                if key not in {*SECTIONS} - seen:
+                    raise KestrelError(f"{json_text.place()}: the key {key!r} is not one of {[*SECTIONS]}, each once.")
                 seen.add(key)
                 json_text.take(":")
                 yield from _json_array(json_text, key)
@@ -197,10 +189,12 @@ class _JsonText:
 
     def peek(self) -> str:
         """The next character that is not blank, "" at the end."""
-        while True:
-            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches anything
-            if self._at < len(self._text) or not self._more(_CHUNK):
-                return self._text[self._at : self._at + 1]
+        while not (found := _NOT_BLANK.search(self._text, self._at)):
+            self._at = len(self._text)
+            if not self._more(_CHUNK):
+                return ""
+        self._at = found.start()
+        return found[0]
 
     def take(self, expected: str) -> str:
         """Consumes the next character, which must be one of `expected`."""
@@ -219,12 +213,12 @@ class _JsonText:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 break
-            except (ValueError, RecursionError) as error:
-                too_deep = isinstance(error, RecursionError)
+            except RecursionError as error:
+                raise KestrelError(f"{self.place()}: not JSON (nested too deeply).") from error
+            except ValueError as error:
                 offset = getattr(error, "pos", self._at) - self._at  # `_more` moves the text
-                if too_deep or len(self._text) - self._at > LONGEST_LINE or not self._more(size):
-                    begins = self.place()
-                    reason = "nested too deeply" if too_deep else str(error)
+                if len(self._text) - self._at > LONGEST_LINE or not self._more(size):
+                    begins, reason = self.place(), str(error)
                     if isinstance(error, json.JSONDecodeError):
                         line = self._line_of(self._at + offset)
                         reason = f"{error.msg} at character {offset + 1} of the value, line {line}"

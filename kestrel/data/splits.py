@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kestrel.data.corpus import Corpus
-from kestrel.data.read_counts import ReadCounts
+from kestrel.data.read_counts import ReadCounts, reasons
 from kestrel.data.reading import Reading, require_unique_ids
 from kestrel.data.repair import stable_hash
 from kestrel.dialogue import SPLITS, Dialogue
@@ -35,7 +35,6 @@ class Splitter:
     The constructor reads the corpus, once, into a file without a name; some 70 bytes a dialogue are in memory.
 
     Args:
-        corpus: what to split.
         validation_fraction: share of train's personas that make the validation set, where the source has none; 0: no
             validation set.
         test_fraction: the same for the test set.
@@ -67,10 +66,8 @@ class Splitter:
         source_split = {split: split for split in corpus.splits}
         if corpus.splits == ("train", "validation"):
             source_split = {"train": "train", "test": "validation"}
-        fractions = {"test": test_fraction, "validation": validation_fraction}
-        self._fractions = {
-            split: share for split, share in fractions.items() if share > 0 and split not in source_split
-        }
+        shares = {"test": test_fraction, "validation": validation_fraction}
+        self._fractions = {split: share for split, share in shares.items() if share > 0 and split not in source_split}
         self._source_split = source_split | {split: "train" for split in self._fractions}
         self.splits = tuple(split for split in SPLITS if split in self._source_split)
         self.origin = {
@@ -78,7 +75,7 @@ class Splitter:
         }
 
         self._readings = {split: Reading(corpus, split, seed, folder) for split in corpus.splits}
-        require_unique_ids(*self._readings.values())
+        require_unique_ids(self._readings.values())
         # Of each dialogue of a split of the source: its split, as an index of SPLITS, and why it is left out of that
         # split, as an index of _REASONS.
         self._assigned: dict[str, np.ndarray] = {}
@@ -98,29 +95,25 @@ class Splitter:
         The counts of the splits cut from one split of the source add up to the counts of that split: a dialogue that the
         reader drops counts for the split of the dialogue that follows it.
 
-        Args:
-            split: one of `splits`.
-            counts: increased by what reading the source counted for this split.
-
         Raises:
             KestrelError: no dialogue is left.
         """
         name = self._source_split[split]
         chosen = np.flatnonzero(self._assigned[name] == SPLITS.index(split))
-        reasons = self._reasons[name][chosen]
-        for index, (dialogue, since_last) in zip(reasons, self._readings[name].dialogues(chosen), strict=True):
+        why = self._reasons[name][chosen]
+        for index, (dialogue, since_last, where) in zip(why, self._readings[name].dialogues(chosen), strict=True):
             reason = _REASONS[index]
             if reason is not None:
                 since_last.kept -= 1
-                since_last.drop(reason, f"dialogue {dialogue.dialogue_id}")
+                since_last.drop(reason, where)
             counts.add(since_last)
             if reason is None:
                 yield dialogue
         if self.origin[split] == name:
             counts.add(self._readings[name].rest)
-        if reasons.all():
+        if why.all():
             raise KestrelError(
-                f"{self.corpus.source}: no dialogue is left for the {split} split ({counts.why_dropped()})."
+                f"{self.corpus.source}: no dialogue is left for the {split} split ({reasons(counts.dropped)})."
             )
 
     def _cut(self, train: Reading) -> None:
@@ -161,11 +154,11 @@ class Splitter:
     def _limit(self, limit: int) -> None:
         for split in self.splits:
             name = self._source_split[split]
-            ranks, reasons = self._readings[name].ranks, self._reasons[name]
-            left = (self._assigned[name] == SPLITS.index(split)) & (reasons == 0)
+            ranks, why = self._readings[name].ranks, self._reasons[name]
+            left = (self._assigned[name] == SPLITS.index(split)) & (why == 0)
             if left.sum() > limit:
                 last = np.partition(ranks[left], limit - 1)[limit - 1]
-                reasons[left & (ranks > last)] = _REASONS.index(TOO_MANY)
+                why[left & (ranks > last)] = _REASONS.index(TOO_MANY)
 
 
 def _indexed(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

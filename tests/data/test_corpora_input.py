@@ -63,9 +63,6 @@ BAD = [
     (json.dumps({"persona": ["a"], "turns": [{"speaker": "self"}]}), r"turns\[0\]: 'text' must be a text"),
     (json.dumps(OWN | {"candidates": [["a"]]}), "one list for each of 3 replies"),
     (json.dumps(OWN | {"dialogue_id": "d"}) + "\n" + json.dumps(OWN | {"dialogue_id": "d"}), "x:2: .*'d' .*data.x:1 "),
-    # Of two faults, the one that stands first.
-    ("\n".join([json.dumps(OWN | {"dialogue_id": "d"})] * 2 + ["{"]), "x:2: .*'d' .*data.x:1 "),
-    ("\n".join([json.dumps(OWN | {"dialogue_id": "d"}), "{", json.dumps(OWN | {"dialogue_id": "d"})]), "x:2: not JSON"),
     (json.dumps(OWN | {"dialogue_id": "a\ud800"}), "'dialogue_id' must be a printable text or a whole number"),
     (json.dumps(OWN | {"persona": []}), "yields no dialogue .*1: no persona"),
     (json.dumps(OWN | {"turns": OWN["turns"][:1]}), "yields no dialogue .*1: no reply"),

@@ -25,6 +25,7 @@ from kestrel.data.dataset import (
     settings_that_shape,
     write_split,
 )
+from kestrel.data.read_counts import reasons
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt
@@ -83,7 +84,7 @@ def test_rows_hold_the_dialogue_and_its_rendering(tmp_path: Path, max_length: in
     assert rows.column_names == [
         *("dialogue_id", "persona", "partner_persona", "turns", "candidates", "input_ids", "labels", "reply_spans")
     ]
-    assert len(rows) == written.dialogues
+    assert len(rows) == len(written.lengths)
     by_id = {dialogue.dialogue_id: dialogue for dialogue in dialogues}
     for row in rows:
         dialogue = by_id[row["dialogue_id"]]
@@ -146,13 +147,13 @@ def test_dropped_by_reason(tmp_path: Path) -> None:
     ]
     statistics = write_split(dialogues, Prompt(made, "plain", 64), tmp_path / "train")
     assert statistics.dropped == Counter({"reply without a token": 2, "longer than prompt.max_length": 1})
-    assert statistics.why_dropped() == "2: reply without a token; 1: longer than prompt.max_length"
+    assert reasons(statistics.dropped) == "2: reply without a token; 1: longer than prompt.max_length"
     assert statistics.as_json()["dropped_at_rendering"] == dict(statistics.dropped)
 
 
 def test_nothing_to_write(tmp_path: Path) -> None:
     statistics = write_split([], prompt(), tmp_path / "train")
-    assert statistics.as_json()["dialogues"] == 0 and statistics.why_dropped() == "there was none"
+    assert statistics.as_json()["dialogues"] == 0
     assert len(load_split(tmp_path, "train", COMMAND)) == 0
 
 

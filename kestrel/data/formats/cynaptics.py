@@ -6,14 +6,10 @@ Columns: `conv_id`, `persona_b`, `dialogue` (`Persona A: ...`, `Persona B: ...`)
 from __future__ import annotations
 
 import re
-from array import array
 from collections.abc import Iterator
-
-import numpy as np
 
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.repair import persona_key, stable_hash
-from kestrel.data.rows import Row
 from kestrel.errors import KestrelError
 
 COLUMNS = {"conv_id", "persona_b", "dialogue", "reference"}
@@ -24,16 +20,16 @@ _TAGGED = re.compile(r"\s*Persona ([AB])\s*:(.*)", re.DOTALL)
 def read(file: SourceFile) -> Iterator[RawDialogue]:
     """The longest row of each conversation; the shorter cuts of it are counted.
 
-    Rows belong to one conversation when conversation, persona and first turn are the same. A first pass keeps 12 bytes a
-    row to find the longest.
+    Rows belong to one conversation when conv_id, persona and first turn are the same. A first pass finds the longest.
     """
-    conversations, lengths = array("Q"), array("I")
-    for row in file.rows():
-        conversations.append(_conversation_hash(row))
-        lengths.append(len(row.texts("dialogue")))
-    longest = _longest(np.frombuffer(conversations, np.uint64), np.frombuffer(lengths, np.uint32))
+    longest: dict[int, tuple[int, int]] = {}  # conversation -> the most lines, minus the row that has them
     for index, row in enumerate(file.rows()):
-        if not longest[index]:
+        lines = row.texts("dialogue")
+        conversation = stable_hash(row.identifier("conv_id"), str(persona_key(row.texts("persona_b"))), *lines[:1])
+        longest[conversation] = max(longest.get(conversation, (-1, 0)), (len(lines), -index))
+    kept = {-index for _, index in longest.values()}
+    for index, row in enumerate(file.rows()):
+        if index not in kept:
             file.counts.repair("rows left out: a longer row holds the same conversation", row.where)
             continue
         turns = [_turn(line, row.where) for line in row.texts("dialogue")]
@@ -42,20 +38,6 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
         turns.append(RawTurn("self", tagged[2] if tagged else reference))
         conversation_id = f"{file.id_prefix}:{row.identifier('conv_id')}"
         yield RawDialogue(row.where, file.dialogue_id(index), row.texts("persona_b"), tuple(turns), conversation_id)
-
-
-def _longest(conversations: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Marks the longest row of each conversation, the first of several: bool of shape (rows,)."""
-    order = np.lexsort((-lengths.astype(np.int64), conversations))  # stable, so that the first of several stays first
-    first = np.ones(len(order), bool)
-    first[1:] = conversations[order[1:]] != conversations[order[:-1]]
-    longest = np.zeros(len(order), bool)
-    longest[order[first]] = True
-    return longest
-
-
-def _conversation_hash(row: Row) -> int:
-    return stable_hash(row.identifier("conv_id"), str(persona_key(row.texts("persona_b"))), *row.texts("dialogue")[:1])
 
 
 def _turn(line: str, where: str) -> RawTurn:

@@ -32,15 +32,14 @@ def turns_of_steps(steps: Sequence[Row], where: str, counts: ReadCounts) -> tupl
     """
     if not steps:
         return ()
-    histories = [step.texts("history") for step in steps]
-    candidate_lists = [step.texts("candidates") for step in steps]
-    for step, candidates in zip(steps, candidate_lists, strict=True):
+    offers = [(step.texts("history"), step.texts("candidates")) for step in steps]
+    for step, (_, candidates) in zip(steps, offers, strict=True):
         if not candidates:
             raise KestrelError(f"{step.where}: 'candidates' is empty; its last entry must be the gold reply.")
-    last = max(range(len(steps)), key=lambda index: len(histories[index]))
-    texts = [*histories[last], candidate_lists[last][-1]]
+    longest, candidates = max(offers, key=lambda offer: len(offer[0]))
+    texts = [*longest, candidates[-1]]
     distractors: dict[int, tuple[str, ...]] = {}
-    for history, candidates in zip(histories, candidate_lists, strict=True):
+    for history, candidates in offers:
         at = len(history)
         expected = texts[max(at - 1, 0) : at + 1]
         if list(map(normalized, (*history[-1:], candidates[-1]))) != list(map(normalized, expected)):

@@ -3,10 +3,7 @@
     {"persona": ["I have two dogs."],
      "turns": [{"speaker": "partner", "text": "Hi!"}, {"speaker": "self", "text": "Hello, my dogs say hi too."}]}
 
-Optional: `dialogue_id`, `conversation_id` (dialogues that share it never straddle splits), `partner_persona`, and
-`candidates`: for each turn by `self`, in order, the distractor replies without the right one. Other keys are ignored.
-A line is one side of a conversation; for the other owner's side, write a line of its own with the same
-`conversation_id`.
+docs/your-own-data.md describes the optional keys; other keys are ignored.
 """
 
 from __future__ import annotations
@@ -35,17 +32,16 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
 
 def _turns(row: Row) -> Iterator[RawTurn]:
     turns = row.objects("turns")
-    speakers = [turn.text("speaker") for turn in turns]
-    for turn, speaker in zip(turns, speakers, strict=True):
-        if speaker not in ("partner", "self"):
-            raise KestrelError(f"{turn.where}: 'speaker' must be 'partner' or 'self', found {speaker[:60]!r}.")
     candidates = row.values.get("candidates") or []
-    replies = speakers.count("self")
+    replies = sum(turn.text("speaker") == "self" for turn in turns)
     if not isinstance(candidates, list) or len(candidates) not in (0, replies):
         raise KestrelError(f"{row.where}: 'candidates' must be a list with one list for each of {replies} replies.")
     lists = (Row(f"{row.where}, candidates", {"candidates": each}).texts("candidates") for each in candidates)
-    for turn, speaker in zip(turns, speakers, strict=True):
-        if speaker == "self":
-            yield RawTurn("self", turn.text("text"), next(lists, ()))
-        else:
-            yield RawTurn("partner", turn.text("text"))
+    for turn in turns:
+        match turn.text("speaker"):
+            case "self":
+                yield RawTurn("self", turn.text("text"), next(lists, ()))
+            case "partner":
+                yield RawTurn("partner", turn.text("text"))
+            case other:
+                raise KestrelError(f"{turn.where}: 'speaker' must be 'partner' or 'self', found {other[:60]!r}.")

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from kestrel.data.lines import text_lines
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.repair import conversation_id_from, persona_key, stable_hash
@@ -20,45 +18,35 @@ from kestrel.errors import KestrelError
 
 COLUMNS: set[str] = set()  # numbered lines instead
 
-_OWN = "your persona:"
-_PARTNERS = "partner's persona:"
-
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
     """A dialogue of a `both` file is followed by the partner's side of it.
 
     ConvAI2's `both` files already hold each conversation once for each owner; then nothing is added. To find that out
-    takes a first pass over the file, which keeps 8 bytes a dialogue.
-
-    Raises:
-        KestrelError: a malformed line, with file and line.
+    takes a first pass over the file.
     """
-    in_file: np.ndarray | None = None
+    sides: set[int] = set()
     for dialogue in _dialogues(file):
         yield dialogue
         if file.both_sides and dialogue.persona and dialogue.partner_persona:
-            if in_file is None:
-                sides = (_side_hash(each, each.persona) for each in _dialogues(file))
-                in_file = np.unique(np.fromiter(sides, np.uint64))
-            other = _side_hash(dialogue, dialogue.partner_persona)
-            at = int(np.searchsorted(in_file, other))
-            if at == len(in_file) or in_file[at] != other:
+            sides = sides or {_side_hash(each, each.persona) for each in _dialogues(file)}
+            if _side_hash(dialogue, dialogue.partner_persona) not in sides:
                 yield dialogue.other_side()
 
 
-def _side_hash(dialogue: RawDialogue, persona: tuple[str, ...]) -> np.uint64:
+def _side_hash(dialogue: RawDialogue, persona: tuple[str, ...]) -> int:
     """A conversation and one of its owners, in 64 bits."""
-    return np.uint64(stable_hash(str(persona_key(persona)), conversation_id_from(dialogue.turns)))
+    return stable_hash(str(persona_key(persona)), conversation_id_from(dialogue.turns))
 
 
 def _dialogues(file: SourceFile) -> Iterator[RawDialogue]:
-    persona_expected = True
+    persona_expected = None
     for index, block in enumerate(_blocks(file.path)):
         dialogue = _dialogue(block, file.path, file.dialogue_id(index))
-        if index == 0:
+        if persona_expected is None:
             # A file is of one kind: where the first dialogue has no persona of the owner, none has.
             persona_expected = bool(dialogue.persona)
-        yield dialogue if persona_expected else replace(dialogue, persona_expected=False)
+        yield replace(dialogue, persona_expected=persona_expected)
 
 
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
@@ -87,7 +75,7 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
 
 
 def _dialogue(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> RawDialogue:
-    personas: dict[str, list[str]] = {_OWN: [], _PARTNERS: []}
+    personas: dict[str, list[str]] = {"your persona:": [], "partner's persona:": []}
     turns: list[RawTurn] = []
     for number, text in block:
         fields = text.split("\t")
@@ -100,15 +88,9 @@ def _dialogue(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> Raw
                 f"{path}:{number}: expected 'text<TAB>reply[<TAB>reward[<TAB>candidates]]' after the persona lines, "
                 f"found {len(fields)} field(s): {text[:60]!r}."
             )
-        reply = fields[1]
         candidates = fields[3].split("|") if len(fields) == 4 and fields[3] else []
-        if candidates and candidates[-1].strip() == reply.strip():
+        if candidates and candidates[-1].strip() == fields[1].strip():
             candidates.pop()
-        turns += (RawTurn("partner", fields[0]), RawTurn("self", reply, tuple(candidates)))
-    return RawDialogue(
-        where=f"{path}:{block[0][0]}",
-        dialogue_id=dialogue_id,
-        persona=tuple(personas[_OWN]),
-        partner_persona=tuple(personas[_PARTNERS]),
-        turns=tuple(turns),
-    )
+        turns += (RawTurn("partner", fields[0]), RawTurn("self", fields[1], tuple(candidates)))
+    own, partners = map(tuple, personas.values())
+    return RawDialogue(f"{path}:{block[0][0]}", dialogue_id, own, tuple(turns), partner_persona=partners)

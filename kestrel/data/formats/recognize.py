@@ -12,13 +12,10 @@ from kestrel.errors import KestrelError
 
 
 class Format(Protocol):
-    """What the module of a format holds.
-
-    Attributes:
-        COLUMNS: what the first row must have; empty for ParlAI's numbered lines.
-    """
+    """What the module of a format holds."""
 
     COLUMNS: set[str]
+    """What the first row must have; empty for ParlAI's numbered lines."""
 
     def read(self, file: SourceFile) -> Iterator[RawDialogue]:
         """The dialogues of one file, in its order, as they are there."""
@@ -36,10 +33,9 @@ FORMATS: dict[str, Format] = {
 
 
 def recognize(file: SourceFile, expected: str) -> str:
-    """The format of a file.
+    """The format of a file, from its beginning.
 
     Args:
-        file: only its beginning is read.
         expected: a key of `FORMATS`, which is then only checked, or "auto".
 
     Raises:

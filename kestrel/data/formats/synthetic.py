@@ -4,12 +4,11 @@ The conversations are messy. These repairs are made and counted:
 
 - Placeholders ("[user 1's name]", "(name)", "User 2" used as a name): a form of address is removed ("Nice to meet you,
   [name]." becomes "Nice to meet you."); otherwise the sentence with the placeholder is removed, except for a greeting at
-  its beginning. No name is invented. An utterance of which nothing remains is removed together with the one that it
-  answers, so that the speakers still alternate.
+  its beginning. An utterance of which nothing remains is removed together with the one that it answers, so that the
+  speakers still alternate.
 - Markdown around the speaker's tag ("*User 1:* Hi!", "* User 1: Hi! *") is removed.
 - Lines without a speaker: after an utterance that ends with a colon they continue it (a recipe, a list); any others are
   narration ("[A few minutes later]", "At the gym", "Adam: You too.", "* * *") and are left out.
-- Blank lines are ignored. Turns of one speaker before and after narration become one turn (in `repair`).
 
 Source: Jandaghi et al. 2023, https://arxiv.org/abs/2312.10007.
 """
@@ -100,11 +99,10 @@ def _without_placeholders(text: str, where: str, counts: ReadCounts) -> str:
     counts.repair("placeholders left out: a form of address", where, times)
     kept = []
     for sentence in _SENTENCE_END.split(text):
-        if _HAS_PLACEHOLDER.search(sentence):
-            greeting = _GREETING.match(sentence)
-            if greeting:
-                kept.append(greeting[0].strip() + "!")
-            counts.repair("sentences left out: a placeholder", where)
-        else:
+        if not _HAS_PLACEHOLDER.search(sentence):
             kept.append(sentence)
+            continue
+        counts.repair("sentences left out: a placeholder", where)
+        if greeting := _GREETING.match(sentence):
+            kept.append(greeting[0].strip() + "!")
     return " ".join(kept)

@@ -10,7 +10,6 @@ from itertools import groupby
 
 from kestrel.data.formats.huggingface import turns_of_steps
 from kestrel.data.raw import RawDialogue, SourceFile
-from kestrel.data.repair import stable_hash
 from kestrel.errors import KestrelError
 
 COLUMNS = {"personality", "candidates", "history", "conv_id"}
@@ -21,19 +20,17 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
     Raises:
         KestrelError: the rows of one conversation are scattered over the file, or disagree on the persona.
     """
-    seen: set[int] = set()
+    seen: set[str] = set()
     for conv_id, group in groupby(file.rows(), key=lambda row: row.identifier("conv_id")):
         steps = list(group)
         where = steps[0].where
-        if stable_hash(conv_id) in seen:
+        if conv_id in seen:
             raise KestrelError(f"{where}: earlier rows have the conv_id {conv_id} too; sort the file by conv_id.")
-        seen.add(stable_hash(conv_id))
+        seen.add(conv_id)
         persona = steps[0].texts("personality")
         for step in steps:
             if step.texts("personality") != persona:
-                raise KestrelError(
-                    f"{step.where}: the personality differs from the rows before with conv_id {conv_id}."
-                )
+                raise KestrelError(f"{step.where}: the personality differs from the rows before of conv_id {conv_id}.")
         turns = turns_of_steps(steps, where, file.counts)
         if turns is not None:
             yield RawDialogue(where, f"{file.id_prefix}-{conv_id}", persona, turns)
