@@ -58,17 +58,21 @@ def write_corpus(
     return folder
 
 
-def make_tokenizer(vocabulary: int = VOCABULARY) -> Any:
-    """Byte-level BPE with Falcon's special tokens at ids 0 to 11; no token begins or pads a text."""
+def make_tokenizer(vocabulary: int = VOCABULARY, lines: list[str] | None = None) -> Any:
+    """Byte-level BPE with Falcon's special tokens at ids 0 to 11; no token begins or pads a text.
+
+    Of given lines its tokens reach across words.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=lines is None)
     tokenizer.decoder = decoders.ByteLevel()
-    persona = ["i have a dog .", "my favorite food is soup .", "i live in rome ."]
-    lines = ["Persona: " + " ".join(persona), *(f"You: {turn['text']}" for turn in words(persona)), "\nPartner: hi"]
-    lines += [f"a {word} ." for word in (*_ANIMALS, *_FOODS, *_TOWNS)]
+    if lines is None:
+        persona = ["i have a dog .", "my favorite food is soup .", "i live in rome ."]
+        lines = ["Persona: " + " ".join(persona), *(f"You: {turn['text']}" for turn in words(persona)), "\nPartner: hi"]
+        lines += [f"a {word} ." for word in (*_ANIMALS, *_FOODS, *_TOWNS)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         lines * 3,

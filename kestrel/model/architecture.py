@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kestrel.model.kernels.gated import Activation
+from kestrel.model.kernels.elementwise import Activation
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Architecture:
         head_size: numbers of a head.
         activation: of the gate, or of up where there is no gate.
         gated: whether the MLP has a gate.
-        norm: layer norm, or RMS norm.
-        offset: added to the weights of an RMS norm: 1 for Gemma.
+        offset: added to the weights of an RMS norm (a norm without a bias): 1 for Gemma.
         query_norm, key_norm: names of the norms of each query's and key's head, or None.
         windows: for each layer how many positions back attention reaches, its own included; None: all.
         embedding_scale: the embeddings are multiplied by it.
@@ -49,7 +48,6 @@ class Architecture:
     head_size: int
     activation: Activation
     gated: bool
-    norm: str
     offset: float
     query_norm: str | None
     key_norm: str | None
@@ -106,7 +104,6 @@ def _falcon(config: Any) -> Architecture | None:
         head_size=config.hidden_size // config.num_attention_heads,
         activation="gelu",
         gated=False,
-        norm="layer",
         offset=0.0,
         query_norm=None,
         key_norm=None,
@@ -139,7 +136,6 @@ def _llama(config: Any) -> Architecture | None:
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         activation=activation,
         gated=True,
-        norm="rms",
         offset=1.0 if gemma else 0.0,
         query_norm="self_attn.q_norm" if normed else None,
         key_norm="self_attn.k_norm" if normed else None,

@@ -27,39 +27,27 @@ from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
 from kestrel.model.kernels.attention import causal_attention
-from kestrel.model.kernels.elementwise import gelu, gelu_backward_, norm, norm_backward
-from kestrel.model.kernels.gated import gated, gated_backward_, rms_norm, rms_norm_backward
-from kestrel.model.kernels.rotary import rotate
+from kestrel.model.kernels.elementwise import activate, activate_backward_, norm, norm_backward, rotate
 from kestrel.model.projection import Group, Repeats
 
 Recompute = Literal["none", "mlp", "full"]
-Statistics = tuple[Tensor, ...]  # of the rows of a norm
 
 
 class _Norm:
     """A frozen layer norm or RMS norm."""
 
     def __init__(self, module: Any, architecture: Architecture):
-        self._weight, self._offset = module.weight, architecture.offset
-        self._bias: Any = getattr(module, "bias", None)
-        self._is_rms = architecture.norm == "rms"
+        self._weight, self._bias, self._offset = module.weight, getattr(module, "bias", None), architecture.offset
         eps = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
         self._eps = float(eps[0])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Statistics]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Normed x, (rows, size), and what `backward` needs of each row."""
-        if self._is_rms:
-            normed, inverse = rms_norm(x, self._weight, self._eps, self._offset)
-            return normed, (inverse,)
-        normed, mean, deviation = norm(x, self._weight, self._bias, self._eps)
-        return normed, (mean, deviation)
+        return norm(x, self._weight, self._bias, self._eps, self._offset)
 
-    def backward(self, grad: Tensor, x: Tensor, statistics: Statistics, residual: Tensor) -> Tensor:
+    def backward(self, grad: Tensor, x: Tensor, statistics: Sequence[Tensor], residual: Tensor) -> Tensor:
         """The gradient of x, plus that which reaches x by the residual connection."""
-        if self._is_rms:
-            return rms_norm_backward(grad, x, statistics[0], self._weight, self._offset, residual)
-        mean, deviation = statistics
-        return norm_backward(grad, x, mean, deviation, self._weight, self._bias, residual)
+        return norm_backward(grad, x, statistics, self._weight, self._bias, self._offset, residual)
 
 
 class Layer:
@@ -89,17 +77,7 @@ class Layer:
         return bool(self.up.updates or self.down.updates)
 
     def activate(self, before: Tensor) -> Tensor:
-        a = self.architecture
-        return gated(before, a.activation) if a.gated else gelu(before)
-
-    def activate_backward(self, grad: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Consumes both; returns the gradient of `before`, and the activated values where `down` has an update."""
-        a = self.architecture
-        if a.gated:
-            gated_backward_(grad, before, a.activation)
-            return before, grad
-        inner = gelu(before) if self.down.updates else None
-        return gelu_backward_(grad, before), inner
+        return activate(before, self.architecture.activation, self.architecture.gated)
 
     def attention(
         self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
@@ -218,10 +196,10 @@ class DecoderLayer(torch.autograd.Function):
                 y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
             else:
                 before = layer.up.forward(_rows(normed, wanted), seed + 2)
-                y = layer.down.forward(layer.activate(before), seed + 3, onto=_own_rows(flat, wanted))
+                y = layer.down.forward(layer.activate(before), seed + 3, onto=_rows(flat, wanted, copied=True))
             y = layer.output.forward(merged, seed + 1, onto=y)
         else:
-            middle = layer.output.forward(merged, seed + 1, onto=_own_rows(flat, wanted))
+            middle = layer.output.forward(merged, seed + 1, onto=_rows(flat, wanted, copied=True))
             del normed, merged
             normed, _ = layer.mlp_norm.forward(middle)
             before = layer.up.forward(normed, seed + 2)
@@ -259,7 +237,7 @@ class DecoderLayer(torch.autograd.Function):
                 del some, grad_some
         else:
             if middle is None:
-                middle = layer.output.forward(merged, seed + 1, onto=_own_rows(flat, wanted))
+                middle = layer.output.forward(merged, seed + 1, onto=_rows(flat, wanted, copied=True))
             mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
             grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, seed)
             del mlp_normed
@@ -301,7 +279,9 @@ def _mlp_backward(
     if before is None:
         before = layer.up.forward(normed, seed + 2)
     grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
-    grad_before, inner = layer.activate_backward(grad_inner, before)
+    a, needs_inner = layer.architecture, bool(layer.down.updates)
+    activate_backward_(grad_inner, before, a.activation, a.gated, output=needs_inner)
+    inner, grad_before = grad_inner if needs_inner else None, before
     del grad_inner, before
     of_down = layer.down.backward_updates(grad, grad_low, inner, seed + 3)
     del inner
@@ -309,13 +289,11 @@ def _mlp_backward(
     return grad_normed, [*of_up, *of_down]
 
 
-def _rows(x: Tensor, wanted: Tensor | None) -> Tensor:
-    return x if wanted is None else x.index_select(0, wanted)
-
-
-def _own_rows(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """The wanted rows, in memory of their own."""
-    return x.clone() if wanted is None else x.index_select(0, wanted)
+def _rows(x: Tensor, wanted: Tensor | None, copied: bool = False) -> Tensor:
+    """The wanted rows; all of them as they are, unless a copy is needed to write to."""
+    if wanted is not None:
+        return x.index_select(0, wanted)
+    return x.clone() if copied else x
 
 
 def _all_rows(x: Tensor, wanted: Tensor | None, count: int) -> Tensor:

@@ -228,10 +228,7 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
     ours = token_nll(model, batch)
     if not torch.isfinite(ours).all():
         raise ProofError(NOT_FINITE)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    targets = batch["labels"][:, 1:]
-    kept = targets != IGNORED
-    theirs = F.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="none")
+    theirs = _library_nll(model, batch)
     model.train(was_training)
     difference = ((ours - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
     if not difference <= (1e-4 if compute_dtype == "float32" else 2e-2):
@@ -271,8 +268,8 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
     labels = torch.cat((torch.full_like(ids[:, :1], IGNORED), ids[:, 1:]), dim=1)
     short = {"input_ids": ids, "labels": labels, "predicting": torch.arange(ids.shape[1] - 1, device=ids.device)}
     gradients = []
-    for loss in (lambda: token_nll(model, short).sum(), lambda: _library_nll(model, ids)):
-        loss().backward()
+    for nll_by in (token_nll, _library_nll):
+        nll_by(model, short).sum().backward()
         gradients.append({name: p.grad for name, p in trained.items() if p.grad is not None})
         model.zero_grad(set_to_none=True)
     for name, p in trained.items():
@@ -291,6 +288,9 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
     return f"layers: Kestrel's own for {kind}; proven: their LoRA gradients are transformers' ({difference:.1%} apart)"
 
 
-def _library_nll(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+def _library_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As `token_nll`, by transformers' own layers and logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    kept = targets != IGNORED
+    return F.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="none")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kestrel.model.kernels.elementwise import kernels_for
+from kestrel.model.kernels.elementwise import dequantize
 from kestrel.model.kernels.low_rank import add_input_gradient_, project, project_gradient
 
 
@@ -57,14 +57,7 @@ class FrozenWeight:
         if self.state is None:
             weight = self._held.to(dtype)
             return weight if out is None else out.copy_(weight)
-        kernels = kernels_for(self._held)
-        if kernels is not None and kernels.dequantizes(self.state):
-            made: Tensor = kernels.dequantize(self._held, self.state, dtype, out)
-            return made
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense: Tensor = dequantize_4bit(self._held, self.state).to(dtype)
-        return dense if out is None else out.copy_(dense)
+        return dequantize(self._held, self.state, dtype, out)
 
 
 class _Update(NamedTuple):

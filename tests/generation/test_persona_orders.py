@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from make_models import SPECIAL, make_model, make_tokenizer, words
+from make_models import make_model, make_tokenizer, words
 from make_tokenizers import unigram
 
 from kestrel.config.settings import Generation
+from kestrel.data.dataset import _row
 from kestrel.dialogue import Dialogue, Turn, reordered
 from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import align
@@ -27,7 +26,6 @@ from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.runtime.atomic import read_json
 
-ROOT = Path(__file__).resolve().parents[2]
 PERSONA = ("i have a dog .", "my favorite food is soup .", "i live in rome .")
 TURNS = tuple(Turn(turn["speaker"], turn["text"]) for turn in words(list(PERSONA)))
 SENTENCES = st.lists(st.sampled_from("abcdefg"), max_size=6)
@@ -53,19 +51,10 @@ def test_orders_depend_on_seed_dialogue_and_number():
         assert sum(a == b for a, b in zip(first, other, strict=True)) < 5
 
 
-def test_orders_are_the_same_in_another_process():
-    program = (
-        "from kestrel.dialogue import Dialogue, reordered\n"
-        "print(*(''.join(reordered(Dialogue('d', tuple('abcdef'), ()), 3, k).persona) for k in range(4)))"
-    )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    here = [reordered(Dialogue("d", tuple("abcdef"), ()), 3, k).persona for k in range(4)]
-    assert printed == {" ".join(map("".join, here)).encode() + b"\n"}
+def test_orders_are_the_same_in_every_process_and_version():
+    assert ["".join(reordered(Dialogue("d", tuple("abcdef"), ()), 3, k).persona) for k in range(4)] == [
+        "abcdef", "fadcbe", "adecbf", "cedbfa",
+    ]  # fmt: skip
 
 
 @given(st.text(min_size=1), st.integers(1, 10**6))
@@ -75,37 +64,6 @@ def test_names_of_orders(system, order):
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
-
-
-def row_of(dialogue: Dialogue, prompt: Prompt) -> dict[str, Any]:
-    """As in a dataset."""
-    rendered = prompt.render(dialogue)
-    return {
-        "dialogue_id": dialogue.dialogue_id,
-        "persona": list(dialogue.persona),
-        "partner_persona": [],
-        "turns": [{"speaker": turn.speaker, "text": turn.text} for turn in dialogue.turns],
-        "candidates": [list(options) for options in dialogue.candidates],
-        "input_ids": rendered.input_ids,
-        "labels": rendered.labels,
-        "reply_spans": [list(span) for span in rendered.reply_spans],
-    }
-
-
-def order_tokenizer() -> Any:
-    """Its tokens reach across words, so that the persona it was trained on takes fewer tokens than any other order."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["Persona: " + " ".join(PERSONA)] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def scoring_model() -> Any:
@@ -129,7 +87,7 @@ def test_likelihoods_are_those_under_the_shuffled_persona(order):
     candidates = (("no .", "i hate rice ."), (), ("a cat .",))
     dialogue = Dialogue("d", PERSONA, TURNS, candidates=candidates)
     settings = Generation(max_new_tokens=2, candidates=True)
-    asked = questions_of([row_of(dialogue, prompt)], prompt, 5, order)
+    asked = questions_of([_row(dialogue, prompt.render(dialogue))], prompt, 5, order)
     rows = answer(model, prompt, asked, settings, 0)
     shuffled = reordered(dialogue, 5, order)
     for row, (turn, text), others in zip(rows, shuffled.replies(), candidates, strict=True):
@@ -143,13 +101,14 @@ def test_likelihoods_are_those_under_the_shuffled_persona(order):
 
 
 def test_replies_that_a_longer_persona_cuts_are_answered_or_left_out():
-    tokenizer = order_tokenizer()
+    # The persona it was trained on takes fewer tokens than any other order.
+    tokenizer = make_tokenizer(lines=["Persona: " + " ".join(PERSONA)])
     long, short = Dialogue("long", PERSONA, TURNS), Dialogue("short", PERSONA, TURNS[:2])
     for dialogue, kept in ((long, 3), (short, 0)):
         length = len(Prompt(tokenizer, "plain", 10_000).render(dialogue).input_ids)
         prompt = Prompt(tokenizer, "plain", length)  # it fits as given, to the token
         shuffled = reordered(dialogue, 0, 1)
-        rows = [row_of(dialogue, prompt)]
+        rows = [_row(dialogue, prompt.render(dialogue))]
         assert all(question.span for question in questions_of(rows, prompt)[0])
         (questions,) = questions_of(rows, prompt, 0, 1)
         assert [question.span is None for question in questions] == [True, False, False][:kept]
@@ -173,7 +132,8 @@ def test_candidates_that_spell_a_control_token_leave_their_reply_without_a_rank(
     with pytest.raises(Unrenderable):
         prompt.reply_ids("the end </s>")
     candidates = (("i like cars", "the end </s>"), ("i like dogs", "great"), ())
-    row = row_of(Dialogue("d", PERSONA, TURNS, candidates=candidates), prompt)
+    dialogue = Dialogue("d", PERSONA, TURNS, candidates=candidates)
+    row = _row(dialogue, prompt.render(dialogue))
     settings = Generation(max_new_tokens=1, candidates=True)
     rows = answer(scoring_model(), prompt, questions_of([row], prompt), settings, 0)
     assert [len(row.get("candidate_nll", [])) for row in rows] == [0, 2, 0]

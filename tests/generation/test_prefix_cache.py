@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from make_models import make_model, make_tokenizer, words
 
 from kestrel.config.settings import Generation
+from kestrel.data.dataset import _row
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import _shard, answer, questions_of
 from kestrel.generation.prefix_cache import (
@@ -47,17 +48,7 @@ def dialogues_in(prompt: Prompt) -> list[list[Any]]:
             tuple(Turn(**turn) for turn in turns),
             candidates=tuple(("no .", f"i hate {animal} soup .", "fish") for _ in range(replies)),
         )
-        rendered = prompt.render(dialogue)
-        rows.append(
-            {
-                "dialogue_id": dialogue.dialogue_id,
-                "persona": persona,
-                "partner_persona": [],
-                "turns": turns,
-                "candidates": [list(options) for options in dialogue.candidates],
-                "input_ids": rendered.input_ids,
-            }
-        )
+        rows.append(_row(dialogue, prompt.render(dialogue)))
     return questions_of(rows, prompt)
 
 

@@ -60,15 +60,6 @@ def test_the_fused_kernel_runs_and_stock_falcon_misses_it(falcon: FalconForCausa
         )
 
 
-def test_generation_is_the_same(falcon: FalconForCausalLM) -> None:
-    ids, mask = _batch()
-    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    ours = falcon.generate(input_ids=ids[2:], attention_mask=mask[2:], **arguments)
-    with stock_attention():
-        stock = falcon.generate(input_ids=ids[2:], attention_mask=mask[2:], **arguments)
-    assert torch.equal(ours, stock)
-
-
 @pytest.mark.parametrize("heads_of_mask", [1, 8])
 @pytest.mark.parametrize("kind", ["bool", "float", "none"])
 def test_one_query_of_each_head_is_as_many_queries_of_one(kind: str, heads_of_mask: int) -> None:

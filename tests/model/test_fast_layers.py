@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from bitsandbytes.nn import Linear4bit, Params4bit
+from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -17,7 +20,10 @@ from kestrel.model import projection
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
-from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, prove_layers
+from kestrel.model.kernels.attention import use_fused_kernels
+from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, prove_layers, token_nll
+from kestrel.model.projection import Repeats
+from kestrel.model.quantization import forbid_repacking
 
 SMALL = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -58,8 +64,24 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def make(name: str, dtype: torch.dtype, targets: Any = "all-linear", dropout: float = 0.0) -> Any:
+def quantize(base: nn.Module, kind: str, dtype: torch.dtype) -> None:
+    """Holds the linear layers in 4 bit, all but the head."""
+    for name, linear in list(base.named_modules()):
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            layer = Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type=kind
+            )
+            layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type=kind, module=layer)
+            layer.bias = linear.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, layer.to("cpu"))
+    base.is_loaded_in_4bit = True  # peft chooses its layer classes by it
+    forbid_repacking(base)
+
+
+def make(name: str, dtype: torch.dtype, targets: Any = "all-linear", kind: str = "16 bit", **of_lora: Any) -> Any:
     """A random model with an adapter that changes what it computes."""
+    use_fused_kernels(name)
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(MODELS[name]())
     for parameter in base.parameters():
@@ -68,7 +90,9 @@ def make(name: str, dtype: torch.dtype, targets: Any = "all-linear", dropout: fl
         else:
             nn.init.normal_(parameter, std=0.1)
     base = base.to(dtype).requires_grad_(False)
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    if kind != "16 bit":
+        quantize(base, kind, dtype)
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **of_lora})
     model = get_peft_model(base, lora)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -107,7 +131,7 @@ def fast_loss(model: Any, recompute: Recompute) -> torch.Tensor:
     assert architecture is not None
     fast = FastBackbone(backbone, architecture, recompute)
     assert fast.can_run()
-    hidden = fast.hidden_states(b["input_ids"], b["predicting"])
+    hidden = fast.hidden_states(b["input_ids"], b["predicting"], Repeats(b["first"], b["which"]))
     return nll_of_hidden(causal_lm, hidden, b["labels"].flatten()[b["predicting"] + 1]).sum()
 
 
@@ -129,13 +153,29 @@ def test_loss_and_every_gradient_are_the_librarys(name: str, recompute: Recomput
 
 
 @pytest.mark.parametrize(
-    "targets",
-    [["q_proj"], ["k_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["up_proj", "down_proj"], ["q_proj", "down_proj"]],
+    ("name", "layers"),
+    [
+        ("qwen2", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("phi3", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+        ("falcon", ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+    ],
 )
-def test_any_subset_of_the_linear_layers(targets: list[str]) -> None:
-    model = make("qwen2", torch.float32, targets)
-    expected = gradients(model, library_loss(model))
-    assert apart(gradients(model, fast_loss(model, "mlp")), expected) < 1e-4
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_adapter_on_any_base(name: str, layers: list[str], data: st.DataObject) -> None:
+    """Any of the linear layers, rank and scaling; frozen weights in NF4, FP4 or as they are; in each type."""
+    targets = data.draw(st.sets(st.sampled_from(layers), min_size=1))
+    rank, rslora = data.draw(st.integers(1, 256)), data.draw(st.booleans())
+    kind = data.draw(st.sampled_from(["nf4", "fp4", "16 bit"]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    model = make(name, dtype, sorted(targets), kind, r=rank, use_rslora=rslora)
+    theirs = library_loss(model)
+    expected = gradients(model, theirs)
+    ours = fast_loss(model, data.draw(st.sampled_from(["none", "mlp", "full"])))
+    found, rounding = gradients(model, ours), {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}[dtype]
+    assert ours.item() == pytest.approx(theirs.item(), rel=rounding)
+    flat, of_library = (torch.cat([g.flatten() for g in each.values()]) for each in (found, expected))
+    assert (flat - of_library).norm() / of_library.norm() < rounding
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma", "phi3"])
@@ -152,7 +192,7 @@ def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
 def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
     results = []
     for recompute in ("none", "mlp", "full"):
-        model = make(name, torch.float32, dropout=0.3)
+        model = make(name, torch.float32, lora_dropout=0.3)
         torch.manual_seed(3)
         loss = fast_loss(model, recompute)  # type: ignore[arg-type]
         results.append((loss.detach(), gradients(model, loss)))
@@ -176,7 +216,7 @@ def test_what_is_not_described_is_left_to_transformers() -> None:
 def test_the_proof_leaves_everything_as_it_was_and_sees_a_wrong_gradient(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make(name, torch.float32, dropout=0.3)
+    model = make(name, torch.float32, lora_dropout=0.3)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     attach_token_nll(model)
     state = torch.get_rng_state()
@@ -196,3 +236,77 @@ def test_the_proof_says_which_layers_compute() -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
     attach_token_nll(model)
     assert "transformers' own" in prove_layers(model, batch(), "float32")
+
+
+def test_repeats_are_a_matter_of_speed() -> None:
+    """Dropout included, which is drawn for each place."""
+    model = make("falcon", torch.float32, ["query_key_value"], lora_dropout=0.3)
+    attach_token_nll(model)
+    whole = batch()
+    without = {name: tensor for name, tensor in whole.items() if name not in ("first", "which")}
+    assert len(whole["first"]) < whole["input_ids"].numel()
+    results = []
+    for each in (whole, without):
+        torch.manual_seed(6)
+        results.append(gradients(model, token_nll(model, each).sum()))
+    assert apart(*results) < 1e-4
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_dropout_keeps_the_mean_and_has_the_variance_of_theory(p: float) -> None:
+    """Of an update s dropout(x) Aᵀ Bᵀ: its mean is s x Aᵀ Bᵀ, and each input adds p / (1 - p) of its own square."""
+    x, layer = torch.randn(3, 64), nn.Linear(64, 40, bias=False).requires_grad_(False)
+    wrapped = get_peft_model(nn.ModuleDict({"layer": layer}), LoraConfig(r=8, lora_dropout=p, target_modules=["layer"]))
+    lora: Any = wrapped.base_model.model["layer"].train()
+    nn.init.normal_(lora.lora_B["default"].weight)
+    group, count = projection.Group([lora]), 4000
+    projection.refresh([group], torch.float32)
+    draws = torch.stack([group.forward(x, seed) - layer(x) for seed in range(count)])
+    product = (lora.lora_B["default"].weight @ lora.lora_A["default"].weight).detach() * lora.scaling["default"]
+    mean, variance = x @ product.t(), (x.square() @ product.square().t()) * p / (1 - p)
+    assert ((draws.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
+    torch.testing.assert_close(draws.var(0), variance, rtol=0.25, atol=0)
+    assert (draws.var(0).sum() / variance.sum()).item() == pytest.approx(1, abs=0.03)
+
+
+def test_gradient_of_a_dropout_draw() -> None:
+    """The backward pass uses the mask of the forward pass: a step against the gradient lowers the same draw's loss."""
+    model = make("falcon", torch.float32, ["query_key_value"], lora_dropout=0.5)
+    torch.manual_seed(5)
+    loss = fast_loss(model, "none")
+    found = gradients(model, loss)
+    norm = torch.cat([g.flatten() for g in found.values()]).norm().item()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter -= 1e-3 / norm * found[name]
+    torch.manual_seed(5)
+    assert (loss - fast_loss(model, "none")).item() == pytest.approx(1e-3 * norm, rel=0.1)
+
+
+def test_padding_reaches_nothing() -> None:
+    model = make("falcon", torch.float32, ["query_key_value"])
+    attach_token_nll(model)
+    rows = {name: tensor for name, tensor in batch().items() if name not in ("first", "which")}
+    other = {**rows, "input_ids": rows["input_ids"].masked_fill(rows["attention_mask"] == 0, 7)}
+    with torch.no_grad():
+        assert torch.equal(token_nll(model, rows), token_nll(model, other))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "16 bit"])
+def test_without_its_adapter_it_is_the_base(kind: str) -> None:
+    model = make("falcon", torch.float32, kind=kind).eval()
+    with torch.no_grad(), model.disable_adapter():
+        assert fast_loss(model, "none").item() == pytest.approx(library_loss(model).item(), rel=1e-5)
+
+
+def test_hooked_layers_are_left_to_the_library_and_no_others() -> None:
+    model, seen = make("falcon", torch.float32, ["query_key_value"]), []
+    attach_token_nll(model)
+    layer = causal_lm_of(model).transformer.h[1].mlp
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    with_hook = token_nll(model, batch())
+    handle.remove()
+    layer.forward = None  # must not be called
+    assert len(seen) == 1
+    torch.testing.assert_close(token_nll(model, batch()), with_hook, rtol=1e-4, atol=1e-5)

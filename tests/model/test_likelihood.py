@@ -57,19 +57,6 @@ def test_equals_log_softmax_by_hand_in_any_batch(model, scored, budget):
             assert nll == pytest.approx(by_hand(model, list(sequence.input_ids), start, end), rel=1e-4, abs=1e-4)
 
 
-@given(sequences())
-@settings(max_examples=15, deadline=None)
-def test_spans_together_and_alone_and_the_chain_rule(model, sequence):
-    together = span_nll(model, [sequence], 1)[0]
-    for span, (nll, _) in zip(sequence.spans, together, strict=True):
-        alone = span_nll(model, [SpanRequest(sequence.input_ids[: span[1]], [span])], 1)[0][0][0]
-        assert nll == pytest.approx(alone, rel=1e-4, abs=1e-4)
-        middle = (span[0] + span[1] + 1) // 2
-        if middle < span[1]:
-            parts = span_nll(model, [SpanRequest(sequence.input_ids, [(span[0], middle), (middle, span[1])])], 1)[0]
-            assert nll == pytest.approx(parts[0][0] + parts[1][0], rel=1e-6)
-
-
 def test_nothing_to_score(model):
     assert span_nll(model, [], 10) == []
     assert span_nll(model, [SpanRequest([20, 21], [])], 10) == [[]]

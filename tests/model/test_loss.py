@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from make_models import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kestrel.model.loss
 from kestrel.adapter.lora import add_lora
-from kestrel.batching import batches_within
 from kestrel.config.settings import Lora
 from kestrel.errors import ProofError
 from kestrel.model.loss import attach_token_nll, collate, prove_loss, token_nll
@@ -60,23 +57,6 @@ def test_equals_the_models_own_loss_and_gradients(model, monkeypatch, chunk, tra
     ours, theirs = gradients(model, nll.mean()), gradients(model, own)
     for name in theirs:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6 * theirs[name].abs().max() + 1e-8), name
-
-
-@given(
-    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6),
-    budget=st.integers(1, 200),
-    pad_id=st.sampled_from([END, 0, 300]),
-    seed=st.integers(0, 10**6),
-)
-@settings(max_examples=25, deadline=None)
-def test_a_token_costs_the_same_in_any_batch(model, lengths, budget, pad_id, seed):
-    model.eval()
-    rows = rows_of(lengths, seed)
-    with torch.no_grad():
-        alone = [token_nll(model, collate([row], END)) for row in rows]
-        for cut in batches_within(np.asarray(lengths), budget):
-            together = token_nll(model, collate([rows[i] for i in cut], pad_id))
-            assert torch.allclose(together, torch.cat([alone[i] for i in cut]), rtol=1e-4, atol=1e-4)
 
 
 def test_no_supervised_token_is_no_loss(model):

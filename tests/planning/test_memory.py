@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import FalconConfig
 import kestrel.model.loss
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Lora, Quantization, Settings
-from kestrel.model.kernels import allocations, attention, gated, rotary
+from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
 from kestrel.planning import memory
@@ -60,9 +59,8 @@ def test_estimates_are_within_10_percent_of_measurements(monkeypatch, targets, r
 @pytest.mark.parametrize("architecture", list(TARGETS))
 def test_the_estimate_counts_what_real_tensors_allocate(architecture, monkeypatch):
     """Without dropout. The GPU's kernels for attention and likelihoods replace the CPU's, which allocate otherwise."""
-    monkeypatch.setattr(attention, "kernels_for", lambda query: allocations)
-    for module in (gated, rotary):
-        monkeypatch.setattr(module, "kernels_for", lambda x, name: allocations)
+    for module in (attention, elementwise):
+        monkeypatch.setattr(module, "place_of", lambda x: "meta")
     lora = Lora(r=4, target_modules=TARGETS[architecture], dropout=0.0)
     settings = settings_for(architecture, quantization=Quantization(bits=16, compute_dtype="float32"), lora=lora)
     counted = []
@@ -129,20 +127,6 @@ def test_what_is_replaced_on_the_meta_device_is_restored(falcon, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         falcon.estimate(Pass(1, 20, 5), "none")
     assert (functional.dropout, functional.scaled_dot_product_attention) == own
-
-
-def test_allocations_are_those_of_the_kernels():
-    """Every function that Kestrel calls in a module of kernels has a namesake with the same parameters."""
-    pytest.importorskip("triton")
-    from kestrel.model.kernels import attention_gpu, elementwise_gpu, gated_gpu, low_rank_gpu, rotary_gpu
-
-    named = {name: function for name, function in vars(allocations).items() if inspect.isfunction(function)}
-    assert len(named) == 19
-    for name, function in named.items():
-        modules = (attention_gpu, elementwise_gpu, gated_gpu, low_rank_gpu, rotary_gpu)
-        (kernel,) = (vars(module)[name] for module in modules if name in vars(module))
-        assert inspect.signature(function) == inspect.signature(kernel), name
-    assert allocations._HEADS_PER_BLOCK == attention_gpu._OF_KEYS["HEADS"]
 
 
 def test_an_architecture_that_reads_values_is_refused_with_the_keys_to_set(falcon, monkeypatch):

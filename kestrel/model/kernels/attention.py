@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kestrel.model.kernels import elementwise
+from kestrel.model.kernels.elementwise import place_of
 
 _BLOCK = 64  # queries per block
 
@@ -54,11 +54,32 @@ def use_fused_kernels(model_type: str) -> None:
         F.scaled_dot_product_attention = _with_repeated_heads
 
 
+class OnShapes:
+    """What the functions of `attention_gpu.py` allocate, on the meta device: `planning/memory.py` counts it."""
+
+    HEADS_PER_BLOCK = 8  # of `attention_gpu._OF_KEYS`
+
+    @staticmethod
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        return out, out.new_empty(out.shape[:3], dtype=torch.float32)
+
+    @classmethod
+    def attend_backward(
+        cls, grad: torch.Tensor, query: Any, key: Any, value: Any, out: torch.Tensor, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = -(-query.shape[1] // cls.HEADS_PER_BLOCK)
+        of_query, deltas = torch.empty_like(out), torch.empty_like(sums)
+        partial = query.new_empty(groups, *out.shape[:2], 2, out.shape[3], dtype=torch.float32)
+        del deltas
+        return of_query, partial.sum(0).to(query.dtype)
+
+
 def kernels_for(query: torch.Tensor) -> Any:
-    """The module of kernels for these queries, or None where torch's operations run."""
-    kernels = elementwise.kernels_for(query)
-    if kernels is None or query.is_meta:
-        return kernels
+    """The kernels for these queries, or None where torch's operations run."""
+    place = place_of(query)
+    if place != "triton":
+        return OnShapes if place == "meta" else None
     from kestrel.model.kernels import attention_gpu
 
     return attention_gpu if attention_gpu.supports(query) else None

@@ -1,7 +1,7 @@
-"""The operations between the matrix products of a decoder layer: layer norm, dropout, GELU, and the likelihoods.
+"""The operations between the matrix products of a decoder layer: norms, activations, rotation, likelihoods.
 
-Each has a plain form here and, on a GPU with Triton, a kernel (`elementwise_gpu.py`) that reads and writes memory once
-where separate operations would do so up to ten times.
+Each has a plain form here and, on a GPU with Triton, a kernel of the same name (`elementwise_gpu.py`, `rotary_gpu.py`) that
+reads and writes memory once where separate operations would do so up to ten times.
 """
 
 from __future__ import annotations
@@ -9,11 +9,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def place_of(x: Tensor) -> Literal["meta", "triton", "torch"]:
+    """What computes on a tensor's device: nothing but shapes, Triton's kernels, or torch's operations."""
+    if x.is_meta:
+        return "meta"
+    return "triton" if x.is_cuda and _has_triton() else "torch"
 
 
 @functools.cache
@@ -21,56 +33,87 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def kernels_for(x: Tensor, module: str = "elementwise_gpu") -> Any:
-    """The module of kernels for this tensor's device, or None where the plain forms run."""
-    if x.is_meta:
-        from kestrel.model.kernels import allocations
+def fused(
+    module: str, allocates: Callable[..., Any], when: Callable[..., bool] = lambda *_: True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a plain form whose place a kernel takes on a GPU.
 
-        return allocations
-    if not (x.is_cuda and _has_triton()):
-        return None
-    return importlib.import_module(f"kestrel.model.kernels.{module}")
+    Args:
+        module: beside this one, where the kernel has the same name and arguments; the first is a tensor, or some.
+        allocates: what the kernel returns, without contents: `planning/memory.py` counts it on the meta device.
+        when: whether the kernel computes these arguments.
+    """
 
+    def decorate(plain: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(plain)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            first: Any = args[0]
+            place = place_of(first if isinstance(first, Tensor) else first[0])
+            if place == "torch" or not when(*args, **kwargs):
+                return plain(*args, **kwargs)
+            if place == "meta":
+                return allocates(*args, **kwargs)
+            kernels = importlib.import_module(f"kestrel.model.kernels.{module}")
+            return getattr(kernels, plain.__name__)(*args, **kwargs)
 
-def _kept(x: Tensor, p: float, seed: int) -> Tensor:
-    """The dropout mask: 16 random bits per number, which is faster than a float; p is exact to 1 / 65536."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), 2**63 - 1, generator=generator)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return bits >= round(p * 65536) - 32768
+        return run
 
-
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x / (1 - p) where kept, 0 elsewhere. The same seed gives the same mask, so none is stored."""
-    kernels = kernels_for(x)
-    if kernels is not None:
-        return kernels.dropout(x, p, seed)
-    return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
-
-
-def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
-    """Adds `dropout(part, p, seed)` to `total`, in place."""
-    kernels = kernels_for(total)
-    if kernels is not None:
-        return kernels.add_dropout_(total, part, p, seed)
-    return total.addcmul_(part, _kept(part, p, seed), value=1 / (1 - p))
+    return decorate
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x Φ(x), with the normal distribution's Φ and no approximation."""
-    kernels = kernels_for(x)
-    return F.gelu(x) if kernels is None else kernels.gelu(x)
+def _activated(x: Tensor, activation: Activation) -> Tensor:
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate=_approximation(activation))
 
 
-def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `gelu`'s input, written over its output's."""
-    kernels = kernels_for(x)
-    if kernels is not None:
-        return kernels.gelu_backward_(grad, x)
-    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+def _approximation(activation: Activation) -> str:
+    return "tanh" if activation == "gelu_tanh" else "none"
 
 
+@fused("elementwise_gpu", allocates=lambda before, _, gated: before.new_empty(len(before), before.shape[1] >> gated))
+def activate(before: Tensor, activation: Activation, gated: bool) -> Tensor:
+    """activation(before); with a gate activation(gate) * up (Shazeer, GLU variants, 2020).
+
+    Args:
+        before: (rows, width), contiguous; with a gate (rows, 2 * width): gate, then up.
+        activation: its gelu is exact.
+        gated: whether there is a gate.
+
+    Returns:
+        (rows, width).
+    """
+    if not gated:
+        return _activated(before, activation)
+    gate, up = before.chunk(2, dim=-1)
+    return _activated(gate, activation) * up
+
+
+@fused("elementwise_gpu", allocates=lambda grad, before, activation, gated, output: None)
+def activate_backward_(grad: Tensor, before: Tensor, activation: Activation, gated: bool, output: bool) -> None:
+    """The gradient of `activate`'s input and, made again if `output`, its output; both in place.
+
+    Args:
+        grad: (rows, width), of the output; replaced by the output itself.
+        before: the input; replaced by its gradient.
+        activation, gated: as given to `activate`.
+        output: whether the output is wanted; otherwise `grad` is left without meaning.
+    """
+    result = activate(before, activation, gated) if output else None
+    gate, up = before.chunk(2, dim=-1) if gated else (before, None)
+    of_gate = grad if up is None else grad * up
+    if up is not None:
+        up.copy_(grad * _activated(gate, activation))
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=gate)
+    else:
+        approximation = _approximation(activation)
+        torch.ops.aten.gelu_backward.grad_input(of_gate, gate, approximate=approximation, grad_input=gate)
+    if result is not None:
+        grad.copy_(result)
+
+
+@fused(
+    "elementwise_gpu", allocates=lambda logits, targets, backward: logits.new_empty(len(logits), dtype=torch.float32)
+)
 def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     """Negative log-likelihood of each row's target, in float32.
 
@@ -82,9 +125,6 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     Returns:
         float32 (rows,), in nats.
     """
-    kernels = kernels_for(logits)
-    if kernels is not None:
-        return kernels.nll(logits, targets, backward)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     columns = targets[:, None]
     result = -log_probabilities.gather(1, columns)[:, 0]
@@ -94,21 +134,96 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     return result
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm of the rows of (rows, size), and each row's mean and reciprocal deviation in float32."""
-    kernels = kernels_for(x)
-    if kernels is not None:
-        return kernels.norm(x, weight, bias, eps)
-    return torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+def _allocated_by_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *_: float) -> tuple[Tensor, Sequence[Tensor]]:
+    statistics = x.new_empty(1 if bias is None else 2, len(x), dtype=torch.float32)
+    return torch.empty_like(x), statistics.unbind()
 
 
+@fused("elementwise_gpu", _allocated_by_norm)
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Layer norm of each row, or without a bias RMS norm (Zhang and Sennrich, 2019). Arithmetic is in float32.
+
+    Args:
+        x: (rows, size), contiguous.
+        weight, bias: (size,).
+        eps: added to the variance, or to the mean square.
+        offset: added to an RMS norm's weight: 1 for Gemma.
+
+    Returns:
+        The result, like x, and what `norm_backward` needs of each row, in float32: mean and reciprocal deviation, or 1 / rms.
+    """
+    if bias is not None:
+        out, *statistics = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+        return out, statistics
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1) + eps)
+    return (wide * inverse[:, None] * (weight.float() + offset)).to(x.dtype), (inverse,)
+
+
+@fused("elementwise_gpu", allocates=lambda grad, x, *_: torch.empty_like(x))
 def norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, bias: Tensor, more: Tensor
+    grad: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    offset: float,
+    more: Tensor,
 ) -> Tensor:
-    """Gradient of `norm`'s input, plus `more`: its gradient through other paths."""
-    kernels = kernels_for(x)
-    if kernels is not None:
-        return kernels.norm_backward(grad, x, mean, deviation, weight, more)
-    backward = torch.ops.aten.native_layer_norm_backward
-    result: Tensor = backward(grad, x, [x.shape[-1]], mean, deviation, weight, bias, [True, False, False])[0]
-    return result.add_(more)
+    """Gradient of `norm`'s input, plus `more`: the gradient that reaches it by the residual connection."""
+    if bias is not None:
+        backward = torch.ops.aten.native_layer_norm_backward
+        mask = [True, False, False]
+        result: Tensor = backward(grad, x, [x.shape[-1]], *statistics, weight, bias, mask)[0]
+        return result.add_(more)
+    inverse = statistics[0][:, None]
+    scaled, normed = grad.float() * (weight.float() + offset), x.float() * inverse
+    along = (scaled * normed).mean(-1, keepdim=True)
+    return ((scaled - normed * along) * inverse + more.float()).to(x.dtype)
+
+
+@fused("rotary_gpu", allocates=lambda parts, cos, sin, out, back: None)
+def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
+    """Rotates queries and keys by their positions and lays them beside the values (Su and others, RoFormer, 2021).
+
+    Args:
+        parts: queries (batch, length, heads, size), keys and values (batch, length, key/value heads, size), each with a
+            last stride of 1.
+        cos, sin: (length, rotated), whose second half repeats the first; rotated <= size, the rest of a head is left.
+        out: contiguous (batch, length, heads + 2 * key/value heads, size), filled with queries, keys and values. The
+            inputs may be views of it.
+        back: rotate the other way, which is what the gradients need.
+    """
+    query, key, value = parts
+    heads, kv_heads, size, half = query.shape[2], key.shape[2], out.shape[-1], cos.shape[-1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half] * (-1 if back else 1)
+    for place, source in ((out[:, :, :heads], query), (out[:, :, heads : heads + kv_heads], key)):
+        low, high = source[..., :half], source[..., half : 2 * half]
+        turned = high * cos + low * sin
+        torch.sub(low * cos, high * sin, out=place[..., :half])
+        place[..., half : 2 * half] = turned
+        if 2 * half < size:
+            place[..., 2 * half :] = source[..., 2 * half :]
+    out[:, :, heads + kv_heads :] = value
+
+
+def _reads(packed: Tensor, state: Any, *_: Any) -> bool:
+    """Whether the kernel reads this layout: bitsandbytes' nested 4-bit blocks."""
+    second = state.state2 if state.nested else None
+    known = second is not None and second.blocksize == 256 and state.blocksize == 64
+    return packed.is_meta or (known and state.shape.numel() % 64 == 0)
+
+
+def _allocated_by_dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    return packed.new_empty(state.shape, dtype=dtype) if out is None else out
+
+
+@fused("elementwise_gpu", _allocated_by_dequantize, when=_reads)
+def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Dense (outputs, inputs) weights of bitsandbytes' packed 4-bit ones; written into `out`, where it is given."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense: Tensor = dequantize_4bit(packed, state).to(dtype)
+    return dense if out is None else out.copy_(dense)

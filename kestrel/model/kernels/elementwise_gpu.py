@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,123 +14,146 @@ _BLOCK = 1024
 _WARPS = 4
 
 
-@triton.jit(do_not_specialize=["seed"])
-def _dropout_kernel(part, total, out, count, p, scale, seed, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    program = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    # Each draw gives four numbers, one for each of the program's four blocks. Seven of Philox' ten rounds pass its
-    # authors' tests (Salmon et al., 2011).
-    draws = tl.rand4x(seed, program * BLOCK + lane, n_rounds=7)
-    for quarter in tl.static_range(4):
-        place = program * (4 * BLOCK) + quarter * BLOCK + lane
-        valid = place < count
-        x = tl.load(part + place, mask=valid).to(tl.float32)
-        kept = tl.where(draws[quarter] >= p, x * scale, 0.0)
-        if ADD:
-            kept += tl.load(total + place, mask=valid).to(tl.float32)
-        tl.store(out + place, kept, mask=valid)
-
-
-def _drop(part: Tensor, total: Tensor, out: Tensor, p: float, seed: int, add: bool) -> Tensor:
-    count = part.numel()
-    grid = (triton.cdiv(count, 4 * _BLOCK),)
-    _dropout_kernel[grid](part, total, out, count, p, 1 / (1 - p), seed, ADD=add, BLOCK=_BLOCK, num_warps=_WARPS)
-    return out
-
-
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """As `elementwise.dropout`, of a contiguous tensor."""
-    return _drop(x, x, torch.empty_like(x), p, seed, add=False)
-
-
-def add_dropout_(total: Tensor, part: Tensor, p: float, seed: int) -> Tensor:
-    """As `elementwise.add_dropout_`, of contiguous tensors."""
-    return _drop(part, total, total, p, seed, add=True)
-
-
 @triton.jit
-def _norm_kernel(x_of, weight_of, bias_of, out, means, deviations, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    x_of, weight_of, bias_of, out, means, inverses, size, eps, offset, CENTRED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     valid = place < size
     x = tl.load(x_of + row * size + place, mask=valid, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / size
-    centred = tl.where(valid, x - mean, 0.0)
-    deviation = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / size + eps)
-    weight = tl.load(weight_of + place, mask=valid).to(tl.float32)
-    bias = tl.load(bias_of + place, mask=valid).to(tl.float32)
-    tl.store(out + row * size + place, centred * deviation * weight + bias, mask=valid)
-    tl.store(means + row, mean)
-    tl.store(deviations + row, deviation)
+    if CENTRED:
+        mean = tl.sum(x, axis=0) / size
+        x = tl.where(valid, x - mean, 0.0)
+        tl.store(means + row, mean)
+    inverse = 1 / tl.sqrt(tl.sum(x * x, axis=0) / size + eps)
+    result = x * inverse * (tl.load(weight_of + place, mask=valid).to(tl.float32) + offset)
+    if CENTRED:
+        result += tl.load(bias_of + place, mask=valid).to(tl.float32)
+    tl.store(out + row * size + place, result, mask=valid)
+    tl.store(inverses + row, inverse)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """As `elementwise.norm`, of a contiguous tensor. Each program does one row."""
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """As `elementwise.norm`. Each program does one row."""
     rows, size = x.shape
-    out = torch.empty_like(x)
-    mean, deviation = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    out, centred = torch.empty_like(x), bias is not None
+    statistics = torch.empty(1 + centred, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
-    _norm_kernel[(rows,)](x, weight, bias, out, mean, deviation, size, eps, BLOCK=block, num_warps=4)
-    return out, mean, deviation
+    _norm_kernel[(rows,)](
+        x, weight, bias if centred else weight, out, statistics[0], statistics[-1], size, eps, offset,
+        CENTRED=centred, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out, statistics.unbind()
 
 
 @triton.jit
-def _norm_backward_kernel(grad_of, x_of, means, deviations, weight_of, more_of, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_of, x_of, means, inverses, weight_of, more_of, out, size, offset, CENTRED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     valid = place < size
     here = row * size + place
-    deviation = tl.load(deviations + row)
+    inverse = tl.load(inverses + row)
     x = tl.load(x_of + here, mask=valid, other=0.0).to(tl.float32)
-    normed = tl.where(valid, (x - tl.load(means + row)) * deviation, 0.0)
+    if CENTRED:
+        x = tl.where(valid, x - tl.load(means + row), 0.0)
+    normed = x * inverse
     grad = tl.load(grad_of + here, mask=valid, other=0.0).to(tl.float32)
-    grad *= tl.load(weight_of + place, mask=valid, other=0.0).to(tl.float32)
-    along = tl.sum(grad * normed, axis=0) / size
-    result = (grad - tl.sum(grad, axis=0) / size - normed * along) * deviation
-    result += tl.load(more_of + here, mask=valid, other=0.0).to(tl.float32)
+    grad *= tl.load(weight_of + place, mask=valid, other=0.0).to(tl.float32) + offset
+    result = grad - normed * (tl.sum(grad * normed, axis=0) / size)
+    if CENTRED:
+        result -= tl.sum(grad, axis=0) / size
+    result = result * inverse + tl.load(more_of + here, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + here, result, mask=valid)
 
 
-def norm_backward(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, weight: Tensor, more: Tensor) -> Tensor:
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    offset: float,
+    more: Tensor,
+) -> Tensor:
     """As `elementwise.norm_backward`, of contiguous tensors. Each program does one row."""
     rows, size = x.shape
     out, block = torch.empty_like(x), triton.next_power_of_2(size)
-    _norm_backward_kernel[(rows,)](grad, x, mean, deviation, weight, more, out, size, BLOCK=block, num_warps=8)
+    _norm_backward_kernel[(rows,)](
+        grad, x, statistics[0], statistics[-1], weight, more, out, size, offset,
+        CENTRED=bias is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
     return out
+
+
+def _warps(block: int) -> int:
+    return 8 if block >= 4096 else 4
 
 
 @triton.jit
-def _gelu_kernel(x_of, grad_of, out, count, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    place = tl.arange(0, BLOCK)
-    valid = place < count - start
-    x = tl.load(x_of + start + place, mask=valid).to(tl.float32)
-    # The normal distribution's tail beyond |x|, within 1e-7: Abramowitz and Stegun, 7.1.26. The library's error function
-    # takes longer than the memory access, and the gradient needs this exponential anyway.
-    bell = tl.exp2(x * x * -0.7213475204444817)
-    t = 1 / (1 + 0.2316418882663604 * tl.abs(x))
-    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
-    y = tl.where(x < 0, tail, 1 - tail)
-    if BACKWARD:
-        y = tl.load(grad_of + start + place, mask=valid).to(tl.float32) * (y + x * bell * 0.3989422804014327)
+def _activate_kernel(  # type: ignore[no-untyped-def]
+    before, grad, out, width,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < width
+    gates, here = before + row * (1 + GATED) * width + place, row * width + place
+    gate = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
+    if KIND == "silu":
+        share = tl.sigmoid(gate)
+        slope = share * (1 + gate * (1 - share))
+    elif KIND == "gelu":
+        # The normal distribution's tail beyond |x|, within 1e-7: Abramowitz and Stegun, 7.1.26. The library's error
+        # function takes longer than the memory access, and the gradient needs this exponential anyway.
+        bell = tl.exp2(gate * gate * -0.7213475204444817)
+        t = 1 / (1 + 0.2316418882663604 * tl.abs(gate))
+        fourth = -0.7265760135 + t * 0.5307027145
+        tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * fourth))) * bell
+        share = tl.where(gate < 0, tail, 1 - tail)
+        slope = share + gate * bell * 0.3989422804014327
     else:
-        y = x * y
-    tl.store(out + start + place, y, mask=valid)
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        share = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
+        slope = share + gate * 2 * share * (1 - share) * 0.7978845608028654 * (1 + 0.134145 * gate * gate)
+    output = gate * share
+    if BACKWARD:
+        slope *= tl.load(grad + here, mask=valid, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(gates + width, mask=valid, other=0.0).to(tl.float32)
+        if BACKWARD:
+            of_output = tl.load(grad + here, mask=valid, other=0.0).to(tl.float32)
+            tl.store(gates + width, of_output * output, mask=valid)
+            slope *= up
+        output *= up
+    if BACKWARD:
+        tl.store(gates, slope, mask=valid)
+    if OUTPUT:
+        tl.store(out + here, output, mask=valid)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """As `elementwise.gelu`, of a contiguous tensor."""
-    out = torch.empty_like(x)
-    grid = (triton.cdiv(x.numel(), _BLOCK),)
-    _gelu_kernel[grid](x, x, out, x.numel(), BACKWARD=False, BLOCK=_BLOCK, num_warps=_WARPS)
+def _activate(before: Tensor, grad: Tensor, activation: str, gated: bool, backward: bool, output: bool) -> None:
+    rows, width = grad.shape
+    _activate_kernel[(rows, triton.cdiv(width, _BLOCK))](
+        before, grad, grad, width, KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output, BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )  # fmt: skip
+
+
+def activate(before: Tensor, activation: str, gated: bool) -> Tensor:
+    """As `elementwise.activate`."""
+    out = before.new_empty(len(before), before.shape[1] >> gated)
+    _activate(before, out, activation, gated, backward=False, output=True)
     return out
 
 
-def gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    """As `elementwise.gelu_backward_`, of contiguous tensors."""
-    grid = (triton.cdiv(x.numel(), _BLOCK),)
-    _gelu_kernel[grid](x, grad, grad, x.numel(), BACKWARD=True, BLOCK=_BLOCK, num_warps=_WARPS)
-    return grad
+def activate_backward_(grad: Tensor, before: Tensor, activation: str, gated: bool, output: bool) -> None:
+    """As `elementwise.activate_backward_`, of contiguous tensors."""
+    _activate(before, grad, activation, gated, backward=True, output=output)
 
 
 @triton.jit
@@ -165,12 +189,6 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     return result
 
 
-def dequantizes(state: Any) -> bool:
-    """Whether `dequantize` reads this layout: bitsandbytes' nested 4-bit blocks."""
-    second = state.state2 if state.nested else None
-    return second is not None and second.blocksize == 256 and state.blocksize == 64 and state.shape.numel() % 64 == 0
-
-
 @triton.jit
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
     packed, code, scales, scale_code, scale_scales, offset, out, count, BLOCKS: tl.constexpr
@@ -192,7 +210,7 @@ _QUANTIZATION_BLOCKS = 32
 
 
 def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Dense (out, in) weights of packed 4-bit ones with quantized constants (`dequantizes`)."""
+    """As `elementwise.dequantize`, of weights with quantized constants."""
     if out is None:
         out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     count, nested = packed.numel() // 32, state.state2

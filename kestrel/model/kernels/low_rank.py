@@ -6,19 +6,27 @@ each product reads its wide operand once, and draws the mask again from its seed
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from kestrel.model.kernels.elementwise import add_dropout_, dropout, kernels_for
-
-_WIDEST = 256  # ranks that a kernel holds at once
+from kestrel.model.kernels.elementwise import fused
 
 
-def _kernels(x: Tensor, ranks: int) -> Any:
-    return kernels_for(x, "low_rank_gpu") if ranks <= _WIDEST else None
+def _kept(x: Tensor, p: float, seed: int) -> Tensor:
+    """The dropout mask: 16 random bits per number, which is faster than a float; p is exact to 1 / 65536."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), 2**63 - 1, generator=generator)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return bits >= round(p * 65536) - 32768
 
 
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x / (1 - p) where kept, 0 elsewhere. The same seed gives the same mask, so none is stored."""
+    return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
+
+
+@fused("low_rank_gpu", lambda x, a, *_: x.new_empty(len(x), len(a)), when=lambda x, a, p, _: p > 0)
 def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """dropout(x) Aᵀ.
 
@@ -31,27 +39,23 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     Returns:
         (tokens, ranks).
     """
-    if not p:
-        return x @ a.t()
-    kernels = _kernels(x, len(a))
-    return dropout(x, p, seed) @ a.t() if kernels is None else kernels.project(x, a, p, seed)
+    return (dropout(x, p, seed) if p else x) @ a.t()
 
 
+@fused(
+    "low_rank_gpu",
+    lambda low, x, *_: x.new_empty(low.shape[1], x.shape[1], dtype=torch.float32),
+    when=lambda low, x, p, _: p > 0,
+)
 def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """The gradient of A: grad_lowᵀ dropout(x), (ranks, inputs). `grad_low`: (tokens, ranks), contiguous."""
-    if not p:
-        return grad_low.t() @ x
-    kernels = _kernels(x, grad_low.shape[1])
-    return grad_low.t() @ dropout(x, p, seed) if kernels is None else kernels.project_gradient(grad_low, x, p, seed)
+    return grad_low.t() @ (dropout(x, p, seed) if p else x)
 
 
+@fused("low_rank_gpu", lambda *_: None, when=lambda x, low, a, p, _: p > 0)
 def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
     """Adds to the gradient of x, in place, what comes by way of the update: dropout's gradient of grad_low A."""
-    if not p:
-        grad_x.addmm_(grad_low, a)
-        return
-    kernels = _kernels(grad_x, len(a))
-    if kernels is None:
-        add_dropout_(grad_x, grad_low @ a, p, seed)
+    if p:
+        grad_x.addcmul_(grad_low @ a, _kept(grad_x, p, seed), value=1 / (1 - p))
     else:
-        kernels.add_input_gradient_(grad_x, grad_low, a, p, seed)
+        grad_x.addmm_(grad_low, a)

@@ -1,4 +1,4 @@
-"""The kernel of `rotary.py` in Triton."""
+"""Rotary positions in Triton, for grouped heads and for rotations of a part of each head."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
-    """As `rotary.rotate`."""
+    """As `elementwise.rotate`."""
     query, key, value = parts
     batch, length, heads, size = query.shape
     half, kv_heads = cos.shape[-1] // 2, key.shape[2]
