@@ -34,7 +34,7 @@ def _has_triton() -> bool:
 
 
 def fused(
-    module: str, allocates: Callable[..., Any], when: Callable[..., bool] = lambda *_: True
+    module: str, allocates: Callable[..., Any], when: Callable[..., bool] = lambda *_, **__: True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates a plain form whose place a kernel takes on a GPU.
 
