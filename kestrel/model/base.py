@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 _HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
 
 
+# Their hidden states exceed 65,504, the largest number of float16, and the likelihoods are no numbers: Gemma 2 and 3 were
+# trained in bfloat16 with an embedding that is scaled up and norms behind each block (their model cards name bfloat16).
+_EXCEEDS_FLOAT16 = ("gemma2", "gemma3")
+
+
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
     if torch.cuda.is_available():
@@ -35,6 +40,19 @@ def load_config(settings: Model) -> PretrainedConfig:
     with plain_loading_errors("configuration", settings.name):
         return AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+
+
+def refuse_overflow(config: PretrainedConfig, compute_dtype: str) -> None:
+    """Refuses architectures whose numbers are known to exceed float16.
+
+    Raises:
+        KestrelError: naming the types that work.
+    """
+    if compute_dtype == "float16" and config.model_type.startswith(_EXCEEDS_FLOAT16):
+        raise KestrelError(
+            f"the hidden states of a {config.model_type} model exceed float16's range; set quantization.compute_dtype to "
+            "float32, or to bfloat16 on a GPU that computes in it (Ampere and later)"
         )
 
 
@@ -65,6 +83,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     wanted, chosen = settings.quantization, settings.model
     dtype = getattr(torch, wanted.compute_dtype)
     config = load_config(chosen)
+    refuse_overflow(config, wanted.compute_dtype)
     use_fused_kernels(config.model_type)
     quantization = (
         BitsAndBytesConfig(

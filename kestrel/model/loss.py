@@ -188,7 +188,10 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
     def forward(*args: Any, of_hidden: OfHidden | None = None, **kwargs: Any) -> Any:
         if of_hidden is None:
             return own_forward(*args, **kwargs)
-        return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
+        # Everything is held in the compute type already. Under the Trainer's autocast, which float16 comes with, norms
+        # would return float32, and the products behind them fail.
+        with torch.autocast(kwargs["input_ids"].device.type, enabled=False):
+            return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
     forward.is_fast = lambda: fused is not None and fused.can_run()  # type: ignore[attr-defined]  # for `prove_layers`
     causal_lm.forward = forward

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.model.kernels.elementwise import dequantize
-from kestrel.model.kernels.low_rank import add_input_gradient_, project, project_gradient
+from kestrel.model.kernels.low_rank import add_input_gradient_, in_float32, project, project_gradient
 
 
 class Repeats(NamedTuple):
@@ -225,7 +225,7 @@ class Group:
         assert x is not None
         grad_low = grad @ self._b if grad_low is None else grad_low
         grad_a = project_gradient(grad_low, x, self._p(), seed)
-        grad_b = grad.t() @ project(x, self._a, self._p(), seed)
+        grad_b = in_float32(grad.t(), project(x, self._a, self._p(), seed))
         results = []
         for update in updates:
             results.append(grad_a[update.ranks].to(update.a.dtype) * update.scaling)

@@ -14,6 +14,7 @@ from torch import nn
 
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Quantization, Settings
+from kestrel.model.base import refuse_overflow
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
 
@@ -29,6 +30,7 @@ def random_model(settings: Settings, config: PretrainedConfig, device: torch.dev
     from transformers import AutoModelForCausalLM
 
     wanted = settings.quantization
+    refuse_overflow(config, wanted.compute_dtype)
     dtype = getattr(torch, wanted.compute_dtype)
     use_fused_kernels(config.model_type)
     trusted = settings.model.trust_remote_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 class Guard(TrainerCallback):
     """Stops a run whose gradient is not finite, is zero, or does not move the adapter.
 
+    In float16 a gradient may exceed the type's range. The gradient scaler then skips the step and lowers the loss's scale;
+    such steps are counted and shown.
+
     A norm is checked one step late, when the GPU has computed it, so that nothing waits for it. Before anything is logged,
     evaluated or saved, the last norm is checked too; so this must be the last of the callbacks.
     """
@@ -33,12 +37,13 @@ class Guard(TrainerCallback):
         self._trainer = trainer
         self._initial: dict[str, torch.Tensor] | None = None
         self._moved = False
+        self._skipped = 0
         self._unchecked: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
         if not self._moved:
             gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-            if not gradients or not any(bool(g.abs().max() > 0) for g in gradients):
+            if not any(bool(g.ne(0).any()) for g in gradients):
                 raise ProofError(
                     "the gradient of the first step is zero for every weight of the adapter: it learns nothing"
                 )
@@ -66,7 +71,26 @@ class Guard(TrainerCallback):
                 "kept: lower training.learning_rate, or check these dialogues, and run the same command again"
             )
 
+    def _count_skipped(self, step: int) -> None:
+        """Shows that the scaler skipped a step, and refuses a gradient that no scale makes finite."""
+        self._skipped, self._unchecked = self._skipped + 1, None
+        scale = self._trainer.accelerator.scaler.get_scale()
+        if scale < 1:
+            raise ProofError(
+                f"the gradient of step {step} is not finite in float16, however small the loss is scaled; set "
+                "quantization.compute_dtype to bfloat16 or float32, or check the step's dialogues: "
+                + ", ".join(self._trainer.dialogues_of_step(step))
+            )
+        if distributed.is_first():
+            tqdm.write(
+                f"step {step:,} was skipped: its gradient exceeds float16's range; the loss is now scaled by {scale:,.0f} "
+                f"(steps skipped: {self._skipped})"
+            )
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
+        if self._trainer.accelerator.optimizer_step_was_skipped:
+            self._count_skipped(state.global_step + 1)
+            return
         if self._moved or self._trainer.lr_scheduler.get_last_lr()[0] == 0:
             return  # the learning rate is zero in the first step of a warm-up
         now = {n: p.detach() for n, p in model.named_parameters() if "lora_B" in n}
@@ -118,7 +142,7 @@ class JsonLines(TrainerCallback):
 
     def _lines(self, step: int, logs: dict[str, float]) -> str:
         """One line, or none for an entry without any of the keys."""
-        values = {key: logs[key] for key in self._KEYS if key in logs}
+        values = {key: logs[key] for key in self._KEYS if math.isfinite(logs.get(key, math.nan))}
         tokens = int(self._tokens_until[step - 1]) if step else 0
         return json.dumps({"step": step, **values, "tokens": tokens}) + "\n" if values else ""
 

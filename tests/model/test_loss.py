@@ -59,6 +59,17 @@ def test_equals_the_models_own_loss_and_gradients(model, monkeypatch, chunk, tra
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6 * theirs[name].abs().max() + 1e-8), name
 
 
+@pytest.mark.parametrize("architecture", ["falcon", "gpt2"])
+def test_autocast_changes_nothing(architecture):
+    """The Trainer casts by itself in float16, where norms would return float32 and the head's product fail."""
+    causal_lm = make_model(architecture).eval()
+    attach_token_nll(causal_lm)
+    batch = collate(rows_of([20, 9], seed=0), END)
+    expected = token_nll(causal_lm, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(token_nll(causal_lm, batch), expected)
+
+
 def test_no_supervised_token_is_no_loss(model):
     batch = collate([{"input_ids": [20, 21], "labels": [-100, -100]}], pad_id=END)
     assert token_nll(model, batch).shape == (0,)

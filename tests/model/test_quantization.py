@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from make_models import settings_of, write_base
+from transformers import AutoConfig
 
 import kestrel.model.base
 from kestrel.adapter.lora import add_lora
@@ -17,6 +18,7 @@ from kestrel.errors import KestrelError, ProofError
 from kestrel.model.base import load_base, skeleton_of
 from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.model.quantization import audit, expected_footprint_bytes, forbid_repacking, linear_layers
+from kestrel.planning.random_base import random_model
 
 ARCHITECTURES = ["falcon", "llama", "gpt_neox", "qwen2", "gpt2"]
 
@@ -184,3 +186,14 @@ def test_adapter_begins_the_same_for_the_same_seed(bases):
         for seed in (1, 1, 2)
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_what_exceeds_float16_is_refused_before_it_is_loaded(tmp_path, architecture):
+    shape = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    config = AutoConfig.for_model(architecture, **shape, intermediate_size=64, num_key_value_heads=2)
+    config.save_pretrained(str(tmp_path))
+    settings = settings_for(tmp_path, compute_dtype="float16")
+    for load in (load_base, lambda given: random_model(given, config, torch.device("meta"))):
+        with pytest.raises(KestrelError, match=f"a {architecture} model exceed float16's range; set .* to float32"):
+            load(settings)

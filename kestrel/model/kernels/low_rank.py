@@ -21,6 +21,13 @@ def _kept(x: Tensor, p: float, seed: int) -> Tensor:
     return bits >= round(p * 65536) - 32768
 
 
+def in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a b, added up and returned in float32: gradients under float16's loss scale may exceed its range."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     """x / (1 - p) where kept, 0 elsewhere. The same seed gives the same mask, so none is stored."""
     return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
@@ -48,8 +55,8 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     when=lambda low, x, p, _: p > 0,
 )
 def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
-    """The gradient of A: grad_lowᵀ dropout(x), (ranks, inputs). `grad_low`: (tokens, ranks), contiguous."""
-    return grad_low.t() @ (dropout(x, p, seed) if p else x)
+    """The gradient of A: grad_lowᵀ dropout(x), float32 (ranks, inputs). `grad_low`: (tokens, ranks), contiguous."""
+    return in_float32(grad_low.t(), dropout(x, p, seed) if p else x)
 
 
 @fused("low_rank_gpu", lambda *_: None, when=lambda x, low, a, p, _: p > 0)
