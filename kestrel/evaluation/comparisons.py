@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
-
-import numpy as np
 
 from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.metric_table import BY_NAME, HEADLINES, METRICS, Metric
@@ -82,23 +78,3 @@ def _describe(tests: Sequence[Mapping[str, Any]]) -> str:
         difference = f"{test['difference']:+.2f}".replace("-", "−")
         parts.append(f"{BY_NAME[test['metric']].label} ({difference}{against}, {certainty})")
     return ", ".join(parts)
-
-
-def spread_over_seeds(groups: Mapping[str, str], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean and spread over the seeds of each system that has several; `groups` has the group of each file."""
-    result: dict[str, Any] = {}
-    for group, count in Counter(groups.values()).items():
-        if count < 2:
-            continue
-        members = [name for name in groups if groups[name] == group]
-        shared = [key for key in bootstrap.point[members[0]] if all(key in bootstrap.point[m] for m in members)]
-        spreads = {key: spread_of([bootstrap.point[m][key] for m in members]) for key in shared}
-        result[group] = {"members": members} | {key: spread for key, spread in spreads.items() if spread is not None}
-    return result
-
-
-def spread_of(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation and range of two scores or more; None where one is not finite."""
-    if not np.isfinite(values).all():
-        return None
-    return {"mean": mean(values), "std": stdev(values), "min": min(values), "max": max(values)}

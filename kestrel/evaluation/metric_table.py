@@ -49,7 +49,7 @@ class Metric:
         details: what else metrics.json says of it, from the answers and the sums of shape (K,).
         headline: compared with the best trivial system, judged in words, and plotted. Needs a signature.
         tested: paired tests compare the scored files in it.
-        seeds, orders: the tables of the spread over seeds and over orders of the persona show it.
+        spread: the tables of the spread over seeds and over orders of the persona show it.
         columns: where the tables of systems show it.
         legend: explains its columns.
         flag: words that mark a reply, in the report, for which the first statistic is not 0.
@@ -69,8 +69,7 @@ class Metric:
     details: Callable[[Answers, Array], dict[str, Any]] | None = None
     headline: bool = False
     tested: bool = False
-    seeds: bool = False
-    orders: bool = False
+    spread: bool = False
     columns: tuple[Column, ...] = ()
     legend: str = ""
     flag: str = ""
@@ -119,31 +118,29 @@ class Metric:
 
 
 _percent = partial(Metric, show=".1%")
-_points = partial(Metric, score=metrics.points, range=(0, 100), better="higher", seeds=True)
+_points = partial(Metric, score=metrics.points, range=(0, 100), better="higher")
 _bleu = partial(_points, score=metrics.bleu, details=metrics.bleu_details)
-_perplexity = partial(
-    Metric, score=metrics.perplexity, needs=("reference_nll",), range=(0, math.inf), better="lower", seeds=True
-)
+_perplexity = partial(Metric, score=metrics.perplexity, needs=("reference_nll",), range=(0, math.inf), better="lower")
 
 METRICS: tuple[Metric, ...] = (
     _bleu(
-        "bleu", "BLEU", metrics.bleu_statistics, headline=True, tested=True, orders=True, hub_type="bleu",
+        "bleu", "BLEU", metrics.bleu_statistics, headline=True, tested=True, spread=True, hub_type="bleu",
         signature=lambda _: metrics.bleu_signature(False),
         columns=(Column("scores", "BLEU", interval=True),),
     ),
     _points(
-        "rouge_l", "ROUGE-L", metrics.rouge_statistics, headline=True, tested=True, orders=True, hub_type="rouge",
+        "rouge_l", "ROUGE-L", metrics.rouge_statistics, headline=True, tested=True, spread=True, hub_type="rouge",
         signature=metrics.rouge_signature,
         columns=(Column("scores", "ROUGE-L", interval=True),),
     ),
     _points(
         "f1", "F1", metrics.mean_of(lambda reply: metrics.f1_score(reply.response, reply.reference)), headline=True,
-        tested=True, orders=True, hub_type="f1",
+        tested=True, spread=True, hub_type="f1",
         signature=lambda _: "type:f1|normalization:parlai|average:replies",
         columns=(Column("scores", "F1", interval=True),),
     ),
     _bleu(
-        "bleu_lc", "BLEU lower-cased", partial(metrics.bleu_statistics, written=str.lower),
+        "bleu_lc", "BLEU lower-cased", partial(metrics.bleu_statistics, lowercase=True),
         signature=lambda _: metrics.bleu_signature(True),
         columns=(Column("properties", "BLEU-lc"),), legend="lower-cased BLEU",
     ),
@@ -155,7 +152,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     _perplexity(
         "perplexity.token", "perplexity per token", metrics.nll_per(lambda reply: reply.reference_tokens or 0),
-        orders=True, hub_type="perplexity", legend="per reply token, end included",
+        spread=True, hub_type="perplexity", legend="per reply token, end included",
         columns=(Column("scores", "PPL", show=",.1f"), Column("perplexity", "per token", interval=True)),
     ),
     _perplexity(
@@ -169,7 +166,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     _percent(
         "hits_at_1", "hits@1", metrics.hit_statistics, needs=("reference_nll", "candidate_nll"), better="higher",
-        details=metrics.hit_details, tested=True, seeds=True, orders=True, columns=(Column("scores", "hits@1"),),
+        details=metrics.hit_details, tested=True, spread=True, columns=(Column("scores", "hits@1"),),
     ),
     Metric(
         "distinct_1", "distinct-1", overall=lambda answers: metrics.distinct(answers.responses, 1), show=",.3f",
@@ -180,7 +177,7 @@ METRICS: tuple[Metric, ...] = (
         columns=(Column("properties", "dist-2"),), legend="different n-grams over all n-grams",
     ),
     Metric(
-        "length_ratio", "length ratio", metrics.length_statistics, range=(0, math.inf),
+        "length_ratio", "length ratio", metrics.bleu_statistics, range=(0, math.inf),
         columns=(Column("properties", "length"),), legend="words of the responses over words of the references",
     ),
     _percent(

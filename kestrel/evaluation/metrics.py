@@ -22,12 +22,10 @@ from numpy.typing import NDArray
 from kestrel.evaluation.generations import Reply
 
 if TYPE_CHECKING:
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
 Array = NDArray[np.float64]
 Rows = Sequence[Sequence[float]]  # statistics of N replies, K numbers each
-
-_ORDER = 4  # BLEU's longest n-gram
 
 # ParlAI, parlai/core/metrics.py: each of the 32 ASCII punctuation marks becomes a space, then each article.
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
@@ -96,13 +94,12 @@ def bits(sums: Array) -> Array:
 
 def bleu(sums: Array) -> Array:
     """Corpus BLEU, 0-100, by sacreBLEU, from sums of `bleu_statistics`."""
-    return np.array([_compute_bleu(row).score for row in sums])
+    return np.array([_bleu_score(row).score for row in sums])
 
 
-def _compute_bleu(sums: Array) -> Any:
-    """sacreBLEU's score object. Lower-casing and tokenizing happen before counting, so any BLEU object will do."""
-    sys_len, ref_len, *counts = (int(value) for value in sums)
-    return _bleu(False).compute_bleu(counts[:_ORDER], counts[_ORDER:], sys_len, ref_len, smooth_method="exp")
+def _bleu_score(sums: Array) -> BLEUScore:
+    # Lower-casing and tokenizing happen before counting, so any BLEU object will do.
+    return _bleu(False)._compute_score_from_stats([int(value) for value in sums])
 
 
 # Statistics of replies, and what else metrics.json says of a score.
@@ -113,19 +110,14 @@ def mean_of(value: Callable[[Reply], float]) -> Callable[[Answers], Rows]:
     return lambda answers: [(value(reply), 1) for reply in answers.replies]
 
 
-def bleu_statistics(answers: Answers, written: Callable[[str], str] = str) -> Rows:
-    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4.
-
-    Args:
-        written: `str.lower` for the lower-cased BLEU.
-    """
-    pairs = zip(answers.responses, answers.references, strict=True)
-    return [_bleu_counts(written(response), written(reference)) for response, reference in pairs]
+def bleu_statistics(answers: Answers, lowercase: bool = False) -> Rows:
+    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4."""
+    return _bleu(lowercase)._extract_corpus_statistics(answers.responses, [answers.references])
 
 
 def bleu_details(_: Answers, sums: Array) -> dict[str, Any]:
     """What corpus BLEU is made of. `sums` has shape (10,)."""
-    score = _compute_bleu(sums)
+    score = _bleu_score(sums)
     lengths = {"sys_len": score.sys_len, "ref_len": score.ref_len}
     return {"precisions": score.precisions, "brevity_penalty": score.bp} | lengths
 
@@ -144,42 +136,9 @@ def _bleu(lowercase: bool) -> BLEU:
     return BLEU(lowercase=lowercase, force=True)
 
 
-def _ngrams(text: str) -> tuple[Counter[tuple[str, ...]], int]:
-    from sacrebleu.metrics.helpers import extract_all_word_ngrams
-
-    ngrams, words = extract_all_word_ngrams(text, 1, _ORDER)
-    return ngrams, words
-
-
-_reference_ngrams = lru_cache(maxsize=1 << 15)(_ngrams)
-
-
-@lru_cache(maxsize=1 << 17)
-def _bleu_words(text: str) -> str:
-    return str(_bleu(False).tokenizer(text.rstrip()))
-
-
 def tokens_13a(text: str) -> list[str]:
     """Words as sacreBLEU counts them (mteval-v13a), lower-cased."""
-    return _bleu_words(text.lower()).split()
-
-
-@lru_cache(maxsize=1 << 16)  # most corpora are lower-cased already, and then both BLEUs count the same
-def _bleu_counts(response: str, reference: str) -> tuple[int, ...]:
-    known, ref_len = _reference_ngrams(_bleu_words(reference))
-    ngrams, sys_len = _ngrams(_bleu_words(response))
-    correct, total = [0] * _ORDER, [0] * _ORDER
-    for ngram, count in ngrams.items():
-        order = len(ngram) - 1
-        total[order] += count
-        if ngram in known:
-            correct[order] += min(count, known[ngram])
-    return sys_len, ref_len, *correct, *total
-
-
-def length_statistics(answers: Answers) -> Rows:
-    """Words of response and reference, as BLEU counts them."""
-    return [row[:2] for row in bleu_statistics(answers)]
+    return _bleu(True)._preprocess_segment(text).split()
 
 
 def rouge_statistics(answers: Answers, other: bool = False) -> Rows:
@@ -283,29 +242,3 @@ def distinct(responses: Sequence[str], n: int) -> float:
     """
     grams = [tuple(words[i : i + n]) for words in map(tokens_13a, responses) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-_SPACED = re.compile(r"\w (?:[.,!?;:]|n't\b|'\w)")
-_CLOSED = re.compile(r"\w(?:[.,!?;:](?:\s|$)|n't\b|'\w)")
-_CONVENTIONS: dict[str, tuple[Callable[[str], Any], Callable[[str], Any]]] = {
-    "casing": (lambda text: text != text.lower(), str.strip),
-    "spacing": (_SPACED.search, lambda text: _SPACED.search(text) or _CLOSED.search(text)),
-}
-
-
-def convention_gap(replies: Sequence[Reply]) -> dict[str, tuple[float, float]]:
-    """Writing conventions in which references and responses differ by more than half of the replies.
-
-    Returns:
-        casing and spacing, where they differ: (share of references, share of responses) that contain a capital
-        letter, or a space before punctuation or a contraction, among those in which one could stand.
-    """
-    gaps = {}
-    for name, (follows, could_follow) in _CONVENTIONS.items():
-        shares = []
-        for texts in ([reply.reference for reply in replies], [reply.response for reply in replies]):
-            following = [bool(follows(text)) for text in texts if could_follow(text)]
-            shares.append(sum(following) / len(following) if following else math.nan)
-        if abs(shares[0] - shares[1]) > 0.5:
-            gaps[name] = (shares[0], shares[1])
-    return gaps

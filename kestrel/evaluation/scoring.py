@@ -13,12 +13,13 @@ from kestrel import __version__
 from kestrel.config import settings
 from kestrel.evaluation.bootstrap import PAIRED_TEST, Bootstrap, point_scores, total
 from kestrel.evaluation.breakdown import breakdowns
-from kestrel.evaluation.comparisons import best_trivial, paired_tests, spread_over_seeds, verdicts
+from kestrel.evaluation.comparisons import best_trivial, paired_tests, verdicts
 from kestrel.evaluation.generations import Generations, Reply
 from kestrel.evaluation.metric_table import DETAILED, METRICS
-from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of, convention_gap
-from kestrel.evaluation.persona_orders import order_verdicts, separate_orders, spread_over_orders
+from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of
+from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders, spread_over_seeds
 from kestrel.evaluation.trivial_systems import trivial_replies
+from kestrel.evaluation.writing import writing_notes
 
 _FEW_DIALOGUES = 30
 
@@ -99,12 +100,12 @@ def evaluate_files(
             for name in systems
         },
         "persona_orders": orders,
-        "groups": spread_over_seeds({file.system: file.group for file in first}, bootstrap),
+        "groups": spread_over_seeds({file.system: file.group for file in first}, bootstrap.point),
         "paired_test": PAIRED_TEST,
         "paired": paired,
         "verdicts": [*verdicts(kinds, paired), *order_verdicts(orders, kinds, folders)],
     } | breakdowns(contexts, detailed, bootstrap, all(file.numbered for file in first))  # fmt: skip
-    metrics["notes"] = [*notes, *_file_notes(first), *left_out, *_convention_notes(first, options.normalization)]
+    metrics["notes"] = [*notes, *_file_notes(first), *left_out, *writing_notes(first, options.normalization)]
     if metrics["n_dialogues"] == 1:
         metrics["notes"].append("WARNING: one dialogue gives no intervals and no tests.")
     elif metrics["n_dialogues"] < _FEW_DIALOGUES:
@@ -179,25 +180,6 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
             notes.append(
                 f"WARNING: {file.path} has from {min(sizes)} to {max(sizes)} candidates per reply; hits@1 depends on "
                 "their number and compares with no published value."
-            )
-    return notes
-
-
-def _convention_notes(files: Sequence[Generations], normalization: str) -> list[str]:
-    parts = {
-        "casing": "capital letters in {1:.0%} of its responses and {0:.0%} of the references",
-        "spacing": "spaces before punctuation in {1:.0%} of its responses and {0:.0%} of the references",
-    }
-    removed: list[str] = {"raw": [], "lower": ["casing"], "parlai": ["casing", "spacing"]}[normalization]
-    notes = []
-    for file in files:
-        gap = {kind: shares for kind, shares in convention_gap(file.replies).items() if kind not in removed}
-        if gap:
-            differences = ", ".join(parts[kind].format(*shares) for kind, shares in gap.items())
-            notes.append(
-                f"WARNING: {file.system} writes in another convention than the references ({differences}), which costs "
-                "it BLEU whatever it says. Score with --evaluation.normalization "
-                f"{'parlai' if 'spacing' in gap else 'lower'}, or write the training data as the references are written."
             )
     return notes
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from kestrel.evaluation.metric_table import BY_NAME, DETAILED, METRICS, Column, Metric
-from kestrel.evaluation.persona_orders import ORDER_METRICS
+from kestrel.evaluation.spread import SPREAD_METRICS
 
 WIDTH = 100  # columns of the terminal
 NONE = "–"  # a cell without a value
@@ -20,8 +20,7 @@ _TITLES = {
     "perplexity": "Perplexity of the references: three units, not comparable with each other",
 }
 _ORDERS_LEGEND = (
-    "The same sentences of the persona, shuffled for each dialogue. SD: standard deviation. "
-    "change: (highest − lowest) / mean. All other tables are of the order as given."
+    "The same sentences of the persona, shuffled for each dialogue; all other tables are of the order as given. "
 )
 
 
@@ -119,40 +118,31 @@ def paired_table(metrics: Mapping[str, Any]) -> Table:
     return Table("Paired differences", columns, rows, ("",) * len(rows), legend)
 
 
+def _spread_table(title: str, spreads: Mapping[str, Any], legend: str) -> Table | None:
+    """Scores over several files of one system; None where no system has several."""
+    rows = []
+    for name, entry in spreads.items():
+        for metric in (metric for metric in SPREAD_METRICS if metric.name in entry):
+            spread, show = entry[metric.name], metric.show
+            middle = f"{spread['mean']:{show}} ± {spread['std']:{show}}"
+            low, high, change = spread["min"], spread["max"], number(spread["relative_change"], ".1%")
+            rows.append((name, metric.label, middle, number(low, show), number(high, show), change))
+    columns = ("System", "Metric", "mean ± SD", "lowest", "highest", "change")
+    legend += "SD: standard deviation. change: (highest − lowest) / mean."
+    return Table(title, columns, tuple(rows), ("",) * len(rows), legend) if rows else None
+
+
 def seeds_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Mean and standard deviation over seeds; None where no system has several."""
+    """The spread over seeds, which is that of training and not of the dialogues."""
     groups = metrics["groups"]
-    if not groups:
-        return None
-    shown = [metric for metric in METRICS if metric.seeds and any(metric.name in group for group in groups.values())]
-    rows = tuple(
-        (f"{name} (n = {len(group['members'])})", *(_mean_and_sd(metric, group.get(metric.name)) for metric in shown))
-        for name, group in groups.items()
-    )
-    columns = ("System", *(metric.label for metric in shown))
-    return Table("Mean ± standard deviation over runs", columns, rows, ("system",) * len(rows))
-
-
-def _mean_and_sd(metric: Metric, spread: Mapping[str, float] | None) -> str:
-    return f"{spread['mean']:{metric.show}} ± {spread['std']:{metric.show}}" if spread else NONE
+    return _spread_table("Over seeds", {f"{name} (n = {len(g['members'])})": g for name, g in groups.items()}, "")
 
 
 def orders_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Scores over the orders of the persona's sentences; None where no system has several."""
-    rows, kinds = [], []
-    for name, entry in metrics["persona_orders"].items():
-        for metric in (metric for metric in ORDER_METRICS if metric.name in entry):
-            spread = entry[metric.name]
-            low, high = (number(spread[end], metric.show) for end in ("min", "max"))
-            given = number(spread["values"][0] if entry["orders"][0] == 0 else None, metric.show)
-            change = number(spread["relative_change"], ".1%")
-            rows.append((name, metric.label, given, _mean_and_sd(metric, spread), low, high, change))
-            kinds.append(metrics["systems"][name]["kind"])
-    if not rows:
-        return None
-    most = max(len(entry["orders"]) for entry in metrics["persona_orders"].values())
-    columns = ("System", "Metric", "as given", "mean ± SD", "lowest", "highest", "change")
-    return Table(f"Persona order: {most} orders", columns, tuple(rows), tuple(kinds), _ORDERS_LEGEND)
+    """The spread over orders of the persona's sentences."""
+    orders = metrics["persona_orders"]
+    most = max((len(entry["orders"]) for entry in orders.values()), default=0)
+    return _spread_table(f"Persona order: {most} orders", orders, _ORDERS_LEGEND)
 
 
 def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -174,16 +164,12 @@ def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> T
 def extra_table(metrics: Mapping[str, Any]) -> Table | None:
     """Scores by metrics of the `evaluate` library; None where the settings name none."""
     extra = next(iter(metrics["systems"].values())).get("extra", {})
-    columns = [
-        (f"{name}: {key}" if name != key else key, partial(_extra_cell, name, key))
+    columns: list[tuple[str, Cell]] = [
+        (f"{name}: {key}", lambda entry, name=name, key=key: number(entry["extra"][name].get(key), ",.4f"))
         for name, values in extra.items()
         for key in values
     ]
     return _systems_table("Metrics of the evaluate library", metrics, columns) if columns else None
-
-
-def _extra_cell(name: str, key: str, entry: Mapping[str, Any]) -> str:
-    return number(entry["extra"][name].get(key), ",.4f")
 
 
 def all_tables(metrics: Mapping[str, Any]) -> list[Table]:

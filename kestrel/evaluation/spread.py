@@ -1,17 +1,48 @@
-"""How far a system's scores depend on the order of its persona's sentences."""
+"""How far a system's scores depend on the seed of its training, and on the order of its persona's sentences."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from kestrel.errors import KestrelError
-from kestrel.evaluation.comparisons import spread_of
 from kestrel.evaluation.generations import Generations
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
 
-ORDER_METRICS = tuple(metric for metric in METRICS if metric.orders)
+SPREAD_METRICS = tuple(metric for metric in METRICS if metric.spread)
+
+
+def spread_of_scores(points: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """The spread of each score that all of several files have, a number for each file.
+
+    Returns:
+        By score: mean, sample standard deviation `std`, min, max, the values, and relative_change, (max - min) / mean.
+    """
+    spreads = {}
+    for name in points[0]:
+        values = [point[name] for point in points if name in point]
+        if len(values) == len(points) and np.isfinite(values).all():
+            low, high, middle = min(values), max(values), mean(values)
+            change = (high - low) / middle if middle else None
+            spreads[name] = {
+                "mean": middle, "std": stdev(values), "min": low, "max": high, "values": values, "relative_change": change,
+            }  # fmt: skip
+    return spreads
+
+
+def spread_over_seeds(groups: Mapping[str, str], point: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The spread over the seeds of each system that has several; `groups` has the group of each file."""
+    several = [group for group, count in Counter(groups.values()).items() if count > 1]
+    members = {group: [name for name in groups if groups[name] == group] for group in several}
+    return {
+        group: {"members": names} | spread_of_scores([point[name] for name in names])
+        for group, names in members.items()
+    }
 
 
 def separate_orders(files: Sequence[Generations]) -> tuple[list[Generations], dict[str, list[Generations]]]:
@@ -32,50 +63,34 @@ def separate_orders(files: Sequence[Generations]) -> tuple[list[Generations], di
         homes = [home for home in groups if home[1] == key[1] and any(not file.order for file in groups[home])]
         if len(homes) == 1:
             groups[homes[0]] += groups.pop(key)
-    first, further = [], {}
-    for group in groups.values():
-        chosen, *others = sorted(group, key=lambda file: file.order)
-        first.append(chosen)
-        if others:
-            further[chosen.system] = others
-        for file in others:
-            _check_personas(chosen, file)
-    return first, further
-
-
-def _check_personas(first: Generations, other: Generations) -> None:
-    for one, two in zip(first.replies, other.replies, strict=True):
-        if one.persona is not None and two.persona is not None and sorted(one.persona) != sorted(two.persona):
-            raise KestrelError(
-                f"{other.path}:{two.line}: by its name, its persona is that of {first.path}:{one.line} in another "
-                "order, but the sentences differ; rename the file, or leave it out"
-            )
+    ordered = [sorted(group, key=lambda file: file.order) for group in groups.values()]
+    for first, *others in ordered:
+        for other in others:
+            for one, two in zip(first.replies, other.replies, strict=True):
+                if one.persona is not None and two.persona is not None and sorted(one.persona) != sorted(two.persona):
+                    raise KestrelError(
+                        f"{other.path}:{two.line}: by its name, its persona is that of {first.path}:{one.line} in "
+                        "another order, but the sentences differ; rename the file, or leave it out"
+                    )
+    return [group[0] for group in ordered], {group[0].system: group[1:] for group in ordered if group[1:]}
 
 
 def spread_over_orders(
     first: Generations, further: Sequence[Generations], points: Sequence[Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Mean and spread of one system's scores over the orders; `points` are the scores of each file.
+    """The spread of one system's scores over the orders; `points` are the scores of each file.
 
     Returns:
-        orders: their numbers, 0 as given. reordered: share of the replies in further files whose persona has another
-        order than in the first; a persona of one sentence has only one. By score: mean, std, min, max, the values, and
-        relative_change, (max - min) / mean.
+        As `spread_of_scores`, and orders: their numbers, 0 as given. reordered: share of the replies in further files
+        whose persona has another order than in the first; a persona of one sentence has only one.
     """
     files = [first, *further]
-    pairs = [(one, two) for file in further for one, two in zip(first.replies, file.replies, strict=True)]
-    entry: dict[str, Any] = {
+    moved = [a.persona != b.persona for file in further for a, b in zip(first.replies, file.replies, strict=True)]
+    return {
         "orders": [file.order for file in files],
         "files": [str(file.path) for file in files],
-        "reordered": sum(one.persona != two.persona for one, two in pairs) / len(pairs),
-    }
-    for metric in ORDER_METRICS:
-        values = [point[metric.name] for point in points if metric.name in point]
-        spread = spread_of(values) if len(values) == len(points) else None
-        if spread is not None:
-            change = (spread["max"] - spread["min"]) / spread["mean"] if spread["mean"] else None
-            entry[metric.name] = spread | {"relative_change": change, "values": values}
-    return entry
+        "reordered": sum(moved) / len(moved),
+    } | spread_of_scores(points)
 
 
 def order_verdicts(
@@ -87,7 +102,7 @@ def order_verdicts(
         changes = [
             f"{entry[m.name]['relative_change'] or 0:.1%} in {m.label} "
             f"({entry[m.name]['min']:{m.show}} to {entry[m.name]['max']:{m.show}})"
-            for m in ORDER_METRICS
+            for m in SPREAD_METRICS
             if m.name in entry
         ]
         sentences.append(
