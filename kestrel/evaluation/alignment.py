@@ -90,4 +90,4 @@ def _take_keys(files: Sequence[Generations]) -> None:
             replace(reply, dialogue_id=named.dialogue_id, turn=named.turn)
             for reply, named in zip(file.replies, source.replies, strict=True)
         ]
-        file.numbered = False
+        file.missing = tuple(key for key in file.missing if key != "dialogue_id")

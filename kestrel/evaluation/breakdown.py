@@ -18,14 +18,13 @@ _LAST_REPLY = 8  # replies of this number and later share a bin
 
 
 def breakdowns(
-    contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap, numbered: bool
+    contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap
 ) -> dict[str, list[dict[str, Any]]]:
     """Scores by the number of the reply in its dialogue, and by the number of words in the reference.
 
     Args:
         contexts: N replies.
         shown: statistics of the metric `DETAILED`, shape (N, 2), by system.
-        numbered: every row is a dialogue of its own, so that no breakdown by reply exists.
 
     Returns:
         by_reply and by_length: for each bin its name, its number of replies, and each system's score with its interval.
@@ -38,7 +37,7 @@ def breakdowns(
         for low, high in _LENGTH_BINS
     }
     return {
-        "by_reply": [] if numbered else _binned(replies, shown, bootstrap),
+        "by_reply": _binned(replies, shown, bootstrap) if len(replies) > 1 else [],
         "by_length": _binned({label: mask for label, mask in words.items() if mask.any()}, shown, bootstrap),
     }
 

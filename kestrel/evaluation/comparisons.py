@@ -3,49 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kestrel.evaluation.bootstrap import Bootstrap
+from kestrel.evaluation.generations import System
 from kestrel.evaluation.metric_table import BY_NAME, HEADLINES, METRICS, Metric
 
 SIGNIFICANT = 0.05
 
 
-def best_trivial(bootstrap: Bootstrap, kinds: Mapping[str, str], metric: Metric) -> str | None:
+def best_trivial(bootstrap: Bootstrap, systems: Mapping[str, System], metric: Metric) -> str | None:
     """The trivial system with the best score; None without one.
 
     Chosen on the scored replies themselves, which favours the trivial side of a comparison.
     """
-    names = [name for name, kind in kinds.items() if kind == "trivial"]
+    names = [name for name, system in systems.items() if system.kind == "trivial"]
     return max(names, key=lambda name: metric.advantage(bootstrap.point[name][metric.name], 0), default=None)
 
 
-def paired_tests(bootstrap: Bootstrap, kinds: Mapping[str, str], folders: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Every pair of scored files, those against base first, and each file against the best trivial system by metric.
-
-    Args:
-        folders: of each file, so that a system meets the base of its own run first.
-    """
-    files = sorted((name for name in kinds if kinds[name] in ("system", "base")), key=lambda n: kinds[n] == "base")
+def paired_tests(bootstrap: Bootstrap, systems: Mapping[str, System]) -> list[dict[str, Any]]:
+    """Every pair of scored files, those against base first, and each file against the best trivial system by metric."""
+    files = sorted(
+        (n for n in systems if systems[n].kind in ("system", "base")), key=lambda n: systems[n].kind == "base"
+    )
     tests = []
     for i, system in enumerate(files):
-        for against in sorted(files[i + 1 :], key=lambda n: (kinds[n] != "base", folders[n] != folders[system])):
+        own = systems[system].folder
+        for against in sorted(files[i + 1 :], key=lambda n: (systems[n].kind != "base", systems[n].folder != own)):
             shared = bootstrap.point[system].keys() & bootstrap.point[against].keys()
             names = [metric.name for metric in METRICS if metric.tested and metric.name in shared]
             tests += [bootstrap.paired(system, against, name) for name in names]
-        rivals = [(best_trivial(bootstrap, kinds, metric), metric.name) for metric in HEADLINES]
+        rivals = [(best_trivial(bootstrap, systems, metric), metric.name) for metric in HEADLINES]
         tests += [bootstrap.paired(system, rival, name) for rival, name in rivals if rival is not None]
     return tests
 
 
-def verdicts(kinds: Mapping[str, str], paired: Sequence[Mapping[str, Any]]) -> list[str]:
+def verdicts(systems: Mapping[str, System], paired: Sequence[Mapping[str, Any]]) -> list[str]:
     """The paired tests of each system but the base, in words."""
     sentences = []
     judged = [test for test in paired if BY_NAME[test["metric"]].headline]
-    for system in (name for name, kind in kinds.items() if kind == "system"):
+    for system in (name for name in systems if systems[name].kind == "system"):
         for kind, rival in (("base", "base"), ("trivial", "the best trivial system")):
-            tests = [test for test in judged if test["system"] == system and kinds[test["against"]] == kind]
+            tests = [test for test in judged if test["system"] == system and systems[test["against"]].kind == kind]
             if kind == "base":  # the base of the same run comes first
                 tests = [test for test in tests if test["against"] == tests[0]["against"]]
             won = [test for test in tests if _is_significant(test) and _advantage(test) > 0]

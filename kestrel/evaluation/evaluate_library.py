@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,28 +19,25 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 def evaluate_library() -> ModuleType:
     """The `evaluate` library, whatever folder Python was started in.
 
-    From the repository's root, `import evaluate` is our evaluate.py. So this searches `sys.path` without that folder and
-    puts the library into `sys.modules`, so that its own `import evaluate` finds itself too.
+    From the repository's root, `import evaluate` is our evaluate.py. So this imports without that folder in `sys.path`.
 
     Raises:
         KestrelError: it is not installed.
     """
-    present = sys.modules.get("evaluate")
+    present, path = sys.modules.get("evaluate"), sys.path
     if present is not None and hasattr(present, "EvaluationModule"):
         return present
-    spec = PathFinder.find_spec("evaluate", [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT])
-    if spec is None or spec.loader is None:
+    sys.modules.pop("evaluate", None)
+    sys.path = [entry for entry in path if Path(entry or ".").resolve() != _ROOT]
+    try:
+        return importlib.import_module("evaluate")
+    except ModuleNotFoundError as error:
         raise KestrelError(
             "evaluation.extra_metrics needs the library evaluate; install it with pip install evaluate, or set "
             "evaluation.extra_metrics: []"
-        )
-    library = sys.modules["evaluate"] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(library)
-    except BaseException:
-        del sys.modules["evaluate"]
-        raise
-    return library
+        ) from error
+    finally:
+        sys.path = path
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, Any]:
@@ -83,20 +79,17 @@ def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -
         KestrelError: a metric fails, or gives no number.
     """
     scores = {}
+    responses, references = map(list, zip(*pairs, strict=True))
     for name, metric in metrics.items():
-        responses, references = map(list, zip(*pairs, strict=True))
         try:
             result = metric.compute(predictions=responses, references=references) or {}
         except Exception as error:
             raise KestrelError(f"evaluation.extra_metrics: {name!r} fails: {first_line(error)}") from error
-        scores[name] = {
-            key: number for key, value in result.items() if (number := _mean(value, len(pairs))) is not None
-        }
+        means = {key: _mean(value, len(pairs)) for key, value in result.items()}
+        scores[name] = {key: n if math.isfinite(n) else None for key, n in means.items() if n is not None}
         if not scores[name]:
             raise KestrelError(f"evaluation.extra_metrics: {name!r} gives no number that a table could show")
-    return {
-        name: {key: n if math.isfinite(n) else None for key, n in numbers.items()} for name, numbers in scores.items()
-    }
+    return scores
 
 
 def _mean(value: Any, replies: int) -> float | None:

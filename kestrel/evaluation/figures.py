@@ -171,7 +171,7 @@ def _lines(label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, 
 def _lengths(evaluation: Evaluation) -> Any:
     shown = [*evaluation.of_kind("system", "base"), "gold"]
     colours = colour_names(evaluation)
-    lengths = {name: [len(tokens_13a(reply.response)) for reply in evaluation.systems[name]] for name in shown}
+    lengths = {name: [len(tokens_13a(reply.response)) for reply in evaluation.systems[name].replies] for name in shown}
     # The axis ends just after 99% of the references; the last bin holds all longer replies.
     last = max(10, sorted(lengths["gold"])[int(0.99 * (len(lengths["gold"]) - 1))] + 5)
     canvas, axes = _canvas(2.8)

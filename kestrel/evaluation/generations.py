@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
@@ -99,7 +101,6 @@ class Generations:
 
     Attributes:
         split: from the file's name; None where it names none.
-        numbered: the file names no dialogues, so that each row is one, called by its number.
         missing: keys of `OPTIONAL` that the file does not have.
     """
 
@@ -108,8 +109,12 @@ class Generations:
     path: Path
     sha256: str
     replies: list[Reply]
-    numbered: bool = False
     missing: tuple[str, ...] = ()
+
+    @property
+    def numbered(self) -> bool:
+        """The file names no dialogues, so that each row is one, called by its number."""
+        return "dialogue_id" in self.missing
 
     @property
     def order(self) -> int:
@@ -127,6 +132,24 @@ class Generations:
         name = self.name_without_order
         seed = _SEED_SUFFIX.match(name)
         return seed["group"] if seed else name
+
+
+@dataclass
+class System:
+    """One row of the table: what gave N replies.
+
+    Attributes:
+        kind: system (a file), base (a file of the untuned model), trivial, or gold (the references).
+        made_by: the file, or how the replies were made.
+        folder: of the file, so that a system meets the base of its own run first.
+        statistics: of the replies by metric, arrays of shape (N, K).
+    """
+
+    kind: Literal["system", "base", "trivial", "gold"]
+    made_by: str
+    replies: list[Reply]
+    folder: Path | None = None
+    statistics: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def read_generations(path: Path) -> Generations:
@@ -152,7 +175,7 @@ def read_generations(path: Path) -> Generations:
         raise KestrelError("generations cannot be scored; fix the file or leave it out\n  " + "\n  ".join(shown))
     split, system = split_and_system(path)
     missing = tuple(key for key in OPTIONAL if key not in present)
-    return Generations(system, split, path, sha256_of(path), replies, "dialogue_id" not in present, missing)
+    return Generations(system, split, path, sha256_of(path), replies, missing)
 
 
 def _json_rows(path: Path, problems: list[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:

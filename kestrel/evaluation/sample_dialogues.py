@@ -51,10 +51,10 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
     the sample is not made of extremes alone.
     """
     members: dict[str, list[int]] = {}
-    first = next(iter(evaluation.systems))
-    for i, reply in enumerate(evaluation.systems[first]):
+    first = next(iter(evaluation.systems.values()))
+    for i, reply in enumerate(first.replies):
         members.setdefault(reply.dialogue_id, []).append(i)
-    scores = evaluation.statistics[first][DETAILED.name][:, 0]
+    scores = first.statistics[DETAILED.name][:, 0]
     ranked = sorted(members, key=lambda name: float(scores[members[name]].mean()), reverse=True)
     if len(ranked) <= count:
         chosen = dict.fromkeys(ranked, "random")
@@ -69,7 +69,7 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
 
 def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: int, chosen: str) -> SampleDialogue:
     shown = evaluation.of_kind("system", "base")
-    contexts = evaluation.systems["gold"]
+    contexts = evaluation.systems["gold"].replies
     exchanges, seen = [], 0
     for i in indices:
         history = contexts[i].history or ()
@@ -77,12 +77,12 @@ def _dialogue(evaluation: Evaluation, name: str, indices: Sequence[int], place: 
         seen = len(history) + 1
         responses = tuple(_response(evaluation, system, i) for system in shown)
         exchanges.append(Exchange(turns, contexts[i].reference, responses))
-    scores = {s: float(100 * evaluation.statistics[s][DETAILED.name][list(indices), 0].mean()) for s in shown}
+    scores = {s: float(100 * evaluation.systems[s].statistics[DETAILED.name][list(indices), 0].mean()) for s in shown}
     return SampleDialogue(name, place, chosen, contexts[indices[0]].persona or (), scores, tuple(exchanges))
 
 
 def _response(evaluation: Evaluation, system: str, i: int) -> Response:
-    reply, statistics = evaluation.systems[system][i], evaluation.statistics[system]
+    reply, statistics = evaluation.systems[system].replies[i], evaluation.systems[system].statistics
     flags = [m.flag for m in METRICS if m.flag and m.name in statistics and statistics[m.name][i, 0]]
     if reply.stopped_by == "length":
         flags.append("cut by length")

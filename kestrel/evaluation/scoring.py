@@ -14,7 +14,7 @@ from kestrel.config import settings
 from kestrel.evaluation.bootstrap import PAIRED_TEST, Bootstrap, point_scores, total
 from kestrel.evaluation.breakdown import breakdowns
 from kestrel.evaluation.comparisons import best_trivial, paired_tests, verdicts
-from kestrel.evaluation.generations import Generations, Reply
+from kestrel.evaluation.generations import Generations, Reply, System
 from kestrel.evaluation.metric_table import DETAILED, METRICS
 from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of
 from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders, spread_over_seeds
@@ -30,27 +30,23 @@ class Evaluation:
 
     Attributes:
         metrics: what metrics.json holds.
-        systems: the replies of every system of the table, in its order; N each, all to the same contexts.
-        statistics: of these replies by system and metric, arrays of shape (N, K).
+        systems: the rows of the table, in its order, all with N replies to the same contexts.
         further: replies with the persona in another order, which have no row in the table, by their file's system.
     """
 
     metrics: dict[str, Any]
-    systems: dict[str, list[Reply]]
-    statistics: dict[str, dict[str, Array]]
+    systems: dict[str, System]
     further: dict[str, list[Reply]] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[str]:
-        """Systems that are one of: system (a file), base (its untuned model), trivial, gold."""
-        return [name for name, entry in self.metrics["systems"].items() if entry["kind"] in kinds]
+        """Names of the systems that are one of: system (a file), base (its untuned model), trivial, gold."""
+        return [name for name, system in self.systems.items() if system.kind in kinds]
 
     def texts(self, further: bool = False) -> dict[str, list[tuple[str, str]]]:
         """(response, reference) of each reply as BLEU and ROUGE-L saw them, by system; with `further`, of those too."""
         normalize = NORMALIZERS[self.metrics["normalization"]]
-        return {
-            name: [(normalize(reply.response), normalize(reply.reference)) for reply in replies]
-            for name, replies in (self.systems | (self.further if further else {})).items()
-        }
+        replies = {name: system.replies for name, system in self.systems.items()} | (self.further if further else {})
+        return {name: [(normalize(r.response), normalize(r.reference)) for r in rows] for name, rows in replies.items()}
 
 
 def evaluate_files(
@@ -67,44 +63,40 @@ def evaluate_files(
         search: human replies of another split for the constant systems, or None.
     """
     first, further = separate_orders(files)
-    contexts = _fullest_contexts(first)
-    trivial, made_by, left_out = trivial_replies(contexts, seed, search)
     first = sorted(first, key=lambda file: {"adapter": 0, "base": 2}.get(file.group, 1))
-    gold = [reply.with_response(reply.reference) for reply in contexts]
-    systems = {file.system: file.replies for file in first} | trivial | {"gold": gold}
-    kinds = {file.system: "base" if file.group == "base" else "system" for file in first}
-    kinds |= dict.fromkeys(trivial, "trivial") | {"gold": "gold"}
-    made_by |= {file.system: str(file.path) for file in first} | {"gold": "the references themselves"}
-    folders = {file.system: file.path.resolve().parent for file in first}
-
+    contexts = _fullest_contexts(first)
+    systems, left_out = _all_systems(first, contexts, seed, search)
     answers_in = partial(answers_of, normalization=options.normalization, stemmer=options.stemmer)
-    answers = {name: answers_in(replies) for name, replies in systems.items()}
-    statistics = {name: statistics_of(of_system) for name, of_system in answers.items()}
+    answers = {name: answers_in(system.replies) for name, system in systems.items()}
+    for name, system in systems.items():
+        system.statistics = statistics_of(answers[name])
+    statistics = {name: system.statistics for name, system in systems.items()}
     bootstrap = Bootstrap(statistics, [reply.dialogue_id for reply in contexts], options.resamples, seed)
-    paired = paired_tests(bootstrap, kinds, folders)
+    paired = paired_tests(bootstrap, systems)
     orders = {}
     for file in (file for file in first if file.system in further):
         others = further[file.system]
         points = [point_scores(statistics_of(answers_in(other.replies))) for other in others]
         orders[file.system] = spread_over_orders(file, others, [bootstrap.point[file.system], *points])
-    rival = best_trivial(bootstrap, kinds, DETAILED)
-    detailed = {name: statistics[name][DETAILED.name] for name in [*folders, *([rival] if rival else [])]}
+    rival = best_trivial(bootstrap, systems, DETAILED)
+    shown = [*(file.system for file in first), *([rival] if rival else [])]
     metrics = _header(first, contexts, options, seed) | {
         "inputs": [
             {"system": file.system, "file": str(file.path), "sha256": file.sha256, "replies": len(file.replies)}
             for file in files
         ],
         "systems": {
-            name: {"kind": kinds[name], "made_by": made_by[name]}
-            | _entry(name, answers[name], statistics[name], bootstrap, options.stemmer)
-            for name in systems
+            name: {"kind": system.kind, "made_by": system.made_by}
+            | _entry(name, answers[name], system.statistics, bootstrap, options.stemmer)
+            for name, system in systems.items()
         },
         "persona_orders": orders,
         "groups": spread_over_seeds({file.system: file.group for file in first}, bootstrap.point),
         "paired_test": PAIRED_TEST,
         "paired": paired,
-        "verdicts": [*verdicts(kinds, paired), *order_verdicts(orders, kinds, folders)],
-    } | breakdowns(contexts, detailed, bootstrap, all(file.numbered for file in first))  # fmt: skip
+        "verdicts": [*verdicts(systems, paired), *order_verdicts(orders, systems)],
+        **breakdowns(contexts, {name: statistics[name][DETAILED.name] for name in shown}, bootstrap),
+    }
     metrics["notes"] = [*notes, *_file_notes(first), *left_out, *writing_notes(first, options.normalization)]
     if metrics["n_dialogues"] == 1:
         metrics["notes"].append("WARNING: one dialogue gives no intervals and no tests.")
@@ -112,7 +104,22 @@ def evaluate_files(
         metrics["notes"].append(
             f"WARNING: intervals from {metrics['n_dialogues']} dialogues are too narrow; take them as a hint only."
         )
-    return Evaluation(metrics, systems, statistics, {f.system: f.replies for group in further.values() for f in group})
+    return Evaluation(metrics, systems, {f.system: f.replies for group in further.values() for f in group})
+
+
+def _all_systems(
+    files: Sequence[Generations], contexts: Sequence[Reply], seed: int, search: Sequence[str] | None
+) -> tuple[dict[str, System], list[str]]:
+    """The rows of the table, and what could not be made, and why."""
+    systems = {
+        file.system: System(
+            "base" if file.group == "base" else "system", str(file.path), file.replies, file.path.resolve().parent
+        )
+        for file in files
+    }
+    trivial, notes = trivial_replies(contexts, seed, search)
+    gold = [reply.with_response(reply.reference) for reply in contexts]
+    return systems | trivial | {"gold": System("gold", "the references themselves", gold)}, notes
 
 
 def statistics_of(answers: Answers) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.generations import Generations
+from kestrel.evaluation.generations import Generations, System
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
 
 SPREAD_METRICS = tuple(metric for metric in METRICS if metric.spread)
@@ -93,25 +93,12 @@ def spread_over_orders(
     } | spread_of_scores(points)
 
 
-def order_verdicts(
-    spreads: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], folders: Mapping[str, Path]
-) -> list[str]:
-    """The size of each system's spread in words, and whether a lead over the base of its run holds in every order."""
+def order_verdicts(spreads: Mapping[str, Mapping[str, Any]], systems: Mapping[str, System]) -> list[str]:
+    """Whether a system's lead over the base of its run holds in every order, in words."""
     sentences = []
-    for name, entry in spreads.items():
-        changes = [
-            f"{entry[m.name]['relative_change'] or 0:.1%} in {m.label} "
-            f"({entry[m.name]['min']:{m.show}} to {entry[m.name]['max']:{m.show}})"
-            for m in SPREAD_METRICS
-            if m.name in entry
-        ]
-        sentences.append(
-            f"{name} over {len(entry['orders'])} orders of the persona's sentences changes by {', '.join(changes)}; "
-            "each is (highest − lowest) / mean."
-        )
-    bases = [name for name in spreads if kinds[name] == "base"]
-    for name in (name for name in spreads if kinds[name] == "system" and bases):
-        base = min(bases, key=lambda b: folders[b] != folders[name])
+    bases = [name for name in spreads if systems[name].kind == "base"]
+    for name in (name for name in spreads if systems[name].kind == "system" and bases):
+        base = min(bases, key=lambda b: systems[b].folder != systems[name].folder)
         ahead: dict[str, list[str]] = {"is still ahead": [], "is NOT ahead": []}
         for metric in HEADLINES:
             worst, best = ("max", "min") if metric.better == "lower" else ("min", "max")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,15 @@ class Table:
     """Text cells under headings; the first column names the row, the others are numbers.
 
     Attributes:
-        kinds: of each row: system, base, trivial, gold, or empty.
         legend: what the headings mean, where they do not say so themselves.
+        detail: left to the report; evaluate.py does not print it.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    kinds: tuple[str, ...]
     legend: str = ""
+    detail: bool = False
 
 
 def number(value: float | None, show: str = ",.2f") -> str:
@@ -57,14 +57,14 @@ def _with_interval(score: float | None, interval: Sequence[float] | None, show: 
 Cell = Callable[[Mapping[str, Any]], str]
 
 
-def _systems_table(title: str, metrics: Mapping[str, Any], columns: Sequence[tuple[str, Cell]], **more: str) -> Table:
-    """A row for each system; columns in which no system has a value are left out."""
+def _systems_table(title: str, metrics: Mapping[str, Any], columns: Sequence[tuple[str, Cell]], legend: str) -> Table:
+    """A row for each system; columns and rows without any value are left out."""
     systems = metrics["systems"]
     filled = [(name, [cell(entry) for entry in systems.values()]) for name, cell in columns]
     filled = [(name, cells) for name, cells in filled if any(cell != NONE for cell in cells)]
-    rows = tuple((name, *(cells[i] for _, cells in filled)) for i, name in enumerate(systems))
-    kinds = tuple(entry["kind"] for entry in systems.values())
-    return Table(title, ("System", *(name for name, _ in filled)), rows, kinds, **more)
+    rows = [(name, *(cells[i] for _, cells in filled)) for i, name in enumerate(systems)]
+    shown = tuple(row for row in rows if set(row[1:]) - {NONE})
+    return Table(title, ("System", *(name for name, _ in filled)), shown, legend)
 
 
 def _metrics_table(name: str, metrics: Mapping[str, Any]) -> Table:
@@ -79,7 +79,7 @@ def _metrics_table(name: str, metrics: Mapping[str, Any]) -> Table:
             if metric.legend:
                 headings.setdefault(metric.legend, []).append(heading)
     legend = " ".join(f"{', '.join(names)}: {meaning}." for meaning, names in headings.items())
-    return _systems_table(_TITLES[name], metrics, columns, legend=legend)
+    return _systems_table(_TITLES[name], metrics, columns, legend)
 
 
 def _cell(metric: Metric, column: Column, entry: Mapping[str, Any]) -> str:
@@ -88,14 +88,6 @@ def _cell(metric: Metric, column: Column, entry: Mapping[str, Any]) -> str:
 
 
 scores_table = partial(_metrics_table, "scores")
-properties_table = partial(_metrics_table, "properties")
-
-
-def perplexity_table(metrics: Mapping[str, Any]) -> Table | None:
-    """The references' likelihood in its three units; None where no file has it."""
-    table = _metrics_table("perplexity", metrics)
-    kept = [(row, kind) for row, kind in zip(table.rows, table.kinds, strict=True) if set(row[1:]) - {NONE}]
-    return replace(table, rows=tuple(r for r, _ in kept), kinds=tuple(k for _, k in kept), legend="") if kept else None
 
 
 def paired_table(metrics: Mapping[str, Any]) -> Table:
@@ -115,11 +107,11 @@ def paired_table(metrics: Mapping[str, Any]) -> Table:
         "No correction for the number of comparisons."
     )
     columns = ("Pair", "Metric", "Difference", "95% interval", "p")
-    return Table("Paired differences", columns, rows, ("",) * len(rows), legend)
+    return Table("Paired differences", columns, rows, legend, detail=True)
 
 
-def _spread_table(title: str, spreads: Mapping[str, Any], legend: str) -> Table | None:
-    """Scores over several files of one system; None where no system has several."""
+def _spread_table(title: str, spreads: Mapping[str, Any], legend: str) -> Table:
+    """Scores over several files of one system."""
     rows = []
     for name, entry in spreads.items():
         for metric in (metric for metric in SPREAD_METRICS if metric.name in entry):
@@ -129,27 +121,25 @@ def _spread_table(title: str, spreads: Mapping[str, Any], legend: str) -> Table 
             rows.append((name, metric.label, middle, number(low, show), number(high, show), change))
     columns = ("System", "Metric", "mean ± SD", "lowest", "highest", "change")
     legend += "SD: standard deviation. change: (highest − lowest) / mean."
-    return Table(title, columns, tuple(rows), ("",) * len(rows), legend) if rows else None
+    return Table(title, columns, tuple(rows), legend)
 
 
-def seeds_table(metrics: Mapping[str, Any]) -> Table | None:
+def seeds_table(metrics: Mapping[str, Any]) -> Table:
     """The spread over seeds, which is that of training and not of the dialogues."""
     groups = metrics["groups"]
     return _spread_table("Over seeds", {f"{name} (n = {len(g['members'])})": g for name, g in groups.items()}, "")
 
 
-def orders_table(metrics: Mapping[str, Any]) -> Table | None:
+def orders_table(metrics: Mapping[str, Any]) -> Table:
     """The spread over orders of the persona's sentences."""
     orders = metrics["persona_orders"]
     most = max((len(entry["orders"]) for entry in orders.values()), default=0)
     return _spread_table(f"Persona order: {most} orders", orders, _ORDERS_LEGEND)
 
 
-def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> Table | None:
-    """One score by bins of replies; None without bins."""
-    if not bins:
-        return None
-    systems = list(bins[0]["systems"])
+def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> Table:
+    """One score by bins of replies."""
+    systems = list(bins[0]["systems"]) if bins else []
     rows = tuple(
         (
             row["bin"],
@@ -158,39 +148,46 @@ def bins_table(title: str, heading: str, bins: Sequence[Mapping[str, Any]]) -> T
         )
         for row in bins
     )
-    return Table(f"{DETAILED.label} by {title}", (heading, "Replies", *systems), rows, ("",) * len(rows))
+    return Table(f"{DETAILED.label} by {title}", (heading, "Replies", *systems), rows, detail=True)
 
 
-def extra_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Scores by metrics of the `evaluate` library; None where the settings name none."""
+def extra_table(metrics: Mapping[str, Any]) -> Table:
+    """Scores by metrics of the `evaluate` library."""
     extra = next(iter(metrics["systems"].values())).get("extra", {})
-    columns: list[tuple[str, Cell]] = [
-        (f"{name}: {key}", lambda entry, name=name, key=key: number(entry["extra"][name].get(key), ",.4f"))
-        for name, values in extra.items()
-        for key in values
-    ]
-    return _systems_table("Metrics of the evaluate library", metrics, columns) if columns else None
+    columns = [(f"{name}: {key}", partial(_extra_cell, name, key)) for name in extra for key in extra[name]]
+    return _systems_table("Metrics of the evaluate library", metrics, columns, "")
+
+
+def _extra_cell(name: str, key: str, entry: Mapping[str, Any]) -> str:
+    return number(entry["extra"][name].get(key), ",.4f")
 
 
 def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Every table of the report, in its order."""
-    makers = (
-        scores_table, seeds_table, orders_table, paired_table, properties_table, perplexity_table, extra_table,
-    )  # fmt: skip
     tables = [
-        *(make(metrics) for make in makers),
+        scores_table(metrics),
+        seeds_table(metrics),
+        orders_table(metrics),
+        paired_table(metrics),
+        _metrics_table("properties", metrics),
+        _metrics_table("perplexity", metrics),
+        extra_table(metrics),
         bins_table("the number of the reply in its dialogue", "Reply", metrics["by_reply"]),
         bins_table("the length of the reference in words", "Words", metrics["by_length"]),
     ]
-    return [table for table in tables if table is not None and table.rows]
+    return [table for table in tables if table.rows]
 
 
 def shortened(name: str, longest: int) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-def as_text(table: Table) -> str:
-    """For the terminal: at most `WIDTH` columns, by leaving out the last columns that do not fit."""
+def as_text(table: Table, kinds: Mapping[str, str]) -> str:
+    """For the terminal: at most `WIDTH` columns, by leaving out the last columns that do not fit.
+
+    Args:
+        kinds: of the systems; a blank line stands around those that need no model.
+    """
     cells = [[shortened(row[0], _LONGEST_NAME), *row[1:]] for row in (table.columns, *table.rows)]
     widths = [max(len(row[j]) for row in cells) for j in range(len(table.columns))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
@@ -201,17 +198,20 @@ def as_text(table: Table) -> str:
         return "  ".join([row[0].ljust(widths[0]), *numbers]).rstrip()
 
     lines = [table.title, line(cells[0]), "─" * (sum(widths) + 2 * (len(widths) - 1))]
-    for kind, before, row in zip(table.kinds, ("", *table.kinds), cells[1:], strict=False):
+    before = ""
+    for cell, row in zip(table.rows, cells[1:], strict=True):
+        kind = kinds.get(cell[0], "")
         if before and {kind, before} & {"trivial", "gold"} and kind != before:
             lines.append("")
         lines.append(line(row))
+        before = kind
     return "\n".join(lines)
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
     """What evaluate.py prints: the tables, the verdicts in words, and the notes."""
-    makers = (scores_table, seeds_table, orders_table, properties_table, perplexity_table, extra_table)
-    parts = [metrics["signature"], *(as_text(table) for make in makers if (table := make(metrics)) is not None)]
+    kinds = {name: entry["kind"] for name, entry in metrics["systems"].items()}
+    parts = [metrics["signature"], *(as_text(table, kinds) for table in all_tables(metrics) if not table.detail)]
     for heading, lines in (("", metrics["verdicts"]), ("Notes", metrics["notes"])):
         wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
         if wrapped:

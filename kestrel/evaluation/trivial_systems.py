@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.generations import Reply, System
 from kestrel.evaluation.metrics import normalize_answer
 from kestrel.runtime.manifest import read_manifest
 
@@ -33,7 +33,7 @@ _LONGEST = 40
 
 def trivial_replies(
     replies: Sequence[Reply], seed: int, search: Sequence[str] | None
-) -> tuple[dict[str, list[Reply]], dict[str, str], list[str]]:
+) -> tuple[dict[str, System], list[str]]:
     """The trivial systems' answers to the contexts of `replies`.
 
     Args:
@@ -42,43 +42,43 @@ def trivial_replies(
             of the dialogues in the other half, so that none has seen the references that it is scored on.
 
     Returns:
-        Replies by system, in the order of `TRIVIAL`; how each was made; and what could not be made, and why.
+        The systems, in the order of `TRIVIAL`; and what could not be made, and why.
     """
-    responses: dict[str, Iterable[str]] = {}
-    made_by = dict(TRIVIAL)
+    systems: dict[str, System] = {}
     notes: list[str] = []
+
+    def add(name: str, responses: Iterable[str], more: str = "") -> None:
+        answered = [reply.with_response(text) for reply, text in zip(replies, responses, strict=True)]
+        systems[name] = System("trivial", TRIVIAL[name] + more, answered)
+
+    generator = random.Random(seed)
     if replies[0].history is None:
         notes.append("copy_partner is left out: the files have no history.")
     else:
-        responses["copy_partner"] = map(_last_of_partner, replies)
+        add("copy_partner", map(_last_of_partner, replies))
     if not any(reply.persona for reply in replies):
         notes.append("random_persona is left out: the files have no persona.")
     else:
-        generator = random.Random(seed)
-        responses["random_persona"] = [generator.choice(r.persona) if r.persona else "" for r in replies]
+        add("random_persona", [generator.choice(r.persona) if r.persona else "" for r in replies])
     dialogues = sorted({reply.dialogue_id for reply in replies})
     if len(dialogues) < 2:
         notes.append("random_reply is left out: it needs a second dialogue.")
     else:
-        responses["random_reply"] = _of_other_dialogues(replies, seed)
+        add("random_reply", _of_other_dialogues(replies, seed))
     if search is None and len(dialogues) < 2:
         notes.append("constant_reply and constant_words are left out: they need another split or a second dialogue.")
-    for system, best in (("constant_reply", best_constant), ("constant_words", best_words)):
-        if search is not None:
-            constant = best(search)
-            made_by[system] += f": {constant!r}"
-            responses[system] = [constant] * len(replies)
-        elif len(dialogues) >= 2:
-            first = set(random.Random(seed).sample(dialogues, len(dialogues))[: len(dialogues) // 2])
-            of_first = best([r.reference for r in replies if r.dialogue_id not in first])
-            of_second = best([r.reference for r in replies if r.dialogue_id in first])
-            made_by[system] += f", found for each half of the dialogues in the other half: {of_first!r}, {of_second!r}"
-            responses[system] = [of_first if reply.dialogue_id in first else of_second for reply in replies]
-    made = {
-        system: [reply.with_response(text) for reply, text in zip(replies, texts, strict=True)]
-        for system, texts in responses.items()
-    }
-    return made, {system: made_by[system] for system in made}, notes
+        return systems, notes
+    half = set(random.Random(seed).sample(dialogues, len(dialogues))[: len(dialogues) // 2])
+    halves = [[r.reference for r in replies if (r.dialogue_id in half) == own] for own in (False, True)]
+    for name, best in (("constant_reply", best_constant), ("constant_words", best_words)):
+        found = [best(texts) for texts in (halves if search is None else [search])]
+        where = ", found for each half of the dialogues in the other half" if search is None else ""
+        add(
+            name,
+            [found[0] if reply.dialogue_id in half else found[-1] for reply in replies],
+            f"{where}: {', '.join(map(repr, found))}",
+        )
+    return systems, notes
 
 
 def _last_of_partner(reply: Reply) -> str:

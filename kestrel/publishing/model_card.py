@@ -187,4 +187,4 @@ def _training_table(facts: CardFacts, settings: Mapping[str, Any]) -> Table:
         "Kestrel's commit": manifest.get("git_commit"),
     }
     cells = tuple((name, str(value)) for name, value in rows.items() if value)
-    return Table("Training", ("fact", "value"), cells, ("",) * len(cells))
+    return Table("Training", ("fact", "value"), cells)

@@ -21,7 +21,6 @@ from kestrel.evaluation.metrics import (
     bleu,
     bleu_details,
     bleu_signature,
-    convention_gap,
     distinct,
     f1_score,
     is_hit,
@@ -30,6 +29,7 @@ from kestrel.evaluation.metrics import (
     rouge_signature,
 )
 from kestrel.evaluation.scoring import statistics_of
+from kestrel.evaluation.writing import CONVENTIONS, writing_gap
 
 # What real replies are made of: repeated words, tokenized and natural punctuation, capitals, articles, entities, no text.
 VOCABULARY = """
@@ -259,9 +259,11 @@ def test_bleu_without_a_match_is_0():
     assert bleu(np.array([[3.0, 3, 0, 0, 0, 0, 3, 2, 1, 0], [0.0, 3, 0, 0, 0, 0, 0, 0, 0, 0]])).tolist() == [0, 0]
 
 
-def test_convention_gap_sees_casing_and_spacing():
+def test_writing_gap_sees_casing_and_spacing():
     tokenized, natural = "hello , i do n't know . you ?", "Hello, I don't know. You?"
-    assert set(convention_gap(replies([(natural, tokenized)] * 4))) == {"casing", "spacing"}
-    assert set(convention_gap(replies([("Hello , you .", "hello , you .")] * 4))) == {"casing"}
-    assert convention_gap(replies([(tokenized, tokenized)] * 4)) == {}
-    assert convention_gap(replies([("", "ok"), ("yes", "no")])) == {}
+    capitals, spaces = CONVENTIONS
+    for response, reference, gap in (
+        (natural, tokenized, {capitals, spaces}), ("Hello , you .", "hello , you .", {capitals}),
+        (tokenized, tokenized, set()), ("", "ok", set()), ("yes", "no", set()),
+    ):  # fmt: skip
+        assert set(writing_gap([response] * 4, [reference] * 4)) == gap

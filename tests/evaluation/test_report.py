@@ -107,7 +107,7 @@ def test_what_stands_in_a_reply_stays_text(page, evaluation):
     assert page.execute_script("return document.scripts.length") == 1
     assert page.execute_script("return document.querySelectorAll('img, main svg[onload], b b').length") == 0
     shown = page.execute_script("return [...document.querySelectorAll('.turn.reference span')].map(e => e.textContent)")
-    assert sorted(shown) == sorted(reply.reference for reply in evaluation.systems["gold"])
+    assert sorted(shown) == sorted(reply.reference for reply in evaluation.systems["gold"].replies)
     assert not [entry for entry in page.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
@@ -268,7 +268,7 @@ def test_sample_holds_best_worst_and_others(evaluation):
 def test_without_likelihoods_log_or_dialogues(tmp_path):
     """A bare file from elsewhere has a report too."""
     rows = [Reply(f"row {i}", 0, f"i like {i} dogs", f"i like {i} cats", i) for i in range(5)]
-    files = [Generations("theirs", None, Path("theirs.jsonl"), "0", rows, True, ("history",))]
+    files = [Generations("theirs", None, Path("theirs.jsonl"), "0", rows, ("dialogue_id", "history"))]
     evaluation = evaluate_files(files, [], settings.Evaluation(resamples=100), 0, None)
     write_report(tmp_path, evaluation, tmp_path / "none", samples=0, seed=0)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
