@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kestrel.errors import KestrelError
+from kestrel.data.dataset import load_split
 from kestrel.evaluation.generations import Reply, System
 from kestrel.evaluation.metrics import normalize_answer
 from kestrel.runtime.manifest import read_manifest
@@ -173,16 +173,10 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
     source = "validation" if split == "train" else "train"
     if not (folder / source).is_dir() or not (folder / split).is_dir():
         return None, f"{folder} has no {source} split"
-    from datasets import load_from_disk
-
     remedy = "make it again with preprocess.py"
     read_manifest(folder, "dataset", remedy)
-    try:
-        scored = set(load_from_disk(str(folder / split))["dialogue_id"])
-        rows = load_from_disk(str(folder / source))["turns"]
-        texts = [turn["text"] for turns in rows for turn in turns if turn["speaker"] == "self"]
-    except (OSError, ValueError, KeyError) as error:
-        raise KestrelError(f"{folder} is damaged ({error}); {remedy}") from error
-    if not dialogue_ids <= scored:
+    if not dialogue_ids <= set(load_split(folder, split, remedy)["dialogue_id"]):
         return None, f"{folder} is of other dialogues"
+    rows = load_split(folder, source, remedy)["turns"]
+    texts = [turn["text"] for turns in rows for turn in turns if turn["speaker"] == "self"]
     return texts or None, source

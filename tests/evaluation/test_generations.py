@@ -97,7 +97,6 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
     ("rows", "line", "says"),
     [
         ([row(), row(turn=3, reference=None)], 2, "reference: Field required"),
-        ([row(response=None)], 1, "response: Field required"),
         ([row(reference="  ")], 1, "reference is empty"),
         ([row(reference=["a", "b"])], 1, "reference: Input should be a valid string"),
         ([row(response=7)], 1, "response: Input should be a valid string"),
@@ -105,15 +104,12 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
         ([row(), row(turn=3, persona=None)], 2, "persona is missing, other rows have it"),
         ([row(turn=None), row(turn=3)], 1, "turn is missing, other rows have it"),
         ([row(reference_nll=float("nan"))], 1, "reference_nll: Input should be a finite number"),
-        ([row(reference_nll=float("inf"))], 1, "reference_nll: Input should be a finite number"),
         ([row(reference_nll=-1.0)], 1, "reference_nll: Input should be greater than or equal to 0"),
         ([row(reference_nll=True)], 1, "reference_nll: Input should be a valid number"),
-        ([row(reference_nll="3.5")], 1, "reference_nll: Input should be a valid number"),
         ([row(reference_tokens=0)], 1, "reference_tokens: Input should be greater than or equal to 1"),
         ([row(reference_tokens=2.0)], 1, "reference_tokens: Input should be a valid integer"),
         ([row(reference_tokens=None)], 1, "reference_nll and reference_tokens belong together"),
         ([row(candidate_nll=[[1.0, 0]])], 1, "candidate_nll.0.1: Input should be greater than or equal to 1"),
-        ([row(candidate_nll=[[float("nan"), 2]])], 1, "candidate_nll.0.0: Input should be a finite number"),
         ([row(candidate_nll=[1.0])], 1, "candidate_nll.0: Input should be a valid list"),
         ([row(candidate_nll=[[1.0]])], 1, "candidate_nll.0.1: Field required"),
         ([row(stopped_by="tired")], 1, "stopped_by: Input should be 'eos', 'length' or 'stop_string'"),
@@ -128,7 +124,6 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
         ([row(persona="i like dogs .")], 1, "persona: Input should be a valid list"),
         ([row(turn=-1)], 1, "turn: Input should be greater than or equal to 0"),
         ([row(dialogue_id=1.5)], 1, "dialogue_id: Input should be a valid string"),
-        ([row(dialogue_id=True)], 1, "dialogue_id: Input should be a valid string"),
         ([row(), "{"], 2, "not JSON"),
         ([row(response="\ud83d")], 1, "not JSON"),  # half of a surrogate pair, which no file can hold
         (["[" * 100_000], 1, "not JSON"),
@@ -142,17 +137,13 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, line, says):
     assert f"  {path}:{line}: {says}" in str(refusal.value)
 
 
-def test_many_problems_are_cut_short(tmp_path):
-    path = write(tmp_path / "x.jsonl", [row(turn=i, stopped_by="?") for i in range(50)])
-    with pytest.raises(KestrelError, match="and 40 more"):
-        read_generations(path)
-
-
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(KestrelError, match="does not exist"):
         read_generations(tmp_path / "none.jsonl")
     with pytest.raises(KestrelError, match="is a folder"):
         read_generations(tmp_path)
+    with pytest.raises(KestrelError, match="and 40 more"):
+        read_generations(write(tmp_path / "many.jsonl", [row(turn=i, stopped_by="?") for i in range(50)]))
     with pytest.raises(KestrelError, match="has no rows"):
         read_generations(write(tmp_path / "empty.jsonl", ["", " "]))
     (tmp_path / "latin.jsonl").write_bytes(b'{"reference": "a", "response": "b"}\n{"reference": "caf\xe9"}\n')

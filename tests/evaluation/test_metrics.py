@@ -1,5 +1,6 @@
 """Each metric equals its reference implementation, or values written by hand from its definition."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -137,14 +138,8 @@ def test_rouge_l_is_rouge_scores(pairs):
         assert [rouge_l(response, reference, stemmer) for response, reference in pairs] == expected
         ours = scores(replies(pairs), stemmer=stemmer)["rouge_l"]
         assert ours == pytest.approx(100 * sum(expected) / len(pairs), abs=1e-9)
-
-
-def test_stemmer_choice_changes_headline_and_signature():
-    pairs = [("she runs with dogs", "she was running with a dog")]
-    plain, stemmed = (scores(replies(pairs), stemmer=stemmer) for stemmer in (False, True))
-    assert plain["rouge_l"] < stemmed["rouge_l"]
-    assert plain["rouge_l"] == stemmed["rouge_l_other"]
-    assert "stemmer:no" in rouge_signature(False) and "stemmer:yes" in rouge_signature(True)
+        assert ours == scores(replies(pairs), stemmer=not stemmer)["rouge_l_other"]
+        assert f"stemmer:{'yes' if stemmer else 'no'}" in rouge_signature(stemmer)
 
 
 def test_normalization_is_applied_to_both_sides():
@@ -172,19 +167,12 @@ def ranked(nll, tokens, candidates):
 
 
 def test_hits_at_1_is_per_token_and_counts_ties_against():
-    assert is_hit(ranked(10.0, 10, ((3.0, 2), (9.0, 6))))  # the largest sum, the best per token
-    assert not is_hit(ranked(10.0, 10, ((3.0, 2), (0.9, 1))))
-    assert not is_hit(ranked(10.0, 10, ((2.0, 2), (9.0, 6))))  # a tie
+    for candidates in itertools.permutations(((3.0, 2), (9.0, 6))):
+        assert is_hit(ranked(10.0, 10, candidates))  # the largest sum, the best per token
+        assert not is_hit(ranked(10.0, 10, (*candidates, (0.9, 1))))
+        assert not is_hit(ranked(10.0, 10, (*candidates, (2.0, 2))))  # a tie
     rows = [ranked(1.0, 1, ((2.0, 1),)), ranked(3.0, 1, ((2.0, 1),)), ranked(1.0, 1, None)]
     assert scores(rows)["hits_at_1"] == 0.5  # of the two that have candidates
-
-
-@given(st.lists(st.tuples(st.floats(0.1, 50), st.integers(1, 9)), min_size=2, max_size=6), st.randoms())
-def test_order_of_candidates_does_not_matter(pairs, random):
-    (nll, tokens), *candidates = pairs
-    first = is_hit(ranked(nll, tokens, tuple(candidates)))
-    random.shuffle(candidates)
-    assert is_hit(ranked(nll, tokens, tuple(candidates))) == first
 
 
 def test_distinct_by_hand():

@@ -54,10 +54,12 @@ def test_another_artifact_is_refused_but_the_base_does_not_depend_on_the_adapter
         check_provenance(run, run / "adapter", [run / "generations" / "test.base.jsonl"], "generate")
 
 
-def test_an_edited_file_is_refused(run: Path) -> None:
-    path = run / "generations" / "test.base.jsonl"
-    path.write_text(json.dumps({"response": "better"}))
+def test_an_edited_file_is_refused_and_one_from_elsewhere_must_be_named(run: Path) -> None:
+    (run / "generations" / "test.base.jsonl").write_text(json.dumps({"response": "better"}))
     with pytest.raises(KestrelError, match=r"test\.base\.jsonl was changed"):
+        _check(run)
+    write_json(run / "generations" / "test.a_first.jsonl", {"response": "x"})
+    with pytest.raises(KestrelError, match=r"test\.a_first\.jsonl is not in .*evaluation\.generations"):
         _check(run)
 
 
@@ -77,10 +79,4 @@ def test_another_order_of_the_persona_must_differ_in_nothing_else(run: Path) -> 
     with pytest.raises(
         KestrelError, match=r"base-order2.* other settings .* --generation\.persona_orders 3, or delete"
     ):
-        _check(run)
-
-
-def test_a_file_from_elsewhere_must_be_named(run: Path) -> None:
-    write_json(run / "generations" / "test.theirs.jsonl", {"response": "x"})
-    with pytest.raises(KestrelError, match="evaluation.generations"):
         _check(run)

@@ -102,7 +102,8 @@ def choose(page, control: str, value: str) -> None:
     Select(page.find_element("id", control)).select_by_value(value)
 
 
-def test_what_stands_in_a_reply_stays_text(page, evaluation):
+def test_what_stands_in_a_reply_stays_text_and_nothing_is_asked_of_a_network(page, evaluation, folder):
+    assert set(requested(page)) == {(folder / "report.html").as_uri()}
     assert page.title == "Evaluation: test"
     assert page.execute_script("return document.scripts.length") == 1
     assert page.execute_script("return document.querySelectorAll('img, main svg[onload], b b').length") == 0
@@ -118,11 +119,6 @@ def test_a_script_that_got_in_would_not_run(page):
     )
     assert page.title == "Evaluation: test"
     assert any("Content Security Policy" in entry["message"] for entry in page.get_log("browser"))
-
-
-def test_it_asks_for_nothing_but_itself(page, folder):
-    asked = requested(page)
-    assert asked and set(asked) == {(folder / "report.html").as_uri()}
 
 
 def test_order_search_and_filter(page):

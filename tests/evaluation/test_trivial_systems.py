@@ -70,26 +70,17 @@ def test_what_cannot_be_made_is_told():
     made, notes = trivial_replies(bare, seed=0, search=None)
     assert made == {}
     assert [note.split()[0] for note in notes] == ["copy_partner", "random_persona", "random_reply", "constant_reply"]
-
-
-def test_an_opening_reply_has_nothing_to_copy():
-    opening = [context(d, 0, "hello", history=()) for d in range(2)]
-    made, _ = trivial_replies(opening, seed=0, search=["x"])
-    assert {reply.response for reply in made["copy_partner"].replies} == {""}
+    made, _ = trivial_replies([context(d, 0, "hello", history=()) for d in range(2)], seed=0, search=["x"])
+    assert {reply.response for reply in made["copy_partner"].replies} == {""}  # an opening reply has nothing to copy
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=8))
 @settings(max_examples=50, deadline=None)
-def test_best_constant_is_the_best_by_brute_force(references):
+def test_constants_are_the_best_by_brute_force(references):
     best = best_constant(references)
     assert best in references
     assert mean_f1(best, references) >= max(mean_f1(text, references) for text in references) - 1e-12
-
-
-@given(st.lists(TEXTS, min_size=1, max_size=8))
-@settings(max_examples=50, deadline=None)
-def test_no_further_word_helps_the_best_words(references):
-    best = best_words(references)
+    best = best_words(references)  # no further word helps
     score = mean_f1(best, references)
     assert score >= max(mean_f1(word, references) for word in WORDS) - 1e-12
     assert all(mean_f1(f"{best} {word}", references) <= score + 1e-12 for word in WORDS)
