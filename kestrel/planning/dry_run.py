@@ -64,7 +64,7 @@ def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogue
         ("the adapter's gradients", estimate.adapter),
         (f"state of {settings.training.optimizer}", estimate.optimizer),
         (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
-        (f"more at the peak (logits {estimate.logits / unit:.2f} at theirs)", estimate.momentary),
+        ("more at the peak", estimate.momentary),
         ("workspace of the matrix products", WORKSPACE),
         ("peak of all tensors", estimate.peak),
         ("with the allocator's slack and CUDA's context", estimate.needed),

@@ -66,7 +66,6 @@ class Estimate:
     optimizer: int  # its state
     kept: int  # by the largest pass, for its backward pass
     momentary: int  # on top of that at the peak
-    logits: int  # peak of the scores over the vocabulary and their gradients, part of `momentary`
 
     @property
     def peak(self) -> int:
@@ -111,29 +110,28 @@ class Estimator:
         model = self._model(recompute)
         try:
             with _as_on_a_gpu():
-                kept, peak, logits = _run_on_shapes(model, shape)
+                kept, peak = _run_on_shapes(model, shape)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # operators that read values
             raise CannotEstimate(
                 f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
                 "training.tokens_per_step and training.recompute"
             ) from error
         optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
-        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept, logits)
+        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept)
 
 
-def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int, int]:
-    """Bytes kept between forward and backward pass, peak bytes, and peak bytes of logits alone."""
+def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int]:
+    """Bytes kept between forward and backward pass, and peak bytes."""
     ids = torch.empty(shape.rows, shape.length, dtype=torch.long, device="meta")
     batch = {"input_ids": ids, "labels": torch.empty_like(ids), "predicting": ids.new_empty(shape.supervised)}
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
-    vocabulary = causal_lm_of(model).get_output_embeddings().weight.shape[0]
-    with _Allocations(_tensors_of(model, batch.values()), vocabulary) as allocations:
+    with _Allocations(_tensors_of(model, batch.values())) as allocations:
         loss = token_nll(model, batch).sum()
         kept = allocations.live
         loss.backward()
-    return kept, allocations.peak, allocations.peak_of_wide
+    return kept, allocations.peak
 
 
 def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -154,14 +152,12 @@ class _Allocations(TorchDispatchMode):
 
     Args:
         existing: tensors that are not counted.
-        width: tensors with a last dimension of this size are also counted separately.
     """
 
-    def __init__(self, existing: Iterable[torch.Tensor], width: int):
+    def __init__(self, existing: Iterable[torch.Tensor]):
         super().__init__()
         self._known: dict[int, Any] = {}
-        self._width = width
-        self.live = self.peak = self._live_of_wide = self.peak_of_wide = 0
+        self.live = self.peak = 0
         for tensor in existing:
             self._register(tensor, counts=False)
 
@@ -171,18 +167,14 @@ class _Allocations(TorchDispatchMode):
         if key in self._known:  # a view, or the result of an in-place operation
             return
         size = storage.nbytes() if counts else 0
-        wide = size if tensor.dim() > 1 and tensor.shape[-1] == self._width else 0
 
         def free(_: Any) -> None:
             del self._known[key]
             self.live -= size
-            self._live_of_wide -= wide
 
         self._known[key] = weakref.ref(storage, free)
         self.live += size
-        self._live_of_wide += wide
         self.peak = max(self.peak, self.live)
-        self.peak_of_wide = max(self.peak_of_wide, self._live_of_wide)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

@@ -68,27 +68,19 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def require_resumable(checkpoint: Path, fingerprint: dict[str, Any], restart: str) -> Path:
-    """The checkpoint, if it is complete and belongs to this run.
-
-    Args:
-        restart: the command that starts again from step 0, for messages.
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    """The fingerprint in a checkpoint's manifest.
 
     Raises:
-        KestrelError: incomplete, damaged, or of another run; naming each field that differs.
+        KestrelError: it, or the best checkpoint so far, which may win in the end, is incomplete or damaged.
     """
-    recorded = _read_with_best(checkpoint)["settings"]
-    require_equal(f"the checkpoint {checkpoint}", recorded, fingerprint, f"start again with: {restart}")
-    return checkpoint
-
-
-def _read_with_best(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, if it and the best one so far, which may win in the end, are undamaged."""
+    if not (checkpoint / MANIFEST).exists():
+        raise KestrelError(f"{checkpoint} was never completed; {_SKIPPED}")
     manifest = read_manifest(checkpoint, KIND, _SKIPPED)
     best = _trainer_state(checkpoint).get("best_global_step")
     if best and best != step_of(checkpoint):
         read_manifest(checkpoint.with_name(f"checkpoint-{best}"), KIND, f"{checkpoint} needs it and is skipped")
-    return manifest
+    return dict(manifest["settings"])
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -96,44 +88,36 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest_resumable(folder: Path, fingerprint: dict[str, Any], restart: str) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and a line for each newer one that is damaged.
-
-    Raises:
-        KestrelError: the run in this folder was another one; naming each field that differs.
-    """
-    damaged = []
-    for checkpoint in _newest_first(folder):
-        try:
-            if not (checkpoint / MANIFEST).exists():
-                raise KestrelError(f"{checkpoint} was never completed; {_SKIPPED}")
-            _read_with_best(checkpoint)
-        except KestrelError as error:
-            damaged.append(str(error))
-        else:
-            return require_resumable(checkpoint, fingerprint, restart), damaged
-    return None, damaged
-
-
 def choose(resume: str, folder: Path, fingerprint: dict[str, Any], restart: str) -> Path | None:
     """The checkpoint to resume from, by training.resume; None to start at step 0. Deletes nothing.
 
+    Args:
+        restart: the command that starts again from step 0, for messages.
+
     Raises:
-        KestrelError: the named checkpoint is damaged or not of this run, or the folder holds another run's.
+        KestrelError: the named checkpoint is damaged or not of this run, or the newest undamaged one is another run's;
+            naming each field that differs.
     """
     if resume == "never":
         return None
-    checkpoint, damaged = newest_resumable(folder, fingerprint, restart)
-    for line in damaged:
-        print(f"warning: {line}", file=sys.stderr)
+    candidates = _newest_first(folder)
     if resume != "auto":
         if Path(resume).resolve().parent != folder.resolve() or not Path(resume).is_dir():
             names = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "no checkpoint"
             raise KestrelError(f"training.resume: {resume} is not a checkpoint of this run; {folder} holds {names}")
-        checkpoint = require_resumable(Path(resume), fingerprint, restart)
-    if checkpoint is not None:
+        candidates = [Path(resume)]
+    for checkpoint in candidates:
+        try:
+            recorded = _settings_of(checkpoint)
+        except KestrelError as error:
+            if resume != "auto":
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        require_equal(f"the checkpoint {checkpoint}", recorded, fingerprint, f"start again with: {restart}")
         print(f"resuming from {checkpoint}")
-    return checkpoint
+        return checkpoint
+    return None
 
 
 def remove_newer(folder: Path, step: int) -> None:

@@ -55,19 +55,19 @@ def hide_paths(trainer: Trainer) -> None:
     At the start of a training they send the configurations of model and adapter (transformers 5.23), which hold it.
     """
     begin, model = trainer.callback_handler.on_train_begin, trainer.model
-    fields = [(model.config, "_name_or_path")]
-    fields += [(config, "base_model_name_or_path") for config in model.peft_config.values()]
+    config = model.peft_config["default"]
+    model.config._name_or_path = _last_part(model.config._name_or_path)
 
-    def begin_without_paths(*arguments: Any) -> Any:
-        paths = [getattr(*field) for field in fields]
-        for field, path in zip(fields, paths, strict=True):
-            setattr(*field, _last_part(path))
+    def begin_without_path(*arguments: Any) -> Any:
+        path, config.base_model_name_or_path = (
+            config.base_model_name_or_path,
+            _last_part(config.base_model_name_or_path),
+        )
         control = begin(*arguments)
-        for field, path in zip(fields, paths, strict=True):  # peft finds the base's files by the path
-            setattr(*field, path)
+        config.base_model_name_or_path = path  # by which peft finds the base of the saved adapter
         return control
 
-    trainer.callback_handler.on_train_begin = begin_without_paths
+    trainer.callback_handler.on_train_begin = begin_without_path
 
 
 def run_name_arguments(settings: Settings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import shutil
@@ -105,23 +104,28 @@ class DialogueTrainer(Trainer):
         Raises:
             KestrelError: a pass of one dialogue does not fit.
         """
-        if not self.model.training:  # `model` may be a wrapper, whose mode evaluation does not change
-            self.model.train()
-        while True:
+        total = None
+        while total is None:
             if inputs["tokens_per_step"] != self._plan.tokens_per_step:
                 inputs = self.inputs_of(self.rows_of_step(self.state.global_step))
-            random = _random_states()
-            try:
-                total = self._backward(inputs)
-                break
-            except torch.OutOfMemoryError:
-                too_large = max((b["input_ids"].shape for b in inputs["forward_passes"]), key=math.prod)
-            # After the exception is gone: its frames hold the memory to be freed.
-            self._use_smaller_passes(too_large)
-            self.model.zero_grad()
-            _restore_random_states(random)
+            total = self._backward_if_it_fits(inputs)
         distributed.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return total
+
+    def _backward_if_it_fits(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """As `_backward`; None, with all as before but smaller passes planned, where memory runs out."""
+        if not self.model.training:
+            self.model.train()
+        random = _random_states()
+        try:
+            return self._backward(inputs)
+        except torch.OutOfMemoryError:
+            too_large = max((b["input_ids"].shape for b in inputs["forward_passes"]), key=math.prod)
+        # After the exception is gone: its frames hold the memory to be freed.
+        self._use_smaller_passes(too_large)
+        self.model.zero_grad()
+        _restore_random_states(random)
+        return None
 
     def _backward(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Computes this process's gradients.
@@ -149,27 +153,18 @@ class DialogueTrainer(Trainer):
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def try_largest_pass(self) -> None:
-        """Runs the largest pass before training does, and makes passes smaller where memory runs out.
+        """Runs the step with the largest pass before training does, and makes passes smaller where memory runs out.
 
         Raises:
             KestrelError: a pass of one dialogue does not fit.
         """
         if self._sharded:  # no process can compute a pass alone
             return
-        random, budget = _random_states(), None
-        while budget != self._plan.tokens_per_step:
-            budget = self._plan.tokens_per_step
+        random, total = _random_states(), None
+        while total is None:
             step = max(range(len(self._steps)), key=lambda step: self._largest_pass(self._steps[step]))
-            inputs = self.inputs_of(self.rows_of_step(step))
-            largest = max(inputs["forward_passes"], key=lambda batch: batch["input_ids"].numel())
-            self.model.train()
-            too_large = largest["input_ids"].shape
-            with contextlib.suppress(torch.OutOfMemoryError):
-                objective.summed_loss(self.model, self._on_device(largest)).backward()
-                too_large = None
-            if too_large is not None:
-                self._use_smaller_passes(too_large)
-            self.model.zero_grad()
+            total = self._backward_if_it_fits(self.inputs_of(self.rows_of_step(step)))
+        self.model.zero_grad()
         self._agree_on_passes()
         _restore_random_states(random)
 
@@ -252,13 +247,7 @@ class DialogueTrainer(Trainer):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Saves as the Trainer does, refuses weights that are not finite, and completes the checkpoint."""
-        bad = [name for name, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        if bad:
-            raise ProofError(
-                f"step {self.state.global_step}: {bad[0]} is not finite; lower training.learning_rate. The checkpoints "
-                "before this step are kept"
-            )
+        """Saves as the Trainer does, and completes the checkpoint."""
         self._agree_on_passes()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:

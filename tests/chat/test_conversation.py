@@ -299,11 +299,3 @@ def test_missing_package_and_interpreter_are_named(tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"the package {name} is not installed for {sys.executable}" in done.stderr
         assert ".venv/bin/python" in done.stderr
-
-
-def test_a_damaged_adapter_does_not_talk(trained, tmp_path, capsys):
-    arguments = trained.copy_to(tmp_path / "run")
-    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    assert chat.main([*arguments, *PERSONA]) == 1
-    assert "damaged or was edited" in capsys.readouterr().err

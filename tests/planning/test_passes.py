@@ -48,7 +48,7 @@ class Arithmetic:
 
     def estimate(self, shape: Pass, level: str) -> Estimate:
         kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]
-        return Estimate(4 * 2**30, 0, 0, kept, min(shape.supervised, 512) * 600_000, 0)
+        return Estimate(4 * 2**30, 0, 0, kept, min(shape.supervised, 512) * 600_000)
 
 
 def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
