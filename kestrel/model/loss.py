@@ -190,7 +190,8 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
             return own_forward(*args, **kwargs)
         # Everything is held in the compute type already. Under the Trainer's autocast, which float16 comes with, norms
         # would return float32, and the products behind them fail.
-        with torch.autocast(kwargs["input_ids"].device.type, enabled=False):
+        place = kwargs["input_ids"].device.type
+        with torch.autocast("cpu" if place == "meta" else place, enabled=False):  # meta: memory is estimated
             return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
     forward.is_fast = lambda: fused is not None and fused.can_run()  # type: ignore[attr-defined]  # for `prove_layers`
