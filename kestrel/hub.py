@@ -102,7 +102,7 @@ def _silent(url: str) -> str | None:
 
 
 @contextmanager
-def plain_loading_errors(what: str, name: str) -> Iterator[None]:
+def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Iterator[None]:
     """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
     from safetensors import SafetensorError
 
@@ -120,4 +120,4 @@ def plain_loading_errors(what: str, name: str) -> Iterator[None]:
             advice = "it is no local folder and HF_HUB_OFFLINE forbids the network"
         else:
             advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
-        raise KestrelError(f"cannot load the {what} of model.name {name!r}: {advice} ({first_line(error)})") from error
+        raise KestrelError(f"cannot load the {what} of {key} {name!r}: {advice} ({first_line(error)})") from error

@@ -162,6 +162,9 @@ class Generation(Section):
     )
     references: bool = _key(True, "Score the likelihood of the references (perplexity).")
     candidates: bool = _key(False, "Score the likelihood of each candidate reply (hits@1).")
+    other_personas: NonNegativeInt = _key(
+        0, "Personas of other dialogues to score each reference under (persona likelihood gain, swap accuracy)."
+    )
     persona_orders: PositiveInt = _key(
         1, "Number of orders of the persona's sentences to answer with: the given one and shuffles."
     )
@@ -171,11 +174,16 @@ class Evaluation(Section):
     """Scoring of generations. Needs no model."""
 
     generations: list[str] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
+    compare: list[str] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
     normalization: Literal["raw", "lower", "parlai"] = _key(
         "raw", "Normalization of both references and responses before BLEU and ROUGE-L."
     )
     stemmer: bool = _key(False, "Use the Porter stemmer in ROUGE-L.")
     resamples: Annotated[int, Field(ge=100)] = _key(1000, "Bootstrap resamples of the dialogues.")
+    nli: Text | None = _key(
+        None,
+        "Model of natural language inference, by Hub id or local folder, that finds contradictions of the persona.",
+    )
     extra_metrics: list[str] = _key([], "More metrics from the evaluate library, by Hub id or local folder.")
     samples: NonNegativeInt = _key(100, "Dialogues that can be browsed in the report.")
 
@@ -256,6 +264,11 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
     refuse(generation.max_new_tokens >= settings.prompt.max_length, "generation.max_new_tokens", problem)
     problem = "needs generation.references: true, because hits@1 ranks the reference too"
     refuse(generation.candidates and not generation.references, "generation.candidates", problem)
+    problem = "cannot be combined with evaluation.generations; name files or run folders"
+    refuse(bool(settings.evaluation.compare and settings.evaluation.generations), "evaluation.compare", problem)
+    refuse(len(settings.evaluation.compare) == 1, "evaluation.compare", "needs two run folders or more")
+    problem = "needs generation.references: true, because it compares their likelihoods"
+    refuse(generation.other_personas > 0 and not generation.references, "generation.other_personas", problem)
     refuse(not generation.systems, "generation.systems", "is empty; name at least one system")
     repeats = len(set(generation.systems)) < len(generation.systems)
     refuse(repeats, "generation.systems", "names a system twice")

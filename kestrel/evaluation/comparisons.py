@@ -43,16 +43,19 @@ def verdicts(systems: Mapping[str, System], paired: Sequence[Mapping[str, Any]])
     sentences = []
     judged = [test for test in paired if BY_NAME[test["metric"]].headline]
     for system in (name for name in systems if systems[name].kind == "system"):
-        for kind, rival in (("base", "base"), ("trivial", "the best trivial system")):
-            tests = [test for test in judged if test["system"] == system and systems[test["against"]].kind == kind]
+        own = systems[system].group  # seeds of one system are no rivals
+        others = [(name, name) for name in systems if systems[name].kind == "system" and systems[name].group != own]
+        for kind, rival in (*others, ("base", "base"), ("trivial", "the best trivial system")):
+            mine = [test for test in judged if test["system"] == system]
+            tests = [test for test in mine if kind in (test["against"], systems[test["against"]].kind)]
             if kind == "base":  # the base of the same run comes first
                 tests = [test for test in tests if test["against"] == tests[0]["against"]]
             won = [test for test in tests if _is_significant(test) and _advantage(test) > 0]
             lost = [test for test in tests if test not in won]
             if won:
-                sentences.append(f"{system} beats {rival} in {_describe(won)}.")
+                sentences.append(f"{system} beats {rival} in {_describe(won, rival)}.")
             if lost:
-                sentences.append(f"{system} does NOT beat {rival} in {_describe(lost)}.")
+                sentences.append(f"{system} does NOT beat {rival} in {_describe(lost, rival)}.")
     return sentences
 
 
@@ -64,10 +67,10 @@ def _advantage(test: Mapping[str, Any]) -> float:
     return BY_NAME[test["metric"]].advantage(test["difference"], 0)
 
 
-def _describe(tests: Sequence[Mapping[str, Any]]) -> str:
+def _describe(tests: Sequence[Mapping[str, Any]], rival: str) -> str:
     parts = []
     for test in tests:
-        against = "" if test["against"] == "base" else f" against {test['against']}"
+        against = "" if test["against"] == rival else f" against {test['against']}"
         if test["p_value"] is None:
             certainty = "no test without a second dialogue"
         elif not _is_significant(test):

@@ -31,6 +31,7 @@ COLOURS = {
 }
 _WIDTH = 5.4  # inches at 72 points: readable when a phone shows the figure in 340 pixels
 _MARKERS = "osD^vPX"
+_LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))  # with markers, so that grey tells systems apart too
 _STYLE = {
     "backend": "agg",
     "svg.fonttype": "none",
@@ -70,7 +71,7 @@ def colour_names(evaluation: Evaluation) -> dict[str, str]:
     return names | dict.fromkeys(evaluation.of_kind("base"), "base")
 
 
-def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
+def all_figures(evaluation: Evaluation, log: Path | None) -> list[Figure]:
     """The plots for which there are numbers.
 
     Args:
@@ -90,7 +91,7 @@ def all_figures(evaluation: Evaluation, log: Path) -> list[Figure]:
                 caption = f"{DETAILED.label} with 95% intervals by {what}, for every scored file{rivals}."
                 figures.append(_rendered(name, caption, _lines(label, bins, colour_names(evaluation))))
         figures.append(_rendered("lengths", "How long responses and references are, in words.", _lengths(evaluation)))
-        if curves := loss_curves(log):
+        if log and (curves := loss_curves(log)):
             canvas, axes = _canvas(2.8)
             draw_loss(axes, curves, COLOURS["adapter"], COLOURS["base"])
             _style(axes)
@@ -159,8 +160,8 @@ def _lines(label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, 
         for x, entry in zip(places, entries, strict=True):
             if entry["ci95"]:
                 axes.plot([x, x], entry["ci95"], color=colour, linewidth=1.6, alpha=0.6)
-        marker = _MARKERS[i % len(_MARKERS)] + "-"
-        axes.plot(places, [e["score"] for e in entries], marker, color=colour, markersize=4.5, label=_label(system))
+        style = {"marker": _MARKERS[i % len(_MARKERS)], "linestyle": _LINES[i % len(_LINES)], "markersize": 4.5}
+        axes.plot(places, [e["score"] for e in entries], color=colour, label=_label(system), **style)
     axes.set_xticks(range(len(bins)), [row["bin"] for row in bins])
     axes.set_ylim(bottom=0)
     axes.set(xlabel=label, ylabel=DETAILED.label)
@@ -175,11 +176,12 @@ def _lengths(evaluation: Evaluation) -> Any:
     # The axis ends just after 99% of the references; the last bin holds all longer replies.
     last = max(10, sorted(lengths["gold"])[int(0.99 * (len(lengths["gold"]) - 1))] + 5)
     canvas, axes = _canvas(2.8)
-    for name in shown:
+    for i, name in enumerate(shown):
         counts = Counter(min(length, last) for length in lengths[name])
         heights = [100 * counts[n] / len(lengths[name]) for n in range(last + 1)]
-        style, label = ("--", "references") if name == "gold" else ("-", _label(name))
-        axes.step(range(last + 1), heights, style, where="mid", color=COLOURS[colours[name]], label=label)
+        label, width = ("references", 2.4) if name == "gold" else (_label(name), 1.5)
+        style = {"linestyle": _LINES[i % len(_LINES)], "linewidth": width, "color": COLOURS[colours[name]]}
+        axes.step(range(last + 1), heights, where="mid", label=label, **style)
     axes.set_ylim(bottom=0)
     axes.set(xlabel=f"words of a reply ({last}: {last} and more)", ylabel="% of replies")
     _style(axes)

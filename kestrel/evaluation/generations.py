@@ -23,6 +23,12 @@ _MOST_PROBLEMS = 10
 _SEED_SUFFIX = re.compile(r"^(?P<group>.+?)[._-]?seed[._-]?\d+$")
 
 
+def without_seed(name: str) -> str:
+    """The name of a system or a run without `seedN` at its end."""
+    seed = _SEED_SUFFIX.match(name)
+    return seed["group"] if seed else name
+
+
 def one_line(text: str) -> str:
     """Line breaks as spaces: tools that score files take a reply to be a line, and so do we."""
     return re.sub(r"\r\n|\r|\n", " ", text)
@@ -64,6 +70,8 @@ class Reply:
         line: of the row in its file, from 1.
         history: the turns before, oldest first.
         reference_nll: negative log-likelihood of the reference, summed over its `reference_tokens` tokens, in nats.
+        other_persona_nll: NLL of the reference, in nats, under personas of other dialogues.
+        nli: for each sentence of the persona, 1 where the response entails it, -1 where it contradicts it, else 0.
         candidate_nll: (NLL in nats, tokens) of each distractor, in the dataset's order, without the reference.
     """
 
@@ -78,6 +86,8 @@ class Reply:
     response_tokens: Count | None = None
     reference_nll: Nll | None = None
     reference_tokens: Tokens | None = None
+    other_persona_nll: Annotated[tuple[Nll, ...] | None, AfterValidator(lambda values: values or None)] = None
+    nli: tuple[Literal[-1, 0, 1], ...] | None = None
     candidate_nll: Annotated[tuple[tuple[Nll, Tokens], ...] | None, AfterValidator(lambda pairs: pairs or None)] = None
 
     @property
@@ -91,8 +101,10 @@ class Reply:
 
 _ROW = TypeAdapter(Reply)
 # What a row may leave out. A file has a key in every row or in none, but for candidates, which a corpus may offer for
-# some replies only.
-OPTIONAL = tuple(f.name for f in fields(Reply) if f.name not in ("turn", "reference", "response", "line"))
+# some replies only. What generate.py or an NLI model adds on request is not missed.
+_ON_REQUEST = ("other_persona_nll", "nli")
+_ALWAYS = ("turn", "reference", "response", "line")
+OPTIONAL = tuple(f.name for f in fields(Reply) if f.name not in (*_ALWAYS, *_ON_REQUEST))
 
 
 @dataclass
@@ -129,9 +141,13 @@ class Generations:
     @property
     def group(self) -> str:
         """What several seeds and persona orders of this system share in their names."""
-        name = self.name_without_order
-        seed = _SEED_SUFFIX.match(name)
-        return seed["group"] if seed else name
+        return without_seed(self.name_without_order)
+
+    @property
+    def seed_group(self) -> str:
+        """The same, of one run where several runs have this system: SYSTEM@RUN without the run's seed."""
+        _, several, run = self.system.partition("@")
+        return f"{self.group}@{without_seed(run)}" if several else self.group
 
 
 @dataclass
@@ -142,6 +158,7 @@ class System:
         kind: system (a file), base (a file of the untuned model), trivial, or gold (the references).
         made_by: the file, or how the replies were made.
         folder: of the file, so that a system meets the base of its own run first.
+        group: what files of several seeds of one system share.
         statistics: of the replies by metric, arrays of shape (N, K).
     """
 
@@ -149,6 +166,7 @@ class System:
     made_by: str
     replies: list[Reply]
     folder: Path | None = None
+    group: str = ""
     statistics: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 

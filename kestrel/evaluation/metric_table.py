@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kestrel.evaluation import metrics
+from kestrel.evaluation import metrics, persona
 from kestrel.evaluation.metrics import Answers, Array, Rows
 
 
@@ -21,7 +21,7 @@ from kestrel.evaluation.metrics import Answers, Array, Rows
 class Column:
     """Where a table of `tables.py` shows a metric."""
 
-    table: Literal["scores", "properties", "perplexity"]
+    table: Literal["scores", "ranking", "persona", "properties", "perplexity"]
     heading: str | Callable[[str], str]  # a function of the score's signature where the settings decide it
     show: str = ""  # format of the number, where it is not the metric's own
     interval: bool = False  # whether the 95% interval is shown beside the score
@@ -120,6 +120,7 @@ class Metric:
 _percent = partial(Metric, show=".1%")
 _points = partial(Metric, score=metrics.points, range=(0, 100), better="higher")
 _bleu = partial(_points, score=metrics.bleu, details=metrics.bleu_details)
+_ranking = partial(Metric, needs=("reference_nll", "candidate_nll"), better="higher", show=".1%")
 _perplexity = partial(Metric, score=metrics.perplexity, needs=("reference_nll",), range=(0, math.inf), better="lower")
 
 METRICS: tuple[Metric, ...] = (
@@ -164,9 +165,58 @@ METRICS: tuple[Metric, ...] = (
         score=metrics.bits, tested=True,
         columns=(Column("perplexity", "bits per byte", interval=True),),
     ),
+    _ranking(
+        "hits_at_1", "hits@1", metrics.hits_at(1), details=metrics.hit_details, tested=True, spread=True,
+        columns=(Column("scores", "hits@1"), Column("ranking", "hits@1", interval=True)),
+    ),
+    *(
+        _ranking(f"hits_at_{k}", f"hits@{k}", metrics.hits_at(k), columns=(Column("ranking", f"hits@{k}"),))
+        for k in (3, 5, 10)
+    ),
+    _ranking(
+        "mrr", "mean reciprocal rank", metrics.reciprocal_rank, show=",.3f", columns=(Column("ranking", "MRR", interval=True),),
+        legend="mean of 1 / rank of the reference",
+    ),
+    _points(
+        "persona_f1", "persona F1", persona.persona_f1, needs=("persona",), spread=True,
+        columns=(Column("persona", "P-F1", interval=True),), legend="words shared with the persona, rare ones count more",
+    ),
+    _points(
+        "persona_recall", "persona recall", persona.persona_recall, needs=("persona",),
+        columns=(Column("persona", "P-rec"),), legend="the persona's words in the response, rare ones count more",
+    ),
+    Metric(
+        "persona_coverage", "persona coverage", persona.persona_coverage, needs=("persona",), better="higher", show=",.3f",
+        columns=(Column("persona", "P-Cover"),), legend="mean weight of the words shared with the closest sentence",
+    ),
+    Metric(
+        "persona_gain", "persona likelihood gain", persona.persona_gain, needs=("reference_nll", "other_persona_nll"),
+        range=(-math.inf, math.inf), better="higher", show="+,.3f", spread=True,
+        columns=(Column("persona", "gain", interval=True),),
+        legend="nats per token by which the reference is likelier with its persona than with another dialogue's",
+    ),
     _percent(
-        "hits_at_1", "hits@1", metrics.hit_statistics, needs=("reference_nll", "candidate_nll"), better="higher",
-        details=metrics.hit_details, tested=True, spread=True, columns=(Column("scores", "hits@1"),),
+        "swap_accuracy", "swap accuracy", persona.swap_accuracy, needs=("reference_nll", "other_persona_nll"),
+        better="higher", details=persona.swap_details, columns=(Column("persona", "swap"),),
+        legend="references that are likelier with their persona than with every other one that was tried",
+    ),
+    Metric(
+        "consistency", "C.Score", persona.consistency, needs=("nli",), range=(-math.inf, math.inf), better="higher",
+        show="+,.3f", spread=True, columns=(Column("persona", "C.Score", interval=True),),
+        legend="sentences of the persona that a response entails less those that it contradicts",
+    ),
+    _percent(
+        "contradiction", "share that contradicts the persona", persona.contradiction, needs=("nli",), better="lower",
+        spread=True, flag="contradicts the persona", columns=(Column("persona", "contra"),),
+        legend="responses that contradict a sentence of the persona",
+    ),
+    _percent(
+        "self_repetition", "self-repetition", persona.self_repetition, better="lower", columns=(Column("persona", "repeats"),),
+        legend="bigrams that the system has used before in the dialogue",
+    ),
+    _percent(
+        "questions", "share with a question", metrics.mean_of(persona.is_question), columns=(Column("persona", "asks"),),
+        legend="responses with a question mark",
     ),
     Metric(
         "distinct_1", "distinct-1", overall=lambda answers: metrics.distinct(answers.responses, 1), show=",.3f",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -46,18 +46,22 @@ class Answers:
         replies: N rows of the system's file.
         responses, references: their texts under `evaluation.normalization`, which BLEU and ROUGE-L compare.
         stemmer: whether the headline ROUGE-L stems.
+        rarity: the weight of a word in scores of persona; words that it lacks weigh 1.
     """
 
     replies: Sequence[Reply]
     responses: Sequence[str]
     references: Sequence[str]
     stemmer: bool
+    rarity: Mapping[str, float]
 
 
-def answers_of(replies: Sequence[Reply], normalization: str, stemmer: bool) -> Answers:
+def answers_of(
+    replies: Sequence[Reply], normalization: str, stemmer: bool, rarity: Mapping[str, float] | None = None
+) -> Answers:
     normalize = NORMALIZERS[normalization]
     responses, references = [normalize(r.response) for r in replies], [normalize(r.reference) for r in replies]
-    return Answers(replies, responses, references, stemmer)
+    return Answers(replies, responses, references, stemmer, rarity or {})
 
 
 @lru_cache(maxsize=1 << 18)
@@ -156,7 +160,7 @@ def rouge_signature(stemmer: bool) -> str:
 def rouge_l(response: str, reference: str, stemmer: bool) -> float:
     """rouge_score's rougeL F-measure of one reply, 0 to 1: its words and formula over a faster subsequence."""
     guess, gold = _rouge_words(response, stemmer), _rouge_words(reference, stemmer)
-    return _f_measure(longest_common_subsequence(guess, gold), len(guess), len(gold))
+    return f_measure(longest_common_subsequence(guess, gold), len(guess), len(gold))
 
 
 @lru_cache(maxsize=1 << 18)
@@ -189,7 +193,7 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(first) - state.bit_count()
 
 
-def _f_measure(common: int, guess: int, gold: int) -> float:
+def f_measure(common: float, guess: float, gold: float) -> float:
     if common == 0:
         return 0.0
     precision, recall = common / guess, common / gold
@@ -199,7 +203,7 @@ def _f_measure(common: int, guess: int, gold: int) -> float:
 def f1_score(response: str, reference: str) -> float:
     """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of normalized words."""
     guess, gold = normalize_answer(response).split(), normalize_answer(reference).split()
-    return _f_measure((Counter(guess) & Counter(gold)).total(), len(guess), len(gold))
+    return f_measure((Counter(guess) & Counter(gold)).total(), len(guess), len(gold))
 
 
 def nll_per(unit: Callable[[Reply], int]) -> Callable[[Answers], Rows]:
@@ -207,20 +211,30 @@ def nll_per(unit: Callable[[Reply], int]) -> Callable[[Answers], Rows]:
     return lambda answers: [(reply.reference_nll or 0.0, unit(reply)) for reply in answers.replies]
 
 
-def hit_statistics(answers: Answers) -> Rows:
-    """Whether the reference ranks first, and whether the reply has candidates at all."""
-    return [(is_hit(reply), bool(reply.candidate_nll)) for reply in answers.replies]
+def rank(reply: Reply) -> int | None:
+    """Of the reference among its candidates by likelihood per token, from 1; None without candidates.
 
-
-def is_hit(reply: Reply) -> bool:
-    """Whether the reference is likelier per token than each of its distractors; a tie is a miss.
-
-    With ties counted against, the order of the candidates has no influence, so none needs to be shuffled.
+    With ties counted against the reference, the order of the candidates has no influence, so none needs to be shuffled.
     """
     if not reply.candidate_nll or reply.reference_nll is None or not reply.reference_tokens:
-        return False
+        return None
     own = reply.reference_nll / reply.reference_tokens
-    return all(own < nll / tokens for nll, tokens in reply.candidate_nll)
+    return 1 + sum(nll / tokens <= own for nll, tokens in reply.candidate_nll)
+
+
+def hits_at(k: int) -> Callable[[Answers], Rows]:
+    """Whether the reference is among the k likeliest, for replies with more than k candidates, the reference included."""
+
+    def statistics(answers: Answers) -> Rows:
+        ranks = [rank(r) if r.candidate_nll and len(r.candidate_nll) >= k else None for r in answers.replies]
+        return [(place <= k, 1) if place else (0, 0) for place in ranks]
+
+    return statistics
+
+
+def reciprocal_rank(answers: Answers) -> Rows:
+    """1 / rank of the reference among the candidates (Voorhees, "The TREC-8 Question Answering Track Report", 1999)."""
+    return [(1 / place, 1) if (place := rank(reply)) else (0, 0) for reply in answers.replies]
 
 
 def hit_details(answers: Answers, sums: Array) -> dict[str, Any]:

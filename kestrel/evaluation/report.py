@@ -11,14 +11,14 @@ from typing import Any
 from kestrel.evaluation import markdown
 from kestrel.evaluation.figures import COLOURS, Figure, all_figures, colour_names
 from kestrel.evaluation.metric_table import DETAILED, HEADLINES
-from kestrel.evaluation.sample_dialogues import SampleDialogue, sample_dialogues
+from kestrel.evaluation.sample_dialogues import SampleDialogue, sample_dialogues, sortable_metrics
 from kestrel.evaluation.scoring import Evaluation
 from kestrel.evaluation.tables import all_tables
 
 _PAGE = Path(__file__).with_name("page")
 
 
-def write_report(folder: Path, evaluation: Evaluation, log: Path, samples: int, seed: int) -> None:
+def write_report(folder: Path, evaluation: Evaluation, log: Path | None, samples: int, seed: int) -> None:
     """Writes report.html, report.md and the plots as PNG.
 
     Args:
@@ -43,6 +43,7 @@ def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequen
         figures,
         dialogues=dialogues,
         detailed=DETAILED.label,
+        sortable=sortable_metrics(evaluation),
         shown=evaluation.of_kind("system", "base"),
         flags=sorted({flag for dialogue in dialogues for flag in dialogue.flags}),
         colours=COLOURS,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kestrel import __version__
 from kestrel.config import settings
@@ -17,9 +17,13 @@ from kestrel.evaluation.comparisons import best_trivial, paired_tests, verdicts
 from kestrel.evaluation.generations import Generations, Reply, System
 from kestrel.evaluation.metric_table import DETAILED, METRICS
 from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of
+from kestrel.evaluation.persona import rarity_of
 from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders, spread_over_seeds
 from kestrel.evaluation.trivial_systems import trivial_replies
 from kestrel.evaluation.writing import writing_notes
+
+if TYPE_CHECKING:
+    from kestrel.evaluation.consistency import NliModel
 
 _FEW_DIALOGUES = 30
 
@@ -32,11 +36,13 @@ class Evaluation:
         metrics: what metrics.json holds.
         systems: the rows of the table, in its order, all with N replies to the same contexts.
         further: replies with the persona in another order, which have no row in the table, by their file's system.
+        rarity: weights of words, of `persona.rarity_of`.
     """
 
     metrics: dict[str, Any]
     systems: dict[str, System]
     further: dict[str, list[Reply]] = field(default_factory=dict)
+    rarity: dict[str, float] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[str]:
         """Names of the systems that are one of: system (a file), base (its untuned model), trivial, gold."""
@@ -55,18 +61,21 @@ def evaluate_files(
     options: settings.Evaluation,
     seed: int,
     search: Sequence[str] | None,
+    nli: NliModel | None = None,
 ) -> Evaluation:
     """Scores files, aligned, beside trivial systems and the references themselves.
 
     Args:
         notes: what the reader must know already.
-        search: human replies of another split for the constant systems, or None.
+        search: human replies of another split for the constant systems and the weights of words, or None.
+        nli: judges whether replies contradict the persona.
     """
     first, further = separate_orders(files)
     first = sorted(first, key=lambda file: {"adapter": 0, "base": 2}.get(file.group, 1))
     contexts = _fullest_contexts(first)
-    systems, left_out = _all_systems(first, contexts, seed, search)
-    answers_in = partial(answers_of, normalization=options.normalization, stemmer=options.stemmer)
+    systems, left_out = _all_systems(first, contexts, seed, search, nli)
+    rarity = rarity_of(search or [reply.reference for reply in contexts])
+    answers_in = partial(answers_of, normalization=options.normalization, stemmer=options.stemmer, rarity=rarity)
     answers = {name: answers_in(system.replies) for name, system in systems.items()}
     for name, system in systems.items():
         system.statistics = statistics_of(answers[name])
@@ -91,7 +100,7 @@ def evaluate_files(
             for name, system in systems.items()
         },
         "persona_orders": orders,
-        "groups": spread_over_seeds({file.system: file.group for file in first}, bootstrap.point),
+        "groups": spread_over_seeds({file.system: file.seed_group for file in first}, bootstrap.point),
         "paired_test": PAIRED_TEST,
         "paired": paired,
         "verdicts": [*verdicts(systems, paired), *order_verdicts(orders, systems)],
@@ -104,22 +113,35 @@ def evaluate_files(
         metrics["notes"].append(
             f"WARNING: intervals from {metrics['n_dialogues']} dialogues are too narrow; take them as a hint only."
         )
-    return Evaluation(metrics, systems, {f.system: f.replies for group in further.values() for f in group})
+    other_orders = {f.system: f.replies for group in further.values() for f in group}
+    return Evaluation(metrics, systems, other_orders, rarity)
 
 
 def _all_systems(
-    files: Sequence[Generations], contexts: Sequence[Reply], seed: int, search: Sequence[str] | None
+    files: Sequence[Generations],
+    contexts: Sequence[Reply],
+    seed: int,
+    search: Sequence[str] | None,
+    nli: NliModel | None,
 ) -> tuple[dict[str, System], list[str]]:
     """The rows of the table, and what could not be made, and why."""
     systems = {
         file.system: System(
-            "base" if file.group == "base" else "system", str(file.path), file.replies, file.path.resolve().parent
+            kind="base" if file.group == "base" else "system",
+            made_by=str(file.path),
+            replies=file.replies,
+            folder=file.path.resolve().parent,
+            group=file.seed_group,
         )
         for file in files
     }
     trivial, notes = trivial_replies(contexts, seed, search)
     gold = [reply.with_response(reply.reference) for reply in contexts]
-    return systems | trivial | {"gold": System("gold", "the references themselves", gold)}, notes
+    systems |= trivial | {"gold": System("gold", "the references themselves", gold)}
+    if nli:
+        for system in systems.values():
+            system.replies = nli.judge(system.replies)
+    return systems, notes
 
 
 def statistics_of(answers: Answers) -> dict[str, Array]:
@@ -148,6 +170,7 @@ def _header(
         "kestrel": __version__, "split": split or "unknown", "replies": len(contexts), "dialogues": dialogues,
         "norm": options.normalization, "bootstrap": "dialogues", "resamples": options.resamples, "seed": seed,
     }  # fmt: skip
+    signature |= {"nli": options.nli} if options.nli else {}
     return {
         "signature": "|".join(f"{key}:{value}" for key, value in signature.items()),
         "split": split,

@@ -16,6 +16,8 @@ NONE = "–"  # a cell without a value
 _LONGEST_NAME = 18
 _TITLES = {
     "scores": "Scores with 95% intervals (0–100; perplexity per token)",
+    "ranking": "Rank of the reference among the candidates, by likelihood",
+    "persona": "Persona: words shared with it, how much the model reads it, consistency; questions and repetition",
     "properties": "Other conventions, and what the replies are like",
     "perplexity": "Perplexity of the references: three units, not comparable with each other",
 }
@@ -73,6 +75,8 @@ def _metrics_table(name: str, metrics: Mapping[str, Any]) -> Table:
     columns: list[tuple[str, Cell]] = []
     headings: dict[str, list[str]] = {}
     for metric in METRICS:
+        if all(metric.read(entry)[0] is None for entry in metrics["systems"].values()):
+            continue
         for column in (column for column in metric.columns if column.table == name):
             heading = column.heading if isinstance(column.heading, str) else column.heading(metric.signature_in(gold))
             columns.append((heading, partial(_cell, metric, column)))
@@ -110,24 +114,34 @@ def paired_table(metrics: Mapping[str, Any]) -> Table:
     return Table("Paired differences", columns, rows, legend, detail=True)
 
 
-def _spread_table(title: str, spreads: Mapping[str, Any], legend: str) -> Table:
-    """Scores over several files of one system."""
-    rows = []
+def _spread_table(
+    title: str, spreads: Mapping[str, Any], legend: str, more: Mapping[str, Callable[[str, Metric], str]] | None = None
+) -> Table:
+    """Scores over several files of one system; `more` are further columns, of a row's name and metric."""
+    more, rows = more or {}, []
     for name, entry in spreads.items():
         for metric in (metric for metric in SPREAD_METRICS if metric.name in entry):
             spread, show = entry[metric.name], metric.show
             middle = f"{spread['mean']:{show}} ± {spread['std']:{show}}"
             low, high, change = spread["min"], spread["max"], number(spread["relative_change"], ".1%")
-            rows.append((name, metric.label, middle, number(low, show), number(high, show), change))
-    columns = ("System", "Metric", "mean ± SD", "lowest", "highest", "change")
+            further = [cell(name, metric) for cell in more.values()]
+            rows.append((name, metric.label, middle, *further, number(low, show), number(high, show), change))
+    columns = ("System", "Metric", "mean ± SD", *more, "lowest", "highest", "change")
     legend += "SD: standard deviation. change: (highest − lowest) / mean."
     return Table(title, columns, tuple(rows), legend)
 
 
 def seeds_table(metrics: Mapping[str, Any]) -> Table:
-    """The spread over seeds, which is that of training and not of the dialogues."""
-    groups = metrics["groups"]
-    return _spread_table("Over seeds", {f"{name} (n = {len(g['members'])})": g for name, g in groups.items()}, "")
+    """The spread over seeds, which is that of training, beside the uncertainty over dialogues that each seed has."""
+    groups = {f"{name} (n = {len(g['members'])})": g for name, g in metrics["groups"].items()}
+
+    def over_dialogues(name: str, metric: Metric) -> str:
+        intervals = [metric.read(metrics["systems"][member])[1] for member in groups[name]["members"]]
+        widths = [interval[1] - interval[0] for interval in intervals if interval]
+        return f"±{sum(widths) / len(widths) / 2:{metric.show.replace('+', '')}}" if widths else NONE
+
+    legend = "dialogues: half of the 95% interval over dialogues, the mean of the seeds. "
+    return _spread_table("Over seeds", groups, legend, {"dialogues": over_dialogues})
 
 
 def orders_table(metrics: Mapping[str, Any]) -> Table:
@@ -169,6 +183,8 @@ def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
         seeds_table(metrics),
         orders_table(metrics),
         paired_table(metrics),
+        _metrics_table("ranking", metrics),
+        _metrics_table("persona", metrics),
         _metrics_table("properties", metrics),
         _metrics_table("perplexity", metrics),
         extra_table(metrics),

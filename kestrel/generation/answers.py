@@ -20,6 +20,7 @@ from kestrel.data.dataset import dialogue_of, lengths_of
 from kestrel.dialogue import Dialogue, reordered
 from kestrel.errors import ProofError
 from kestrel.generation.files import GenerationsFile
+from kestrel.generation.other_personas import Persona, nll_under_others, personas_of_others
 from kestrel.generation.prefix_cache import Continuation, Prefixes, compute_prefixes, continuation_nll
 from kestrel.generation.respond import (
     Request,
@@ -125,12 +126,14 @@ def answer(
     by_dialogue: Sequence[Sequence[Question]],
     settings: Generation,
     seed: int,
+    others: Sequence[Sequence[Persona]] = (),
 ) -> list[dict[str, Any]]:
     """Answers every question of some dialogues.
 
     Args:
         model: prepared by `loss.attach_token_nll`.
         by_dialogue: from `questions_of`.
+        others: for each dialogue, the personas of other dialogues under which its references are scored too.
 
     Returns:
         Generation rows in the same order.
@@ -166,6 +169,10 @@ def answer(
         in_order = [pair for index in range(len(sequences)) for pair in scores[index]]
         for row, (reference_nll, tokens) in zip(answers, in_order, strict=True):
             row |= {"reference_nll": reference_nll, "reference_tokens": tokens}
+    if others:
+        under_others = nll_under_others(model, prompt, by_dialogue, others, settings.tokens_per_step)
+        for row, values in zip(answers, under_others, strict=True):
+            row |= {"other_persona_nll": values} if values else {}
     return answers
 
 
@@ -234,6 +241,7 @@ def write_answers(
     partial = path.with_name(f".{path.name}.partial")
     lengths = lengths_of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
+    others = personas_of_others(dataset, settings.other_personas, seed) if settings.other_personas else []
     done = distributed.broadcast_from_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
     while done < len(dataset):
@@ -243,7 +251,8 @@ def write_answers(
         shard, mine = "", distributed.rank()
         if mine < len(ends) - 1:
             rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
-            answers = answer(model, prompt, questions_of(rows, prompt, seed, file.order), settings, seed)
+            questions, swapped = questions_of(rows, prompt, seed, file.order), others[ends[mine] : ends[mine + 1]]
+            answers = answer(model, prompt, questions, settings, seed, swapped)
             shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
         for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
             with open(partial, "a", encoding="utf-8") as growing:

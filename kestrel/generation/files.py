@@ -114,13 +114,15 @@ def what_decides(settings: Settings, dataset: str, base: dict[str, Any], prompt_
         base: from `base_identity`.
     """
     # How many prompts share a batch changes only speed, unless the library samples: it draws for a whole batch.
-    batching = () if settings.generation.do_sample else ("tokens_per_step",)
+    left_out = {"systems", "persona_orders"} | (set() if settings.generation.do_sample else {"tokens_per_step"})
+    if not settings.generation.other_personas:  # so that files of versions without this setting stay up to date
+        left_out.add("other_personas")
     return {
         "dataset": dataset,
         "base": base,
         "prompt_sha256": prompt_sha256,
         "quantization": settings.quantization.model_dump(),
-        "generation": settings.generation.model_dump(exclude={"systems", "persona_orders", *batching}),
+        "generation": settings.generation.model_dump(exclude=left_out),
         "seed": settings.seed,
     }
 

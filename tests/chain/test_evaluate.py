@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,37 @@ def test_seeds_are_summarized(tmp_path, capsys):
     assert len(scores) == 2 and group["bleu"]["mean"] == pytest.approx(sum(scores) / 2)
     assert group["bleu"]["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     assert "±" in capsys.readouterr().out
+
+
+def test_runs_are_compared(tmp_path, capsys):
+    """Three runs, two of which are seeds of one system; their bases answer alike."""
+    config = make_run(tmp_path)
+    runs = []
+    for number, name in enumerate(("a-seed1", "a-seed2", "b")):
+        runs.append(shutil.copytree(tmp_path / "run", tmp_path / "runs" / name))
+        path = runs[-1] / "generations" / "test.adapter.jsonl"
+        rows = rows_in(path)
+        for row in rows[:: 9 - 4 * number]:
+            row["response"] = "no no"
+        write_rows(path, rows)
+        record(path.parent)
+    options = ["--config", str(config), "--evaluation.resamples", "100", "--evaluation.compare"]
+    assert main([*options, *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "comparison" / "metrics.json").read_text(encoding="utf-8"))
+    adapters = [name for name, entry in metrics["systems"].items() if entry["kind"] == "system"]
+    assert adapters == ["adapter@a-seed1", "adapter@a-seed2", "adapter@b"] and "base" in metrics["systems"]
+    assert list(metrics["groups"]) == ["adapter@a"] and "dialogues" in printed
+    assert any(verdict.startswith("adapter@a-seed1 beats adapter@b in") for verdict in metrics["verdicts"])
+    assert not any("beats adapter@a" in verdict for verdict in metrics["verdicts"])
+    assert (tmp_path / "run" / "comparison" / "report.html").is_file()
+    assert not (tmp_path / "run" / "evaluation").exists()
+    (runs[1] / "generations" / "test.adapter.jsonl").write_text("{}")
+    assert main([*options, *map(str, runs)]) == 1
+    assert f"--config {runs[1]}/config.yaml" in capsys.readouterr().err
+    assert main([*options, str(runs[0])]) == 2
+    assert main([*options, str(runs[0]), str(tmp_path / "nowhere")]) == 1
+    assert "nowhere/generations has no generations of split test" in capsys.readouterr().err
 
 
 def add_orders(folder: Path, count: int) -> None:

@@ -24,8 +24,8 @@ from kestrel.evaluation.metrics import (
     bleu_signature,
     distinct,
     f1_score,
-    is_hit,
     normalize_answer,
+    rank,
     rouge_l,
     rouge_signature,
 )
@@ -168,9 +168,9 @@ def ranked(nll, tokens, candidates):
 
 def test_hits_at_1_is_per_token_and_counts_ties_against():
     for candidates in itertools.permutations(((3.0, 2), (9.0, 6))):
-        assert is_hit(ranked(10.0, 10, candidates))  # the largest sum, the best per token
-        assert not is_hit(ranked(10.0, 10, (*candidates, (0.9, 1))))
-        assert not is_hit(ranked(10.0, 10, (*candidates, (2.0, 2))))  # a tie
+        assert rank(ranked(10.0, 10, candidates)) == 1  # the largest sum, the best per token
+        assert rank(ranked(10.0, 10, (*candidates, (0.9, 1)))) == 2
+        assert rank(ranked(10.0, 10, (*candidates, (2.0, 2)))) == 2  # a tie
     rows = [ranked(1.0, 1, ((2.0, 1),)), ranked(3.0, 1, ((2.0, 1),)), ranked(1.0, 1, None)]
     assert scores(rows)["hits_at_1"] == 0.5  # of the two that have candidates
 
@@ -208,7 +208,7 @@ def test_what_the_rows_do_not_have_is_not_scored():
 def test_every_score_is_within_its_range_and_many_corpora_at_once_score_as_each(pairs, seed):
     fields = {
         "persona": ("i am",), "history": (), "stopped_by": "eos", "response_tokens": 3, "reference_nll": 2.5,
-        "reference_tokens": 2, "candidate_nll": ((3.0, 2),),
+        "reference_tokens": 2, "candidate_nll": ((3.0, 2),), "other_persona_nll": (2.0, 3.0), "nli": (-1,),
     }  # fmt: skip
     weights = np.random.default_rng(seed).integers(0, 4, size=(5, len(pairs)))
     for name, rows in statistics(replies(pairs, **fields)).items():

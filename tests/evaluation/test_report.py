@@ -136,8 +136,22 @@ def test_order_search_and_filter(page):
     search.send_keys(" ")
     choose(page, "filter", "flag:empty")
     assert visible(page) == [name(d) for d in range(DIALOGUES)]
-    choose(page, "filter", "chosen:best")
+    choose(page, "filter", "chosen:extreme")
     assert visible(page) == []  # all are shown, so none was chosen for its score
+    choose(page, "filter", "")
+    page.find_element("id", "persona").send_keys("DOGS {{")
+    assert visible(page) == [name(3), name(8)], "the words are in these personas"
+    page.find_element("id", "persona").clear()
+    page.find_element("id", "persona").send_keys("dogs")
+    choose(page, "metric", "perplexity.token")
+    choose(page, "order", "best")
+    assert visible(page) == [name(d) for d in range(DIALOGUES)]  # all alike, so as in the file
+    choose(page, "metric", "f1")
+    choose(page, "order", "ahead")
+    assert visible(page)[0] == name(8), "where the adapter has most right and the other one reply"
+    choose(page, "system", "base")
+    choose(page, "order", "file")
+    assert page.find_element("css selector", ".dialogue .score data").text != "", "scores follow the choice"
 
 
 def test_keyboard_is_enough(page):
@@ -149,12 +163,17 @@ def test_keyboard_is_enough(page):
     assert skip.text == "Skip to the dialogues" and skip.is_displayed()
     ActionChains(page).send_keys(Keys.ENTER).send_keys(Keys.TAB).perform()
     assert page.switch_to.active_element.get_attribute("id") == "search"
-    ActionChains(page).send_keys(Keys.TAB, Keys.TAB, Keys.TAB).perform()
+    ActionChains(page).send_keys(*[Keys.TAB] * 6).perform()
     summary = page.switch_to.active_element
     dialogue = summary.find_element("xpath", "..")
     assert summary.tag_name == "summary" and dialogue.get_attribute("open")
     ActionChains(page).send_keys(Keys.ENTER).perform()
     assert not dialogue.get_attribute("open")
+    ActionChains(page).send_keys("jj").perform()
+    second = page.switch_to.active_element.find_element("xpath", "..")
+    assert second.get_attribute("open") and second.text.startswith(visible(page)[2])
+    ActionChains(page).send_keys("k/").perform()
+    assert page.switch_to.active_element.get_attribute("id") == "search"
 
 
 @pytest.mark.parametrize("width", [320, 380, 768, 1280])
@@ -250,11 +269,10 @@ def test_escape_markdown(text, escaped):
 
 def test_sample_holds_best_worst_and_others(evaluation):
     sample = sample_dialogues(evaluation, 6, seed=0)
-    assert [d.chosen for d in sample] == ["best", "best", "random", "random", "worst", "worst"]
-    assert [d.dialogue_id for d in sample[:2]] == [name(8), name(7)]
-    assert [d.dialogue_id for d in sample[-2:]] == [name(1), name(0)]
+    assert sorted(d.chosen for d in sample) == ["extreme"] * 4 + ["random"] * 2
+    assert (sample[0].dialogue_id, sample[-1].dialogue_id) == (name(8), name(0))
     assert sample == sample_dialogues(evaluation, 6, seed=0)
-    scores = [d.scores["adapter"] for d in sample]
+    scores = [d.scores["rouge_l"]["adapter"] for d in sample]
     assert scores == sorted(scores, reverse=True)
     exchanges = sample[0].exchanges
     assert [turn.text for turn in exchanges[1].turns] == ["turn 2 of 8"]  # what was said before stands above

@@ -1,0 +1,49 @@
+"""Which generation files are scored: those that are named, a run's own, or those of several runs that are compared."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from kestrel.adapter.source import find_local_adapter
+from kestrel.config.settings import Settings
+from kestrel.errors import KestrelError
+from kestrel.evaluation.provenance import check_provenance
+
+
+def runs_of(settings: Settings) -> list[Path]:
+    """The runs that are compared, or the run itself."""
+    return [Path(name) for name in settings.evaluation.compare] or [Path(settings.run_dir)]
+
+
+def files_to_score(settings: Settings, again: str) -> list[Path]:
+    """The files, which for those of a run are checked against what they were made from.
+
+    Args:
+        again: the options of this call, which a message repeats.
+
+    Raises:
+        KestrelError: a run has no generations of the split, or its files do not fit the rest of it.
+    """
+    if settings.evaluation.generations:
+        return [Path(name) for name in settings.evaluation.generations]
+    files: list[Path] = []
+    for run in runs_of(settings):
+        own = run == Path(settings.run_dir)
+        made = sorted((run / "generations").glob(f"{settings.generation.split}.*.jsonl"))
+        if not made:
+            raise KestrelError(
+                f"{run / 'generations'} has no generations of split {settings.generation.split}; run generate.py first, "
+                "or name files with --evaluation.generations"
+            )
+        adapter: Path | None = run / "adapter"
+        if own and settings.model.adapter:
+            adapter = find_local_adapter(settings.model.adapter)
+            if adapter is None:
+                print(
+                    f"note: {settings.model.adapter} is not on this machine, so whether it made these is not checked",
+                    file=sys.stderr,
+                )
+        check_provenance(run, adapter, made, f"python generate.py {again if own else f'--config {run}/config.yaml'}")
+        files += made
+    return files
