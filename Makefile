@@ -5,7 +5,7 @@ NEED_PYTHON = test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 to 3.14 w
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
-.PHONY: quickstart test test-fast check schema images readme performance fuzz lock licences test-floor clean
+.PHONY: quickstart test test-fast check schema images readme performance results results-page fuzz lock licences test-floor clean
 
 quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
 	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
@@ -34,6 +34,15 @@ readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
 performance: .venv/ready   ## the tables of docs/performance.md and docs/scaling.md, from benchmarks/results
 	$(VENV)/python docs/fill_performance.py
 	$(VENV)/python docs/fill_scaling.py
+
+# make results DIALOGUES="FILE ..." MODEL=FOLDER [JOBS=8] [MINUTES=60]; what the record holds already is not run again.
+results: .venv/ready   ## docs/results.md: a real model with Kestrel and with other recipes, on a GPU
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt -c requirements.lock.txt
+	$(VENV)/python benchmarks/results.py --text $(DIALOGUES) --model $(MODEL) --jobs $(or $(JOBS),8) --minutes $(or $(MINUTES),600)
+	$(VENV)/python docs/fill_results.py
+
+results-page: .venv/ready   ## docs/results.md and its picture, from benchmarks/results
+	$(VENV)/python docs/fill_results.py
 
 images: .venv/ready-dev browser   ## the README's pictures, from the quickstart's run
 	$(VENV)/python Images/make_images.py

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.options import at_least_one, parser_of, told
+from benchmarks.options import at_least_one, told
 from kestrel.errors import KestrelError
 
 RECORD = ROOT / "benchmarks" / "results" / "smollm2.jsonl"
@@ -329,8 +329,8 @@ def append(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__)
-    parser.add_argument("--more-text", nargs="+", default=[], help="further files of dialogues")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", required=True, help="dialogues in any form that preprocess.py reads")
     parser.add_argument("--model", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--work", type=Path, default=Path("runs/results"), help="folder of the runs (runs/results)")
     parser.add_argument("--output", type=Path, default=RECORD, help="the record, which is added to")
@@ -359,7 +359,7 @@ def measure(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     lines, gpus = read_record(options.output), torch.cuda.device_count()
-    data = cut([options.text, *options.more_text], options.work, options.model, options.dialogues)
+    data = cut(options.text, options.work, options.model, options.dialogues)
     if not lines:
         append(options.output, [{"arm": "data", "seed": 0, **data}])
     facts = {
@@ -367,6 +367,7 @@ def measure(options: argparse.Namespace) -> int:
         "commit": git_commit(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     shared = {"model.name": str(options.model), "quantization.compute_dtype": machine.compute_dtype()}
+    shared |= {"generation.tokens_per_step": "65536"} if gpus else {}
     devices: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for job in range(options.jobs):
         devices.put(str(job % gpus) if gpus else None)

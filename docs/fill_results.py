@@ -1,0 +1,191 @@
+"""Fills docs/results.md and the head of README.md, and draws Images/results.png, from what `make results` has measured.
+
+    make results-page
+
+Scores, intervals and tests are computed here, from the sums of each test dialogue in the record. The seeds of an arm are
+pooled for its score and its interval; their spread is the standard deviation of the scores of each.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+from blocks import ROOT, fill_page, table
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import ARMS, RECORD, read_record
+from kestrel.evaluation.bootstrap import Bootstrap
+from kestrel.evaluation.metric_table import BY_NAME
+
+RESAMPLES = 1000
+SYSTEMS = (
+    "constant_reply", "base-plain", "base-chat", "original", "trl-defaults", "trl-turns", "trl-dialogues", "kestrel-plain",
+    "kestrel-chat", "kestrel-plain-16bit", "kestrel-chat-16bit",
+)  # fmt: skip
+HEAD = ("base-chat", "original", "trl-turns", "trl-dialogues", "kestrel-chat")
+VARIED = ("kestrel-chat", "attention", "r-4", "r-64", "lr-1e-4", "lr-2e-4", "lr-1e-3", "lr-2e-3")
+# Metric, heading, format, factor.
+COLUMNS = (
+    ("perplexity.token", "perplexity", ".1f", 1), ("perplexity.bits_per_byte", "bits/byte", ".3f", 1),
+    ("bleu", "BLEU", ".2f", 1), ("rouge_l", "ROUGE-L", ".1f", 1), ("f1", "F1", ".1f", 1),
+    ("hits_at_1", "hits@1 %", ".1f", 100), ("stopped_by_eos", "ends by itself %", ".0f", 100),
+    ("length_ratio", "length", ".2f", 1),
+)  # fmt: skip
+TESTED = ("perplexity.bits_per_byte", "bleu", "rouge_l", "f1", "hits_at_1")
+TRIVIAL = {"constant_reply": "one reply to everything"}
+
+
+@cache
+def record() -> list[dict[str, Any]]:
+    return read_record(RECORD)
+
+
+def lines_of(arm: str) -> list[dict[str, Any]]:
+    """One line per seed."""
+    return [line for line in record() if line["arm"] == arm]
+
+
+def measured(arms: tuple[str, ...]) -> list[str]:
+    return [arm for arm in arms if lines_of(arm)]
+
+
+@cache
+def bootstrap() -> Bootstrap:
+    """Of every arm, its seeds pooled, and of each seed, on the same draws of dialogues."""
+    systems: dict[str, dict[str, Any]] = {}
+    for arm in {line["arm"] for line in record() if "sums" in line}:
+        seeds = [{name: np.array(rows) for name, rows in line["sums"].items()} for line in lines_of(arm)]
+        systems[arm] = {name: sum(seed[name] for seed in seeds) for name in seeds[0]}
+        systems |= {f"{arm}/{number}": seed for number, seed in enumerate(seeds)}
+    dialogues = next(len(rows) for line in record() if "sums" in line for rows in line["sums"].values())
+    return Bootstrap(systems, [f"{number:06}" for number in range(dialogues)], RESAMPLES, seed=0)
+
+
+def cell(arm: str, metric: str, show: str, factor: int, interval: bool = True) -> str:
+    """A score, the 95% interval over dialogues, and the spread over seeds."""
+    found = bootstrap()
+    if metric not in found.point[arm]:
+        return "–"
+    text = format(found.point[arm][metric] * factor, show)
+    between = found.interval(found.draws[arm][metric]) if interval else None
+    if between is not None:
+        text += " [" + ", ".join(format(end * factor, show) for end in between) + "]"
+    seeds = [found.point[f"{arm}/{number}"][metric] * factor for number in range(len(lines_of(arm)))]
+    return f"{text} ± {stdev(seeds):{show}}" if len(seeds) > 1 else text
+
+
+def row(arm: str, interval: bool) -> list[str]:
+    """A row of a table: scores, seconds of training, peak memory."""
+    training = [line["training"] for line in lines_of(arm) if line.get("training")]
+    cells = [cell(arm, *column, interval=interval and column[0] in TESTED) for column in COLUMNS]
+    seconds = f"{np.mean([t['seconds'] for t in training]):.0f}" if training else "–"
+    peaks = [t.get("peak_gpu_bytes", t.get("peak_bytes", t.get("peak_resident_bytes"))) for t in training]
+    peak = f"{max(peaks) / 2**30:.1f}" if peaks else "–"
+    return [TRIVIAL.get(arm) or ARMS[arm].what, *cells, seconds, peak]
+
+
+def systems_table(arms: tuple[str, ...], interval: bool) -> str:
+    head = ["", *(heading for _, heading, *_ in COLUMNS), "s", "GiB"]
+    return table(head, [row(arm, interval) for arm in measured(arms)], numeric=True)
+
+
+def tests() -> str:
+    """Each arm against the original recipe, on the same dialogues."""
+    rows = []
+    for arm in measured(SYSTEMS):
+        if arm == "original" or not lines_of("original"):
+            continue
+        cells = []
+        for metric in TESTED:
+            if metric not in bootstrap().point[arm]:
+                cells.append("–")
+                continue
+            found = bootstrap().paired(arm, "original", metric)
+            factor = 100 if metric == "hits_at_1" else 1
+            show = "+.3f" if metric == "perplexity.bits_per_byte" else "+.1f"
+            cells.append(f"{found['difference'] * factor:{show}} (p = {found['p_value']:.3f})")
+        rows.append([TRIVIAL.get(arm) or ARMS[arm].what, *cells])
+    return table(["against the original recipe", *(BY_NAME[metric].label for metric in TESTED)], rows, numeric=True)
+
+
+def made_on() -> str:
+    lines = [line for line in record() if "device" in line]
+    (data,) = lines_of("data")
+    versions = lines[-1]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
+    counts = ", ".join(f"{count} {split}" for split, count in data["dialogues"].items())
+    jobs = max(line["jobs"] for line in lines)
+    return (
+        f"{counts} dialogues, {data['replies']['test']:,} replies scored; {jobs} experiments side by side on "
+        f"{lines[-1]['device']}, {named}; commit {lines[-1]['commit']}, {lines[-1]['date']}."
+    )
+
+
+def answers() -> str:
+    """The shown dialogues with the answers of three systems, of the first seed."""
+    (data,) = lines_of("data")
+    shown = [arm for arm in ("base-chat", "original", "kestrel-chat") if lines_of(arm)]
+    parts = []
+    for dialogue in data["shown"]:
+        said = {arm: iter(lines_of(arm)[0]["answers"][dialogue["dialogue_id"]]) for arm in shown}
+        rows = [
+            [turn["text"], "", *[""] * len(shown)]
+            if turn["speaker"] == "partner"
+            else ["", turn["text"], *(next(said[arm]) for arm in shown)]
+            for turn in dialogue["turns"]
+        ]
+        merged = [[a[0], *b[1:]] for a, b in zip(rows[::2], rows[1::2], strict=False)]
+        escaped = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in merged]
+        head = ["partner", "the person", *(ARMS[arm].what for arm in shown)]
+        parts.append(f"**{' '.join(dialogue['persona'])}**\n\n" + table(head, escaped))
+    return "\n\n".join(parts)
+
+
+def blocks() -> dict[str, str]:
+    """What docs/results.md holds."""
+    return {
+        "systems": f"{systems_table(SYSTEMS, interval=True)}\n\n{made_on()}",
+        "tests": tests(),
+        "variations": systems_table(VARIED, interval=False),
+        "answers": answers(),
+    }
+
+
+def draw() -> None:
+    """Bits per byte and F1 of the systems, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = measured(HEAD)[::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 0.55 * len(arms) + 1), sharey=True)
+    for axis, metric, factor in zip(axes, ("perplexity.bits_per_byte", "f1", "hits_at_1"), (1, 1, 100), strict=True):
+        for place, arm in enumerate(arms):
+            if metric not in bootstrap().point[arm]:
+                continue
+            value = bootstrap().point[arm][metric] * factor
+            ends = np.array(bootstrap().interval(bootstrap().draws[arm][metric])) * factor
+            color = "#1b7f5c" if arm.startswith("kestrel") else "#8793a0"
+            axis.barh(place, value, xerr=[[value - ends[0]], [ends[1] - value]], color=color, height=0.62)
+        better = "lower" if BY_NAME[metric].better == "lower" else "higher"
+        axis.set_title(f"{BY_NAME[metric].label}, {better} is better", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(arms)), [ARMS[arm].what for arm in arms])
+    figure.tight_layout()
+    figure.savefig(ROOT / "Images" / "results.png", dpi=130, facecolor="white")
+
+
+def main() -> int:
+    fill_page("docs/results.md", blocks())
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
