@@ -14,29 +14,24 @@ import argparse
 import json
 import os
 import queue
-import random
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.experiments import append, read_record, scores_of, trivial, validation_of
+from benchmarks.held_out import cut
 from benchmarks.options import at_least_one, told
-from kestrel.errors import KestrelError
 
 RECORD = ROOT / "benchmarks" / "results" / "smollm2.jsonl"
-CANDIDATES = 19  # distractors per reply, as many as ConvAI2 has
-SHOWN = 3  # dialogues whose answers the record holds
 PLAIN, CHAT = "configs/smollm2-135m.yaml", "configs/smollm2-135m-instruct.yaml"
 LEARNING_RATE, EPOCHS = 5e-4, 3
-# How the dialogues are cut: by persona, so that none of test is in train.
-CUT = {"seed": 0, "data.max_dialogues": 1000000, "data.validation_fraction": 0.05, "data.test_fraction": 0.17}
 _MARK = "measured: "
 
 
@@ -199,135 +194,6 @@ def arguments_of(arm: Arm, seed: int, run: Path, shared: dict[str, str]) -> dict
     }
 
 
-def validation_of(run: Path) -> list[float]:
-    """Losses of train.py's evaluations, in nats per reply token."""
-    log = run / "logs" / "training.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    return [round(line["eval_loss"], 4) for line in lines if "eval_loss" in line]
-
-
-def scores_of(run: Path, system: str) -> dict[str, Any]:
-    """Sums of each metric's statistics per test dialogue, and the answers to the dialogues that are shown."""
-    from kestrel.evaluation.generations import read_generations
-
-    replies = read_generations(run / "generations" / f"test.{system}.jsonl").replies
-    dialogues = sorted({reply.dialogue_id for reply in replies})
-    shown = {name: [r.response for r in replies if r.dialogue_id == name] for name in shown_of(dialogues)}
-    return {"sums": sums_of(replies), "answers": shown}
-
-
-def sums_of(replies: Any) -> dict[str, list[list[float]]]:
-    """By metric, a row per dialogue (in the order of their ids): sums over its replies."""
-    import numpy as np
-
-    from kestrel.evaluation.metrics import answers_of
-    from kestrel.evaluation.scoring import statistics_of
-
-    names, members = np.unique([reply.dialogue_id for reply in replies], return_inverse=True)
-    sums = {}
-    for metric, array in statistics_of(answers_of(replies, "raw", stemmer=False)).items():
-        of_dialogues = np.zeros((len(names), array.shape[1]))
-        np.add.at(of_dialogues, members, array)
-        sums[metric] = [[int(n) if n == int(n) else round(n, 3) for n in row] for row in of_dialogues.tolist()]
-    return sums
-
-
-def shown_of(dialogues: list[str]) -> list[str]:
-    """The dialogues whose answers are shown: the first by the SHA-256 of their ids, so that nobody chose them."""
-    return sorted(dialogues, key=lambda name: sha256(name.encode()).hexdigest())[:SHOWN]
-
-
-def cut(texts: list[str], work: Path, model: Path, most: int | None) -> dict[str, Any]:
-    """Cuts the dialogues by persona into WORK/dialogues, and the training part into WORK/turns, an example per reply.
-
-    Returns:
-        For the record: counts, and the dialogues whose answers are shown.
-    """
-    from datasets import load_from_disk
-
-    from benchmarks.profiles import read_dialogues, script
-    from kestrel.data.dataset import dialogue_of
-
-    everything = [dialogue for text in texts for dialogue in read_dialogues(text)][:most]
-    write(work / "all.jsonl", [as_row(d, f"d{n:04}", d.turns) for n, d in enumerate(everything)])
-    given = {"run_dir": work / "cut", "data.source": work / "all.jsonl", "model.name": model, **CUT}
-    words = [
-        "--config",
-        str(ROOT / PLAIN),
-        *(word for key, value in given.items() for word in (f"--{key}", str(value))),
-    ]
-    if script("preprocess").main(words):
-        raise KestrelError("the dialogues could not be cut")
-    facts: dict[str, Any] = {"dialogues": {}, "replies": {}}
-    for split in ("train", "validation", "test"):
-        dialogues = [dialogue_of(row) for row in load_from_disk(str(work / "cut" / "dataset" / split))]
-        rows = [as_row(dialogue, dialogue.dialogue_id, dialogue.turns) for dialogue in dialogues]
-        turns = [
-            as_row(dialogue, f"{dialogue.dialogue_id}-{turn}", dialogue.turns[: turn + 1])
-            for dialogue in dialogues
-            for turn, _ in dialogue.replies()
-        ]
-        if split == "test":
-            add_candidates(rows, dialogues)
-            shown = shown_of([dialogue.dialogue_id for dialogue in dialogues])
-            facts["shown"] = [row for row in rows if row["dialogue_id"] in shown]
-        write(work / "dialogues" / f"{split}.jsonl", rows)
-        write(work / "turns" / f"{split}.jsonl", rows if split == "test" else turns)
-        facts["dialogues"][split], facts["replies"][split] = len(rows), len(turns)
-    return facts
-
-
-def add_candidates(rows: list[dict[str, Any]], dialogues: list[Any]) -> None:
-    """Gives each reply distractors: replies of other dialogues, none of them twice and none the reference."""
-    generator = random.Random(0)
-    for row, dialogue in zip(rows, dialogues, strict=True):
-        others = sorted({text for other in dialogues if other is not dialogue for _, text in other.replies()})
-        row["candidates"] = [
-            generator.sample([text for text in others if text != reference], min(CANDIDATES, len(others) - 1))
-            for _, reference in dialogue.replies()
-        ]
-
-
-def as_row(dialogue: Any, name: str, turns: Any) -> dict[str, Any]:
-    """A dialogue in Kestrel's own form."""
-    return {
-        "dialogue_id": name,
-        "persona": list(dialogue.persona),
-        "turns": [{"speaker": turn.speaker, "text": turn.text} for turn in turns],
-    }
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def trivial(work: Path) -> list[dict[str, Any]]:
-    """Lines of the systems that need no model, for the contexts of any answers in the folder of runs."""
-    from kestrel.evaluation.generations import read_generations
-    from kestrel.evaluation.trivial_systems import trivial_replies
-
-    answers = sorted(work.glob("*/generations/test.*.jsonl"))
-    if not answers:
-        return []
-    contexts = read_generations(answers[0]).replies
-    rows = [json.loads(line) for line in (work / "dialogues" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    search = [turn["text"] for row in rows for turn in row["turns"] if turn["speaker"] == "self"]
-    made, *_ = trivial_replies(contexts, 0, search)
-    return [{"arm": name, "seed": 0, "sums": sums_of(replies)} for name, replies in made.items()]
-
-
-def read_record(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Adds lines in one write, so that those of several threads do not mix."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", nargs="+", required=True, help="dialogues in any form that preprocess.py reads")
@@ -359,7 +225,7 @@ def measure(options: argparse.Namespace) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     lines, gpus = read_record(options.output), torch.cuda.device_count()
-    data = cut(options.text, options.work, options.model, options.dialogues)
+    data = cut(options.text, options.work, PLAIN, options.model, options.dialogues)
     if not lines:
         append(options.output, [{"arm": "data", "seed": 0, **data}])
     facts = {

@@ -18,7 +18,8 @@ from blocks import ROOT, fill_page, table
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.results import ARMS, RECORD, read_record
+from benchmarks.experiments import read_record
+from benchmarks.results import ARMS, RECORD
 from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.metric_table import BY_NAME
 
@@ -82,7 +83,7 @@ def cell(arm: str, metric: str, show: str, factor: int, interval: bool = True) -
 def row(arm: str, interval: bool) -> list[str]:
     """A row of a table: scores, seconds of training, peak memory."""
     training = [line["training"] for line in lines_of(arm) if line.get("training")]
-    cells = [cell(arm, *column, interval=interval and column[0] in TESTED) for column in COLUMNS]
+    cells = [cell(arm, metric, show, factor, interval and metric in TESTED) for metric, _, show, factor in COLUMNS]
     seconds = f"{np.mean([t['seconds'] for t in training]):.0f}" if training else "–"
     peaks = [t.get("peak_gpu_bytes", t.get("peak_bytes", t.get("peak_resident_bytes"))) for t in training]
     peak = f"{max(peaks) / 2**30:.1f}" if peaks else "–"
