@@ -10,6 +10,8 @@ import numpy as np
 
 from benchmarks.held_out import shown_of
 
+UNUSED = {"bleu_lc", "rouge_l_other", "perplexity.word", "empty", "response_tokens"}  # by the page, and long
+
 
 def read_record(path: Path) -> list[dict[str, Any]]:
     """The lines of a record; none where there is no file."""
@@ -46,7 +48,8 @@ def sums_of(replies: Any) -> dict[str, list[list[float]]]:
 
     names, members = np.unique([reply.dialogue_id for reply in replies], return_inverse=True)
     sums = {}
-    for metric, array in statistics_of(answers_of(replies, "raw", stemmer=False)).items():
+    statistics = statistics_of(answers_of(replies, "raw", stemmer=False))
+    for metric, array in ((name, statistics[name]) for name in statistics.keys() - UNUSED):
         of_dialogues = np.zeros((len(names), array.shape[1]))
         np.add.at(of_dialogues, members, array)
         sums[metric] = [[int(n) if n == int(n) else round(n, 3) for n in row] for row in of_dialogues.tolist()]
@@ -65,4 +68,4 @@ def trivial(work: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (work / "dialogues" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     search = [turn["text"] for row in rows for turn in row["turns"] if turn["speaker"] == "self"]
     made, *_ = trivial_replies(contexts, 0, search)
-    return [{"arm": name, "seed": 0, "sums": sums_of(replies)} for name, replies in made.items()]
+    return [{"arm": name, "seed": 0, "sums": sums_of(system.replies)} for name, system in made.items()]
