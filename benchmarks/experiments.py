@@ -49,7 +49,7 @@ def sums_of(replies: Any) -> dict[str, list[list[float]]]:
     names, members = np.unique([reply.dialogue_id for reply in replies], return_inverse=True)
     sums = {}
     statistics = statistics_of(answers_of(replies, "raw", stemmer=False))
-    for metric, array in ((name, statistics[name]) for name in statistics.keys() - UNUSED):
+    for metric, array in ((name, statistics[name]) for name in statistics if name not in UNUSED):
         of_dialogues = np.zeros((len(names), array.shape[1]))
         np.add.at(of_dialogues, members, array)
         sums[metric] = [[int(n) if n == int(n) else round(n, 3) for n in row] for row in of_dialogues.tolist()]
