@@ -189,6 +189,7 @@ def arguments_of(arm: Arm, seed: int, run: Path, shared: dict[str, str]) -> dict
         "generation.systems": "base" if arm.recipe == "base" else "adapter",
         "generation.max_dialogues": "1000000",
         "generation.candidates": "true",
+        "generation.other_personas": "1",
         **shared,
         **arm.options,
     }

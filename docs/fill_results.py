@@ -34,8 +34,8 @@ VARIED = ("kestrel-chat", "attention", "r-4", "r-64", "lr-1e-4", "lr-2e-4", "lr-
 COLUMNS = (
     ("perplexity.token", "perplexity", ".1f", 1), ("perplexity.bits_per_byte", "bits/byte", ".3f", 1),
     ("bleu", "BLEU", ".2f", 1), ("rouge_l", "ROUGE-L", ".1f", 1), ("f1", "F1", ".1f", 1),
-    ("hits_at_1", "hits@1 %", ".1f", 100), ("stopped_by_eos", "ends by itself %", ".0f", 100),
-    ("length_ratio", "length", ".2f", 1),
+    ("hits_at_1", "hits@1 %", ".1f", 100), ("persona_f1", "persona F1", ".1f", 1), ("swap_accuracy", "swap %", ".1f", 100),
+    ("stopped_by_eos", "ends %", ".0f", 100), ("length_ratio", "length", ".2f", 1),
 )  # fmt: skip
 TESTED = ("perplexity.bits_per_byte", "bleu", "rouge_l", "f1", "hits_at_1")
 TRIVIAL = {"constant_reply": "one reply to everything"}
