@@ -42,6 +42,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.training import callbacks, checkpoints, objective
     from kestrel.training.arguments import build_trainer, check_machine
     from kestrel.training.fit import fit, load_trainable, save
+    from kestrel.training.sharding import led_by_first
 
     sharded = rendezvous.join_processes(settings)
     if not options.dry_run:
@@ -58,7 +59,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     config = load_config(settings.model)
     dialogues = passes.Dialogues(lengths, objective.tokens_in_loss(rows), steps)
     if options.dry_run:
-        dry_run.report(settings, config, dialogues)
+        dry_run.report(settings, config, dialogues, sharded)
         return
 
     base, restart = base_identity(settings.model, config), f"python train.py {options.again} --training.resume never"
@@ -72,14 +73,15 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
 
     passes.limit_gpu_memory(settings)
-    plan = passes.plan_passes(settings, config, dialogues, resume)
+    plan = passes.plan_passes(settings, config, dialogues, resume, sharded)
     passes.print_plan(settings, plan)
     longest = int(max(lengths.max(), lengths_of(validation_rows).max()))
     model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt.end_id)
     trainer, stop = build_trainer(settings, steps, fingerprint, plan, model, prompt, rows, validation_rows)
     seconds = fit(trainer, stop, settings, resume, restart)
-    if distributed.is_first():
-        save(trainer, settings, prompt, fingerprint, audit.as_json(), seconds)
+    with led_by_first(model):
+        if distributed.is_first():
+            save(trainer, settings, prompt, fingerprint, audit.as_json(), seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.config.settings import Model, Settings
+from kestrel.config.settings import Model, Settings, memory_bytes
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_loading_errors
 from kestrel.model.kernels.attention import use_fused_kernels
-from kestrel.model.quantization import Audit, audit, forbid_repacking, quantizable_layers
+from kestrel.model.quantization import (
+    Audit,
+    audit,
+    expected_footprint_bytes,
+    forbid_repacking,
+    quantizable_layers,
+)
 from kestrel.runtime.manifest import sha256_of
 
 if TYPE_CHECKING:
@@ -72,7 +78,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
 
     Args:
         settings: of the run.
-        to_be_sharded: store packed 4-bit weights in compute_dtype, because only tensors of floating point are sharded.
+        to_be_sharded: where the whole base is too large for this process's device, load it into the machine's memory.
 
     Raises:
         KestrelError: it cannot be loaded.
@@ -85,13 +91,14 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     config = load_config(chosen)
     refuse_overflow(config, wanted.compute_dtype)
     use_fused_kernels(config.model_type)
+    skeleton = skeleton_of(config, chosen.trust_remote_code)
+    place = _room_for_whole(expected_footprint_bytes(skeleton, wanted), settings) if to_be_sharded else device()
     quantization = (
         BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=wanted.type,
             bnb_4bit_use_double_quant=wanted.double_quant,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype if to_be_sharded else torch.uint8,
         )
         if wanted.bits == 4
         else None
@@ -105,14 +112,23 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
             trust_remote_code=chosen.trust_remote_code,
             quantization_config=quantization,
             dtype=dtype,
-            device_map={"": str(device())},
+            device_map={"": str(place)},
             use_safetensors=True,
         )
-    report = audit(model, skeleton_of(config, chosen.trust_remote_code), wanted)
+    report = audit(model, skeleton, wanted)
     forbid_repacking(model)
     model.requires_grad_(False)
     model.eval()
     return model, report
+
+
+def _room_for_whole(size: int, settings: Settings) -> torch.device:
+    """This process's device if a base of that size fits beside what loading takes, else the CPU."""
+    here = device()
+    if here.type == "cpu":
+        return here
+    free, named = torch.cuda.mem_get_info(here)[0], memory_bytes(settings.training.device_memory)
+    return here if 1.2 * size < min(free, named or free) else torch.device("cpu")
 
 
 def check_context(model: torch.nn.Module, longest: int, max_new_tokens: int = 0) -> None:

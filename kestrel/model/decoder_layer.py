@@ -18,7 +18,7 @@ A layer computes what transformers' layer computes (5.17 to 5.23), for rows padd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,8 @@ class Layer:
         self.up, self.down = group(architecture.gate_up), group((architecture.down,))
         names = (architecture.query_norm, architecture.key_norm)
         self._head_norms = [layer.get_submodule(name) for name in names if name]
+        # Makes the weights whole where the base is sharded.
+        self.gather: Callable[[], None] = getattr(layer, "gather_weights", lambda: None)
 
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each LoRA update, in the order of the gradients that `DecoderLayer` returns."""
@@ -185,6 +187,7 @@ class DecoderLayer(torch.autograd.Function):
         Returns:
             (batch, length, hidden), or (wanted, hidden) where rows are named.
         """
+        layer.gather()
         flat = x.flatten(0, 1)
         normed, _ = layer.input_norm.forward(flat)
         attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
@@ -218,6 +221,7 @@ class DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, cos, sin, wanted, middle, before = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
+        layer.gather()
         ctx.attention = None
         needs_x = ctx.needs_input_grad[0]  # not below the first layer: the embedding is frozen
         flat = x.flatten(0, 1)

@@ -149,8 +149,7 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
 
 
 def _is_packed(layer: Any) -> bool:
-    """Whether a layer's weight holds two 4-bit values per byte. The bytes are stored as uint8, or for sharding as the
-    compute type."""
+    """Whether a layer's weight holds two 4-bit values per byte, whatever type the bytes are stored as."""
     state = getattr(layer.weight, "quant_state", None)
     return state is not None and 2 * layer.weight.numel() * layer.weight.element_size() == state.shape.numel()
 

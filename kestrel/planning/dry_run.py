@@ -23,14 +23,14 @@ _TIMED = 12  # passes
 _NOTICEABLE = 0.02  # of the peak; changes that save less are not listed
 
 
-def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues) -> None:
-    """Prints what training takes.
+def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, sharded: bool = False) -> None:
+    """Prints what training takes; with a sharded base, in each process.
 
     Raises:
         KestrelError: training does not fit the GPU that was found or named.
     """
     memory = available_memory(settings)
-    estimator = Estimator(settings, config)
+    estimator = Estimator(settings, config, sharded)
     if memory is None:
         plan = configured_plan(settings)
         shape = dialogues.largest(plan.tokens_per_step)
@@ -41,6 +41,8 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues) -
     _print_work(settings, plan, dialogues)
     if device().type != "cuda":
         print("time: not measured, this machine has no GPU")
+    elif sharded:
+        print("time: not measured with a sharded base")
     elif plan.fits:
         print(f"time: {_measured(settings, config, plan, dialogues)}")
     else:
@@ -48,7 +50,7 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues) -
     if not plan.fits:
         raise KestrelError(
             "training does not fit; most effective changes first:\n  "
-            + "\n  ".join(_changes(settings, config, estimator, plan, dialogues))
+            + "\n  ".join(_changes(settings, config, estimator, plan, dialogues, sharded))
         )
 
 
@@ -134,7 +136,12 @@ def _duration(seconds: float) -> str:
 
 
 def _changes(
-    settings: Settings, config: PretrainedConfig, estimator: Estimator, plan: Plan, dialogues: Dialogues
+    settings: Settings,
+    config: PretrainedConfig,
+    estimator: Estimator,
+    plan: Plan,
+    dialogues: Dialogues,
+    sharded: bool,
 ) -> list[str]:
     """Changes that save memory, each estimated on its own, the most effective first."""
     assert plan.estimate is not None
@@ -144,7 +151,8 @@ def _changes(
 
     def other(section: str, **values: Any) -> int:
         changed = getattr(settings, section).model_copy(update=values)
-        return Estimator(settings.model_copy(update={section: changed}), config).estimate(shape, plan.recompute).needed
+        estimator = Estimator(settings.model_copy(update={section: changed}), config, sharded)
+        return estimator.estimate(shape, plan.recompute).needed
 
     found = {}
     if settings.quantization.bits != 4:

@@ -28,6 +28,7 @@ from kestrel.model.decoder_layer import Recompute
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_model
+from kestrel.runtime import distributed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,9 +80,13 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates the memory of passes for one base and adapter."""
+    """Estimates the memory of passes for one base and adapter.
 
-    def __init__(self, settings: Settings, config: PretrainedConfig):
+    Args:
+        sharded: each process holds a part of the layers' weights, and one layer whole.
+    """
+
+    def __init__(self, settings: Settings, config: PretrainedConfig, sharded: bool = False):
         self._settings = settings
         self._config = config
         self._model = functools.cache(self._new_model)
@@ -95,6 +100,8 @@ class Estimator:
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self._base = footprint_bytes(model) - self._adapter
+        if sharded:
+            self._base -= _bytes_of_others(causal_lm)
 
     def _new_model(self, recompute: Recompute) -> nn.Module:
         model = random_model(self._settings, self._config, torch.device("meta"))
@@ -118,6 +125,13 @@ class Estimator:
             ) from error
         optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
         return Estimate(self._base, self._adapter, optimizer, kept, peak - kept)
+
+
+def _bytes_of_others(causal_lm: Any) -> int:
+    """Of a base, sharded over the processes of this run, what this one does not hold while it computes a layer."""
+    layers = max((m for m in causal_lm.modules() if isinstance(m, nn.ModuleList)), key=len)
+    sizes = [sum(p.nbytes for p in layer.parameters() if p.dim() > 1 and not p.requires_grad) for layer in layers]
+    return sum(sizes) - sum(sizes) // distributed.world_size() - max(sizes)
 
 
 def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int]:

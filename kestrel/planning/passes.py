@@ -106,7 +106,11 @@ class Dialogues:
 
 
 def plan_passes(
-    settings: Settings, config: PretrainedConfig, dialogues: Dialogues, checkpoint: Path | None = None
+    settings: Settings,
+    config: PretrainedConfig,
+    dialogues: Dialogues,
+    checkpoint: Path | None = None,
+    sharded: bool = False,
 ) -> Plan:
     """The checkpoint's plan if it was made for the same settings; else the settings, with what fits the device for auto."""
     if settings.training.dense_weights:
@@ -118,7 +122,7 @@ def plan_passes(
     if memory is None or (settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"):
         return configured_plan(settings)
     try:
-        return best_plan(settings, Estimator(settings, config), memory, dialogues)
+        return best_plan(settings, Estimator(settings, config, sharded), memory, dialogues)
     except CannotEstimate as error:
         print(f"warning: {error}", file=sys.stderr)
         return configured_plan(settings)

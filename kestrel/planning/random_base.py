@@ -20,13 +20,20 @@ from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_rep
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _SPREAD = 0.02  # the standard deviation that models are commonly initialized with
 
 
 def random_model(settings: Settings, config: PretrainedConfig, device: torch.device) -> PeftModel:
     """The base with a new adapter, as `load_base` and `add_lora` make it, with random weights; on meta, shapes only."""
+    model = random_base(settings, config, device)
+    with device:
+        return add_lora(model, settings.lora, settings.seed)
+
+
+def random_base(settings: Settings, config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The base as `load_base` makes it, with random weights; on the meta device, shapes only."""
     from transformers import AutoModelForCausalLM
 
     wanted = settings.quantization
@@ -48,8 +55,7 @@ def random_model(settings: Settings, config: PretrainedConfig, device: torch.dev
     forbid_repacking(model)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = wanted.bits == 4  # peft chooses its layer classes by it
-    with device:
-        return add_lora(model, settings.lora, settings.seed)
+    return model
 
 
 def _linear_in_4bit(

@@ -22,8 +22,9 @@ from kestrel.runtime.disk_space import room_for, training_bytes
 from kestrel.runtime.manifest import sha256_of
 from kestrel.runtime.signals import on_signals
 from kestrel.runtime.training_log import plot_loss
-from kestrel.training import checkpoints, sharding
+from kestrel.training import checkpoints
 from kestrel.training.callbacks import StopOnSignal
+from kestrel.training.sharding import shard
 from kestrel.training.trainer import DialogueTrainer
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_trainable(
     model = add_lora(base, settings.lora, settings.seed)
     print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters")
     if sharded:
-        print(sharding.shard(model))
+        print(shard(model))
     attach_token_nll(model, recompute)
     batch = {name: tensor.to(device()) for name, tensor in collate([validation[0]], pad_id=pad_id).items()}
     prove_loss(model, batch, settings.quantization.compute_dtype)
@@ -116,8 +117,6 @@ def save(
         "eval_loss": state.best_metric,
         "training_log": sha256_of(log),
     }
-    if sharding.is_sharded(model):
-        model = sharding.unsharded(model, settings)
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     print(
