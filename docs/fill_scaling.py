@@ -17,6 +17,17 @@ from typing import Any
 from blocks import ROOT, fill_page, table
 
 MEASURED = ROOT / "benchmarks" / "results" / "train-gpu.json"
+TWO_CARDS_MEASURED = ROOT / "benchmarks" / "results" / "two-cards.json"
+TWO_CARDS = {
+    "one_again": "one GPU",
+    "ddp": "two GPUs, the same 32 dialogues a step",
+    "ddp_twice_the_batch": "two GPUs, 64 dialogues a step",
+    "two_machines": "two launchers of one GPU each, as on two machines",
+    "sharded": "two GPUs, base sharded",
+    "sharded_resumes": "the same, resumed at step 12 by two",
+    "sharded_resumed_by_one": "the same, resumed at step 12 by one GPU, not sharded",
+    "large": "Falcon-40B's shape, two GPUs, sharded, `device_memory: 24GiB`",
+}
 PASSES = {"kestrel": 3072, "kestrel-8gb-card": 1536}  # training.tokens_per_step of the two configs
 CONFIGS = ("kestrel-max-throughput", "kestrel", "kestrel-8gb-card")
 DIALOGUES_A_STEP = 32
@@ -112,6 +123,24 @@ def sharding(model: Model) -> str:
     return table(["link", "gathering, ms per pass", "computing, ms per pass", "ratio"], rows)
 
 
+def two_cards(record: dict[str, Any]) -> str:
+    """What benchmarks/two_cards.py measured."""
+    rows = []
+    for key, what in TWO_CARDS.items():
+        row = record[key]
+        median, least, most = (f"{rate:,}" for rate in row["tokens_per_second"])
+        peaks = " and ".join(f"{peak:.1f}" for peak in row["peak_gib"])
+        loss = f"{row['losses'][-1]:.4f}" if key not in ("ddp_twice_the_batch", "large") else "-"
+        rows.append([what, f"{median} ({least} to {most})", peaks, loss])
+    planned = float(record["large"]["dry_run"][0].split()[-1])
+    versions = record["versions"]
+    return (
+        table(["training", "tokens/s: median (range)", "peak GiB", "loss at step 24"], rows)
+        + f"\n\n{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, bitsandbytes "
+        f"{versions['bitsandbytes']}. The dry run had said {planned:.1f} GiB for Falcon-40B."
+    )
+
+
 def blocks() -> dict[str, str]:
     """The content of each block."""
     record = json.loads(MEASURED.read_text(encoding="utf-8"))
@@ -121,6 +150,7 @@ def blocks() -> dict[str, str]:
         "steps": steps(model),
         "corpora": corpora(model),
         "sharding": sharding(model),
+        "cards": two_cards(json.loads(TWO_CARDS_MEASURED.read_text(encoding="utf-8"))),
     }
 
 
