@@ -3,7 +3,7 @@
     python preprocess.py --config configs/falcon-7b.yaml
     python preprocess.py --config configs/falcon-7b.yaml --show 3      also show dialogues as the model sees them
 
-Reads data.source, cuts the splits it lacks by persona, renders each dialogue as one token sequence in which the
+Reads data.source, cuts the splits it lacks, renders each dialogue as one token sequence in which the
 owner's replies are supervised, and writes RUN/dataset with a manifest and statistics.
 """
 
@@ -45,7 +45,7 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     # The libraries' half a million objects stay: searching them for garbage again and again would double the time.
     gc.freeze()
     target = Path(settings.run_dir) / "dataset"
-    corpus = open_corpus(data.source, data.format, revision=data.revision, both_sides=data.both_sides)
+    corpus = open_corpus(data)
     print(f"{data.source} is {corpus.format}, with {', '.join(corpus.splits)}")
     needed = dataset_bytes(corpus.paths, data.max_dialogues)
     with room_for("the dataset's files", needed, target.parent), folder_atomically(target) as folder:
@@ -94,7 +94,7 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
         prompt=prompt.identity(),
         counts={split: each.replies for split, each in statistics.items()},
     )
-    return report.as_text(splitter, statistics, counts)
+    return report.as_text(splitter, statistics, counts, settings)
 
 
 def main(argv: list[str] | None = None) -> int:

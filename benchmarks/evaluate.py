@@ -68,11 +68,12 @@ def write_generations(path: Path, rows: list[dict[str, Any]], seed: int) -> None
 
 def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> dict[str, Any]:
     """Writes the files and times the script; raises KestrelError if it fails."""
+    from kestrel.config.settings import Data
     from kestrel.data.corpus import open_corpus
     from kestrel.data.reading import Reading
     from kestrel.errors import KestrelError
 
-    dialogues = [dialogue for dialogue, *_ in Reading(open_corpus(text), "train").dialogues()]
+    dialogues = [dialogue for dialogue, *_ in Reading(open_corpus(Data(source=text)), "train").dialogues()]
     rows = list(islice(contexts(dialogues), replies))
     files = [work / f"system-{number}.jsonl" for number in range(systems)]
     for number, path in enumerate(files):

@@ -43,11 +43,12 @@ class Words:
     """Draws sentences whose words are as frequent as in a text."""
 
     def __init__(self, text: str, seed: int):
+        from kestrel.config.settings import Data
         from kestrel.data.corpus import open_corpus
         from kestrel.data.reading import Reading
 
         counts: Counter[str] = Counter()
-        for dialogue, *_ in Reading(open_corpus(text), "train").dialogues():
+        for dialogue, *_ in Reading(open_corpus(Data(source=text)), "train").dialogues():
             for said in (*dialogue.persona, *(turn.text for turn in dialogue.turns)):
                 counts.update(re.findall(r"[^\W_]+|[.,!?]", said.lower()))
         self._words = list(counts)

@@ -128,10 +128,11 @@ def script(name: str) -> ModuleType:
 
 def read_dialogues(text: str) -> list[Dialogue]:
     """The training dialogues of a source in any form that preprocess.py reads."""
+    from kestrel.config.settings import Data
     from kestrel.data.corpus import open_corpus
     from kestrel.data.reading import Reading
 
-    return [dialogue for dialogue, *_ in Reading(open_corpus(text), "train").dialogues()]
+    return [dialogue for dialogue, *_ in Reading(open_corpus(Data(source=text)), "train").dialogues()]
 
 
 def _lines(dialogues: list[Dialogue]) -> Iterator[str]:

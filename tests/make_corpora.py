@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kestrel.config.settings import Data
 from kestrel.data.corpus import open_corpus
 from kestrel.data.read_counts import ReadCounts
 from kestrel.data.reading import Reading, require_unique_ids
@@ -54,6 +55,53 @@ def tagged() -> str:
     return "\n".join(f"User {at % 2 + 1}: {text}" for at, text in enumerate(SAID))
 
 
+SPOKEN = [(at, "Ana" if at % 2 else "Ben", text) for at, text in enumerate(SAID)]
+
+
+def fields() -> str:
+    texts = ["\\n".join([*(f"your persona: {text}" for text in PERSONA), SAID[0]]), *SAID[2::2]]
+    pairs = zip(texts, SAID[1::2], DISTRACTORS, strict=True)
+    lines = [f"text:{text}\tlabels:{reply}\tlabel_candidates:{'|'.join(wrong)}" for text, reply, wrong in pairs]
+    return "\n".join(lines) + "\tepisode_done:True\n"
+
+
+def openai() -> list[dict[str, str]]:
+    return [{"role": "assistant" if turn.speaker == "self" else "user", "content": turn.text} for turn in TURNS]
+
+
+def dnli() -> str:
+    candidates = {"label": [SAID[5]], "neg": DISTRACTORS[2][:1], "rand": DISTRACTORS[2][1:]}
+    return json.dumps({"persona": PERSONA, "prefix": SAID[:5], "candidates": candidates})
+
+
+def wild() -> list[dict[str, str]]:
+    return [
+        {"sender": name, "sender_class": "Human" if name == "Ana" else "Bot", "text": text} for _, name, text in SPOKEN
+    ]
+
+
+def utterances() -> list[dict[str, str]]:
+    return [{"interlocutor_id": "AB" if name == "Ana" else "AA", "text": text} for _, name, text in SPOKEN]
+
+
+def telegram() -> list[dict[str, Any]]:
+    return [
+        {"type": "message", "date": f"2024-07-05T16:0{at}:00", "from": name, "text": [text[:2], {"text": text[2:]}]}
+        for at, name, text in SPOKEN
+    ]
+
+
+def discord() -> list[dict[str, Any]]:
+    return [
+        {"type": "Default", "timestamp": f"2024-07-05T16:0{at}:00.5+00:00", "content": text, "author": {"name": name}}
+        for at, name, text in SPOKEN
+    ]
+
+
+def messenger() -> list[dict[str, Any]]:
+    return [{"sender_name": name, "timestamp_ms": 10**12 + at, "content": text} for at, name, text in SPOKEN]
+
+
 CYNAPTICS = {
     "conv_id": "7",
     "persona_b": PERSONA,
@@ -69,20 +117,37 @@ LAYOUTS = {
     "synthetic": table(spc(tagged())),
     "kaggle": table({"": 0, "Persona": ". ".join(PERSONA), "chat": "\n".join(SAID) + "\n"}),
     "kestrel": json.dumps(OWN | {"candidates": DISTRACTORS}),
+    "parlai_fields": fields(),
+    "messages": json.dumps({"messages": [{"role": "system", "content": text} for text in PERSONA] + openai()}),
+    "xpersona": json.dumps([{"persona": PERSONA, "dialogue": [list(SAID[at : at + 2]) for at in range(0, 6, 2)]}]),
+    "msc": json.dumps({"personas": [PARTNER, PERSONA], "dialog": [{"text": text} for text in SAID]}),
+    "dnli": dnli(),
+    "wild": json.dumps([{"user_profile": PERSONA, "bot_profile": PARTNER, "dialog": wild()}]),
+    "realpersonachat": json.dumps({"interlocutors": ["AA", "AB"], "utterances": utterances()}),
+    "whatsapp": "".join(f"[{24 + at}.12.24, 0{at}:10:07] {name}: {text}\n" for at, name, text in SPOKEN),
+    "telegram": json.dumps({"name": "Ben", "type": "personal_chat", "id": 1, "messages": telegram()}, indent=1),
+    "discord": json.dumps({"guild": {}, "channel": {}, "messages": discord()}),
+    "messenger": json.dumps({"participants": [], "messages": messenger()[::-1]}),
 }
+INTERLOCUTORS = {"AA": {"persona": PARTNER}, "AB": {"persona": PERSONA}}  # RealPersonaChat's other file
+MESSENGERS = ("whatsapp", "telegram", "discord", "messenger")
+# What a messenger's export needs; readers of other formats take their own persona.
+EXPORTS: dict[str, Any] = {"self": "Ana", "persona": PERSONA, "session_gap": 30.0}
 
 
 def write(folder: Path, content: str | bytes, name: str = "data.x") -> str:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if "interlocutors" in str(content):
+        (folder / "interlocutors.json").write_text(json.dumps(INTERLOCUTORS))
     return str(path)
 
 
 def read(
-    source: str, format: str = "auto", split: str = "train", both_sides: bool = True
+    source: str, format: str = "auto", split: str = "train", both_sides: bool = True, **choices: Any
 ) -> tuple[list[Dialogue], ReadCounts]:
-    reading = Reading(open_corpus(source, format, both_sides=both_sides), split)
+    reading = Reading(open_corpus(Data(source=source, format=format, both_sides=both_sides, **choices)), split)
     dialogues, counts = [], ReadCounts()
     require_unique_ids([reading])
     for dialogue, counted, _ in reading.dialogues():
@@ -109,5 +174,5 @@ def check(dialogues: list[Dialogue], counts: ReadCounts) -> None:
         for text in texts + [text for distractors in dialogue.candidates for text in distractors]:
             assert text
             assert text == text.strip()
-            assert not set(text) & {"\u2028", *map(chr, range(32))}
+            assert not set(text) & {"\u2028", *map(chr, range(32))} - {"\n"}
             text.encode("utf-8")

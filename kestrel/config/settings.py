@@ -35,13 +35,17 @@ def _key(default: Any, description: str) -> Any:
     return Field(default, description=description)
 
 
+DataFormat = Literal[
+    "auto", "parlai", "parlai_fields", "huggingface", "truecased", "cynaptics", "synthetic", "kaggle", "kestrel", "messages",
+    "xpersona", "msc", "dnli", "wild", "realpersonachat", "whatsapp", "telegram", "discord", "messenger",
+]  # fmt: skip
+
+
 class Data(Section):
     """Where the dialogues come from."""
 
     source: Text = _key(..., "Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
-    format: Literal["auto", "parlai", "huggingface", "truecased", "cynaptics", "synthetic", "kaggle", "kestrel"] = _key(
-        "auto", "Format of the source; auto recognizes it by its content."
-    )
+    format: DataFormat = _key("auto", "Format of the source; auto recognizes it by its content.")
     revision: Text | None = _key(None, "Commit, tag or branch of a source on the Hub.")
     both_sides: bool = _key(True, "Make two dialogues of a conversation, one per persona, if both are known.")
     validation_fraction: Fraction = _key(
@@ -51,6 +55,15 @@ class Data(Section):
         0.05, "Share of train's personas to split off for test, if the source has neither test nor validation."
     )
     max_dialogues: PositiveInt | None = _key(None, "Use at most this many dialogues of each split.")
+    self: Text | None = _key(None, "Of a messenger's export: the name of the one who is learned.")
+    persona: list[Text] = _key([], "Persona of dialogues for which the source has none, as a list of sentences.")
+    session_gap: Annotated[float, Field(gt=0)] = _key(
+        6.0, "Of a messenger's export: hours of silence after which another dialogue begins."
+    )
+    earlier_sessions: bool = _key(False, "Of Multi-Session Chat: put the earlier sessions before each dialogue.")
+    redact: list[Literal["email", "phone", "url"]] = _key(
+        [], "What to replace in all texts: e-mail addresses, phone numbers, web addresses."
+    )
 
 
 class Prompt(Section):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kestrel.config.settings import Data
 from kestrel.data.formats.recognize import FORMATS, recognize
 from kestrel.data.locate import locate
 from kestrel.data.raw import RawDialogue, SourceFile
@@ -20,6 +21,7 @@ class Corpus:
 
     Attributes:
         format: a key of `FORMATS`.
+        settings: what the user wants of it.
         paths: the local files that it is read from (for a hub set: in the Hub's cache).
         fingerprint: file name -> sha256; for a hub set also "hub id" and "hub revision" (the commit).
         files: split -> its files; the splits are among train, validation, test, in this order, always with train.
@@ -27,6 +29,7 @@ class Corpus:
 
     source: str
     format: str
+    settings: Data
     paths: list[Path]
     fingerprint: dict[str, str]
     files: dict[str, list[SourceFile]]
@@ -41,27 +44,22 @@ class Corpus:
             yield from FORMATS[self.format].read(replace(file, counts=counts))
 
 
-def open_corpus(source: str, format: str = "auto", *, revision: str | None = None, both_sides: bool = True) -> Corpus:
+def open_corpus(settings: Data) -> Corpus:
     """Finds and recognizes a source; reads no more of it than that takes, and its sha256.
-
-    Args:
-        source: a file, a folder with a file for each split, or a hub id `owner/name`.
-        format: a key of `FORMATS`, or "auto" to recognize it by the content.
-        revision: branch, tag or commit of a hub set.
-        both_sides: whether a conversation whose personas are both known yields a dialogue for each owner.
 
     Raises:
         KestrelError: no such source, not reachable, of no known format, or not of the one named.
     """
-    located = locate(source, revision)
+    located = locate(settings.source, settings.revision)
     files: dict[str, list[SourceFile]] = {}
     for split, parts in located.files.items():
         for number, part in enumerate(parts):
             prefix = split if len(parts) == 1 else f"{split}.{number}"
-            files.setdefault(split, []).append(replace(part, id_prefix=prefix, both_sides=both_sides))
-    formats = {file.path: recognize(file, format) for parts in files.values() for file in parts}
+            files.setdefault(split, []).append(replace(part, id_prefix=prefix, settings=settings))
+    formats = {file.path: recognize(file, settings.format) for parts in files.values() for file in parts}
     if len(set(formats.values())) > 1:
-        found = ", ".join(f"{path.name} is {name}" for path, name in formats.items())
-        raise KestrelError(f"{source}: the files are of different formats: {found}.")
+        found = ", ".join(f"{path.name} is {name}" for path, name in [*formats.items()][:6])
+        raise KestrelError(f"{settings.source}: the files are of different formats: {found}.")
     hashes = {path.relative_to(located.root).as_posix(): sha256_of(path) for path in formats}
-    return Corpus(source, next(iter(formats.values())), list(formats), located.hub_commit | hashes, files)
+    format = next(iter(formats.values()))
+    return Corpus(settings.source, format, settings, list(formats), located.hub_commit | hashes, files)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kestrel.config.settings import Settings
+from kestrel.config.settings import Data, Settings
 from kestrel.data.report import SplitStatistics
+from kestrel.data.spelling import Spelling
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt, Rendered, Unrenderable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _BATCH = 1000  # dialogues that are rendered together
+_ADDED_KEYS = ("self", "persona", "session_gap", "earlier_sessions", "redact")
 _ARROW_FILE = "data-00000-of-00001.arrow"
 
 
@@ -47,7 +49,7 @@ def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> 
             "reply_spans": List(integers),
         }
     )
-    statistics = SplitStatistics()
+    statistics, spelling = SplitStatistics(), Spelling(prompt.tokenizer)
     remaining = iter(dialogues)
     folder.mkdir(parents=True)
     with ArrowWriter(path=str(folder / _ARROW_FILE), features=features) as writer:
@@ -56,7 +58,7 @@ def write_split(dialogues: Iterable[Dialogue], prompt: Prompt, folder: Path) -> 
                 if isinstance(rendered, Unrenderable):
                     statistics.dropped[rendered.reason] += 1
                 else:
-                    statistics.add(dialogue, rendered)
+                    statistics.add(dialogue, rendered, spelling)
                     writer.write(_row(dialogue, rendered))
         writer.finalize()
     DatasetInfo(features=features).write_to_directory(str(folder))
@@ -93,8 +95,12 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
-    """The settings on which the dataset depends."""
-    return settings.model_dump(include={"data", "prompt", "seed"})
+    """The settings on which the dataset depends; of those that datasets of version 0.1.0 lack, only what is set."""
+    shaping = settings.model_dump(include={"data", "prompt", "seed"})
+    for key in _ADDED_KEYS:
+        if shaping["data"][key] == Data.model_fields[key].default:
+            del shaping["data"][key]
+    return shaping
 
 
 def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path, dict[str, Any]]:

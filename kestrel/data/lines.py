@@ -1,24 +1,119 @@
-"""Text files read strictly: UTF-8 or an error that names file, line and byte."""
+"""Data files as strict UTF-8, whatever they are packed in: errors name file, line and byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import bz2
+import codecs
+import gzip
+import lzma
+import tempfile
+import zipfile  # noqa: TID251  one member is read as a stream, nothing is extracted
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from kestrel.errors import KestrelError
 
 LONGEST_LINE = 64 * 2**20  # bytes; a line is held in memory whole
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 _HEAD = 4096
+_CHUNK = 2**20
 
-_NOT_TEXT = {
-    b"\x1f\x8b": "a gzip archive: unpack it first",
-    b"PK\x03\x04": "a zip archive: unpack it first",
-    b"BZh": "a bzip2 archive: unpack it first",
-    b"\xfd7zXZ": "an xz archive: unpack it first",
-    b"\xff\xfe": "UTF-16 text: convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text: convert it to UTF-8",
+_NOT_DATA = {
     b"version https://git-lfs": "a Git LFS pointer, not the data: fetch the file itself (git lfs pull)",
+    b"%PDF": "a PDF; save the dialogues as text or JSON",
+    b"SQLite format 3": "a database; export its dialogues as text or JSON",
+    b"ARROW1": "an Arrow file; write Parquet or JSON lines of it (datasets: to_parquet, to_json)",
+    b"\xff\xff\xff\xff": "an Arrow file; write Parquet or JSON lines of it (datasets: to_parquet, to_json)",
 }
+
+
+@contextmanager
+def open_utf8(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked (gzip, bzip2, xz, a zip archive of one data file), UTF-16 turned into UTF-8.
+
+    Raises:
+        KestrelError: the file cannot be read or unpacked, before or inside the block.
+    """
+    try:
+        with ExitStack() as stack:
+            file: IO[bytes] = stack.enter_context(path.open("rb"))
+            start = _start_of(file)
+            for magic, unpack in _UNPACK.items():
+                if start.startswith(magic):
+                    file = stack.enter_context(unpack(file))
+                    start = _start_of(file)
+            if encoding := _utf16(start):
+                file = stack.enter_context(_as_utf8(file, encoding))
+            yield file
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        UnicodeError,
+    ) as error:
+        raise KestrelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _start_of(file: IO[bytes]) -> bytes:
+    start = file.read(_HEAD)
+    file.seek(0)
+    return start
+
+
+def _utf16(start: bytes) -> str:
+    """UTF-16's variant, by its mark or by the zeros of plain letters; "" for anything else."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not start.startswith(b"\xff\xff"):
+        return "utf-32" if start.startswith(codecs.BOM_UTF32_LE) else "utf-16"
+    letters = start[:32]
+    if len(letters) >= 4 and not any(letters[1::2]) and all(letters[::2]):
+        return "utf-16-le"
+    return "utf-16-be" if len(letters) >= 4 and not any(letters[::2]) and all(letters[1::2]) else ""
+
+
+def _as_utf8(file: IO[bytes], encoding: str) -> IO[bytes]:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while chunk := file.read(_CHUNK):
+        copy.write(decoder.decode(chunk).encode())
+    copy.write(decoder.decode(b"", final=True).encode())
+    copy.seek(0)
+    return copy
+
+
+def _only_member(file: IO[bytes]) -> IO[bytes]:
+    """The one data file of a zip archive; a messenger's export has pictures beside it."""
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if is_data(PurePosixPath(name))]
+    if len(names) == 1:
+        return archive.open(names[0])
+    found = ", ".join(names[:6] or archive.namelist()[:6]) or "nothing"
+    raise zipfile.BadZipFile(
+        f"an archive with one data file ({', '.join(SUFFIXES)}) is expected, found {found}; unpack it and set "
+        "data.source to a file or folder"
+    )
+
+
+_UNPACK: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"PK\x03\x04": _only_member,
+}
+
+
+def is_data(path: PurePosixPath) -> bool:
+    """Whether a file's name says that it may hold dialogues: no licence, no hidden file, no picture."""
+    about = ("readme", "license", "requirements", "dataset_info", "state.json", "interlocutors.")
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    packed = path.suffix in (".gz", ".bz2", ".xz")
+    suffix = path.with_suffix("").suffix if packed else path.suffix
+    return suffix in (*SUFFIXES, ".zip") and not hidden and not path.name.lower().startswith(about)
 
 
 def first_bytes(path: Path) -> bytes:
@@ -27,21 +122,21 @@ def first_bytes(path: Path) -> bytes:
     Raises:
         KestrelError: the file cannot be read, is empty, or is clearly something else.
     """
-    try:
-        with path.open("rb") as file:
+    with open_utf8(path) as file:
+        start = file.read(_HEAD)
+        while start and not start.strip():
             start = file.read(_HEAD)
-            while start and len(start.strip()) == 0:
-                start = file.read(_HEAD)
-    except OSError as error:
-        raise KestrelError(f"{path}: cannot be read: {error.strerror}.") from error
-    for magic, meaning in _NOT_TEXT.items():
+    for magic, meaning in _NOT_DATA.items():
         if start.startswith(magic):
             raise KestrelError(f"{path}: this is {meaning}.")
-    start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not start:
         raise KestrelError(f"{path}: the file is empty.")
     if start[:200].lower().startswith((b"<!doctype html", b"<html")):
-        raise KestrelError(f"{path}: this is a web page, not the data: download the file itself.")
+        raise KestrelError(
+            f"{path}: this is a web page, not the data: download the file itself (on the Hub and on GitHub the raw "
+            "file; of a messenger the export as JSON or text)."
+        )
     return start
 
 
@@ -52,19 +147,23 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
         KestrelError: not UTF-8, or a line of more than `LONGEST_LINE` bytes.
     """
     number = 0
-    try:
-        with path.open("rb") as file:
-            # Lines end at line feeds only; str.splitlines would find more line ends.
-            while raw := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(raw) > LONGEST_LINE:
-                    raise KestrelError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes; is it data?")
+    with open_utf8(path) as file:
+        # Lines end at line feeds only; str.splitlines would find more line ends.
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(raw) > LONGEST_LINE:
+                raise KestrelError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes; is it data?")
+            try:
                 line = raw.decode("utf-8")
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
-    except UnicodeDecodeError as error:
-        raise KestrelError(
-            f"{path}:{number}: byte {error.start + 1} of the line (0x{error.object[error.start]:02x}) is not UTF-8. "
-            "Convert the file to UTF-8."
-        ) from error
-    except OSError as error:
-        raise KestrelError(f"{path}: cannot be read: {error.strerror}.") from error
+            except UnicodeDecodeError as error:
+                raise not_utf8(f"{path}:{number}: byte {error.start + 1} of the line", error, path) from error
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def not_utf8(place: str, error: UnicodeDecodeError, path: Path) -> KestrelError:
+    """Says which byte is at fault, and how the text reads in the encoding that it most often has."""
+    text = error.object[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace")
+    return KestrelError(
+        f"{place} (0x{error.object[error.start]:02x}) is not UTF-8. If {text!r} reads right, the file is in "
+        f"Windows-1252; convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted{path.suffix}"
+    )

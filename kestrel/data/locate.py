@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from kestrel.config.settings import is_hub_id
+from kestrel.data.lines import SUFFIXES, is_data
 from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
 from kestrel.dialogue import SPLITS
 from kestrel.errors import KestrelError
 from kestrel.hub import use_cache_without_network
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
-
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
-_NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|state)\b", re.IGNORECASE)
 
 # Which files of a known hub set are the data, and in which revision: `datasets` (4.0 and later) does not run the loading
 # script of personachat_truecased, but the Hub keeps a converted copy.
@@ -69,10 +67,7 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix in SUFFIXES
-        and path.is_file()
-        and not _NOT_DATA.match(path.name)
-        and not any(piece.startswith(".") for piece in path.relative_to(folder).parts)
+        if is_data(PurePosixPath(path.relative_to(folder).as_posix())) and path.is_file()
     )
     by_split: dict[str, list[SourceFile]] = {}
     for split in SPLITS:
@@ -87,6 +82,8 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
             by_split[split] = [SourceFile(path) for path in files]
     if "train" in by_split:
         return by_split
+    if paths and not by_split:  # a file for each dialogue, or for each chat
+        return {"train": [SourceFile(path) for path in paths]}
     found = ", ".join(path.relative_to(folder).as_posix() for path in paths[:6]) or "no data file"
     raise KestrelError(
         f"{source}: no train split: a file whose name begins with 'train' ({'/'.join(SUFFIXES)}) is needed; found {found}. "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kestrel.config.settings import Data
 from kestrel.data.read_counts import ReadCounts
 from kestrel.data.rows import Row, rows
 from kestrel.dialogue import Speaker
@@ -19,14 +20,14 @@ class SourceFile:
     Attributes:
         section: of a JSON object of lists, the key whose list is meant; None: the whole file.
         id_prefix: begins the ids of dialogues that the source does not name.
-        both_sides: whether a conversation whose personas are both known yields a dialogue for each owner.
+        settings: what the user wants of the source.
         counts: where the reader counts what it repairs or drops.
     """
 
     path: Path
     section: str | None = None
     id_prefix: str = ""
-    both_sides: bool = True
+    settings: Data = field(default_factory=lambda: Data(source="-"))
     counts: ReadCounts = field(default_factory=ReadCounts)
 
     def rows(self) -> Iterator[Row]:
@@ -35,6 +36,12 @@ class SourceFile:
     def dialogue_id(self, index: int) -> str:
         """The id of the dialogue at an index of the file, from 0, where the source does not name it."""
         return f"{self.id_prefix}-{index:06d}"
+
+    def sides(self, dialogue: RawDialogue) -> Iterator[RawDialogue]:
+        """A dialogue, and its other side where that has a persona and `data.both_sides` wants it."""
+        yield dialogue
+        if self.settings.both_sides and dialogue.partner_persona:
+            yield dialogue.other_side()
 
 
 class RawTurn(NamedTuple):

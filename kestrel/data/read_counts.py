@@ -29,6 +29,11 @@ class ReadCounts:
         self.dropped[reason] += 1
         self.first.setdefault(reason, where)
 
+    def skip(self, reason: str, where: str) -> None:
+        """Counts one record that is read and left out before it is a dialogue."""
+        self.read += 1
+        self.drop(reason, where)
+
     def repair(self, reason: str, where: str, times: int = 1) -> None:
         """Counts `times` repairs; none when `times` is 0."""
         if times:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kestrel.data.corpus import Corpus
 from kestrel.data.read_counts import ReadCounts, reasons
-from kestrel.data.repair import persona_key, repair, stable_hash
+from kestrel.data.repair import NO_PERSONA_GIVEN, persona_key, repair, stable_hash
 from kestrel.dialogue import Dialogue
 from kestrel.errors import KestrelError
 
@@ -47,7 +47,7 @@ class Reading:
         keys = array("Q")
         with tqdm(desc=f"reading {split}", unit=" dialogues", disable=None, leave=False) as bar:
             for raw in corpus.raw_dialogues(split, self.rest):
-                dialogue = repair(raw, self.rest)
+                dialogue = repair(raw, self.rest, corpus.settings)
                 if dialogue is not None:
                     keys.extend(_keys(dialogue, seed))
                     record = pickle.dumps((dialogue, self.rest, raw.where), pickle.HIGHEST_PROTOCOL)
@@ -56,6 +56,8 @@ class Reading:
                     bar.update()
         if not keys:
             why = reasons(self.rest.dropped) or "it has none"
+            if NO_PERSONA_GIVEN in self.rest.dropped:
+                why += "; data.persona can give one"
             raise KestrelError(f"{corpus.source}: the {split} split yields no dialogue ({why}).")
         self.conversations, self.owners, self.partners, self.ranks = np.frombuffer(keys, np.uint64).reshape(-1, 4).T
 

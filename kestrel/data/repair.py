@@ -6,10 +6,12 @@ Whatever is changed or left out is counted by reason.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 
+from kestrel.config.settings import Data
 from kestrel.data.raw import RawDialogue, RawTurn
 from kestrel.data.read_counts import ReadCounts
 from kestrel.dialogue import Dialogue, Turn
@@ -19,8 +21,21 @@ from kestrel.dialogue import Dialogue, Turn
 _FIRST_TURNS = 6
 
 _SUSPECT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_LINE_BREAKS = re.compile("\\s*[\t\n\x0b\x0c\r\x1c-\x1f\x85\u2028\u2029]\\s*")
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LINE_BREAK = re.compile("\r\n|[\x0b\x0c\r\x1c-\x1e\x85\u2028\u2029]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+NO_PERSONA_GIVEN = "no persona"
+
+# What data.redact replaces. A phone number has 7 to 15 digits and is no date.
+_REDACTED = {
+    "url": (re.compile(r"\b(?:https?://|www\.)[^\s<>\"]+", re.IGNORECASE), "web addresses replaced"),
+    "email": (re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64})+"), "e-mail addresses replaced"),
+    "phone": (
+        re.compile(
+            r"(?<![\w.])(?!\d{4}-\d\d?-\d\d?\b|\d\d?[./-]\d\d?[./-]\d{2,4}\b)\+?\(?\d(?:[ ()./-]{0,2}\d){6,14}(?!\w)"
+        ),
+        "phone numbers replaced",
+    ),
+}
 _NOT_WORD = re.compile(r"[\W_]+")
 _ASCII_WORDS = "".join(chr(code) if chr(code).isalnum() else " " for code in range(128))
 
@@ -54,23 +69,25 @@ def conversation_id_from(turns: Iterable[RawTurn]) -> str:
     return f"opening-{stable_hash(*map(normalized, islice(texts, _FIRST_TURNS))):016x}"
 
 
-def repair(raw: RawDialogue, counts: ReadCounts) -> Dialogue | None:
+def repair(raw: RawDialogue, counts: ReadCounts, settings: Data) -> Dialogue | None:
     """The dialogue that a source holds; None where there is none, and the reason is counted.
 
-    Texts are stripped; line breaks become spaces; other control characters and lone surrogates are removed; empty
+    Texts are stripped; line breaks of any kind become line feeds, tabs spaces; other control characters and lone
+    surrogates are removed; what `data.redact` names is replaced; a persona that is not there is `data.persona`; empty
     turns are removed; neighbours by one speaker are merged (without their candidates, which answered half of the reply);
     the partner's turns after the last reply are removed, since nothing in them can be learned or scored.
     """
     counts.read += 1
     where = raw.where
-    persona = _texts(raw.persona, "persona sentences", where, counts)
-    partner_persona = _texts(raw.partner_persona, "persona sentences", where, counts)
+    clean = partial(_clean, where=where, counts=counts, redact=settings.redact)
+    persona = _texts(raw.persona, "persona sentences", clean) or _texts(settings.persona, "persona sentences", clean)
+    partner_persona = _texts(raw.partner_persona, "persona sentences", clean)
 
     merged: list[RawTurn] = []
     for turn in raw.turns:
         if is_silence(turn.text):
             continue
-        text = _clean(turn.text, where, counts)
+        text = clean(turn.text)
         if not text:
             counts.repair("turns removed: empty", where)
         elif merged and merged[-1].speaker == turn.speaker:
@@ -81,7 +98,7 @@ def repair(raw: RawDialogue, counts: ReadCounts) -> Dialogue | None:
     conversation_id = raw.conversation_id or conversation_id_from(merged)
 
     if raw.persona_expected and not persona:
-        counts.drop("no persona", where)
+        counts.drop(NO_PERSONA_GIVEN, where)
         return None
     replies = [index for index, turn in enumerate(merged) if turn.speaker == "self"]
     if not replies:
@@ -89,32 +106,34 @@ def repair(raw: RawDialogue, counts: ReadCounts) -> Dialogue | None:
         return None
     counts.repair("turns removed: by the partner after the last reply", where, len(merged) - 1 - replies[-1])
     turns = tuple([Turn(turn.speaker, turn.text) for turn in merged[: replies[-1] + 1]])
-    candidates = tuple([_distractors(merged[index], where, counts) for index in replies])
+    candidates = tuple([_distractors(merged[index], clean) for index in replies])
     counts.kept += 1
     return Dialogue(
         raw.dialogue_id, persona, turns, conversation_id, partner_persona, candidates if any(candidates) else ()
     )
 
 
-def _clean(text: str, where: str, counts: ReadCounts) -> str:
+def _clean(text: str, where: str, counts: ReadCounts, redact: Sequence[str]) -> str:
     if not text.isprintable() and _SUSPECT.search(text):
-        stripped = text.strip()
-        spaced = _LINE_BREAKS.sub(" ", stripped)
-        counts.repair("texts joined: they ran over several lines or held tabs", where, int(spaced != stripped))
-        text = _UNPRINTABLE.sub("", spaced)
-        counts.repair("texts freed of control characters or broken surrogates", where, int(text != spaced))
+        lines = _LINE_BREAK.sub("\n", text).replace("\t", " ")
+        text = _UNPRINTABLE.sub("", lines)
+        counts.repair("texts freed of control characters or broken surrogates", where, int(text != lines))
+    for kind, (pattern, unit) in _REDACTED.items() if redact else ():
+        text, times = pattern.subn(f"[{kind}]", text) if kind in redact else (text, 0)
+        counts.repair(unit, where, times)
     return text.strip()
 
 
-def _texts(texts: Iterable[str], unit: str, where: str, counts: ReadCounts) -> tuple[str, ...]:
-    cleaned = tuple([_clean(text, where, counts) for text in texts])
+def _texts(texts: Iterable[str], unit: str, clean: partial[str]) -> tuple[str, ...]:
+    cleaned = tuple([clean(text) for text in texts])
     if "" not in cleaned:
         return cleaned
-    counts.repair(f"{unit} removed: empty", where, cleaned.count(""))
+    clean.keywords["counts"].repair(f"{unit} removed: empty", clean.keywords["where"], cleaned.count(""))
     return tuple(filter(None, cleaned))
 
 
-def _distractors(turn: RawTurn, where: str, counts: ReadCounts) -> tuple[str, ...]:
-    cleaned = _texts(turn.candidates, "candidates", where, counts)
+def _distractors(turn: RawTurn, clean: partial[str]) -> tuple[str, ...]:
+    cleaned = _texts(turn.candidates, "candidates", clean)
+    counts, where = clean.keywords["counts"], clean.keywords["where"]
     counts.repair("candidates removed: the gold reply among the distractors", where, cleaned.count(turn.text))
     return tuple(text for text in cleaned if text != turn.text)

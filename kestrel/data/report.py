@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kestrel.config.settings import Settings
 from kestrel.data.read_counts import ReadCounts
+from kestrel.data.spelling import Spelling, described
 from kestrel.data.splits import Splitter
 from kestrel.dialogue import Dialogue
 from kestrel.prompt.prompt import Rendered
@@ -25,11 +27,21 @@ class SplitStatistics:
     truncated_dialogues: int = 0
     turns_cut: int = 0
     replies_cut: int = 0
+    unknown_tokens: int = 0
+    characters: int = 0
+    line_breaks: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    unknown: Counter[str] = field(default_factory=Counter)
     lengths: array[int] = field(default_factory=lambda: array("i"), repr=False)
 
-    def add(self, dialogue: Dialogue, rendered: Rendered) -> None:
+    def add(self, dialogue: Dialogue, rendered: Rendered, spelling: Spelling) -> None:
         """Counts a dialogue that is written."""
+        texts = [*dialogue.persona, *(turn.text for turn in dialogue.turns)]
+        self.characters += sum(map(len, texts))
+        self.line_breaks += sum(["\n" in text for text in texts])
+        if unknown := rendered.input_ids.count(spelling.unknown_id) if spelling.unknown_id is not None else 0:
+            self.unknown_tokens += unknown
+            self.unknown += spelling.unknown_characters(dialogue)
         self.replies += len(rendered.reply_spans)
         self.supervised_tokens += sum([end - start for start, end in rendered.reply_spans])
         self.truncated_dialogues += rendered.first_turn > 0
@@ -56,7 +68,16 @@ class SplitStatistics:
             "turns_cut": self.turns_cut,
             "replies_cut": self.replies_cut,
             "dropped_at_rendering": dict(self.dropped),
+        } | self._unusual()
+
+    def _unusual(self) -> dict[str, Any]:
+        """What most data do not have, where they have it."""
+        values = {
+            "texts_of_several_lines": self.line_breaks,
+            "unknown_tokens": self.unknown_tokens,
+            "unknown_characters": dict(self.unknown),
         }
+        return {key: value for key, value in values.items() if value}
 
 
 def as_json(
@@ -76,8 +97,13 @@ def as_json(
     return {"splits": {split: each.as_json() for split, each in statistics.items()}, "corpus": corpus}
 
 
-def as_text(splitter: Splitter, statistics: Mapping[str, SplitStatistics], counts: Mapping[str, ReadCounts]) -> str:
-    """A table with a line a split; below it what was dropped and repaired, and the personas that are in train too."""
+def as_text(
+    splitter: Splitter,
+    statistics: Mapping[str, SplitStatistics],
+    counts: Mapping[str, ReadCounts],
+    settings: Settings,
+) -> str:
+    """A table with a line a split; below it what was dropped and repaired, and what the dataset cannot hold or tell."""
     head = f"{'split':<11}{'dialogues':>10}{'replies':>9}{'tokens':>12}{'supervised':>12}{'median':>8}{'max':>7}"
     lines = [f"\n{head}{'turns cut':>11}  from"]
     for split, each in statistics.items():
@@ -94,7 +120,32 @@ def as_text(splitter: Splitter, statistics: Mapping[str, SplitStatistics], count
             lines.append(f"\nread for {split}:\n{read.table()}")
     for split, personas in splitter.persona_overlap.items():
         if shared := personas["in_train"]:
-            lines.append(
-                f"\n{shared:,} of the {personas['personas']:,} personas of {split} are in train too, as in the source"
-            )
+            cut = "cut" in splitter.origin[split]
+            why = ": no score can tell how the model answers as somebody new" if cut else ", as in the source"
+            lines.append(f"\n{shared:,} of the {personas['personas']:,} personas of {split} are in train too{why}")
+    for split, each in statistics.items():
+        lines += [f"\n{split}: {warning}" for warning in _warnings(each, settings)]
     return "\n".join(lines)
+
+
+def _warnings(split: SplitStatistics, settings: Settings) -> list[str]:
+    found = []
+    if split.unknown_tokens:
+        characters = (
+            described(split.unknown, split.characters) if split.unknown else "words, though no single character"
+        )
+        share = split.unknown_tokens / sum(split.lengths)
+        found.append(
+            f"{split.unknown_tokens:,} unknown tokens ({share:.1%}); the tokenizer has no token for {characters}"
+        )
+    if split.line_breaks and settings.prompt.format != "chat":
+        found.append(
+            f"{split.line_breaks:,} texts of several lines, which prompt.format {settings.prompt.format} writes in one; "
+            "chat keeps the lines"
+        )
+    elif split.line_breaks and "\n" in settings.generation.stop_strings:
+        found.append(
+            f"{split.line_breaks:,} texts of several lines; answers end at the first line break unless you set "
+            "generation.stop_strings: []"
+        )
+    return found

@@ -9,19 +9,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import IO, Any, Literal
 
-from kestrel.data.lines import LONGEST_LINE, first_bytes, text_lines
+from kestrel.data.lines import LONGEST_LINE, first_bytes, not_utf8, open_utf8, text_lines
 from kestrel.errors import KestrelError
 
-T = TypeVar("T")
-FileType = Literal["parquet", "json", "csv", "numbered"]
+FileType = Literal["parquet", "json", "text"]
 SECTIONS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 
 _CHUNK = 2**20
+_LONGEST_VALUE = 2**30  # characters; a messenger writes a whole chat as one value
 _JSON_SECTIONS = re.compile(rb'\{\s*"(train|valid|validation|dev|test)"\s*:\s*\[')
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
-_NUMBERED = re.compile(rb"\d+ \S")
 
 
 @dataclass(frozen=True)
@@ -31,27 +30,50 @@ class Row:
     where: str
     values: dict[str, Any]
 
-    def text(self, key: str) -> str:
-        """A column of text; None (a null cell) is the empty text."""
-        value = self.values.get(key, self)
+    def text(self, key: str, default: str | None = None) -> str:
+        """A column of text; None (a null cell) is the empty text. Without a default it must exist."""
+        value = self.values.get(key, default if default is not None else self)
         if value is None:
             return ""
         if not isinstance(value, str):
-            raise self._unexpected(key, "a text")
+            raise self.unexpected(key, "a text")
         return value
+
+    def number(self, key: str) -> float:
+        value = self.values.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -1e15 < value < 1e15:
+            raise self.unexpected(key, "a number")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        value = self.values.get(key)
+        if not isinstance(value, list):
+            raise self.unexpected(key, "a list")
+        return value
+
+    def object(self, key: str) -> Row:
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.unexpected(key, "an object")
+        return Row(f"{self.where}, {key}", value)
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A column that is a list of texts."""
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._unexpected(key, "a list of texts")
+            raise self.unexpected(key, "a list of texts")
         return tuple(value)
 
     def objects(self, key: str) -> list[Row]:
-        """A column that is a list of objects, each as a row of its own."""
+        """A column that is a list of objects, each as a row of its own; tables hold such a list as JSON in a text."""
         value = self.values.get(key)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                pass
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self._unexpected(key, "a list of objects")
+            raise self.unexpected(key, "a list of objects")
         return [Row(f"{self.where}, {key}[{index}]", item) for index, item in enumerate(value)]
 
     def identifier(self, key: str) -> str:
@@ -59,10 +81,10 @@ class Row:
         value = self.values.get(key)
         text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
         if not text.strip() or not text.isprintable():
-            raise self._unexpected(key, "a printable text or a whole number")
+            raise self.unexpected(key, "a printable text or a whole number")
         return text
 
-    def _unexpected(self, key: str, expected: str) -> KestrelError:
+    def unexpected(self, key: str, expected: str) -> KestrelError:
         found = repr(self.values[key])[:60] if key in self.values else f"only {sorted(self.values)}"
         return KestrelError(f"{self.where}: '{key}' must be {expected}, found {found}.")
 
@@ -72,9 +94,8 @@ def file_type(path: Path) -> FileType:
     start = first_bytes(path)
     if start.startswith(b"PAR1"):
         return "parquet"
-    if start.startswith((b"[", b"{")):
-        return "json"
-    return "numbered" if _NUMBERED.match(start) else "csv"
+    # WhatsApp's lines on the iPhone begin with a date in square brackets.
+    return "json" if re.match(rb"\{|\[\s*[^\s\d]", start) else "text"
 
 
 def sections(path: Path) -> list[str]:
@@ -130,7 +151,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with open_utf8(path) as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     yield Row(f"{path}: row {number}", values)
@@ -142,7 +163,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """(key of the array, or "", and row) of each object, with one object in memory."""
     by_section = _JSON_SECTIONS.match(first_bytes(path)) is not None
-    with path.open("rb") as file:
+    with open_utf8(path) as file:
         json_text = _JsonText(path, file)
         if by_section:
             json_text.take("{")
@@ -160,7 +181,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             yield from _json_array(json_text, "")
         else:
             while json_text.peek():
-                yield "", Row(json_text.place(), json_text.value(dict))
+                yield "", Row(json_text.place(), json_text.record())
         if json_text.peek():
             raise KestrelError(f"{json_text.place()}: more text after the end of the JSON value.")
 
@@ -170,7 +191,7 @@ def _json_array(json_text: _JsonText, section: str) -> Iterator[tuple[str, Row]]
     end = json_text.take("]") if json_text.peek() == "]" else ","
     index = 0
     while end == ",":
-        yield section, Row(f"{json_text.path}: {section}[{index}]", json_text.value(dict))
+        yield section, Row(f"{json_text.path}: {section}[{index}]", json_text.record())
         index += 1
         end = json_text.take(",]")
 
@@ -178,7 +199,7 @@ def _json_array(json_text: _JsonText, section: str) -> Iterator[tuple[str, Row]]
 class _JsonText:
     """A JSON text read in chunks; the standard library decodes the values."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: IO[bytes]):
         self.path = path
         self._file = file
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
@@ -205,7 +226,16 @@ class _JsonText:
         self._at += 1
         return found
 
-    def value(self, kind: type[T]) -> T:
+    def record(self) -> dict[str, Any]:
+        """Consumes an object; a list of objects is taken as one conversation's messages."""
+        value = self.value(dict, list)
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            return {"messages": value}
+        if not isinstance(value, dict):
+            raise KestrelError(f"{self.place()}: expected an object of JSON, found {value!r:.60}.")
+        return value
+
+    def value(self, *kinds: type) -> Any:
         """Consumes a value, which must be of a kind. One that the chunk cuts off is tried again with more text."""
         self.peek()
         size = _CHUNK
@@ -217,15 +247,15 @@ class _JsonText:
                 raise KestrelError(f"{self.place()}: not JSON (nested too deeply).") from error
             except ValueError as error:
                 offset = getattr(error, "pos", self._at) - self._at  # `_more` moves the text
-                if len(self._text) - self._at > LONGEST_LINE or not self._more(size):
+                if len(self._text) - self._at > _LONGEST_VALUE or not self._more(size):
                     begins, reason = self.place(), str(error)
                     if isinstance(error, json.JSONDecodeError):
                         line = self._line_of(self._at + offset)
                         reason = f"{error.msg} at character {offset + 1} of the value, line {line}"
                     raise KestrelError(f"{begins}: not JSON ({reason}).") from error
                 size *= 2
-        if not isinstance(value, kind):
-            name = "an object" if kind is dict else "a text"
+        if not isinstance(value, kinds):
+            name = "an object" if dict in kinds else "a text"
             raise KestrelError(f"{self.place()}: expected {name} of JSON, found {value!r:.60}.")
         self._at = end
         return value
@@ -250,8 +280,5 @@ class _JsonText:
         except UnicodeDecodeError as error:
             line = self._line + self._text.count("\n") + error.object[: error.start].count(b"\n")
             byte = self._file.tell() - len(error.object) + error.start + 1
-            raise KestrelError(
-                f"{self.path}:{line}: byte {byte} of the file (0x{error.object[error.start]:02x}) is not UTF-8. "
-                "Convert the file to UTF-8."
-            ) from error
+            raise not_utf8(f"{self.path}:{line}: byte {byte} of the file", error, self.path) from error
         return bool(raw)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,9 @@ import pytest
 from make_corpora import (
     CYNAPTICS,
     DISTRACTORS,
+    EXPORTS,
     LAYOUTS,
+    MESSENGERS,
     PARTNER,
     PERSONA,
     SAID,
@@ -25,28 +29,39 @@ from make_corpora import (
     write,
 )  # fmt: skip
 
+from kestrel.config.settings import Data
 from kestrel.data.corpus import open_corpus
-from kestrel.data.formats.recognize import FORMATS
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("dressing", ["plain", "bom", "crlf"])
+@pytest.mark.parametrize("format", LAYOUTS)
+@pytest.mark.parametrize("dressing", ["plain", "bom", "crlf", "utf-16", "gzip", "zip"])
 def test_the_same_dialogue_from_every_format(tmp_path: Path, format: str, dressing: str) -> None:
     content = LAYOUTS[format].encode()
+    write(tmp_path, content, "whole")  # with what lies beside it
     if dressing == "bom":
         content = b"\xef\xbb\xbf" + content
     if dressing == "crlf":
         content = content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    if dressing == "utf-16":
+        content = content.decode().encode("utf-16")
+    if dressing == "gzip":
+        content = gzip.compress(content)
     source = write(tmp_path, content)
-    corpus = open_corpus(source)
-    assert corpus.format == format
-    dialogues, counts = read(source, both_sides=False)
+    if dressing == "zip":
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            archive.writestr("folder/data.txt", content)
+            archive.writestr("folder/IMG-1.jpg", b"\xff")
+        source = str(tmp_path / "all.zip")
+    assert open_corpus(Data(source=source)).format == format
+    choices = EXPORTS if format in MESSENGERS else {}
+    dialogues, counts = read(source, both_sides=False, **choices)
     assert [dialogue.turns for dialogue in dialogues] == [TURNS]
     assert dialogues[0].persona == tuple(PERSONA)
-    expected = tuple(map(tuple, DISTRACTORS)) if format in ("parlai", "huggingface", "truecased", "kestrel") else ()
-    assert dialogues[0].candidates == expected
+    offers = {"parlai", "parlai_fields", "huggingface", "truecased", "kestrel"}
+    only_last = ((), (), tuple(DISTRACTORS[2])) if format == "dnli" else ()
+    assert dialogues[0].candidates == (tuple(map(tuple, DISTRACTORS)) if format in offers else only_last)
     assert not counts.dropped
     assert not counts.repaired
 
@@ -93,7 +108,7 @@ def test_parlai_adds_no_side_that_the_file_holds_already(tmp_path: Path) -> None
 def test_hub_json_has_its_own_splits(tmp_path: Path) -> None:
     rows = [{"personality": PERSONA, "utterances": steps()}]
     source = write(tmp_path, json.dumps({"train": rows * 3, "valid": rows}, indent=1))
-    assert open_corpus(source).splits == ("train", "validation")
+    assert open_corpus(Data(source=source)).splits == ("train", "validation")
     assert [len(read(source, split=split)[0]) for split in ("train", "validation")] == [3, 1]
 
 
@@ -161,10 +176,9 @@ def test_repairs_are_counted(tmp_path: Path) -> None:
     ]
     record = {"persona": ["p", ""], "turns": turns, "candidates": [["q"], [], ["gold", "r"]]}
     dialogues, counts = read(write(tmp_path, json.dumps(record)))
-    assert [turn.text for turn in dialogues[0].turns] == ["hi there", "ab", "x y", "gold"]
+    assert [turn.text for turn in dialogues[0].turns] == ["hi\nthere", "ab", "x y", "gold"]
     assert dialogues[0].candidates == (("q",), ("r",))
     assert counts.repaired == {
-        "texts joined: they ran over several lines or held tabs": 1,
         "texts freed of control characters or broken surrogates": 2,
         "turns removed: empty": 1,
         "turns merged into the turn before: the same speaker": 1,
@@ -185,9 +199,9 @@ def test_a_very_long_turn_passes(tmp_path: Path) -> None:
 def test_folder_of_native_splits(tmp_path: Path) -> None:
     for name in ("train_self_original.txt", "valid_self_original.txt"):
         write(tmp_path, parlai("self"), name)
-    corpus = open_corpus(str(tmp_path))
+    corpus = open_corpus(Data(source=str(tmp_path)))
     assert corpus.splits == ("train", "validation")
     assert set(corpus.fingerprint) == {path.name for path in corpus.paths}
     write(tmp_path, parlai("both"), "train_both_original.txt")
     with pytest.raises(KestrelError, match="several files could be the train split"):
-        open_corpus(str(tmp_path))
+        open_corpus(Data(source=str(tmp_path)))

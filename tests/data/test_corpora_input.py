@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_corpora import CYNAPTICS, LAYOUTS, OWN, PERSONA, parlai, read, steps, write
+from make_corpora import CYNAPTICS, EXPORTS, LAYOUTS, OWN, PERSONA, parlai, read, steps, write
 
 from kestrel.config.settings import Data
 from kestrel.data import lines
@@ -34,8 +35,10 @@ BAD = [
     ("\ufeff \n", "is empty"),
     ("<!DOCTYPE html><html></html>", "web page"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
-    (b"\x1f\x8b\x08\x00", "gzip"),
-    ("hi".encode("utf-16"), "UTF-16"),
+    (b"\x1f\x8b\x08\x00", "cannot be read"),
+    (gzip.compress(OWN_LINE.encode())[:-12], "cannot be read"),
+    (b"PK\x03\x04 and no archive", "cannot be read"),
+    (OWN_LINE.encode("utf-16")[:-1], "cannot be read"),
     (OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}', r"data.x:2: byte \d+ of the file \(0xe9\)"),
     (parlai("self").encode() + b"1 your persona: caf\xe9\n", r"data.x:6: byte 20 of the line \(0xe9\)"),
     (
@@ -152,14 +155,14 @@ def test_plain_ascii_is_normalized_as_the_rest_is(text: str) -> None:
 
 
 def test_a_named_format_must_fit(tmp_path: Path) -> None:
-    for held in FORMATS:
+    for held in LAYOUTS:
         source = write(tmp_path, LAYOUTS[held])
         for named in FORMATS:
             if named == held:
-                assert open_corpus(source, named).format == held
+                assert open_corpus(Data(source=source, format=named)).format == held
             else:
                 with pytest.raises(KestrelError, match=f"not in the format {named}.* looks like {held}"):
-                    open_corpus(source, named)
+                    open_corpus(Data(source=source, format=named))
     settings_name_the_same = set(get_args(Data.model_fields["format"].annotation)) - {"auto"}
     assert settings_name_the_same == set(FORMATS)
 
@@ -167,7 +170,7 @@ def test_a_named_format_must_fit(tmp_path: Path) -> None:
 def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, parlai("self"), "train_self.txt")
     with pytest.raises(KestrelError, match="Did you mean .*train_self.txt"):
-        open_corpus(str(tmp_path / "train_slef.txt"))
+        open_corpus(Data(source=str(tmp_path / "train_slef.txt")))
 
 
 # --- the Hub, from a cache made by hand: what a download leaves behind ---
@@ -199,13 +202,14 @@ def test_hub_sets_from_the_cache(tmp_path: Path) -> None:
         in_cache(tmp_path, "google/Synthetic-Persona-Chat", "main", name, LAYOUTS["synthetic"].encode())
     done = in_fresh_process(
         tmp_path,
+        "from kestrel.config.settings import Data\n"
         "from kestrel.data.corpus import *\n"
         "from kestrel.data.reading import Reading\n"
         "for name in ('bavard/personachat_truecased', 'google/Synthetic-Persona-Chat'):\n"
-        "    corpus = open_corpus(name)\n"
+        "    corpus = open_corpus(Data(source=name))\n"
         "    counts = [len(Reading(corpus, split).ranks) for split in corpus.splits]\n"
         "    print(corpus.format, *corpus.splits, *counts, corpus.fingerprint['hub revision'][:3])\n"
-        "try: open_corpus('nobody/nothing')\n"
+        "try: open_corpus(Data(source='nobody/nothing'))\n"
         "except Exception as error: print(type(error).__name__, error)\n",
     )
     lines = done.stdout.splitlines()
@@ -269,7 +273,7 @@ def numbered(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    content = LAYOUTS[draw(st.sampled_from(sorted(FORMATS)))].encode()
+    content = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))].encode()
     at = draw(st.integers(0, len(content)))
     return content[:at] + draw(st.binary(max_size=3)) + content[draw(st.integers(at, min(at + 3, len(content)))) :]
 
@@ -279,7 +283,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 def test_any_input_gives_dialogues_or_one_clear_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("any")
     try:
-        read(write(folder, content))
+        read(write(folder, content), **EXPORTS)
     except KestrelError as error:
         assert str(error)
     finally:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_corpora import read as read_all
 
+from kestrel.config.settings import Data
 from kestrel.data.corpus import open_corpus
 from kestrel.data.read_counts import ReadCounts
 from kestrel.data.reading import Reading
@@ -63,21 +64,22 @@ def test_no_persona_and_no_conversation_leaks(
 ) -> None:
     source = save(tmp_path / "data.jsonl", [line(number, *each) for number, each in enumerate(drawn)])
     try:
-        splitter = Splitter(open_corpus(source), *shares, seed=seed)
+        splitter = Splitter(open_corpus(Data(source=source)), *shares, seed=seed)
         found = {split: (dialogues, counts) for split, dialogues, counts in read(splitter)}
     except KestrelError as error:
-        assert "too few personas" in str(error) or "no dialogue is left" in str(error)
+        assert "too few conversations" in str(error)
         return
     asked = {split for split, share in zip(("validation", "test"), shares, strict=True) if share}
     assert set(found) == {"train"} | asked
     owners = {split: {persona_key(each.persona) for each in dialogues} for split, (dialogues, _) in found.items()}
     in_train = owners["train"] | {persona_key(each.partner_persona) for each in found["train"][0]}
     conversations = [{each.conversation_id for each in dialogues} for dialogues, _ in found.values()]
-    for split in asked:
-        assert owners[split]
-        assert not owners[split] & in_train
-    if len(asked) == 2:
-        assert not owners["validation"] & owners["test"]
+    assert all(owners[split] for split in asked)
+    if splitter.persona_overlap:  # cut by dialogue
+        assert len(set().union(*owners.values())) < 3 + len(asked) * 12
+    else:
+        assert not any(owners[split] & in_train for split in asked)
+        assert len(asked) < 2 or not owners["validation"] & owners["test"]
     assert sum(map(len, conversations)) == len(set().union(*conversations))
     # Every dialogue is accounted for once.
     assert sum(counts.read for _, counts in found.values()) == len(drawn)
@@ -91,7 +93,7 @@ def test_dialogues_of_other_owners_in_a_held_conversation_are_counted(tmp_path: 
     records = []
     for number in range(50):
         records += [line(2 * number, number, number, 100 + number), line(2 * number + 1, 100 + number, number, number)]
-    splitter = Splitter(open_corpus(save(tmp_path / "data.jsonl", records)), 0.1, 0.1)
+    splitter = Splitter(open_corpus(Data(source=save(tmp_path / "data.jsonl", records))), 0.1, 0.1)
     counts = {split: (len(dialogues), counts.dropped[MIXED]) for split, dialogues, counts in read(splitter)}
     assert all(kept + mixed == sum(counts[split]) for split, (kept, mixed) in counts.items())
     assert counts["train"][1] == 0
@@ -113,7 +115,7 @@ def test_native_splits_are_kept_and_overlap_is_reported(
 ) -> None:
     for at, name in enumerate(native):
         save(tmp_path / f"{name}.jsonl", [line(100 * at + number, number + 15 * at) for number in range(20)])
-    splitter = Splitter(open_corpus(str(tmp_path)))
+    splitter = Splitter(open_corpus(Data(source=str(tmp_path))))
     assert splitter.origin == origin
     sizes = {split: len(dialogues) for split, dialogues, _ in read(splitter)}
     cut = sum(size for split, size in sizes.items() if origin[split] in ("train", "cut from train"))
@@ -127,7 +129,7 @@ def test_native_splits_are_kept_and_overlap_is_reported(
 
 def test_drops_of_the_reader_are_counted_once(tmp_path: Path) -> None:
     records = [line(number, number) | ({"turns": TURNS[:1]} if number % 3 == 0 else {}) for number in range(30)]
-    splitter = Splitter(open_corpus(save(tmp_path / "data.jsonl", records)), 0.2, 0.2)
+    splitter = Splitter(open_corpus(Data(source=save(tmp_path / "data.jsonl", records))), 0.2, 0.2)
     total = ReadCounts()
     for _, _, counts in read(splitter):
         total.add(counts)
@@ -145,7 +147,7 @@ def test_a_source_is_read_once(tmp_path: Path) -> None:
         record["candidates"] = [["no ."], [], ["é", "字"]]
     source = save(tmp_path / "data.jsonl", records)
     expected = {each.dialogue_id: each for each in read_all(source)[0]}
-    splitter = Splitter(open_corpus(source), 0.1, 0.1, folder=folder)
+    splitter = Splitter(open_corpus(Data(source=source)), 0.1, 0.1, folder=folder)
     os.unlink(source)
     assert os.listdir(folder) == []
     found = [each for _, dialogues, _ in read(splitter) for each in dialogues]
@@ -159,7 +161,7 @@ def test_what_a_reader_repaired_is_told_of_the_split_of_the_dialogue(tmp_path: P
         records[number]["persona"] = [f"I am {number}.", ""]
     source = save(tmp_path / "data.jsonl", records)
     whole, total = read_all(source)[1], ReadCounts()
-    for _, dialogues, counts in read(Splitter(open_corpus(source), 0.2, 0.2)):
+    for _, dialogues, counts in read(Splitter(open_corpus(Data(source=source)), 0.2, 0.2)):
         repaired = sum(each.dialogue_id in ("d3", "d17") for each in dialogues)
         assert counts.repaired.total() == repaired
         total.add(counts)
@@ -171,7 +173,7 @@ def test_what_is_dropped_counts_for_the_dialogue_that_follows(tmp_path: Path) ->
     kept, dropped = line(0, 0), {"persona": [], "turns": []}
     records = [*[dropped] * 5, kept, *[dropped] * 4, kept, kept, dropped]
     source = save(tmp_path / "data.jsonl", [record | {"dialogue_id": f"d{n}"} for n, record in enumerate(records)])
-    reading = Reading(open_corpus(source), "train")
+    reading = Reading(open_corpus(Data(source=source)), "train")
     assert [counted.read for _, counted, _ in reading.dialogues()] == [6, 5, 1] and reading.rest.read == 1
 
 
@@ -179,7 +181,7 @@ def test_max_dialogues(tmp_path: Path) -> None:
     source = save(tmp_path / "data.jsonl", [line(number, number % 20) for number in range(100)])
     chosen = {}
     for seed in (0, 1):
-        splitter = Splitter(open_corpus(source), 0.2, 0.2, seed=seed, max_dialogues=7)
+        splitter = Splitter(open_corpus(Data(source=source)), 0.2, 0.2, seed=seed, max_dialogues=7)
         for split, dialogues, counts in read(splitter):
             assert len(dialogues) == 7
             assert counts.dropped == {TOO_MANY: counts.read - 7}
@@ -191,7 +193,7 @@ def test_max_dialogues(tmp_path: Path) -> None:
 def test_persona_less_dialogues_are_cut_by_conversation(tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     path.write_text("".join(f"1 hi {number}\thello {number}\n" for number in range(40)))
-    sizes = [len(dialogues) for _, dialogues, _ in read(Splitter(open_corpus(str(path))))]
+    sizes = [len(dialogues) for _, dialogues, _ in read(Splitter(open_corpus(Data(source=str(path)))))]
     assert sizes == [36, 2, 2]
 
 
@@ -205,7 +207,7 @@ def test_both_sides_of_convai2_stay_together(tmp_path: Path) -> None:
             text += "".join(f"{at // 2 + 2} {turns[at]}\t{turns[at + 1]}\n" for at in range(0, 10, 2))
     path = tmp_path / "train.txt"
     path.write_text(text)
-    splitter = Splitter(open_corpus(str(path)), 0.1, 0.1)
+    splitter = Splitter(open_corpus(Data(source=str(path))), 0.1, 0.1)
     where = {dialogue.conversation_id: split for split, dialogues, _ in read(splitter) for dialogue in dialogues}
     assert len(where) == 40
     words = {split: set() for split in splitter.splits}
@@ -216,10 +218,12 @@ def test_both_sides_of_convai2_stay_together(tmp_path: Path) -> None:
 
 def test_the_same_in_another_process(tmp_path: Path) -> None:
     source = save(tmp_path / "data.jsonl", [line(number, number % 30) for number in range(90)])
-    here = [[each.dialogue_id for each in dialogues] for _, dialogues, _ in read(Splitter(open_corpus(source)))]
+    here = [
+        [each.dialogue_id for each in dialogues] for _, dialogues, _ in read(Splitter(open_corpus(Data(source=source))))
+    ]
     code = (
-        "import sys, json\nfrom kestrel.data.corpus import *\nfrom kestrel.data.read_counts import *\nfrom kestrel.data.splits import Splitter\n"
-        "s = Splitter(open_corpus(sys.argv[1]))\n"
+        "import sys, json\nfrom kestrel.config.settings import Data\nfrom kestrel.data.corpus import *\nfrom kestrel.data.read_counts import *\nfrom kestrel.data.splits import Splitter\n"
+        "s = Splitter(open_corpus(Data(source=sys.argv[1])))\n"
         "print(json.dumps([[d.dialogue_id for d in s.read(split, ReadCounts())] for split in s.splits]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "123", "PYTHONPATH": str(ROOT)}
@@ -231,14 +235,38 @@ def test_the_same_in_another_process(tmp_path: Path) -> None:
     assert here[2] == ["d10", "d25", "d40", "d55", "d70", "d85"]
 
 
-def test_too_few_personas_to_cut(tmp_path: Path) -> None:
-    source = save(tmp_path / "data.jsonl", [line(number, number % 2) for number in range(9)])
-    with pytest.raises(KestrelError, match="too few personas"):
-        Splitter(open_corpus(source))
+def test_one_persona_is_cut_by_dialogue_and_it_is_said(tmp_path: Path) -> None:
+    for count, sizes in ((40, [36, 2, 2]), (3, [1, 1, 1])):
+        source = save(tmp_path / "data.jsonl", [line(number, 0) for number in range(count)])
+        splitter = Splitter(open_corpus(Data(source=source)))
+        assert [len(dialogues) for _, dialogues, _ in read(splitter)] == sizes
+        assert splitter.origin["test"] == "cut from train by dialogue"
+        assert splitter.persona_overlap == {split: {"personas": 1, "in_train": 1} for split in ("validation", "test")}
+
+
+def test_pairs_of_personas_that_meet_once_lose_nothing(tmp_path: Path) -> None:
+    """Both sides of a conversation, and three conversations of the same two people."""
+    records = []
+    for number in range(40):
+        for at in range(3 if number % 2 else 1):
+            sides = (2 * number, 2 * number + 1)
+            records += [line(len(records) + side, sides[side], 10 * number + at, sides[1 - side]) for side in (0, 1)]
+    splitter = Splitter(open_corpus(Data(source=save(tmp_path / "data.jsonl", records))))
+    found = {split: dialogues for split, dialogues, counts in read(splitter) if not counts.dropped}
+    assert sum(map(len, found.values())) == len(records)
+    personas = [{persona_key(each.persona) for each in dialogues} for dialogues in found.values()]
+    assert len(set.union(*personas)) == sum(map(len, personas)) == 80
+    assert len(personas[1]) == len(personas[2]) == 4
+
+
+def test_too_few_conversations_to_cut(tmp_path: Path) -> None:
+    source = save(tmp_path / "data.jsonl", [line(number, number % 2, number % 2) for number in range(9)])
+    with pytest.raises(KestrelError, match=r"too few conversations \(2\) .* 3 are needed"):
+        Splitter(open_corpus(Data(source=source)))
 
 
 def test_the_same_id_in_two_splits_names_both_places(tmp_path: Path) -> None:
     save(tmp_path / "train.jsonl", [line(0, 0), line(1, 1)])
     save(tmp_path / "test.jsonl", [line(2, 2), line(1, 3)])
     with pytest.raises(KestrelError, match="test.jsonl:2: .*'d1' is used at .*train.jsonl:2 already"):
-        Splitter(open_corpus(str(tmp_path)))
+        Splitter(open_corpus(Data(source=str(tmp_path))))

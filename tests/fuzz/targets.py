@@ -20,6 +20,7 @@ from typing import Any
 
 import make_corpora
 
+from kestrel.config.settings import Data
 from kestrel.data.corpus import open_corpus
 from kestrel.data.formats.recognize import FORMATS
 from kestrel.data.read_counts import ReadCounts
@@ -51,10 +52,10 @@ def _file(name: str, content: bytes) -> Path:
 
 def corpus(data: bytes, format: str) -> None:
     """A source of dialogues: recognized, read, split."""
-    path = str(_file("source", data))
-    source = open_corpus(path, format)
+    path = make_corpora.write(folder(), data, "source")
+    source = open_corpus(Data(source=path, format=format, **make_corpora.EXPORTS))
     for split in source.splits:
-        make_corpora.read(path, format, split)  # checks what it reads
+        make_corpora.read(path, format, split, **make_corpora.EXPORTS)  # checks what it reads
     with contextlib.suppress(KestrelError):  # three dialogues need not be enough for three splits
         cut = Splitter(source, validation_fraction=0.3, test_fraction=0.3)
         for split in cut.splits:

@@ -12,7 +12,7 @@ from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.repair import persona_key, stable_hash
 from kestrel.errors import KestrelError
 
-COLUMNS = {"conv_id", "persona_b", "dialogue", "reference"}
+COLUMNS = [{"conv_id", "persona_b", "dialogue", "reference"}]
 
 _TAGGED = re.compile(r"\s*Persona ([AB])\s*:(.*)", re.DOTALL)
 

@@ -14,7 +14,7 @@ from kestrel.data.repair import normalized
 from kestrel.data.rows import Row
 from kestrel.errors import KestrelError
 
-COLUMNS = {"personality", "utterances"}
+COLUMNS = [{"personality", "utterances"}]
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
@@ -43,8 +43,7 @@ def turns_of_steps(steps: Sequence[Row], where: str, counts: ReadCounts) -> tupl
         at = len(history)
         expected = texts[max(at - 1, 0) : at + 1]
         if list(map(normalized, (*history[-1:], candidates[-1]))) != list(map(normalized, expected)):
-            counts.read += 1
-            counts.drop("histories of its rows contradict each other", where)
+            counts.skip("histories of its rows contradict each other", where)
             return None
         texts[at] = candidates[-1]
         distractors[at] = candidates[:-1]

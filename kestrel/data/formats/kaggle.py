@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 
-COLUMNS = {"Persona", "chat"}
+COLUMNS = [{"Persona", "chat"}]
 
 # The sentences are joined by ". ", after a full stop of their own or not, or by nothing after " ."
 _BETWEEN_SENTENCES = re.compile(

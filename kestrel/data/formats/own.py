@@ -14,7 +14,7 @@ from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.rows import Row
 from kestrel.errors import KestrelError
 
-COLUMNS = {"persona", "turns"}
+COLUMNS = [{"persona", "turns"}]
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:

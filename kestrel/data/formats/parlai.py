@@ -7,6 +7,7 @@ Reference: FbDeprecatedDialogTeacher of ParlAI (https://github.com/facebookresea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,13 @@ from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.repair import conversation_id_from, persona_key, stable_hash
 from kestrel.errors import KestrelError
 
-COLUMNS: set[str] = set()  # numbered lines instead
+COLUMNS: list[set[str]] = []  # numbered lines instead
+PERSONAS = ("your persona:", "partner's persona:")
+
+
+def matches(start: str) -> bool:
+    """Whether a file that starts so has numbered lines."""
+    return re.match(r"\d+ \S", start) is not None
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
@@ -28,7 +35,7 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
     sides: set[int] = set()
     for dialogue in _dialogues(file):
         yield dialogue
-        if file.both_sides and dialogue.persona and dialogue.partner_persona:
+        if file.settings.both_sides and dialogue.persona and dialogue.partner_persona:
             sides = sides or {_side_hash(each, each.persona) for each in _dialogues(file)}
             if _side_hash(dialogue, dialogue.partner_persona) not in sides:
                 yield dialogue.other_side()
@@ -75,7 +82,7 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
 
 
 def _dialogue(block: list[tuple[int, str]], path: Path, dialogue_id: str) -> RawDialogue:
-    personas: dict[str, list[str]] = {"your persona:": [], "partner's persona:": []}
+    personas: dict[str, list[str]] = {kind: [] for kind in PERSONAS}
     turns: list[RawTurn] = []
     for number, text in block:
         fields = text.split("\t")

@@ -5,17 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from kestrel.data.formats import cynaptics, huggingface, kaggle, own, parlai, synthetic, truecased
+from kestrel.data.formats import (
+    cynaptics,
+    discord,
+    dnli,
+    huggingface,
+    kaggle,
+    messages,
+    messenger,
+    msc,
+    own,
+    parlai,
+    parlai_fields,
+    realpersonachat,
+    synthetic,
+    telegram,
+    truecased,
+    whatsapp,
+    wild,
+    xpersona,
+)
+from kestrel.data.lines import first_bytes
 from kestrel.data.raw import RawDialogue, SourceFile
 from kestrel.data.rows import file_type
 from kestrel.errors import KestrelError
 
 
 class Format(Protocol):
-    """What the module of a format holds."""
+    """What the module of a format holds; one of lines instead of rows has `matches(start)` too."""
 
-    COLUMNS: set[str]
-    """What the first row must have; empty for ParlAI's numbered lines."""
+    COLUMNS: list[set[str]]
+    """What the first row must have, in one of its forms; empty for a format of lines."""
 
     def read(self, file: SourceFile) -> Iterator[RawDialogue]:
         """The dialogues of one file, in its order, as they are there."""
@@ -23,13 +43,47 @@ class Format(Protocol):
 
 FORMATS: dict[str, Format] = {
     "parlai": parlai,
+    "parlai_fields": parlai_fields,
     "huggingface": huggingface,
     "truecased": truecased,
     "cynaptics": cynaptics,
     "synthetic": synthetic,
     "kaggle": kaggle,
     "kestrel": own,
+    "messages": messages,
+    "xpersona": xpersona,
+    "msc": msc,
+    "dnli": dnli,
+    "wild": wild,
+    "realpersonachat": realpersonachat,
+    "whatsapp": whatsapp,
+    "telegram": telegram,
+    "discord": discord,
+    "messenger": messenger,
 }
+_LINES = {"parlai": parlai, "parlai_fields": parlai_fields, "whatsapp": whatsapp}
+
+_RECIPE = (
+    "To learn it as dialogues of one reply, write a line of JSON for each: "
+    '{"messages": [{"role": "system", "content": PERSONA}, {"role": "user", "content": ...}, '
+    '{"role": "assistant", "content": ...}]}'
+)
+# What is often given and holds no persona dialogue: columns, what it is, and the way out.
+_REFUSED: list[tuple[set[str], str]] = [
+    ({"instruction"}, f"these are instructions in Alpaca's form, not dialogues. {_RECIPE}"),
+    ({"prompt", "completion"}, f"these are pairs of prompt and completion, not dialogues. {_RECIPE}"),
+    ({"prompt", "response"}, f"these are pairs of prompt and response, not dialogues. {_RECIPE}"),
+    ({"question", "answer"}, f"these are questions and answers, not dialogues. {_RECIPE}"),
+    ({"chosen", "rejected"}, "these are preferences (chosen, rejected); write the chosen messages as `messages`."),
+    ({"role", "content"}, 'this is one conversation as a list; put {"messages": [...]} around it, and bring several.'),
+    (
+        {"from", "value"},
+        'this is one conversation as a list; put {"conversations": [...]} around it, and bring several.',
+    ),
+    ({"mapping", "title"}, "this is an account's export of ChatGPT; write its messages as `messages`."),
+    ({"interlocutor_id", "persona"}, "these are the personas of RealPersonaChat; set data.source to its dialogues."),
+    ({"text"}, "this is a text for each row, without turns; write the turns as `messages` or `turns`."),
+]
 
 
 def recognize(file: SourceFile, expected: str) -> str:
@@ -41,14 +95,18 @@ def recognize(file: SourceFile, expected: str) -> str:
     Raises:
         KestrelError: the file is of no known format, of several, or not of the expected one.
     """
-    if file_type(file.path) == "numbered":
-        where, content, matching = f"{file.path}:1", "numbered lines", ["parlai"]
-    else:
+    where, content, columns = f"{file.path}:1", "lines of text", set[str]()
+    matching = []
+    if file_type(file.path) == "text":
+        start = first_bytes(file.path).decode("utf-8", "replace")
+        matching = [name for name, module in _LINES.items() if module.matches(start)]
+    if not matching:
         row = next(file.rows(), None)
         if row is None:
             raise KestrelError(f"{file.path}: the file has no rows.")
-        where, content = row.where, f"the columns {sorted(row.values)}"
-        matching = [name for name, each in FORMATS.items() if each.COLUMNS and each.COLUMNS <= row.values.keys()]
+        where, columns = row.where, set(row.values)
+        content = f"the columns {sorted(columns)}"
+        matching = _matching(columns)
     if expected in matching:
         return expected
     if expected != "auto":
@@ -58,12 +116,29 @@ def recognize(file: SourceFile, expected: str) -> str:
         )
     if len(matching) > 1:
         raise KestrelError(f"{where}: this could be {' or '.join(matching)}; set data.format to one of them.")
-    if not matching:
-        known = "; ".join(f"{name}: {_needs(name)}" for name in FORMATS)
-        raise KestrelError(f"{where}: the format is unknown: found {content}. Known formats are {known}.")
-    return matching[0]
+    if matching:
+        return matching[0]
+    for refused, meaning in _REFUSED:
+        if refused <= columns:
+            raise KestrelError(f"{where}: {meaning}")
+    known = "; ".join(f"{name}: {_needs(name)}" for name in FORMATS)
+    raise KestrelError(f"{where}: the format is unknown: found {content}. Known formats are {known}.")
+
+
+def _matching(columns: set[str]) -> list[str]:
+    """The formats whose columns are all there, without those of which another asks for more."""
+    fitting = {name: needed for name, module in FORMATS.items() for needed in module.COLUMNS if needed <= columns}
+    return [name for name, needed in fitting.items() if not any(needed < other for other in fitting.values())]
 
 
 def _needs(name: str) -> str:
-    columns = FORMATS[name].COLUMNS
-    return "the columns " + ", ".join(sorted(columns)) if columns else "lines 'N text'"
+    if not FORMATS[name].COLUMNS:
+        return _LINE_FORMS[name]
+    return " or ".join("the columns " + ", ".join(sorted(columns)) for columns in FORMATS[name].COLUMNS)
+
+
+_LINE_FORMS = {
+    "parlai": "lines 'N text'",
+    "parlai_fields": "lines 'text:...<TAB>labels:...'",
+    "whatsapp": "lines 'date, time - name: text'",
+}

@@ -23,7 +23,7 @@ from kestrel.data.read_counts import ReadCounts
 
 _PERSONAS = ("user 1 personas", "user 2 personas")
 _CONVERSATION = "Best Generated Conversation"
-COLUMNS = {*_PERSONAS, _CONVERSATION}
+COLUMNS = [{*_PERSONAS, _CONVERSATION}]
 
 _TAG = re.compile(r"(?P<mark>[*_#>\s-]*)user ?(?P<user>[12])\s*[*_]*\s*:(?P<text>.*)", re.IGNORECASE | re.DOTALL)
 _WORDS = r"name|city|town|hometown|country|state|age|job|location|place|school|company"
@@ -49,10 +49,7 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
         spoken = _conversation(row.text(_CONVERSATION), row.where, file.counts)
         turns = tuple(RawTurn("partner" if user == "1" else "self", text) for user, text in spoken)
         dialogue_id = file.dialogue_id(index)
-        dialogue = RawDialogue(row.where, dialogue_id, two, turns, dialogue_id, one)
-        yield dialogue
-        if file.both_sides:
-            yield dialogue.other_side()
+        yield from file.sides(RawDialogue(row.where, dialogue_id, two, turns, dialogue_id, one))
 
 
 def _conversation(text: str, where: str, counts: ReadCounts) -> list[tuple[str, str]]:

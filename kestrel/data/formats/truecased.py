@@ -12,7 +12,7 @@ from kestrel.data.formats.huggingface import turns_of_steps
 from kestrel.data.raw import RawDialogue, SourceFile
 from kestrel.errors import KestrelError
 
-COLUMNS = {"personality", "candidates", "history", "conv_id"}
+COLUMNS = [{"personality", "candidates", "history", "conv_id"}]
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
