@@ -181,12 +181,12 @@ def broken(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make_source", "extra", "status", "message"),
     [
-        (one_dialogue, [], 1, "too few personas (1) to cut a test split"),
+        (one_dialogue, [], 1, "too few conversations (1) to cut test and validation"),
         (empty, [], 1, "empty.jsonl"),
         (nowhere, [], 1, "nowhere.jsonl"),
         (broken, [], 1, "kestrel.jsonl:25"),
         (too_long, [], 1, "is left for train (22: longer than prompt.max_length); raise prompt.max_length"),
-        (one_dialogue, ["--data.test_fraction", "0"], 1, "too few personas (1) to cut a validation split"),
+        (one_dialogue, ["--data.test_fraction", "0"], 1, "too few conversations (1) to cut validation"),
         (one_dialogue, ["--data.test_fraction", "0", "--data.validation_fraction", "0"], 1, "has no validation split"),
         (one_dialogue, ["--data.test_fraction", "1"], 2, "--data.test_fraction: input should be less than 1"),
         (one_dialogue, ["--prompt.format", "chat"], 1, "no chat template; use prompt.format: plain"),

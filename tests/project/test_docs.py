@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from children import ROOT, python
 from make_corpora import read
 from make_models import write_base, write_config
@@ -47,11 +48,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_has_the_tested_examples() -> None:
-    assert FILES.keys() == {"my-dialogues.jsonl", "chats.csv", "log.txt", "sharegpt.json"}
-    assert len(PROGRAMS) == 4 and len(MISTAKES) == 10
+    assert FILES.keys() == {"my-dialogues.jsonl", "chats.csv", "whatsapp.txt", "sharegpt.json"}
+    assert len(PROGRAMS) == 2 and len(MISTAKES) == 10
 
 
-@pytest.mark.parametrize("name", ["my-dialogues", "from-table", "from-log", "from-sharegpt", "both-sides"])
+@pytest.mark.parametrize("name", ["my-dialogues", "from-table", "both-sides"])
 def test_converted_examples_are_read_without_loss(converted: Path, name: str) -> None:
     dialogues, counts = read(str(converted / f"{name}.jsonl"))
     assert dialogues and counts.kept == counts.read and not counts.dropped
@@ -80,38 +81,22 @@ def test_the_table_program_reads_what_spreadsheets_write(comma, encoding, tmp_pa
     assert dialogue.persona == ("I work at night.",)
 
 
-@pytest.mark.parametrize(
-    "stamp", ["2026-03-01 18:02 {}", "[12.03.26, 18:02:11] {}", "\u200e[12.03.26, 18:02:11] {}", "3/12/26, 6:02\u202fPM - {}",
-              "12/03/2026, 18:02 - {}"],
-)  # fmt: skip
-def test_the_log_program_reads_what_messengers_export(stamp, tmp_path):
-    messages = ["Messages are encrypted", "Ben: at 18:02: here?", "Ana: ten minutes\nstill: looking", "Ben left"]
-    (tmp_path / "log.txt").write_text("".join(stamp.format(line) + "\n" for line in messages), encoding="utf-8-sig")
-    execute(PROGRAMS[1], tmp_path)
-    (dialogue,) = dialogues_of(tmp_path / "from-log.jsonl")
-    assert [(turn.speaker, turn.text) for turn in dialogue.turns] == [
-        ("partner", "at 18:02: here?"), ("self", "ten minutes still: looking"),
-    ]  # fmt: skip
-
-
-def test_the_sharegpt_program_needs_no_ids(tmp_path):
-    items = json.loads(FILES["sharegpt.json"])
-    for item in items:
-        del item["id"]
-    (tmp_path / "sharegpt.json").write_text(json.dumps(items), encoding="utf-8")
-    execute(PROGRAMS[2], tmp_path)
-    (dialogue,) = dialogues_of(tmp_path / "from-sharegpt.jsonl")
-    assert dialogue.dialogue_id == "train-000000" and dialogue.persona[0] == "You are Mira."
+def test_the_exports_are_read_with_the_settings_of_the_page(converted: Path) -> None:
+    asked = yaml.safe_load(re.search(r"```yaml\n(data:.*?)```", OWN_DATA, re.DOTALL)[1])["data"]
+    asked["session_gap"] = float(asked["session_gap"])
+    source = str(converted / asked.pop("source"))
+    dialogues, counts = read(source, **asked)
+    assert [len(dialogue.turns) for dialogue in dialogues] == [2, 2, 2]
+    assert dialogues[0].turns[1].text.endswith("the cat found her, mail me at [email]")
+    assert counts.repaired["e-mail addresses replaced"] == 1 and dialogues[0].persona == tuple(asked["persona"])
+    (mira,), counts = read(str(converted / "sharegpt.json"))
+    assert mira.persona == ("You are Mira. You repair violins.",) and counts.dropped == {"no persona": 1}
 
 
 def test_the_programs_keep_the_speakers(converted: Path) -> None:
     hotel, inn = dialogues_of(converted / "from-table.jsonl")
     assert hotel.persona == ("I work at the night desk.", "I love old maps.") and inn.dialogue_id == "2"
     assert [turn.speaker for turn in hotel.turns] == ["partner", "self", "partner", "self"]
-    evening, _ = dialogues_of(converted / "from-log.jsonl")
-    assert evening.turns[1].text == "give me ten minutes still looking for the cat"
-    (mira,) = dialogues_of(converted / "from-sharegpt.jsonl")
-    assert mira.persona == ("You are Mira.", "You repair violins.") and mira.turns[1].speaker == "self"
     *_, ours, theirs = dialogues_of(converted / "both-sides.jsonl")
     assert theirs.conversation_id == ours.conversation_id and theirs.persona == ours.partner_persona
 

@@ -121,8 +121,12 @@ def recognize(file: SourceFile, expected: str) -> str:
     for refused, meaning in _REFUSED:
         if refused <= columns:
             raise KestrelError(f"{where}: {meaning}")
-    known = "; ".join(f"{name}: {_needs(name)}" for name in FORMATS)
-    raise KestrelError(f"{where}: the format is unknown: found {content}. Known formats are {known}.")
+    near = [name for name, module in FORMATS.items() if any(needed & columns for needed in module.COLUMNS)]
+    nearest = "".join(f" {name} needs {_needs(name)}." for name in near[:3])
+    raise KestrelError(
+        f"{where}: the format is unknown: found {content}.{nearest} docs/your-own-data.md describes what is read: "
+        f"{', '.join(FORMATS)}."
+    )
 
 
 def _matching(columns: set[str]) -> list[str]:
