@@ -13,7 +13,7 @@ from kestrel.errors import ProofError
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import folder_atomically, write_json
-from kestrel.runtime.disk_space import adapter_bytes, disk_full_as_oserror, room_for
+from kestrel.runtime.disk_space import model_bytes, room_for
 from kestrel.runtime.manifest import write_manifest
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def save_and_prove(
     if torch.equal(trained, base):
         raise ProofError("the trained adapter changes no logit: it is the base; look at training.learning_rate")
     weights, _ = model.get_nb_trainable_parameters()
-    room = room_for("the adapter's files", adapter_bytes(weights, len(prompt.tokenizer)), folder)
-    with room, folder_atomically(folder) as target, disk_full_as_oserror(target):
+    room = room_for("the adapter's files", model_bytes(weights, len(prompt.tokenizer)), folder)
+    with room, folder_atomically(folder) as target:
         model.save_pretrained(str(target), save_embedding_layers=False)
         (target / "README.md").unlink(missing_ok=True)  # peft's empty card would be mistaken for ours
         prompt.tokenizer.save_pretrained(str(target))

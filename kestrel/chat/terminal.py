@@ -18,6 +18,7 @@ from kestrel.chat.sampling import change_setting, settings_in_effect
 from kestrel.chat.streaming import EMPTY_ANSWER, ChatModel
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
+from kestrel.runtime.output import steer, visible
 
 HELP = """\
 /persona                    show the persona, and type in another one
@@ -148,7 +149,7 @@ class Terminal:
     def _undo(self, rest: str) -> None:
         if not self.conversation.exchanges:
             raise KestrelError("nothing to take back")
-        print(f"(taken back: {readable(self.conversation.exchanges.pop().message)})")
+        print(f"(taken back: {visible(self.conversation.exchanges.pop().message)})")
 
     def _compare(self, rest: str) -> None:
         if len(self.model.systems) < 2:
@@ -187,7 +188,7 @@ class Terminal:
     def _show_persona(self) -> None:
         print("The model speaks as this persona:")
         for sentence in self.conversation.persona:
-            print(f"  {readable(sentence)}")
+            print(f"  {visible(sentence)}")
 
 
 class _Line:
@@ -199,7 +200,7 @@ class _Line:
 
     def show(self, exchange: Exchange, is_whole: bool = False) -> None:
         more, self._length = exchange.reply[self._length :], len(exchange.reply)
-        print(readable(more), end="\n" if is_whole else "", flush=True)
+        print(visible(more), end="\n" if is_whole else "", flush=True)
 
 
 class _Columns:
@@ -214,7 +215,9 @@ class _Columns:
         rows = block.count("\n") + 1
         # What has scrolled out of sight cannot be drawn over.
         if is_whole or (sys.stdout.isatty() and rows < shutil.get_terminal_size().lines):
-            print(f"\x1b[{self._rows}F\x1b[J{block}" if self._rows else block, flush=True)
+            if self._rows:
+                steer(f"\x1b[{self._rows}F\x1b[J")
+            print(block, flush=True)
             self._rows = rows
 
 
@@ -225,15 +228,10 @@ def typed_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # Path.expanduser raises if the user is unknown
 
 
-def readable(text: str) -> str:
-    """Text in which a terminal finds no control sequences."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
 def side_by_side(answers: dict[System, str]) -> str:
     """Answers in columns as wide as the terminal allows, each below its system's name."""
     width = max(20, (shutil.get_terminal_size().columns - 3 * (len(answers) - 1)) // len(answers))
-    columns = [[f"{system}>", *textwrap.wrap(readable(text), width)] for system, text in answers.items()]
+    columns = [[f"{system}>", *textwrap.wrap(visible(text), width)] for system, text in answers.items()]
     height = max(map(len, columns))
     rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
     return "\n".join(" │ ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)

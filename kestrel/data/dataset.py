@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import IGNORED, Prompt, Rendered, Unrenderable
 from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal, sha256_of
+from kestrel.runtime.output import steer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -167,6 +169,7 @@ def print_rows(dataset: Dataset, prompt: Prompt, count: int) -> None:
     """Prints the first rows as the model sees them, supervised tokens in green or in [brackets]."""
     in_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if in_color else ("[", "]")
+    mark = steer if in_color else partial(print, end="")
     for row in dataset.select(range(min(count, len(dataset)))):
         ids, supervised = row["input_ids"], [label != IGNORED for label in row["labels"]]
         print(f"\n── {row['dialogue_id']}: {len(ids)} tokens, {sum(supervised)} supervised " + "─" * 20)
@@ -174,6 +177,8 @@ def print_rows(dataset: Dataset, prompt: Prompt, count: int) -> None:
         for is_supervised, run in groupby(supervised):
             end = start + len(list(run))
             text = prompt.tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-            print(f"{before}{text}{after}" if is_supervised else text, end="")
+            mark(before if is_supervised else "")
+            print(text, end="")
+            mark(after if is_supervised else "")
             start = end
         print()

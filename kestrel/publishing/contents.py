@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,8 @@ from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
-from kestrel.publishing.model_card import CardFacts, model_card
-from kestrel.publishing.run_records import (
-    base_commit,
-    decisive_settings,
-    evaluation_of,
-    read_adapter_files,
-    train_statistics,
-)
+from kestrel.publishing.model_card import model_card
+from kestrel.publishing.run_records import read_adapter_files, read_records
 from kestrel.publishing.upload import CARD, base_config
 from kestrel.publishing.usage import example_prompt
 from kestrel.runtime.manifest import (
@@ -36,6 +31,7 @@ from kestrel.runtime.manifest import (
     require_equal,
     with_own_hash,
 )
+from kestrel.training.checkpoints import DECISIVE_TRAINING_SETTINGS
 
 
 def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
@@ -51,35 +47,33 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     manifest = read_manifest(folder, "adapter", remedy, check_files=False)
     files = read_adapter_files(folder, manifest["files"], remedy)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
-    then = {**decisive_settings(manifest["settings"]), "prompt": json.loads(files[PROMPT])}
-    now = {**decisive_settings(settings.model_dump()), "prompt": prompt.identity()}
+    then = {**_decisive(manifest["settings"]), "prompt": json.loads(files[PROMPT])}
+    now = {**_decisive(settings.model_dump()), "prompt": prompt.identity()}
     require_equal(f"the adapter in {folder}", then, now, f"publish it with its own settings, or {remedy}")
 
-    named = {"base_model_name_or_path": base, "revision": base_commit(manifest)}
+    named = {"base_model_name_or_path": base, "revision": manifest["made_from"].get("base", {}).get("commit")}
     files[CONFIG] = _json({**json.loads(files[CONFIG]), **named})
     digests = {**manifest["files"], CONFIG: hashlib.sha256(files[CONFIG]).hexdigest()}
     public_manifest = {**manifest, "base_model": {**manifest["base_model"], "name": base}, "files": digests}
     files[MANIFEST] = _json(with_own_hash(public_manifest))
     # generate.py may have had the same adapter from this folder or, published before, from the Hub.
-    evaluation = evaluation_of(settings, {identity_of(manifest), identity_of(public_manifest)}, again)
-    if evaluation is not None:
-        files["metrics.json"] = _json(evaluation.metrics)
+    records = read_records(settings, prompt, manifest, {identity_of(manifest), identity_of(public_manifest)}, again)
+    if records.metrics is not None:
+        files["metrics.json"] = _json(records.metrics)
     public = public_settings(settings, base)
     files["config.yaml"] = describe(public, {}).encode()
     for name, content in files.items():
         if name.endswith((".json", ".jinja", ".yaml")):
             _refuse_private_text(name, content)
-    facts = CardFacts(
-        settings=public,
-        is_falcon=base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon",
-        datasets=datasets_on_hub(settings),
-        manifest=manifest,
-        statistics=train_statistics(settings, prompt, manifest, again),
-        evaluation=evaluation,
-        example=example_prompt(prompt),
-    )
-    files[CARD] = model_card(facts).encode()
+    is_falcon = base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon"
+    files[CARD] = model_card(public, records, datasets_on_hub(settings), is_falcon, example_prompt(prompt)).encode()
     return files
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that shape an adapter, besides the prompt."""
+    training = {name: settings["training"].get(name) for name in DECISIVE_TRAINING_SETTINGS}
+    return {"training": training, **{name: settings.get(name) for name in ("quantization", "lora", "seed")}}
 
 
 def _json(value: Any) -> bytes:

@@ -29,7 +29,7 @@ from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.usage import example_prompt, render
 from kestrel.runtime.atomic import clear_leftovers_of, folder_atomically
-from kestrel.runtime.disk_space import disk_full_as_oserror, merged_bytes, room_for
+from kestrel.runtime.disk_space import model_bytes, room_for
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, write_manifest
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     base_id = base_identity(settings.model, config)
     adapter_folder, manifest = open_adapter(settings, prompt, base_id, f"python train.py {again}")
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
-    needed = merged_bytes(weights, settings.quantization.compute_dtype, len(prompt.tokenizer))
+    needed = model_bytes(weights, len(prompt.tokenizer), 4 if settings.quantization.compute_dtype == "float32" else 2)
     room = room_for("the merged model's files", needed, folder, "name another folder")
-    with room, _advice_on_memory(needed), folder_atomically(folder) as target, disk_full_as_oserror(target):
+    with room, _advice_on_memory(needed), folder_atomically(folder) as target:
         contexts = sample_contexts(settings, prompt, again)
         adapted = load_model(settings, prompt, (adapter_folder, manifest))
         before = behaviour(adapted, prompt, contexts, settings)

@@ -8,80 +8,60 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
-from kestrel.evaluation.tables import Table, scores_table
-from kestrel.publishing.run_records import PublicEvaluation, base_commit
+from kestrel.evaluation.tables import scores_table
+from kestrel.publishing.run_records import RunRecords
 from kestrel.publishing.usage import PromptExample, render
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card is made of.
-
-    Attributes:
-        settings: from `public_settings`.
-        is_falcon: whether the base has Falcon's architecture, which transformers cannot quantize by itself.
-        datasets: the training data's ids on the Hub.
-        manifest: of the adapter.
-        statistics: of the train split, as in the data set's statistics.json.
-        evaluation: None if the adapter was not evaluated.
-    """
-
-    settings: Settings
-    is_falcon: bool
-    datasets: list[str]
-    manifest: Mapping[str, Any]
-    statistics: Mapping[str, Any]
-    evaluation: PublicEvaluation | None
-    example: PromptExample
-
-
-def model_card(facts: CardFacts) -> str:
+def model_card(
+    settings: Settings, records: RunRecords, datasets: list[str], is_falcon: bool, example: PromptExample
+) -> str:
     """The content of README.md.
+
+    Args:
+        settings: from `public_settings`.
+        datasets: the training data's ids on the Hub.
+        is_falcon: whether the base has Falcon's architecture, which transformers cannot quantize by itself.
 
     Raises:
         KestrelError: the Hub would refuse the metadata.
     """
     from huggingface_hub import ModelCardData
 
-    settings, trained, evaluation = facts.settings, facts.manifest["settings"], facts.evaluation
-    metrics = evaluation.metrics if evaluation else None
-    base, repo_id = settings.model.name, str(settings.hub.repo_id)
+    metrics, repo_id = records.metrics, str(settings.hub.repo_id)
     name = repo_id.partition("/")[2]
     data = ModelCardData(
-        base_model=base,
-        datasets=facts.datasets or None,
-        eval_results=_eval_results(facts, metrics) if metrics else None,
+        base_model=settings.model.name,
+        datasets=datasets or None,
+        eval_results=_eval_results(metrics, datasets, settings.data.source) if metrics else None,
         language=settings.hub.language or None,
         library_name="peft",
         license=settings.hub.license,
         model_name=name,
         pipeline_tag="text-generation",
-        tags=["lora", "persona", "dialogue", "kestrel", f"base_model:adapter:{base}"],
+        tags=["lora", "persona", "dialogue", "kestrel"],
+        base_model_relation="adapter",
     )
     body = render(
         "card.md",
         name=name,
         repo_id=repo_id,
-        base=base,
-        commit=base_commit(facts.manifest),
+        base=settings.model.name,
         data_name=settings.data.source,
-        quantization=trained["quantization"],
-        is_falcon=facts.is_falcon,
-        example=facts.example,
-        metrics=metrics,
-        decoding=_decoding(evaluation.generation) if evaluation else "",
+        is_falcon=is_falcon,
+        example=example,
         scores=scores_table(metrics) if metrics else None,
         headlines=HEADLINES,
-        training=_training_table(facts, trained),
+        records=records,
+        **records.adapter["settings"],
     )
     content = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     check_metadata(content)
@@ -115,14 +95,14 @@ def check_metadata(content: str) -> None:
         raise KestrelError("the Hub would refuse the card's metadata:\n  " + "\n  ".join(problems))
 
 
-def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResult]:
+def _eval_results(metrics: Mapping[str, Any], datasets: list[str], source: str) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     scores = metrics["systems"]["adapter"]
     trivial = {name: entry for name, entry in metrics["systems"].items() if entry["kind"] == "trivial"}
     dataset = {
-        "dataset_type": facts.datasets[0] if facts.datasets else "other",
-        "dataset_name": facts.settings.data.source,
+        "dataset_type": datasets[0] if datasets else "other",
+        "dataset_name": source,
         "dataset_split": metrics["split"],
     }
     results = []
@@ -149,42 +129,3 @@ def _eval_results(facts: CardFacts, metrics: Mapping[str, Any]) -> list[EvalResu
         )
         results.append(result)
     return results
-
-
-def _decoding(generation: Mapping[str, Any]) -> str:
-    """How the answers were made, in words."""
-    if generation["do_sample"]:
-        sampling = [f"{key} {generation[key]}" for key in ("temperature", "top_p", "top_k") if generation[key]]
-        how = ", ".join(["sampled", *sampling])
-    else:
-        how = "greedy search" if generation["num_beams"] == 1 else f"{generation['num_beams']} beams"
-    words = [how, f"at most {generation['max_new_tokens']} tokens"]
-    if generation["repetition_penalty"] != 1:
-        words.append(f"repetition penalty {generation['repetition_penalty']:g}")
-    if generation["no_repeat_ngram_size"]:
-        words.append(f"no repeated {generation['no_repeat_ngram_size']}-grams")
-    if generation["stop_strings"]:
-        words.append(f"stop strings {', '.join(map(repr, generation['stop_strings']))}")
-    return "; ".join(words)
-
-
-def _training_table(facts: CardFacts, settings: Mapping[str, Any]) -> Table:
-    manifest, lora, training, counts = facts.manifest, settings["lora"], settings["training"], facts.statistics
-    targets, loss = lora["target_modules"], manifest["eval_loss"]
-    rows = {
-        "data": f"{facts.settings.data.source}, as dataset {manifest['made_from']['dataset']} of Kestrel",
-        "dialogues in train": f"{counts['dialogues']:,} with {counts['replies']:,} replies and {counts['tokens']:,} tokens",
-        "LoRA": f"rank {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on "
-        f"{targets if isinstance(targets, str) else ', '.join(targets)}; {manifest['trainable_parameters']:,} "
-        "trained parameters",
-        "optimization": f"{manifest['steps']:,} steps of up to {training['batch_size']} dialogues, "
-        f"{training['optimizer']}, learning rate {training['learning_rate']:g}, {training['lr_schedule']}; seed "
-        f"{settings['seed']}",
-        "tokens seen": f"{manifest['tokens']:,}",
-        "kept": f"step {manifest['best_step']}, validation loss {loss:.4f} (perplexity {math.exp(loss):.2f} per reply "
-        "token)",
-        "versions": ", ".join(f"{library} {version}" for library, version in manifest["versions"].items()),
-        "Kestrel's commit": manifest.get("git_commit"),
-    }
-    cells = tuple((name, str(value)) for name, value in rows.items() if value)
-    return Table("Training", ("fact", "value"), cells)

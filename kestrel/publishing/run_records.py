@@ -18,7 +18,6 @@ from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, require_equal
-from kestrel.training.checkpoints import DECISIVE_TRAINING_SETTINGS
 
 _METRICS = ("signature", "split", "n_replies", "n_dialogues", "normalization", "paired_test", "paired", "verdicts")
 
@@ -60,61 +59,56 @@ def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) ->
     return files
 
 
-def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that shape an adapter, besides the prompt."""
-    training = {name: settings["training"].get(name) for name in DECISIVE_TRAINING_SETTINGS}
-    return {"training": training, **{name: settings.get(name) for name in ("quantization", "lora", "seed")}}
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run records about its adapter.
+
+    Attributes:
+        adapter, dataset: the manifests.
+        counts: of the train split, as in the data set's statistics.json.
+        metrics: metrics.json without anything local; None if the adapter was not evaluated.
+        generation: the settings of the answers that were scored.
+    """
+
+    adapter: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    counts: Mapping[str, Any]
+    metrics: dict[str, Any] | None
+    generation: Mapping[str, Any]
 
 
-def train_statistics(settings: Settings, prompt: Prompt, manifest: Mapping[str, Any], again: str) -> dict[str, Any]:
-    """Counts of the train split of the data set that the adapter was trained on.
+def read_records(
+    settings: Settings, prompt: Prompt, adapter: dict[str, Any], identities: set[str], again: str
+) -> RunRecords:
+    """Reads the records of the data set that the adapter was trained on, and of its evaluation.
+
+    Args:
+        adapter: its manifest.
+        identities: of the adapter; the answers that were scored must come from one of them.
 
     Raises:
-        KestrelError: the run does not hold that data set, so the card could not describe it.
+        KestrelError: the run holds another data set, so the card could not describe the right one; or an evaluation that
+            is damaged, or of other answers, another adapter or other settings.
     """
     command = f"python preprocess.py {again}"
     folder, dataset = open_dataset(settings, prompt, command)
-    if identity_of(dataset) != manifest["made_from"].get("dataset"):
+    if identity_of(dataset) != adapter["made_from"].get("dataset"):
         raise KestrelError(
             f"the adapter was trained on another data set than the one in {folder}; make that one again with: {command}, "
             f"or train on this one with: python train.py {again}"
         )
-    counts: dict[str, Any] = read_json(folder / "statistics.json", f"make it again with: {command}")["splits"]["train"]
-    return counts
+    counts = read_json(folder / "statistics.json", f"make it again with: {command}")["splits"]["train"]
+    return RunRecords(adapter, dataset, counts, *_evaluation_of(settings, identities, again))
 
 
-def base_commit(manifest: Mapping[str, Any]) -> str | None:
-    """The base's commit on the Hub, where the adapter's manifest records one."""
-    commit: str | None = (manifest["made_from"].get("base") or {}).get("commit")
-    return commit
-
-
-@dataclass(frozen=True)
-class PublicEvaluation:
-    """What is published of an evaluation.
-
-    Attributes:
-        metrics: metrics.json without anything local.
-        generation: the settings of the adapter's answers.
-    """
-
-    metrics: dict[str, Any]
-    generation: dict[str, Any]
-
-
-def evaluation_of(settings: Settings, identities: set[str], again: str) -> PublicEvaluation | None:
-    """The run's evaluation; None if it has none.
-
-    Args:
-        identities: of the adapter; the answers that were scored must come from one of them.
-
-    Raises:
-        KestrelError: the metrics are damaged, or score other answers, another adapter or other settings.
-    """
+def _evaluation_of(
+    settings: Settings, identities: set[str], again: str
+) -> tuple[dict[str, Any] | None, Mapping[str, Any]]:
+    """The public part of metrics.json, and the settings of the answers; None if there is none."""
     run = Path(settings.run_dir)
     path = run / "evaluation" / "metrics.json"
     if not path.is_file():
-        return None
+        return None, {}
     remedy = f"delete {path.parent}, or run generate.py and then: python evaluate.py {again}"
     metrics = read_json(path, remedy)
     generations = read_manifest(run / "generations", "generations", remedy, check_files=False).get("generations", {})
@@ -137,4 +131,4 @@ def evaluation_of(settings: Settings, identities: set[str], again: str) -> Publi
     then = {"generation": generation, "seed": made_from["seed"], "evaluation": normalization}
     now = settings.model_dump(include={"generation": set(generation), "seed": True, "evaluation": {"normalization"}})
     require_equal(f"the evaluation in {path}", then, now, f"publish with the same ones, or {remedy}")
-    return PublicEvaluation(public, generation)
+    return public, generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ def render(template: str, **values: Any) -> str:
         "markdown": lambda value: markdown.escape(str(value)),
         "code_block": _code_block,
         "table": lambda table: markdown.table(table.columns, table.rows, align="---"),
+        "exp": math.exp,
         "json": lambda value: json.dumps(value, ensure_ascii=False),
     }
     return environment.get_template(f"{template}.jinja").render(values)

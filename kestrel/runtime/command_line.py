@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.runtime import distributed
+from kestrel.runtime.output import prepare_output
 from kestrel.runtime.run_folder import locked_run_folder
-from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals, prepare_output
+from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -90,7 +91,7 @@ def run_script(
         if text := distributed.failure_to_report(message):
             if "--debug" in (sys.argv if argv is None else argv) and not isinstance(error, UsageError):
                 traceback.print_exc(file=stderr)
-            print(f"{name}: {_printable(text)}", file=stderr, flush=True)
+            print(f"{name}: {text}", file=stderr, flush=True)
         return status
 
 
@@ -152,11 +153,6 @@ def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
             help=f"{key.field.description} ({key.type_name}; {key.default})".replace("%", "%%"),
         )
     return parser
-
-
-def _printable(text: str) -> str:
-    """The message without control characters, which text from a file could send to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _quieten_libraries() -> None:

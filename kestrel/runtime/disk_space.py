@@ -1,4 +1,7 @@
-"""Disk space: checked before a long stage begins, and named in the message if it runs out later."""
+"""Disk space: checked before a long stage begins, and named in the message if it runs out later.
+
+The estimates are in bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,9 @@ _REPORT_BYTES = 2**20  # the report's page and plots
 _ALTERNATIVE = "give this run another run_dir"
 
 
-def is_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error, which torch and safetensors do not raise as OSError, means that no space or quota is left."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < _FULL
-
-
 @contextmanager
 def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> Iterator[None]:
-    """Checks that the disk has space for what the block writes, and explains an OSError in it if the disk is full.
+    """Checks that the disk has space for what the block writes, and explains an error in it if the disk is full.
 
     Args:
         what: is written, in the plural, for messages.
@@ -47,8 +43,8 @@ def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATI
     require_room(what, needed, folder, alternative)
     try:
         yield
-    except OSError as error:
-        if not is_full(error, _existing(folder)):
+    except Exception as error:
+        if isinstance(error, KestrelError) or not _is_full(error, folder):
             raise
         advice = _needed_and_free(what, needed, folder, alternative)
         raise KestrelError(f"the disk is full; what was finished is kept. {advice}") from error
@@ -58,6 +54,13 @@ def require_room(what: str, needed: int, folder: Path, alternative: str = _ALTER
     """The check of `room_for`, for what is written later."""
     if shutil.disk_usage(_existing(folder)).free < needed:
         raise KestrelError(f"the disk is too full. {_needed_and_free(what, needed, folder, alternative)}")
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether an error, which torch and safetensors do not raise as OSError, means that no space or quota is left."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(_existing(folder)).free < _FULL
 
 
 def _needed_and_free(what: str, needed: int, folder: Path, alternative: str) -> str:
@@ -78,13 +81,13 @@ def _readable(size: int) -> str:
 
 
 def dataset_bytes(sources: Sequence[Path], max_dialogues: int | None) -> int:
-    """About how many bytes the dataset of some source files takes."""
+    """Of the dataset of some source files."""
     size = _DATASET_FACTOR * sum(path.stat().st_size for path in sources)
     return size if max_dialogues is None else min(size, 3 * max_dialogues * _LARGEST_DIALOGUE)
 
 
 def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpoints: Path) -> int:
-    """About how many bytes training still has to write: checkpoints, logs and the adapter.
+    """Of what training still has to write: checkpoints, logs and the adapter.
 
     Args:
         weights: number of trained weights.
@@ -93,28 +96,19 @@ def training_bytes(weights: int, vocabulary: int, steps: int, kept: int, checkpo
         kept: checkpoints that stay on disk, besides the one being written.
         checkpoints: their folder.
     """
-    checkpoint = _weights_bytes(_CHECKPOINT_BYTES, weights, vocabulary)
+    checkpoint = model_bytes(weights, vocabulary, _CHECKPOINT_BYTES)
     written = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
     more = max(checkpoint, (kept + 1) * checkpoint - written)
-    return more + adapter_bytes(weights, vocabulary) + steps * _LINE_BYTES
+    return more + model_bytes(weights, vocabulary) + steps * _LINE_BYTES
 
 
-def adapter_bytes(weights: int, vocabulary: int) -> int:
-    """About how many bytes an adapter takes, with its tokenizer."""
-    return _weights_bytes(4, weights, vocabulary)
-
-
-def merged_bytes(weights: int, dtype: str, vocabulary: int) -> int:
-    """About how many bytes a merged model takes, with its tokenizer."""
-    return _weights_bytes(4 if dtype == "float32" else 2, weights, vocabulary)
-
-
-def _weights_bytes(each: int, weights: int, vocabulary: int) -> int:
+def model_bytes(weights: int, vocabulary: int, each: int = 4) -> int:
+    """Of an adapter or a model with its tokenizer, at so many bytes per weight."""
     return each * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
 def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:
-    """About how many bytes the generations for rows of the dataset take, in files of which one at a time exists twice."""
+    """Of the generations for rows of the dataset, in files of which one at a time exists twice."""
     size = 0
     for row in rows:
         before = sum(len(sentence.encode()) for sentence in row["persona"]) + _LINE_BYTES
@@ -127,16 +121,5 @@ def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: in
 
 
 def evaluation_bytes(generations: Sequence[Path]) -> int:
-    """About how many bytes scores, report and responses take."""
+    """Of scores, report and responses."""
     return _REPORT_BYTES + 2 * sum(path.stat().st_size for path in generations if path.exists())
-
-
-@contextmanager
-def disk_full_as_oserror(folder: Path) -> Iterator[None]:
-    """Turns what torch and safetensors raise on a full disk into an OSError; `folder` is where the block writes."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, KestrelError) or not is_full(error, folder):
-            raise
-        raise OSError(errno.ENOSPC, "no space left on device", str(folder)) from error

@@ -1,11 +1,9 @@
-"""SIGINT and SIGTERM at any moment, and standard output that nobody reads any more."""
+"""SIGINT and SIGTERM at any moment."""
 
 from __future__ import annotations
 
-import io
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,16 +12,11 @@ from typing import Any, NoReturn
 from kestrel.errors import Interrupted
 from kestrel.runtime.atomic import remove_unfinished
 from kestrel.runtime.distributed import failure_to_report
+from kestrel.runtime.output import write_to_stderr
 from kestrel.runtime.run_folder import release_locks
 
 INTERRUPTED = "interrupted; run the same command again to continue"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def write_to_stderr(text: str) -> None:
-    """Writes a line, also from within a signal handler, where print fails if the signal came during a print."""
-    with suppress(OSError):
-        os.write(2, f"{text}\n".encode())
 
 
 def exit_now(number: int, frame: object = None, message: str = INTERRUPTED) -> NoReturn:
@@ -61,33 +54,3 @@ def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number in handled:
             signal.signal(number, previous[number])
-
-
-class _Pipe(io.FileIO):
-    """A pipe that discards what is written after its reader has closed it (`train.py | head`)."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
-            return super().write(data)
-
-
-def prepare_output() -> None:
-    """Keeps a run alive when the reader of its output closes the pipe, and on a terminal that is not UTF-8."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper):
-            continue
-        with suppress(OSError, ValueError):  # a stream that is closed
-            mode = os.fstat(stream.fileno()).st_mode
-            if stream is getattr(sys, f"__{name}__") and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-                stream.flush()
-                raw = _Pipe(stream.fileno(), "w", closefd=False)
-                buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-                stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, **buffering)
-                setattr(sys, name, stream)
-        stream.reconfigure(errors="replace")

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from kestrel.errors import ProofError
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
-from kestrel.runtime.signals import exit_now, write_to_stderr
+from kestrel.runtime.output import write_to_stderr
+from kestrel.runtime.signals import exit_now
 
 if TYPE_CHECKING:
     from kestrel.training.trainer import DialogueTrainer

@@ -16,6 +16,7 @@ from kestrel.generation.respond import greedy, respond
 from kestrel.model.base import check_context
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import write_atomically
+from kestrel.runtime.output import json_visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,4 +58,4 @@ class Samples(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         rows = ({"step": state.global_step, **row} for row in self.rows())
         with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json_visible(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)

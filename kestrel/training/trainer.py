@@ -20,7 +20,6 @@ from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.runtime import distributed
-from kestrel.runtime.disk_space import disk_full_as_oserror
 from kestrel.runtime.manifest import read_manifest, write_manifest
 from kestrel.training import objective
 from kestrel.training.checkpoints import KIND
@@ -251,15 +250,14 @@ class DialogueTrainer(Trainer):
         self._agree_on_passes()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            with disk_full_as_oserror(Path(self.args.output_dir)):
-                super()._save_checkpoint(model, trial)
-                if self.args.world_size > 1:
-                    torch.distributed.barrier()
-                if self.is_world_process_zero():
-                    write_passes(checkpoint, self._settings, self._plan)
-                    if (samples := Path(self._settings.run_dir) / "samples.jsonl").exists():
-                        shutil.copyfile(samples, checkpoint / samples.name)
-                    write_manifest(checkpoint, KIND, self._fingerprint, made_from={})
+            super()._save_checkpoint(model, trial)
+            if self.args.world_size > 1:
+                torch.distributed.barrier()
+            if self.is_world_process_zero():
+                write_passes(checkpoint, self._settings, self._plan)
+                if (samples := Path(self._settings.run_dir) / "samples.jsonl").exists():
+                    shutil.copyfile(samples, checkpoint / samples.name)
+                write_manifest(checkpoint, KIND, self._fingerprint, made_from={})
         except Exception:
             # Another process may fail, for lack of this one, when the first has just completed it.
             if self.is_world_process_zero():

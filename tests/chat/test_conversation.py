@@ -22,7 +22,6 @@ from kestrel.adapter.load import load_model
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import change_setting
 from kestrel.chat.streaming import ChatModel
-from kestrel.chat.terminal import readable
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split
@@ -32,6 +31,7 @@ from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import sha256_of
+from kestrel.runtime.output import visible
 from kestrel.runtime.run_folder import locked_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,8 +114,8 @@ def test_answers_are_those_of_generate(talk, trained, tmp_path):
     replies = [turn for turn in row["turns"] if turn["speaker"] == "self"]
     assert [turn["system"] for turn in replies] == ["adapter", "adapter", "base"]
     assert set(replies[1]["beside"]) == {"base"}
-    assert f"adapter> {readable(replies[0]['text'])}\n" in printed
-    assert f"base> {readable(replies[2]['text'])}\n" in printed
+    assert f"adapter> {visible(replies[0]['text'])}\n" in printed
+    assert f"base> {visible(replies[2]['text'])}\n" in printed
 
     run, _ = resolve(str(trained.config), {})
     prompt = Prompt(load_tokenizer(run.model), "plain", run.prompt.max_length)

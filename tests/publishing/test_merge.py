@@ -23,11 +23,15 @@ def merged(experiment: Experiment, folder: Path, *more: str) -> int:
     return publish.main(experiment.arguments("--merge", str(folder), *more))
 
 
-def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Experiment, tmp_path: Path, capsys) -> None:
+def test_merged_model_loads_anywhere_and_answers_like_the_adapter(
+    trained: Experiment, tmp_path: Path, monkeypatch, capsys
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setattr(merge, "_SHARD", "200KB")
     folder = tmp_path / "merged"
     assert merged(trained, folder) == 0
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert "proven on the saved model" in capsys.readouterr().out
     facts = read_json(folder / "manifest.json", "")
     assert facts["logits_apart"] < 1e-4 and facts["same_answers"] == facts["answers"] > 0
@@ -52,13 +56,6 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(trained: Exper
     (folder / "model.gguf").write_bytes(b"hours of work")
     assert merged(trained, folder) == 1
     assert (folder / "model.gguf").read_bytes() == b"hours of work"
-
-
-def test_weights_come_in_shards_that_load(trained: Experiment, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(merge, "_SHARD", "200KB")
-    folder = tmp_path / "merged"
-    assert merged(trained, folder) == 0
-    assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").is_file()
 
 
 def test_a_merge_into_another_base_is_caught_and_leaves_nothing(
@@ -93,14 +90,6 @@ def test_bfloat16_is_told_from_a_wrong_merge() -> None:
             apart(wrong)
 
 
-@pytest.mark.parametrize("what", ["adapter", "dataset"])
-def test_nothing_else_is_overwritten(trained: Experiment, tmp_path: Path, capsys, what: str) -> None:
-    arguments, folder = trained.copy_to(tmp_path / "run"), tmp_path / "run" / what
-    before = sorted(folder.rglob("*"))
-    assert publish.main([*arguments, "--merge", str(folder)]) == 1
-    assert "holds something else" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
-
-
 def test_a_merge_is_made_again_over_an_older_one_and_without_a_dataset(trained: Experiment, tmp_path: Path) -> None:
     adapter, folder = trained.run / "adapter", tmp_path / "merged"
     more = ["--run_dir", str(tmp_path / "empty"), "--model.adapter", str(adapter)]
@@ -109,7 +98,10 @@ def test_a_merge_is_made_again_over_an_older_one_and_without_a_dataset(trained: 
     assert json.loads((folder / "manifest.json").read_text())["answers"] == 4
 
 
-def test_what_stands_in_the_way_is_named(trained: Experiment, tmp_path: Path, capsys) -> None:
+def test_what_stands_in_the_way_is_named_and_not_overwritten(trained: Experiment, tmp_path: Path, capsys) -> None:
+    before = sorted((trained.run / "adapter").iterdir())
+    assert merged(trained, trained.run / "adapter") == 1
+    assert "holds something else" in capsys.readouterr().err and sorted((trained.run / "adapter").iterdir()) == before
     (tmp_path / "file").write_text("x")
     assert merged(trained, tmp_path / "file" / "merged") == 1
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import generate
 import publish
 from kestrel.errors import KestrelError
 from kestrel.publishing.run_records import read_adapter_files
-from kestrel.publishing.upload import PUBLISHED_FILES
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import sha256_of, with_own_hash
 
@@ -170,15 +168,6 @@ def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment
     (run_dir / "evaluation" / "metrics.json").write_text(json.dumps({"systems": {}}))
     assert publish.main(given) == 1
     assert "metrics.json is damaged or scores no adapter" in capsys.readouterr().err
-
-
-def test_other_files_of_the_run_are_not_published(evaluated: Experiment, tmp_path: Path, capsys) -> None:
-    shutil.copytree(evaluated.run, tmp_path / "run")
-    for name in ("dialogues.jsonl", "optimizer.pt", ".env", "vocab.txt"):
-        (tmp_path / "run" / name).write_text("mine")
-    assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"), "--dry-run")) == 0
-    listed = set(re.findall(r"^ +[\d,]+  [0-9a-f]{64}  (\S+)$", capsys.readouterr().out, re.MULTILINE))
-    assert {"README.md", "adapter_model.safetensors", "prompt.json"} <= listed <= set(PUBLISHED_FILES)
 
 
 def linked(path: Path) -> None:

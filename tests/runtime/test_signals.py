@@ -91,7 +91,8 @@ def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> No
     code = """
         import os, signal, sys
         from kestrel.training.callbacks import StopOnSignal
-        from kestrel.runtime.signals import _Pipe, on_signals, prepare_output
+        from kestrel.runtime.output import _Pipe, prepare_output
+        from kestrel.runtime.signals import on_signals
         def trace(frame, event, argument):
             if frame.f_code is _Pipe.write.__code__:
                 sys.settrace(None)
