@@ -57,7 +57,7 @@ def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
-        return f"list of {_type_name(typing.get_args(annotation)[0])}"
+        return f"list of {_type_name(_members(typing.get_args(annotation)[0])[0])}"
     if annotation is type(None):
         return "null"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(

@@ -7,8 +7,12 @@ pydantic checks the values; this module adds the line of each value, the nearest
 from __future__ import annotations
 
 import difflib
+import operator
+import os
+import select
+import stat
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +23,8 @@ from kestrel.config.settings import Settings, conflicts
 from kestrel.config.yaml_file import Loaded, load_with_lines
 from kestrel.errors import UsageError
 
-_LONGEST = 2**20  # bytes of a YAML file
+_LONGEST = 2**18  # bytes of a YAML file
+_PATHS = ("run_dir", "data.source", "model.name", "model.adapter", "training.resume")  # or ids and words
 
 # Options of the launchers, which users may put after the script's name.
 _LAUNCHERS = {
@@ -101,7 +106,7 @@ def resolve(
     settings = None
     try:
         settings = Settings.model_validate(tree)
-        for dotted, message in conflicts(settings):
+        for dotted, message in [*conflicts(settings), *_unusable_paths(settings)]:
             report(dotted, message)
     except ValidationError as error:
         for problem in error.errors():
@@ -156,7 +161,8 @@ def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], No
     """One pydantic error in the words of the settings."""
     parts = [str(part) for part in problem["loc"]]
     dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
-    found = f"found {problem['input']!r}"
+    value = repr(problem["input"])
+    found = f"found {value}" if len(value) <= 200 else f"found {value[:60]}… ({len(value):,} characters)"
     if problem["type"] == "extra_forbidden":
         if parts[0] in keys:  # `training.epochs: 1` for a section with a key
             section, _, name = parts[0].rpartition(".")
@@ -175,10 +181,38 @@ def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], No
         report(dotted, f"{problem['msg'][0].lower()}{problem['msg'][1:]}, {found}")
 
 
+def _unusable_paths(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Paths that exist but are no file or folder, or that the file system cannot have: (dotted key, what is wrong)."""
+    given: list[tuple[str, str | None]] = [(key, operator.attrgetter(key)(settings)) for key in _PATHS]
+    given += [("evaluation.generations", path) for path in settings.evaluation.generations]
+    for key, path in given:
+        if path is None:
+            continue
+        if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+            yield key, f"{path[:60]}… names a file or folder of more than 255 bytes"
+            continue
+        try:
+            mode = os.stat(os.path.expanduser(path)).st_mode
+        except NotADirectoryError:
+            if key == "run_dir":
+                yield key, f"{path} is below a file; expected a folder"
+            continue
+        except OSError:
+            continue
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            yield key, f"{path} is a pipe, a socket or a device; expected a file or a folder"
+        elif stat.S_ISREG(mode) and key in ("run_dir", "model.name"):
+            yield key, f"{path} is a file; expected a folder"
+
+
 def _read(config: str) -> str:
     path = Path(config)
     try:
-        with open(path, "rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not select.select([file], [], [], 1)[0]:
+                raise UsageError([f"{config}: a pipe to which nobody writes"])
+            os.set_blocking(descriptor, True)
             content = file.read(_LONGEST + 1)
         if len(content) > _LONGEST:
             raise UsageError([f"{config}: more than {_LONGEST:,} bytes; not an experiment"])

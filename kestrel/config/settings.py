@@ -9,15 +9,26 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 # Strict: a YAML `true` is not an integer and `"16"` is not a number. The loader handles numbers such as 2e-4.
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Text = Annotated[str, Field(min_length=1)]
+_MOST = 2**31 - 1  # of anything that is counted
+PositiveInt = Annotated[int, Field(ge=1, le=_MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+def _without_controls(text: str) -> str:
+    if re.search("[\x00-\x1f\x7f]", text):
+        raise PydanticCustomError("control_character", "expected text without control characters")
+    return text
+
+
+# A path, an id or a name; no path that Linux opens is longer.
+Text = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_without_controls)]
 MEMORY_FORM = "an amount of memory such as 24GiB"
 # The names that transformers' Trainer knows (5.23); a test compares them.
 Tracker = Literal[
@@ -74,7 +85,7 @@ class Prompt(Section):
         "plain: Kestrel's own prompt, for base models; chat: the tokenizer's chat template, for instruct models; "
         "original: the prompt of the original project, to score its adapter.",
     )
-    max_length: Annotated[int, Field(ge=16)] = _key(
+    max_length: Annotated[int, Field(ge=16, le=_MOST)] = _key(
         1024, "Longest training sequence in tokens; longer dialogues lose their oldest turns."
     )
 
@@ -108,10 +119,10 @@ class Quantization(Section):
 class Lora(Section):
     """The low-rank adapter to train."""
 
-    r: PositiveInt = _key(16, "Rank of the update.")
-    alpha: Annotated[float, Field(gt=0)] = _key(32, "The update is multiplied by alpha / r.")
+    r: Annotated[int, Field(ge=1, le=2**16)] = _key(16, "Rank of the update.")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = _key(32, "The update is multiplied by alpha / r.")
     dropout: Fraction = _key(0.05, "Dropout on the adapter's input during training.")
-    target_modules: list[str] | Literal["all-linear"] = _key(
+    target_modules: list[Text] | Literal["all-linear"] = _key(
         ["query_key_value"],
         "Names of the layers that get an adapter, or all-linear: every linear layer except the output head.",
     )
@@ -120,7 +131,7 @@ class Lora(Section):
 class Training(Section):
     """The optimization. Batch sizes count all processes together."""
 
-    epochs: Annotated[float, Field(gt=0)] = _key(1.0, "Passes over the training dialogues.")
+    epochs: Annotated[float, Field(gt=0, le=1e5)] = _key(1.0, "Passes over the training dialogues.")
     max_steps: PositiveInt | None = _key(None, "Stop after this many optimizer steps; overrides epochs.")
     batch_size: PositiveInt = _key(32, "Dialogues per optimizer step.")
     tokens_per_step: PositiveInt | Literal["auto"] = _key(
@@ -129,11 +140,11 @@ class Training(Section):
         "auto: as many as fit on the GPU, 4096 without one.",
     )
     device_memory: Text | None = _key(None, "GPU memory to stay within, such as 24GiB; null: all of it.")
-    learning_rate: Annotated[float, Field(gt=0)] = _key(2e-4, "Peak learning rate.")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = _key(2e-4, "Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "Learning rate schedule after the warm-up.")
     warmup_ratio: Fraction = _key(0.03, "Share of the steps over which the learning rate rises to its peak.")
-    weight_decay: Annotated[float, Field(ge=0)] = _key(0.0, "Weight decay of AdamW.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = _key(1.0, "Norm to which gradients are clipped.")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = _key(0.0, "Weight decay of AdamW.")
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e9)] = _key(1.0, "Norm to which gradients are clipped.")
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit"] = _key(
         "adamw_torch", "Optimizer; paged_adamw_8bit needs a GPU."
     )
@@ -160,14 +171,18 @@ class Generation(Section):
     max_dialogues: PositiveInt | None = _key(None, "Answer only the first dialogues of the split.")
     max_new_tokens: PositiveInt = _key(64, "Longest response in tokens.")
     do_sample: bool = _key(False, "Sample instead of taking the likeliest token.")
-    temperature: Annotated[float, Field(gt=0)] | None = _key(None, "With do_sample: softmax temperature.")
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = _key(None, "With do_sample: softmax temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = _key(None, "With do_sample: probability mass of the nucleus.")
     top_k: PositiveInt | None = _key(None, "With do_sample: sample among the k likeliest tokens.")
     num_beams: PositiveInt = _key(1, "Beams; 1 is greedy search.")
-    length_penalty: float | None = _key(None, "With num_beams: exponent of the length; above 0 favours long responses.")
-    repetition_penalty: Annotated[float, Field(ge=1)] = _key(1.0, "Penalty on repeated tokens; 1.0 is none.")
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = _key(
+        None, "With num_beams: exponent of the length; above 0 favours long responses."
+    )
+    repetition_penalty: Annotated[float, Field(ge=1, le=1e3)] = _key(1.0, "Penalty on repeated tokens; 1.0 is none.")
     no_repeat_ngram_size: NonNegativeInt = _key(0, "Size of n-grams that may not occur twice; 0: no limit.")
-    stop_strings: list[str] = _key(["\n"], "Strings that also end a response, for a base that never learned to stop.")
+    stop_strings: list[Annotated[str, Field(max_length=1000)]] = _key(
+        ["\n"], "Strings that also end a response, for a base that never learned to stop."
+    )
     tokens_per_step: PositiveInt = _key(
         8192,
         "Most tokens in one pass over dialogues, padding included; decoding their answers takes as much memory "
@@ -186,18 +201,18 @@ class Generation(Section):
 class Evaluation(Section):
     """Scoring of generations. Needs no model."""
 
-    generations: list[str] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
-    compare: list[str] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
+    generations: list[Text] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
+    compare: list[Text] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
     normalization: Literal["raw", "lower", "parlai"] = _key(
         "raw", "Normalization of both references and responses before BLEU and ROUGE-L."
     )
     stemmer: bool = _key(False, "Use the Porter stemmer in ROUGE-L.")
-    resamples: Annotated[int, Field(ge=100)] = _key(1000, "Bootstrap resamples of the dialogues.")
+    resamples: Annotated[int, Field(ge=100, le=10**6)] = _key(1000, "Bootstrap resamples of the dialogues.")
     nli: Text | None = _key(
         None,
         "Model of natural language inference, by Hub id or local folder, that finds contradictions of the persona.",
     )
-    extra_metrics: list[str] = _key([], "More metrics from the evaluate library, by Hub id or local folder.")
+    extra_metrics: list[Text] = _key([], "More metrics from the evaluate library, by Hub id or local folder.")
     samples: NonNegativeInt = _key(100, "Dialogues that can be browsed in the report.")
 
 
@@ -208,8 +223,10 @@ class Hub(Section):
     private: bool = _key(True, "Make the repository visible only to you and your organization.")
     base_model: Text | None = _key(None, "Id of the base on the Hub, if model.name is a copy; null: model.name.")
     license: Text | None = _key(None, "Licence of the adapter by the Hub's identifier, such as apache-2.0.")
-    language: list[str] = _key(["en"], "Languages of the dialogues, as ISO 639 codes.")
-    datasets: list[str] = _key([], "Ids of the training data on the Hub, for the card; []: data.source, if on the Hub.")
+    language: list[Text] = _key(["en"], "Languages of the dialogues, as ISO 639 codes.")
+    datasets: list[Text] = _key(
+        [], "Ids of the training data on the Hub, for the card; []: data.source, if on the Hub."
+    )
 
 
 class Settings(Section):
@@ -232,7 +249,7 @@ class Settings(Section):
 
 def memory_bytes(text: str | None) -> int | None:
     """Bytes of an amount such as 24GiB, 24 GB or 512MiB; None for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text or "")
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MG])(i?)B", text or "")
     if match is None or float(match[1]) == 0:
         return None
     return int(float(match[1]) * (1024 if match[3] else 1000) ** {"M": 2, "G": 3}[match[2]])

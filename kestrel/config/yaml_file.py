@@ -11,12 +11,23 @@ import yaml
 
 from kestrel.errors import UsageError
 
+_MOST_VALUES = 10_000  # an experiment has a hundred; references to references can make billions of a few lines
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with numbers as YAML 1.2 has them.
 
     It follows YAML 1.1, for which 2e-4 is text, 010 is eight, 1:30 is ninety and 2024-01-01 is a date.
     """
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Counts, so that a large file is refused before all of it is read."""
+        self.nodes += 1
+        if self.nodes > _MOST_VALUES:
+            raise yaml.YAMLError(f"more than {_MOST_VALUES:,} keys and values; this is no experiment")
+        return super().compose_node(parent, index)
 
 
 def _rule(tag: str, pattern: str, first: str) -> None:
@@ -33,7 +44,6 @@ _rule(
     r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
     "-+.0123456789",
 )
-_MOST_VALUES = 10_000  # an experiment has a hundred; references to references can make billions of a few lines
 
 
 @dataclass

@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +19,7 @@ import yaml
 from kestrel.config.keys import all_keys, as_yaml
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Settings, Tracker, conflicts, json_schema
+from kestrel.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -144,3 +149,55 @@ def test_values_on_one_line_read_back(value: object) -> None:
     line = as_yaml(value)
     assert "\n" not in line
     assert yaml.safe_load(f"key: {line}  # a note")["key"] == (value if value != 1e-5 else pytest.approx(1e-5))
+
+
+def refused(path: Path, **overrides: object) -> str:
+    """What is said about settings, within two seconds."""
+    began = time.process_time()
+    with pytest.raises(UsageError) as caught:
+        resolve(str(path), {name.replace("__", "."): value for name, value in overrides.items()})
+    assert time.process_time() - began < 2
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize("dotted", all_keys())
+def test_no_key_takes_what_is_beyond_reason(tmp_path: Path, dotted: str) -> None:
+    path, key = tmp_path / "a.yaml", all_keys()[dotted]
+    path.write_text("run_dir: r\ndata: {source: s}\nmodel: {name: m}\n")
+    values = ["a\0b", "\ud800", "x" * 5000] if dotted != "generation.stop_strings" else ["\ud800", "x" * 5000]
+    if not key.is_text and not key.takes_several:
+        values += ["1e300", "-1e300", "9" * 4000, ".nan", "{a: 1}"]
+    for value in values:
+        message = refused(path, **{dotted: [value] if key.takes_several else value})
+        assert dotted in message and len(message) < 1000, message
+
+
+def test_paths_that_no_script_could_use_are_refused_by_key(tmp_path: Path) -> None:
+    path, pipe, file = tmp_path / "a.yaml", tmp_path / "pipe", tmp_path / "file"
+    path.write_text("run_dir: r\ndata: {source: s}\nmodel: {name: m}\n")
+    os.mkfifo(pipe)
+    file.touch()
+    for key in ("run_dir", "data.source", "model.name", "model.adapter", "training.resume"):
+        for bad in (pipe, "/dev/zero", f"folder/{'ü' * 200}"):
+            assert f"--{key}: {str(bad)[:20]}" in refused(path, **{key: str(bad)})
+    assert "--evaluation.generations: " in refused(path, evaluation__generations=[str(pipe)])
+    assert f"--run_dir: {file} is a file" in refused(path, run_dir=str(file))
+    assert f"--run_dir: {file / 'run'} is below a file" in refused(path, run_dir=str(file / "run"))
+    assert "a pipe to which nobody writes" in refused(pipe)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: x\n" * 2_000_000, "- a\n" * 20_000, "[" + "a," * 130_000, 'a: "' + "\\x41" * 60_000, "{" * 5_000]
+)
+def test_files_that_are_no_experiment_are_refused_at_once(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    assert str(path) in refused(path)
+
+
+def test_a_file_from_another_command_is_read(tmp_path: Path) -> None:
+    command = "import sys; from kestrel.config.resolve import resolve; print(resolve(sys.argv[1], {})[0].run_dir)"
+    text = "run_dir: piped\ndata: {source: s}\nmodel: {name: m}\n"
+    script = f'{sys.executable} -c "{command}" <(sleep 0.2; printf "{text}")'
+    done = subprocess.run(["bash", "-c", script], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "piped\n", done.stderr
