@@ -11,6 +11,8 @@ opens the same in a browser and needs requirements-web.txt.
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import io
 import sys

@@ -14,6 +14,8 @@ written to comparison/ instead.
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import sys
 from pathlib import Path

@@ -10,6 +10,8 @@ adds a file SPLIT.SYSTEM-orderK.jsonl. After an interruption the same command re
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import contextlib
 import sys
@@ -65,13 +67,12 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     if not missing:
         return
 
-    size = answers_bytes(rows.select_columns(["persona", "turns"]), chosen.max_new_tokens, len(missing))
+    size = answers_bytes(rows, chosen.max_new_tokens, len(missing))
     require_room("generations", size, run / "generations")
     model = load_model(settings, prompt, adapter)
     check_context(model, max((spans[-1][0] for spans in rows["reply_spans"]), default=0), chosen.max_new_tokens)
     for file in missing:
-        without_adapter = model.disable_adapter() if file.system == "base" and adapter else contextlib.nullcontext()
-        with without_adapter:
+        with model.disable_adapter() if file.system == "base" and adapter else contextlib.nullcontext():
             write_file(model, prompt, rows, settings, file)
 
 
@@ -84,8 +85,7 @@ def write_file(model: Any, prompt: Prompt, rows: Dataset, settings: Settings, fi
     from kestrel.runtime.disk_space import answers_bytes, room_for
 
     began, chosen = time.monotonic(), settings.generation
-    size = answers_bytes(rows.select_columns(["persona", "turns"]), chosen.max_new_tokens, 1)
-    room = room_for("generations", size, file.path.parent)
+    room = room_for("generations", answers_bytes(rows, chosen.max_new_tokens, 1), file.path.parent)
     with room, tqdm(total=len(rows), desc=file.label, unit=" dialogues", disable=None) as bar:
         shards = write_answers(model, prompt, rows, chosen, settings.seed, file)
         if done := next(shards):

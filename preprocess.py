@@ -9,6 +9,8 @@ owner's replies are supervised, and writes RUN/dataset with a manifest and stati
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import gc
 import sys

@@ -12,6 +12,8 @@ adapter; it sends nothing.
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import hashlib
 import sys

@@ -10,6 +10,8 @@ proves that the saved adapter is the trained one. After an interruption the same
 
 from __future__ import annotations
 
+import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
+
 import argparse
 import sys
 from pathlib import Path

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kestrel.errors import KestrelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _FULL = 2**20  # bytes; if less is free when a write fails, the disk is full
 # Bytes of Arrow per byte of source: 1.0 to 8.0 over the formats of Persona-Chat, most where both sides are learned.
@@ -107,10 +110,10 @@ def model_bytes(weights: int, vocabulary: int, each: int = 4) -> int:
     return each * weights + _TOKENIZER_BYTES * vocabulary + _SMALL_FILES
 
 
-def answers_bytes(rows: Iterable[dict[str, Any]], max_new_tokens: int, files: int) -> int:
+def answers_bytes(rows: Dataset, max_new_tokens: int, files: int) -> int:
     """Of the generations for rows of the dataset, in files of which one at a time exists twice."""
     size = 0
-    for row in rows:
+    for row in rows.select_columns(["persona", "turns"]):
         before = sum(len(sentence.encode()) for sentence in row["persona"]) + _LINE_BYTES
         for turn in row["turns"]:
             text = len(turn["text"].encode())

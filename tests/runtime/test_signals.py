@@ -107,3 +107,13 @@ def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> No
     done = python("-c", textwrap.dedent(code))
     assert (done.stdout, done.returncode) == ("step 4\n15\n", 0), done.stderr
     assert done.stderr.endswith("\nstopping after this step and saving a checkpoint; once more to stop at once\n")
+
+
+def test_ctrl_c_is_quiet_while_a_script_imports_and_leaves_other_programs_alone(tmp_path: Path) -> None:
+    """While the interpreter itself starts, Python prints a traceback; a module that is imported first shows the moment."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    for name in ("preprocess.py", "train.py", "generate.py", "evaluate.py", "publish.py", "chat.py"):
+        done = python(name, "--help", PYTHONPATH=str(tmp_path))
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{INTERRUPTED}\n"), name
+    done = python("-c", "import signal, train; print(signal.getsignal(2) is signal.default_int_handler)")
+    assert done.stdout == "True\n", done.stderr
