@@ -63,7 +63,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     require_files(str(folder), {path.name for path in folder.iterdir()})  # peft would unpickle adapter_model.bin
     config = adapter_config(folder)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=False)
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=True)
         with safe_open(folder / WEIGHTS, "pt") as file:
             # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
             unmatched = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

@@ -20,6 +20,7 @@ from kestrel.adapter.source import (
     repair_advice,
     require_files,
 )
+from kestrel.adapter.weights import check_weights
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
@@ -52,6 +53,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
         if not folder.is_dir():
             raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
         manifest = read_adapter(folder, expected, remedy, remedy)
+        check_weights(folder, adapter_config(folder).r)
         recorded = _compared(manifest["settings"].get("lora"))
         require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
         return folder, manifest
@@ -64,6 +66,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
     else:
         manifest = _read_foreign(folder)
         _check_base_name(settings, folder, manifest["made_from"]["base"])
+    check_weights(folder, adapter_config(folder).r)
     for line in differences({"lora": _compared(manifest["settings"].get("lora"))}, {"lora": ours}):
         print(f"note: {name}: {line}; the adapter's own value is used", file=sys.stderr)
     return folder, manifest

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from kestrel.config.settings import Settings
+from kestrel.config.yaml_file import Dumper
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,13 @@ def as_yaml(value: Any) -> str:
     text = "".join(value) if isinstance(value, list) else value
     quoted = '"' if isinstance(text, str) and not text.isprintable() else None
     # Within a list, so that what would end a list's item gets quotes as well.
-    line = yaml.safe_dump([value], default_flow_style=True, default_style=quoted, allow_unicode=True, width=math.inf)
+    style: dict[str, Any] = {
+        "default_flow_style": True,
+        "default_style": quoted,
+        "allow_unicode": True,
+        "width": math.inf,
+    }
+    line = yaml.dump([value], Dumper=Dumper, **style)
     return line.strip()[1:-1]
 
 

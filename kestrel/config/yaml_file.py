@@ -46,6 +46,15 @@ _rule(
 )
 
 
+class Dumper(yaml.SafeDumper):
+    """Puts quotes around text that our loader, or one that follows YAML 1.1, would take for something else."""
+
+
+for _first, _rules in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _rules:
+        Dumper.add_implicit_resolver(_tag, _pattern, [_first])
+
+
 @dataclass
 class Loaded:
     """A document: its value, the line of each dotted key (1-based), and problems such as duplicate keys."""

@@ -24,6 +24,7 @@ from kestrel.runtime.manifest import sha256_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_MOST_LAYERS = 1000
 _HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
 
 
@@ -44,9 +45,13 @@ def load_config(settings: Model) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with plain_loading_errors("configuration", settings.name):
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
+    layers = getattr(config, "num_hidden_layers", None) or 0
+    if not isinstance(layers, int) or layers > _MOST_LAYERS:
+        raise KestrelError(f"model.name {settings.name}: config.json asks for {layers!r} layers; no model has so many")
+    return config
 
 
 def refuse_overflow(config: PretrainedConfig, compute_dtype: str) -> None:
@@ -70,6 +75,15 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
+def _require_weights(name: str, parameters: int) -> None:
+    """Refuses a local configuration for which memory would be taken that its weights do not need."""
+    size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
+    if Path(name).is_dir() and parameters > 8 * size > 0:
+        raise KestrelError(
+            f"model.name {name}: config.json describes {parameters:,} parameters, and the weights are {size:,} bytes"
+        )
+
+
 def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrainedModel, Audit]:
     """The frozen base on this process's device, quantized as asked and audited.
 
@@ -90,6 +104,8 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     dtype = getattr(torch, wanted.compute_dtype)
     config = load_config(chosen)
     refuse_overflow(config, wanted.compute_dtype)
+    skeleton = skeleton_of(config, chosen.trust_remote_code)
+    _require_weights(chosen.name, skeleton.num_parameters())
     use_fused_kernels(config.model_type)
     skeleton = skeleton_of(config, chosen.trust_remote_code)
     place = _room_for_whole(expected_footprint_bytes(skeleton, wanted), settings) if to_be_sharded else device()

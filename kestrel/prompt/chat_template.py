@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kestrel.errors import KestrelError
+from kestrel.prompt.limits import limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class ChatTemplate:
         if "strftime_now" in self._source:
             self._source = _DATE + self._source
         self._takes_system = self._writes_system()
+        self._rendered: dict[tuple[tuple[str, ...], bool], str] = {}
         self._frames: dict[tuple[str, ...], list[str]] = {}
         exchange = ("partner", "self")
         before = self._before_last(exchange)
@@ -121,6 +123,8 @@ class ChatTemplate:
 
     def _run(self, speakers: tuple[str, ...], prompt: bool) -> str:
         """The template's rendering of a dialogue with a mark for each text; `prompt`: with the beginning of a reply."""
+        if (speakers, prompt) in self._rendered:
+            return self._rendered[speakers, prompt]
         messages = [
             {"role": "user" if speaker == "partner" else "assistant", "content": _mark(number)}
             for number, speaker in enumerate(speakers, start=1)
@@ -129,19 +133,21 @@ class ChatTemplate:
             messages.insert(0, {"role": "system", "content": _mark(0)})
         else:
             messages[0]["content"] = f"{_mark(0)}\n\n{_mark(1)}"
-        return self._apply(messages, prompt)
+        rendered = self._rendered[speakers, prompt] = self._apply(messages, prompt)
+        return rendered
 
     def _apply(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        try:
+        def render() -> str:
             return str(
                 self._tokenizer.apply_chat_template(
                     messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except Exception as error:  # noqa: BLE001  a template raises whatever its author chose
-            raise KestrelError(
-                f"the tokenizer's chat template fails: {error}; fix it or use prompt.format: plain"
-            ) from None
+
+        try:
+            return limited(render, "the tokenizer's chat template")
+        except KestrelError as error:
+            raise KestrelError(f"{error}; fix it or use prompt.format: plain") from None
 
     def _writes_system(self) -> bool:
         """Whether the template takes a system message; otherwise the persona goes into the first user message."""

@@ -134,10 +134,19 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON file, in which another reader must not find another value; ValueError for a key given twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return value
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """Reads JSON that one of the scripts wrote; a KestrelError with the remedy if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         problem = "does not exist"
     except OSError as error:

@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from children import small_disk
 from conftest import Experiment
+from given_adapters import NAMED, arguments, as_peft_saves, change
 from hub_server import Hub, serving
-from publishing_runs import BASE, ROOT, run, stopped_at_a_large_file
+from publishing_runs import ROOT, run, stopped_at_a_large_file
 from safetensors.torch import load_file, save_file
 from scripts import script
 
 import generate
 import preprocess
-from kestrel.runtime.atomic import read_json, write_json
-from kestrel.runtime.manifest import files_below, with_own_hash
-
-NAMED = ["--hub.base_model", BASE]
+from kestrel.runtime.atomic import write_json
 
 
 @pytest.fixture
 def elsewhere(trained: Experiment, tmp_path: Path) -> Path:
-    """An adapter as PEFT saves it: two files, no manifest, no prompt."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copy(trained.run / "adapter" / name, folder / name)
-    change(folder, base_model_name_or_path=BASE)
-    return folder
-
-
-def change(folder: Path, **values: Any) -> None:
-    path = folder / "adapter_config.json"
-    write_json(path, {**read_json(path, ""), **values})
-    if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json", "")
-        write_json(folder / "manifest.json", with_own_hash({**manifest, "files": files_below(folder)}))
+    return as_peft_saves(trained, tmp_path / "elsewhere")
 
 
 def double(folder: Path) -> None:
     """Doubles an adapter's weights."""
     weights = folder / "adapter_model.safetensors"
     save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
-
-
-def arguments(trained: Experiment, run_dir: Path, adapter: Path | str, *more: str) -> list[str]:
-    chosen = ["--model.adapter", str(adapter), "--generation.max_dialogues", "1", "--generation.systems", "adapter"]
-    if not run_dir.exists():
-        trained.copy_to(run_dir)
-    return trained.arguments("--run_dir", str(run_dir), *chosen, *more)
 
 
 def test_an_adapter_made_elsewhere_is_used_and_what_is_not_known_is_printed(

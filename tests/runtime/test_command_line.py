@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from children import python
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -145,6 +145,7 @@ def test_numbers_and_text_keep_their_kind(tmp_path: Path) -> None:
 
 @QUICK
 @given(value=st.text(max_size=20), key=st.sampled_from(sorted(all_keys())))
+@example(value="0E0", key="evaluation.extra_metrics")
 def test_any_option_gives_settings_or_problems(tmp_path_factory: pytest.TempPathFactory, value: str, key: str) -> None:
     path = tmp_path_factory.getbasetemp() / "minimal.yaml"
     path.write_text(MINIMAL)
