@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import time
 from pathlib import Path
@@ -12,26 +11,15 @@ import torch
 from transformers import TrainerCallback
 
 from kestrel.errors import KestrelError
+from kestrel.model import base
+
+device_name = base.device_name
 
 
 def synchronize() -> None:
     """Waits until the GPU, if there is one, has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def device_name() -> str:
-    """The GPU, or the processor and the threads that torch uses of it."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return f"{_processor()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-
-
-def _processor() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def compute_dtype() -> str:

@@ -27,6 +27,7 @@ from kestrel.model.base import base_identity, device, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.publishing.run_records import read_adapter_files
 from kestrel.publishing.usage import example_prompt, render
 from kestrel.runtime.atomic import clear_leftovers_of, folder_atomically
 from kestrel.runtime.disk_space import model_bytes, room_for
@@ -60,6 +61,8 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     base_id = base_identity(settings.model, config)
     adapter_folder, manifest = open_adapter(settings, prompt, base_id, f"python train.py {again}")
+    if manifest["kind"] == "adapter" and adapter_folder.parent.name != "snapshots":  # the Hub's cache is made of links
+        read_adapter_files(adapter_folder, manifest["files"], "copy or train it again")
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
     needed = model_bytes(weights, len(prompt.tokenizer), 4 if settings.quantization.compute_dtype == "float32" else 2)
     room = room_for("the merged model's files", needed, folder, "name another folder")

@@ -127,8 +127,17 @@ def _evaluation_of(
         raise KestrelError(f"{path} scores answers that generate.py has replaced or removed since; {remedy}")
     if made_from.get("adapter") not in identities:
         raise KestrelError(f"{path} scores another adapter than the one in {run / 'adapter'}; {remedy}")
-    generation, normalization = made_from["generation"], {"normalization": metrics["normalization"]}
-    then = {"generation": generation, "seed": made_from["seed"], "evaluation": normalization}
-    now = settings.model_dump(include={"generation": set(generation), "seed": True, "evaluation": {"normalization"}})
+    generation = made_from["generation"]
+    then = {"generation": generation, "seed": made_from["seed"], "evaluation": _scored_with(metrics)}
+    scored_with = {"normalization", "resamples", "stemmer"}
+    now = settings.model_dump(include={"generation": set(generation), "seed": True, "evaluation": scored_with})
     require_equal(f"the evaluation in {path}", then, now, f"publish with the same ones, or {remedy}")
     return public, generation
+
+
+def _scored_with(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the evaluation, as its signatures record them; what they do not record is None."""
+    rouge_l = metrics["systems"]["adapter"].get("rouge_l", {}).get("signature", "")
+    words = dict(word.partition(":")[::2] for word in f"{metrics['signature']}|{rouge_l}".split("|"))
+    resamples, stemmer = words.get("resamples", ""), {"yes": True, "no": False}.get(words.get("stemmer", ""))
+    return {"normalization": metrics["normalization"], "resamples": int(resamples or 0), "stemmer": stemmer}

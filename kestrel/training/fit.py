@@ -13,7 +13,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.adapter.proof import save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
-from kestrel.model.base import check_context, device, load_base
+from kestrel.model.base import check_context, device, device_name, load_base
 from kestrel.model.loss import attach_token_nll, collate, prove_layers, prove_loss
 from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
@@ -116,6 +116,7 @@ def save(
         "best_step": state.best_global_step,
         "eval_loss": state.best_metric,
         "training_log": sha256_of(log),
+        "hardware": f"{distributed.world_size()} × {device_name()}",
     }
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None

@@ -88,6 +88,13 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
         assert f"| {system} |" in shown
     manifest = json.loads((evaluated.run / "adapter" / "manifest.json").read_text())
     assert f"{manifest['trainable_parameters']:,} trained parameters" in card and manifest["git_commit"][:7] in shown
+    facts = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE))
+    assert facts["hardware"].startswith("1 × ") and facts["energy"] == "not measured"
+    dataset = json.loads((evaluated.run / "dataset" / "manifest.json").read_text())
+    assert dataset["made_from"]["source"] and manifest["made_from"]["dataset"] in facts["data"]
+    for name, digest in dataset["made_from"]["source"].items():
+        assert facts[f"sha256 of {name}"] == digest
+    assert data["base_model_relation"] == "adapter" and "Answers: greedy search; at most 8 tokens" in card
     assert all(escape(verdict) in card for verdict in metrics["verdicts"])
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Experiment
 from hub_server import USER, Hub
-from publishing_runs import REPO, published, publishing, run, stopped_at_a_large_file
+from publishing_runs import REPO, end, published, publishing, run, start, stopped_at_a_large_file
 
 import generate
 import publish
@@ -50,7 +53,9 @@ def sent(hub: Hub) -> list[str]:
         ("--prompt.format original", 1, "prompt.format"),
         ("--data.source AlekseyKorshuk/persona-chat", 1, "data.source: it was"),
         ("--generation.do_sample --generation.temperature 1.9", 1, "generation.temperature: it was None, now 1.9"),
-        ("--evaluation.normalization lower", 1, "evaluation.normalization"),
+        ("--evaluation.normalization lower", 1, "evaluation.normalization: it was 'raw', now 'lower'"),
+        ("--evaluation.resamples 200", 1, "evaluation.resamples: it was 100, now 200"),
+        ("--evaluation.stemmer", 1, "evaluation.stemmer: it was False, now True"),
     ],
 )
 def test_wrong_command_is_refused(evaluated: Experiment, capsys, more: str, status: int, message: str) -> None:
@@ -200,12 +205,49 @@ def test_only_regular_files_that_the_manifest_lists_are_published(
 ) -> None:
     shutil.copytree(evaluated.run, tmp_path / "run")
     tamper(tmp_path / "run" / "adapter")
-    assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"))) == 1
+    given = publishing(evaluated, "--run_dir", str(tmp_path / "run"))
+    assert publish.main(given) == 1
     assert message in capsys.readouterr().err
+    assert publish.main([*given, "--merge", str(tmp_path / "merged")]) == 1
+    assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("replace", [linked, lambda path: (path.unlink(), os.mkfifo(path))])
-def test_link_or_pipe_in_place_of_a_listed_file_is_not_opened(evaluated: Experiment, tmp_path: Path, replace) -> None:
+def test_what_is_sent_is_what_was_listed_whatever_happens_to_the_folder_meanwhile(
+    evaluated: Experiment, hub: Hub, tmp_path: Path
+) -> None:
+    shutil.copytree(evaluated.run, tmp_path / "run")
+    hub.stalled = True
+    given = publishing(evaluated, "--run_dir", str(tmp_path / "run"))
+    process = start("publish.py", *given, hub=hub, home=tmp_path / "home")
+    try:
+        assert hub.waiting.wait(120), "it has listed the files and is sending the first"
+        other = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "other")
+        (other / "prompt.json").write_text("SECRET")
+        (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"SECRET")
+        (tmp_path / "run" / "adapter").rename(tmp_path / "run" / "moved")
+        (tmp_path / "run" / "adapter").symlink_to(other)
+    finally:
+        hub.stalled = False
+    done = end(process, 120)
+    assert done.status == 0, done.said
+    listed = dict(reversed(pair) for pair in re.findall(r"^ +[\d,]+  ([0-9a-f]{64})  (\S+)$", done.said, re.MULTILINE))
+    files = hub.repositories[REPO].files
+    assert listed == {name: hashlib.sha256(files[name]).hexdigest() for name in files if name != ".gitattributes"}
+    assert b"SECRET" not in b"".join(files.values())
+
+
+def a_device(path: Path) -> None:
+    path.unlink()
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # what /dev/null is
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+@pytest.mark.parametrize("replace", [linked, lambda path: (path.unlink(), os.mkfifo(path)), a_device])
+def test_link_pipe_or_device_in_place_of_a_listed_file_is_not_opened(
+    evaluated: Experiment, tmp_path: Path, replace
+) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(evaluated.run / "adapter", adapter)
     digests = read_json(adapter / "manifest.json", "")["files"]
