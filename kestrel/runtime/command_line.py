@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -155,12 +156,19 @@ def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
     return parser
 
 
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Says that a thread of a library failed, such as TensorBoard's on a full disk; the script goes on or fails itself."""
+    thread = failure.thread.name if failure.thread else "a thread"
+    print(f"note: {thread} failed: {failure.exc_type.__name__}: {failure.exc_value}", file=sys.stderr)
+
+
 def _quieten_libraries() -> None:
     """Progress bars only on a terminal; no warnings that the user of a script can do nothing about."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    threading.excepthook = _report_thread
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     # bitsandbytes (0.50) warns on CPUs with AVX512-BF16 that a package for repacking weights is missing, which
     # `quantization.forbid_repacking` forbids.
@@ -185,6 +193,11 @@ def _verdict(error: BaseException, run_dir: str | None) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or run_dir or "standard output"
         return 1, f"the disk is full ({where}); free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno == errno.EIO:
+        return (
+            1,
+            f"the disk cannot be read or written ({error.filename or run_dir}); check it and run the same command again",
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return 1, f"no permission to write: {error.filename or error}; change that, or give this run another run_dir"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

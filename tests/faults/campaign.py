@@ -3,6 +3,7 @@
     python tests/faults/campaign.py --trials 100
     python tests/faults/campaign.py --trials 100 --faults signal            SIGINT and SIGTERM instead of SIGKILL
     python tests/faults/campaign.py --trials 100 --faults damage            a damaged file instead
+    python tests/faults/campaign.py --trials 100 --faults disk              a disk that fails; needs a C compiler
     python tests/faults/campaign.py --script train --trials 1 --seed 4711   one trial that failed, once more
 
 A trial kills one script one to three times, each time at a random moment of its measured duration or just before a
@@ -14,10 +15,12 @@ is 1 if any trial failed.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +45,7 @@ from benchmarks.machine import device_name
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
-FAULTS = ("kill", "signal", "damage")
+FAULTS = ("kill", "signal", "damage", "disk")
 _STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
 
@@ -58,6 +61,35 @@ def draw_signal(draw: random.Random, stage: Stage) -> Moment:
     number = draw.choice((signal.SIGINT, signal.SIGTERM))
     again = draw.uniform(0, 0.3) if draw.random() < 1 / 3 else None
     return Moment(number, seconds=draw.uniform(0, 1.05 * stage.seconds), again=again)
+
+
+def disk_trial(small: SmallRun, stage: Stage, seed: int) -> list[Ended]:
+    """Lets a write, a rename or another change of the run folder fail, for a moment or for good, and runs it again.
+
+    Raises:
+        Failure: no message, half a result, or another result in the end.
+    """
+    draw = random.Random(f"{seed} {stage.name} disk")
+    small.begin(stage, with_earlier=draw.random() < 0.5)
+    error = draw.choice((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS))
+    moment = Moment(change=draw.randint(1, stage.changes), error=error, stays=draw.random() < 0.7)
+    broken = small.execute(stage, moment)
+    if broken.status not in (0, 1) or "unexpected" in broken.said:
+        raise Failure(f"exit status {broken.status} after {moment}:\n{broken.said}")
+    small.check_whole(stage)
+    ended = small.execute(stage)
+    if ended.status:
+        raise Failure(f"the same command fails with {ended.status} after {moment}:\n{ended.said}")
+    small.check_result(stage)
+    return [broken, ended]
+
+
+def under_a_failing_disk(folder: Path) -> int:
+    """Runs this program again with disk.c between it and the disk; returns its exit status."""
+    library, source = folder / "disk.so", Path(__file__).with_name("disk.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    preloaded = {**os.environ, "LD_PRELOAD": str(library)}
+    return subprocess.run([sys.executable, *sys.argv], env=preloaded, check=False).returncode
 
 
 def trial(small: SmallRun, stage: Stage, signals: bool, seed: int) -> list[Ended]:
@@ -121,7 +153,9 @@ def attempts_of(chosen: argparse.Namespace, small: SmallRun) -> dict[str, Callab
     """A trial for each kind of fault and each script, by name; each takes a seed."""
     scripts = SCRIPTS if chosen.script == "all" else (chosen.script,)
     attempts = {
-        f"{fault} {script}": partial(trial, small, small.stages[script], fault == "signal")
+        f"{fault} {script}": partial(disk_trial, small, small.stages[script])
+        if fault == "disk"
+        else partial(trial, small, small.stages[script], fault == "signal")
         for fault in chosen.faults
         for script in (scripts if fault != "damage" else ())
     }
@@ -134,6 +168,8 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         work = Path(name)
+        if "disk" in chosen.faults and "LD_PRELOAD" not in os.environ:
+            return under_a_failing_disk(work)
         write_base(work / "base")
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)
         # A stop by a signal logs a line, which would change the means of the lines that follow.

@@ -7,6 +7,7 @@ each run; the child calls the script's main(argv) and is killed for real, with i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from kestrel.runtime.manifest import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("preprocess", "train", "generate", "evaluate")
+SCRIPTS = ("preprocess", "train", "generate", "evaluate", "publish")
 _LIMIT = 300.0  # seconds; what takes longer hangs
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
@@ -39,6 +40,9 @@ class Moment:
     seconds: float | None = None  # after its start
     operation: int | None = None  # instead: just before its nth operation on files of the run folder; from 1
     again: float | None = None  # seconds after which the same signal is sent a second time
+    change: int | None = None  # instead of a signal: the nth change of files in the run folder fails
+    error: int = 0  # with this error
+    stays: bool = False  # and so do all later ones
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Ended:
     seconds: float
     seconds_to_stop: float  # from the first signal to the end; 0.0 without one
     operations: int | None  # as `Moment.operation` counts them; None for a run that was killed
+    changes: int | None  # as `Moment.change` counts them, if disk.c is loaded
     said: str  # standard output and error
 
 
@@ -82,7 +87,7 @@ class Forks:
         with contextlib.suppress(ProcessLookupError):  # whatever it had started itself
             os.killpg(pid, signal.SIGKILL)
         lines = report.read_text(encoding="utf-8").split() if report.exists() else []
-        for module in lines[1:]:
+        for module in lines[2:]:
             with contextlib.suppress(Exception):  # some are made by others and cannot be imported alone
                 importlib.import_module(module)
         if hung:
@@ -93,6 +98,7 @@ class Forks:
             ended - began,
             ended - sent if sent else 0.0,
             int(lines[0]) if lines else None,
+            int(lines[1]) if lines else None,
             said,
         )
 
@@ -124,13 +130,14 @@ class Forks:
             os.chdir(ROOT)
             known = set(sys.modules)
             count = _count_operations(watched, moment.operation if moment else None)
+            changes = _break_disk(watched, moment or Moment())
             try:
                 status = self._scripts[name].main(arguments)
             except SystemExit as exit:
                 status = int(exit.code or 0)
             sys.stdout.flush()
             new = [module for module in sys.modules if module not in known and "<" not in module]
-            report.write_text("\n".join([str(count()), *new]), encoding="utf-8")
+            report.write_text("\n".join([str(count()), str(changes()), *new]), encoding="utf-8")
         except BaseException:  # noqa: BLE001  a fork must never return into its parent's work
             traceback.print_exc()
         finally:
@@ -144,6 +151,15 @@ def _alive_until(pid: int, moment: float) -> bool:
             return False
         time.sleep(min(left, 0.005))
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def _break_disk(watched: Path, moment: Moment) -> Callable[[], int]:
+    """Counts what disk.c counts, 0 if it is not loaded, and lets the disk fail at that moment."""
+    if "LD_PRELOAD" not in os.environ:
+        return lambda: 0
+    disk = ctypes.CDLL(None)
+    disk.kestrel_fail_at(os.fsencode(watched) + b"/", moment.change or 0, moment.error, int(moment.stays))
+    return lambda: int(disk.kestrel_changes())
 
 
 def _count_operations(watched: Path, last: int | None) -> Callable[[], int]:

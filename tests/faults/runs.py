@@ -24,12 +24,14 @@ _RESULTS = {
     "train": ["adapter", "logs/training.jsonl", "samples.jsonl"],
     "generate": ["generations"],
     "evaluate": ["evaluation"],
+    "publish": ["merged"],
 }
 _OTHERWISE = {
     "preprocess": ["--seed", "1"],
     "train": ["--training.learning_rate", "2e-2"],
     "generate": ["--generation.temperature", "0.9"],
     "evaluate": ["--evaluation.resamples", "101"],
+    "publish": ["--generation.max_new_tokens", "9"],
 }
 _GROWING = ("logs/", "samples.jsonl", "generations/manifest.json")
 
@@ -50,6 +52,7 @@ class Stage:
     earlier: dict[str, bytes] = field(default_factory=dict)  # the same, made with other options
     seconds: float = 0.0
     operations: int = 0
+    changes: int = 0
 
     def measured(self) -> dict[str, float]:
         """What the undisturbed run took."""
@@ -69,7 +72,8 @@ class SmallRun:
         start = work / "start"
         start.mkdir()
         for name in SCRIPTS:
-            stage = Stage(name, ["--config", str(config), *options], start, work / f"after-{name}")
+            own = ["--merge", str(self.run / "merged")] if name == "publish" else []
+            stage = Stage(name, ["--config", str(config), *options, *own], start, work / f"after-{name}")
             for expected, more in ((stage.earlier, _OTHERWISE[name]), (stage.expected, [])):
                 self.begin(stage, with_earlier=False)
                 ended = self.execute(stage, more=more)
@@ -77,7 +81,7 @@ class SmallRun:
                     raise SystemExit(f"{name} fails without a fault:\n{ended.said}")
                 expected |= self.results(name)
             # The second run of each script pays for no import that the first one caused.
-            stage.seconds, stage.operations = ended.seconds, ended.operations or 0
+            stage.seconds, stage.operations, stage.changes = ended.seconds, ended.operations or 0, ended.changes or 0
             self.run.rename(stage.done)
             self.stages[name], start = stage, stage.done
 
