@@ -29,11 +29,14 @@ if TYPE_CHECKING:
 
 def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.alignment import align
+    from kestrel.evaluation.conventions import add_conventions, conventions
     from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
+    from kestrel.evaluation.judgements import in_words, judged, read_judgements, read_key
     from kestrel.evaluation.report import write_report
     from kestrel.evaluation.run_files import files_to_score, runs_of
     from kestrel.evaluation.scoring import evaluate_files, write_responses
+    from kestrel.evaluation.sheet import write_sheet
     from kestrel.evaluation.tables import summary
     from kestrel.evaluation.trivial_systems import replies_of_other_split
     from kestrel.runtime.atomic import folder_atomically, write_json
@@ -47,6 +50,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         nli = NliModel(options.nli)
     run_dir = Path(settings.run_dir)
     extra_metrics = load_metrics(options.extra_metrics)
+    definitions = conventions(options.conventions, settings.hub.language[0] if settings.hub.language else "en")
     paths = files_to_score(settings, arguments.again)
     files, notes = align([read_generations(path) for path in paths])
 
@@ -58,9 +62,18 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     elif len(dialogue_ids) > 1:
         notes.append(f"The constant systems are searched by halves of the scored dialogues, because {source}.")
     evaluation = evaluate_files(files, notes, options, settings.seed, search, nli)
+    add_conventions(evaluation, definitions)
     if extra_metrics:
         for system, texts in evaluation.texts().items():
             evaluation.metrics["systems"][system]["extra"] = extra_scores(extra_metrics, texts)
+
+    if options.judgements:
+        key = read_key(run_dir / "sheet")
+        votes = [vote for name in options.judgements for vote in read_judgements(Path(name), key)]
+        found = evaluation.metrics["judgements"] = judged(evaluation, key, votes)
+        evaluation.metrics["verdicts"].append(in_words(found))
+    if options.sheet:
+        print(write_sheet(run_dir / "sheet", evaluation, options.sheet, settings.seed))
 
     folder = run_dir / ("comparison" if options.compare else "evaluation")
     needed = evaluation_bytes([file.path for file in files])

@@ -214,6 +214,11 @@ class Evaluation(Section):
     )
     extra_metrics: list[Text] = _key([], "More metrics from the evaluate library, by Hub id or local folder.")
     samples: NonNegativeInt = _key(100, "Dialogues that can be browsed in the report.")
+    conventions: list[Literal["parlai_bleu4", "nltk_sentence_bleu", "nltk_corpus_bleu", "meteor", "bertscore"]] = _key(
+        [], "Scores by other definitions that papers use, shown beside ours."
+    )
+    sheet: NonNegativeInt = _key(0, "Pairs of replies for a blind sheet on which people judge two systems; 0: none.")
+    judgements: list[str] = _key([], "Filled-in sheets to read: JSON files of the page, or CSV.")
 
 
 class Hub(Section):

@@ -40,11 +40,12 @@ def evaluate_library() -> ModuleType:
         sys.path = path
 
 
-def load_metrics(names: Sequence[str]) -> dict[str, Any]:
+def load_metrics(names: Sequence[str], key: str = "evaluation.extra_metrics") -> dict[str, Any]:
     """Metrics by the name that the table gives them.
 
     Args:
         names: Hub ids such as `meteor`, or local folders with the metric's script.
+        key: the setting that names them, for messages.
 
     Raises:
         KestrelError: the library is absent, or a metric cannot be loaded.
@@ -52,7 +53,7 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in names:
         print(
-            f"warning: evaluation.extra_metrics: {name} is Python code from the Hub or a folder, and runs as you",
+            f"warning: {key}: {name} is Python code from the Hub or a folder, and runs as you",
             file=sys.stderr,
         )
         library = evaluate_library()
@@ -61,19 +62,22 @@ def load_metrics(names: Sequence[str]) -> dict[str, Any]:
         except Exception as error:
             kind = "that folder" if Path(name).exists() else "no such local folder, and the Hub"
             raise KestrelError(
-                f"evaluation.extra_metrics: cannot load {name!r} ({kind}: {first_line(error)}). Metrics on the Hub "
+                f"{key}: cannot load {name!r} ({kind}: {first_line(error)}). Metrics on the Hub "
                 "need a network and the packages they import; a local folder NAME/ needs NAME.py in it"
             ) from error
     return metrics
 
 
-def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, float | None]]:
+def extra_scores(
+    metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]], **options: Any
+) -> dict[str, dict[str, float | None]]:
     """The numbers that each metric of `load_metrics` gives one system.
 
     A list with one number per reply becomes its mean; what is no number is left out.
 
     Args:
         pairs: response and reference of each reply.
+        options: what else the metrics' `compute` takes.
 
     Raises:
         KestrelError: a metric fails, or gives no number.
@@ -82,7 +86,7 @@ def extra_scores(metrics: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -
     responses, references = map(list, zip(*pairs, strict=True))
     for name, metric in metrics.items():
         try:
-            result = metric.compute(predictions=responses, references=references) or {}
+            result = metric.compute(predictions=responses, references=references, **options) or {}
         except Exception as error:
             raise KestrelError(f"evaluation.extra_metrics: {name!r} fails: {first_line(error)}") from error
         means = {key: _mean(value, len(pairs)) for key, value in result.items()}

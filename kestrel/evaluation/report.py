@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kestrel.evaluation import markdown
 from kestrel.evaluation.figures import COLOURS, Figure, all_figures, colour_names
@@ -14,6 +14,9 @@ from kestrel.evaluation.metric_table import DETAILED, HEADLINES
 from kestrel.evaluation.sample_dialogues import SampleDialogue, sample_dialogues, sortable_metrics
 from kestrel.evaluation.scoring import Evaluation
 from kestrel.evaluation.tables import all_tables
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _PAGE = Path(__file__).with_name("page")
 
@@ -35,8 +38,6 @@ def write_report(folder: Path, evaluation: Evaluation, log: Path | None, samples
 
 def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequence[SampleDialogue]) -> str:
     """The page. Text is escaped where it is put in; a policy in the page lets no other script than its own run."""
-    script = (_PAGE / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _render(
         "report.html.j2",
         evaluation,
@@ -46,11 +47,8 @@ def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequen
         sortable=sortable_metrics(evaluation),
         shown=evaluation.of_kind("system", "base"),
         flags=sorted({flag for dialogue in dialogues for flag in dialogue.flags}),
-        colours=COLOURS,
         colour_of=colour_names(evaluation),
-        style=(_PAGE / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+        **page_parts("report.js"),
     )
 
 
@@ -60,27 +58,48 @@ def as_markdown(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Se
     return _render("report.md.j2", evaluation, figures, dialogues=list({d.dialogue_id: d for d in few}.values()))
 
 
-def _render(template: str, evaluation: Evaluation, figures: Sequence[Figure], **values: Any) -> str:
+def page_parts(script: str) -> dict[str, Any]:
+    """What every page of ours needs: colours, style, its script, and a policy that lets no other script run."""
+    code = (_PAGE / script).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    return {
+        "colours": COLOURS,
+        "style": (_PAGE / "report.css").read_text(encoding="utf-8"),
+        "script": code,
+        "policy": f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+    }
+
+
+def environment(template: str) -> Environment:
+    """The templates of the pages; text is escaped in those that become HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(_PAGE),
         autoescape=template.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "markdown": markdown.escape,
         "table": lambda table: markdown.table(table.columns, table.rows),
     }
+    return made
+
+
+def _render(template: str, evaluation: Evaluation, figures: Sequence[Figure], **values: Any) -> str:
     metrics = evaluation.metrics
     gold = metrics["systems"]["gold"]
     signatures = {metric.label: metric.signature_in(gold) for metric in HEADLINES}
-    return environment.get_template(template).render(
-        metrics=metrics,
-        signatures={"run": metrics["signature"]} | signatures,
-        tables=all_tables(metrics),
-        figures=figures,
-        **values,
+    return (
+        environment(template)
+        .get_template(template)
+        .render(
+            metrics=metrics,
+            signatures={"run": metrics["signature"]} | signatures,
+            tables=all_tables(metrics),
+            figures=figures,
+            **values,
+        )
     )

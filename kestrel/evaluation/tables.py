@@ -176,6 +176,29 @@ def _extra_cell(name: str, key: str, entry: Mapping[str, Any]) -> str:
     return number(entry["extra"][name].get(key), ",.4f")
 
 
+def conventions_table(metrics: Mapping[str, Any]) -> Table:
+    """Scores by other definitions."""
+    known = metrics.get("conventions", {})
+    columns = [(entry["label"], partial(_convention_cell, name)) for name, entry in known.items()]
+    legend = " ".join(f"{entry['label']}: {entry['signature']}." for entry in known.values())
+    return _systems_table(
+        "By other definitions (0–100), not comparable with the scores above", metrics, columns, legend
+    )
+
+
+def _convention_cell(name: str, entry: Mapping[str, Any]) -> str:
+    return number(entry["conventions"].get(name))
+
+
+def judgements_table(metrics: Mapping[str, Any]) -> Table:
+    """How far each score goes with the judgements of people."""
+    judged = metrics.get("judgements", {"correlations": {}})
+    rows = [(BY_NAME[name].label, f"{tau:+.3f}") for name, tau in judged["correlations"].items()]
+    title = "Judgements: which scores agree with the judges, reply by reply"
+    legend = "Kendall's tau-b between the difference of the two systems in a score and the judges' preference."
+    return Table(title, ("Score", "tau"), tuple(rows), legend, detail=True)
+
+
 def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Every table of the report, in its order."""
     tables = [
@@ -187,7 +210,9 @@ def all_tables(metrics: Mapping[str, Any]) -> list[Table]:
         _metrics_table("persona", metrics),
         _metrics_table("properties", metrics),
         _metrics_table("perplexity", metrics),
+        conventions_table(metrics),
         extra_table(metrics),
+        judgements_table(metrics),
         bins_table("the number of the reply in its dialogue", "Reply", metrics["by_reply"]),
         bins_table("the length of the reference in words", "Words", metrics["by_length"]),
     ]
