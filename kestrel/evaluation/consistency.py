@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from kestrel.batching import batches_within
 from kestrel.errors import KestrelError
@@ -41,6 +42,8 @@ class NliModel:
         os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
         with plain_loading_errors("model", name, key="evaluation.nli"):
             self._tokenizer = AutoTokenizer.from_pretrained(name)
+            # Pairs are padded by batch, after they were sorted by length; the library advises against it on stderr.
+            self._tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
             self._model = AutoModelForSequenceClassification.from_pretrained(name, use_safetensors=True).eval()
         self._values = _values_of(name, self._model.config.id2label)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,11 +69,13 @@ class NliModel:
             [one for one, _ in pairs], [two for _, two in pairs], truncation=True, max_length=self._longest()
         )
         lengths = np.asarray([len(ids) for ids in encoded["input_ids"]], dtype=np.int64)
-        for rows in batches_within(lengths, _TOKENS[self._device.type]):
-            batch = {key: [values[row] for row in rows] for key, values in encoded.items()}
-            inputs = self._tokenizer.pad(batch, return_tensors="pt").to(self._device)
-            labels = self._model(**inputs).logits.argmax(dim=-1).tolist()
-            self._known |= {pairs[row]: self._values[label] for row, label in zip(rows, labels, strict=True)}
+        with tqdm(total=len(pairs), desc="evaluation.nli", unit=" pairs", disable=None) as bar:
+            for rows in batches_within(lengths, _TOKENS[self._device.type]):
+                batch = {key: [values[row] for row in rows] for key, values in encoded.items()}
+                inputs = self._tokenizer.pad(batch, return_tensors="pt").to(self._device)
+                labels = self._model(**inputs).logits.argmax(dim=-1).tolist()
+                self._known |= {pairs[row]: self._values[label] for row, label in zip(rows, labels, strict=True)}
+                bar.update(len(rows))
 
     def _longest(self) -> int:
         positions = getattr(self._model.config, "max_position_embeddings", None) or _LONGEST

@@ -85,7 +85,7 @@ def read_judgements(path: Path, key: Mapping[str, Any]) -> list[Judgement]:
             raise KestrelError(
                 f"evaluation.judgements: {path}, item {item}: expected left, right or tie, found {choice!r}"
             )
-    return [(str(judge), item, choice) for judge, item, choice in found]
+    return [(str(judge).encode("utf-8", "replace").decode(), item, choice) for judge, item, choice in found]
 
 
 def judged(evaluation: Evaluation, key: Mapping[str, Any], judgements: Sequence[Judgement]) -> dict[str, Any]:

@@ -193,6 +193,18 @@ def evaluation(data: bytes) -> None:
     as_markdown(result, [], dialogues).encode("utf-8")
 
 
+KEY = {"sheet": "s", "systems": ["a", "b"], "items": {"1": {"dialogue_id": "d", "turn": 1, "left": "a"}}}
+
+
+def judgements(data: bytes) -> None:
+    """A filled-in sheet, as JSON or as CSV."""
+    from kestrel.evaluation.judgements import CHOICES, read_judgements
+
+    name = "judged.json" if data.lstrip()[:1] in (b"{", b"[", b"") else "judged.csv"
+    for judge, item, choice in read_judgements(_file(name, data), KEY):
+        assert judge.encode() and item in KEY["items"] and choice in CHOICES
+
+
 def partial_generations(data: bytes) -> None:
     """What a killed generate.py left behind a header that still fits."""
     from kestrel.generation.answers import _keep_complete_shards
@@ -249,6 +261,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "adapter": adapter_config,
     "generations": generations,
     "evaluation": evaluation,
+    "judgements": judgements,
     "partial": partial_generations,
     "prompt": prompt,
 }
