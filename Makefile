@@ -55,10 +55,12 @@ browser:
 .venv/ready: requirements.txt requirements.lock.txt
 	@$(NEED_PYTHON)
 	"$(PYTHON)" -m venv .venv
+	@echo "installing $$(grep -c == requirements.txt) packages and what they need into .venv: $$(sed -n 's/==.*//p' requirements.txt | tr '\n' ' ')"
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c requirements.lock.txt
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt requirements-web.txt
+	@echo "installing what the tests need: $$(sed -n 's/==.*//p' requirements-dev.txt | tr '\n' ' ')"
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c requirements.lock.txt
 	@touch $@
 

@@ -34,7 +34,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
 
     run, chosen = Path(settings.run_dir), settings.generation
     preprocess, train = f"python preprocess.py {options.again}", f"python train.py {options.again}"
-    require_artifact(run / "dataset", "dataset", f"make it with: {preprocess}")
+    require_artifact(settings.dataset_dir, "dataset", f"make it with: {preprocess}")
     if "adapter" in chosen.systems and settings.model.adapter is None:
         require_artifact(run / "adapter", "adapter", f"train it with: {train}")
 

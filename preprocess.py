@@ -32,6 +32,7 @@ def _count(text: str) -> int:
 
 
 OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
+UNUSED = {"data.dataset": "a run with another's data set needs no preprocess.py; run train.py, or leave this out"}
 
 
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS)
+    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS, unused=UNUSED)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "print what training will take; load no weights, write nothing"})
 ]
+UNUSED = {"model.adapter": "train.py would ignore it; to begin from this adapter, name it in training.init_adapter"}
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.manifest import require_artifact
 
     run, preprocess = Path(settings.run_dir), f"python preprocess.py {options.again}"
-    require_artifact(run / "dataset", "dataset", f"make it with: {preprocess}")
+    require_artifact(settings.dataset_dir, "dataset", f"make it with: {preprocess}")
 
     from kestrel.batching import steps_of_run
     from kestrel.data.dataset import lengths_of, load_split, open_dataset
@@ -44,6 +45,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.training import callbacks, checkpoints, objective
     from kestrel.training.arguments import build_trainer, check_machine
     from kestrel.training.fit import fit, load_trainable, save
+    from kestrel.training.initial import open_initial
     from kestrel.training.sharding import led_by_first
 
     sharded = rendezvous.join_processes(settings)
@@ -65,11 +67,13 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         return
 
     base, restart = base_identity(settings.model, config), f"python train.py {options.again} --training.resume never"
+    settings, initial = open_initial(settings, prompt, base)
     identities = identity_of(manifest), base, prompt.identity()["sha256"]
-    fingerprint = checkpoints.resume_fingerprint(settings, *identities, len(steps))
-    resume = distributed.broadcast_from_first(
+    fingerprint = checkpoints.resume_fingerprint(settings, *identities, len(steps), initial.sha256 if initial else None)
+    resume, history = distributed.broadcast_from_first(
         lambda: checkpoints.choose(chosen.resume, run / "checkpoints", fingerprint, restart)
     )
+    fingerprint |= {"history": history} if history else {}
     patience = chosen.early_stopping
     if resume and patience and callbacks.evaluations_without_progress(checkpoints.log_history(resume)) >= patience:
         steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
@@ -78,16 +82,19 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     plan = passes.plan_passes(settings, config, dialogues, resume, sharded)
     passes.print_plan(settings, plan)
     longest = int(max(lengths.max(), lengths_of(validation_rows).max()))
-    model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt.end_id)
-    trainer, stop = build_trainer(settings, steps, fingerprint, plan, model, prompt, rows, validation_rows)
+    model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt, initial)
+    first_loss = initial.expected_loss(identities[0]) if initial else None
+    trainer, stop = build_trainer(
+        settings, steps, fingerprint, plan, model, prompt, rows, validation_rows, resume is not None, first_loss
+    )
     seconds = fit(trainer, stop, settings, resume, restart)
     with led_by_first(model):
         if distributed.is_first():
-            save(trainer, settings, prompt, fingerprint, audit.as_json(), seconds)
+            save(trainer, settings, prompt, fingerprint, audit.as_json(), seconds, initial)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("train.py", __doc__, train, argv, OPTIONS, together=True)
+    return run_script("train.py", __doc__, train, argv, OPTIONS, together=True, unused=UNUSED)
 
 
 if __name__ == "__main__":

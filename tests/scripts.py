@@ -57,13 +57,13 @@ def die_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int | None = N
 
 
 def worsen(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Lets each validation loss after the given number of evaluations be a nat worse than it is."""
+    """Lets each validation loss after step 0 and the given number of evaluations be a nat worse than it is."""
     evaluations = []
 
     def nll(model, batch):
         if not model.training:  # two short dialogues, so an evaluation is one pass
             evaluations.append(None)
-        return token_nll(model, batch) + max(0, len(evaluations) - after)
+        return token_nll(model, batch) + max(0, len(evaluations) - after - 1)
 
     monkeypatch.setattr("kestrel.training.objective.token_nll", nll)
 

@@ -51,8 +51,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         ) from None
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Puts a saved adapter on the base, for inference.
+def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = None) -> PeftModel:
+    """Puts a saved adapter on the base, for inference, or with a dropout to train it on.
 
     Raises:
         KestrelError: no adapter in the folder, or one for another architecture.
@@ -63,7 +63,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     require_files(str(folder), {path.name for path in folder.iterdir()})  # peft would unpickle adapter_model.bin
     config = adapter_config(folder)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=True)
+        if dropout is not None:
+            config.lora_dropout = dropout
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), config=config, is_trainable=dropout is not None, low_cpu_mem_usage=True
+        )
         with safe_open(folder / WEIGHTS, "pt") as file:
             # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
             unmatched = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()

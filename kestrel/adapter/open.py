@@ -54,8 +54,9 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
             raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
         manifest = read_adapter(folder, expected, remedy, remedy)
         check_weights(folder, adapter_config(folder).r)
-        recorded = _compared(manifest["settings"].get("lora"))
-        require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
+        if settings.training.init_adapter is None:  # else the shape is that adapter's
+            recorded = _compared(manifest["settings"].get("lora"))
+            require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
         return folder, manifest
     folder = find_adapter(name)
     if is_made_by_kestrel(folder):

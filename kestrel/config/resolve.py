@@ -12,8 +12,9 @@ import os
 import select
 import stat
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -24,7 +25,15 @@ from kestrel.config.yaml_file import Loaded, load_with_lines
 from kestrel.errors import UsageError
 
 _LONGEST = 2**18  # bytes of a YAML file
-_PATHS = ("run_dir", "data.source", "model.name", "model.adapter", "training.resume")  # or ids and words
+_PATHS = (
+    "run_dir",
+    "data.source",
+    "data.dataset",
+    "model.name",
+    "model.adapter",
+    "training.init_adapter",
+    "training.resume",
+)  # or ids and words
 
 # Options of the launchers, which users may put after the script's name.
 _LAUNCHERS = {
@@ -35,9 +44,44 @@ _LAUNCHERS = {
 }
 
 
+# What other tools call a key.
+_OTHER_NAMES = {
+    "data.source": "dataset dataset_name dataset_path train_file data_path data_files",
+    "generation.max_new_tokens": "max_tokens",
+    "generation.num_beams": "beams beam_size",
+    "hub.repo_id": "push_to_hub hub_model_id repo",
+    "lora.alpha": "lora_alpha",
+    "lora.dropout": "lora_dropout",
+    "lora.r": "rank lora_r lora_rank",
+    "lora.target_modules": "lora_target_modules lora_target targets modules",
+    "model.adapter": "adapter_name_or_path lora_path lora_model_dir peft_model adapter_path",
+    "model.name": "model_name_or_path base_model model_id model_path pretrained_model_name_or_path checkpoint",
+    "prompt.format": "template chat_template_format",
+    "prompt.max_length": "max_seq_length sequence_len cutoff_len max_seq_len model_max_length block_size",
+    "quantization.bits": "load_in_4bit load_in_8bit quantization_bit",
+    "quantization.compute_dtype": "bf16 fp16 dtype torch_dtype bnb_4bit_compute_dtype precision",
+    "quantization.type": "bnb_4bit_quant_type",
+    "run_dir": "output_dir output out_dir save_dir run_name",
+    "training.batch_size": "batch per_device_train_batch_size train_batch_size gradient_accumulation_steps",
+    "training.epochs": "num_epochs num_train_epochs",
+    "training.evaluations": "eval_steps eval_strategy save_steps",
+    "training.keep_checkpoints": "save_total_limit",
+    "training.learning_rate": "lr",
+    "training.lr_schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "training.max_grad_norm": "clip grad_clip gradient_clipping",
+    "training.optimizer": "optim",
+    "training.recompute": "gradient_checkpointing activation_checkpointing",
+    "training.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "training.tokens_per_step": "micro_batch_size",
+    "training.warmup_ratio": "warmup warmup_steps",
+}
+
+
 def _nearest(name: str, valid: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean X?` for the valid key that looks most like `name`, comparing also its last part alone."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    """`; did you mean X?` for the key that other tools call so, or looks most like `name` or like its last part alone."""
+    word = name.rpartition(".")[2].replace("-", "_").lower()
+    meant = [key for key, names in _OTHER_NAMES.items() if word in names.split() and key in valid]
+    close = meant or difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if not close:
         last_parts = {key.rpartition(".")[2]: key for key in valid}
         close = [last_parts[part] for part in difflib.get_close_matches(name.rpartition(".")[2], last_parts, n=1)]
@@ -69,7 +113,11 @@ def _place(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def resolve(
-    config: str | None, overrides: dict[str, Any], unknown: Sequence[str] = (), flags: Sequence[str] = ()
+    config: str | None,
+    overrides: dict[str, Any],
+    unknown: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    unused: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Settings, dict[str, str]]:
     """Validated settings from a YAML file and command-line options, and the origin of each value that is no default.
 
@@ -78,6 +126,7 @@ def resolve(
         overrides: dotted key -> value as given; None where the value is missing, a list where several may be given.
         unknown: arguments that are no known option.
         flags: names of the options that are not keys.
+        unused: keys that the script would ignore, and why that is refused.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
@@ -106,7 +155,8 @@ def resolve(
     settings = None
     try:
         settings = Settings.model_validate(tree)
-        for dotted, message in [*conflicts(settings), *_unusable_paths(settings)]:
+        ignored = [(key, why) for key, why in unused.items() if operator.attrgetter(key)(settings) is not None]
+        for dotted, message in [*conflicts(settings), *ignored, *_unusable_paths(settings)]:
             report(dotted, message)
     except ValidationError as error:
         for problem in error.errors():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -75,6 +76,10 @@ class Data(Section):
     redact: list[Literal["email", "phone", "url"]] = _key(
         [], "What to replace in all texts: e-mail addresses, phone numbers, web addresses."
     )
+    dataset: Text | None = _key(
+        None,
+        "Another run's data set to use, such as runs/a/dataset, made of the same source; null: the one in run_dir.",
+    )
 
 
 class Prompt(Section):
@@ -131,7 +136,13 @@ class Lora(Section):
 class Training(Section):
     """The optimization. Batch sizes count all processes together."""
 
-    epochs: Annotated[float, Field(gt=0, le=1e5)] = _key(1.0, "Passes over the training dialogues.")
+    init_adapter: Text | None = _key(
+        None,
+        "Adapter to begin from: a folder, or an id on the Hub; its rank, alpha and layers are taken. null: a fresh one.",
+    )
+    epochs: Annotated[float, Field(gt=0, le=1e5)] = _key(
+        1.0, "Passes over the training dialogues. More of them, or of max_steps, extend a finished run."
+    )
     max_steps: PositiveInt | None = _key(None, "Stop after this many optimizer steps; overrides epochs.")
     batch_size: PositiveInt = _key(32, "Dialogues per optimizer step.")
     tokens_per_step: PositiveInt | Literal["auto"] = _key(
@@ -250,6 +261,11 @@ class Settings(Section):
     generation: Generation = Generation()
     evaluation: Evaluation = Evaluation()
     hub: Hub = Hub()
+
+    @property
+    def dataset_dir(self) -> Path:
+        """The folder of the data set."""
+        return Path(self.data.dataset or Path(self.run_dir, "dataset"))
 
 
 def memory_bytes(text: str | None) -> int | None:

@@ -98,7 +98,7 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
     """The settings on which the dataset depends; of those that datasets of version 0.1.0 lack, only what is set."""
-    shaping = settings.model_dump(include={"data", "prompt", "seed"})
+    shaping = settings.model_dump(include={"data", "prompt", "seed"}, exclude={"data": {"dataset"}})
     for key in _ADDED_KEYS:
         if shaping["data"][key] == Data.model_fields[key].default:
             del shaping["data"][key]
@@ -107,6 +107,8 @@ def settings_that_shape(settings: Settings) -> dict[str, Any]:
 
 def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path, dict[str, Any]]:
     """Checks that the run's dataset is complete and was made with these settings, this tokenizer and this prompt.
+
+    Another run's may have been split with another seed.
 
     Args:
         command: what creates the dataset, for messages.
@@ -117,12 +119,17 @@ def open_dataset(settings: Settings, prompt: Prompt, command: str) -> tuple[Path
     Raises:
         KestrelError: missing, damaged, or made with other settings; names what differs.
     """
-    folder = Path(settings.run_dir) / "dataset"
+    folder = settings.dataset_dir
     what, remedy = f"the dataset in {folder}", f"make it with: {command}"
+    if settings.data.dataset is not None:
+        remedy = "name one made with these settings in data.dataset, or leave that out and run preprocess.py"
     if not (folder / MANIFEST).exists():
         raise KestrelError(f"there is no dataset in {folder}; {remedy}")
     manifest = read_manifest(folder, "dataset", remedy)
-    require_equal(what, manifest["settings"], settings_that_shape(settings), remedy)
+    expected = settings_that_shape(settings)
+    if settings.data.dataset is not None or folder.is_symlink():
+        expected["seed"] = manifest["settings"].get("seed")
+    require_equal(what, manifest["settings"], expected, remedy)
     require_equal(what, {"prompt": manifest.get("prompt")}, {"prompt": prompt.identity()}, remedy)
     return folder, manifest
 

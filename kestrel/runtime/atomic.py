@@ -79,6 +79,8 @@ def folder_atomically(path: Path) -> Iterator[Path]:
         finally:
             if former.exists() and not path.exists():
                 os.replace(former, path)
+            if former.is_symlink():
+                former.unlink()
             shutil.rmtree(former, ignore_errors=True)
 
 

@@ -16,19 +16,35 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.runtime import distributed
 from kestrel.runtime.output import prepare_output
-from kestrel.runtime.run_folder import locked_run_folder
+from kestrel.runtime.run_folder import link_dataset, locked_run_folder
 from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
 
 Options = Sequence[tuple[str, dict[str, Any]]]  # flags, each with the keywords of `ArgumentParser.add_argument`
+
+# The sections of the settings that each script uses, for --help, and the script that is run after it.
+_MODEL = ("data", "prompt", "model", "quantization")
+_SECTIONS = {
+    "preprocess.py": ("data", "prompt", "model"),
+    "train.py": (*_MODEL, "lora", "training"),
+    "generate.py": (*_MODEL, "generation"),
+    "evaluate.py": ("data", "evaluation"),
+    "publish.py": (*_MODEL, "lora", "hub"),
+    "chat.py": (*_MODEL, "generation"),
+}
+_NEXT = {
+    "preprocess.py": "train.py", "train.py": "generate.py", "generate.py": "evaluate.py", "evaluate.py": "chat.py",
+}  # fmt: skip
 
 _OUT_OF_MEMORY = (
     "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
@@ -48,6 +64,7 @@ def run_script(
     options: Options = (),
     writes: bool = True,
     together: bool = False,
+    unused: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Runs a script: settings, lock, steps.
 
@@ -60,6 +77,7 @@ def run_script(
         options: the script's own flags.
         writes: whether it writes to the run folder, which it then locks, unless its flag --dry-run is given.
         together: whether several processes share the work. In other scripts only the first process does anything.
+        unused: keys that it would ignore though a user may expect otherwise, and what to do instead. They are refused.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
@@ -70,7 +88,7 @@ def run_script(
     stderr, run_dir = sys.stderr, None
     try:
         with on_signals(exit_now):
-            arguments, settings, origin = _read_command_line(name, doc, argv, options)
+            arguments, settings, origin = _read_command_line(name, doc, argv, options, unused)
             from kestrel.config.resolve import describe
 
             run_dir = settings.run_dir
@@ -84,7 +102,12 @@ def run_script(
             with distributed.only_first_prints(), folder:
                 if together and (warning := distributed.launch_warning()):
                     print(f"warning: {warning}", file=sys.stderr)
+                if locks and settings.data.dataset is not None and distributed.is_first():
+                    link_dataset(Path(run_dir), settings.dataset_dir)
                 steps(settings, arguments)
+                following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
+                if following is not None and not settings.evaluation.generations:
+                    print(f"\nnext: python {following} {arguments.again}")
             distributed.leave_process_group()
             return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
@@ -97,7 +120,7 @@ def run_script(
 
 
 def _read_command_line(
-    name: str, doc: str, argv: Sequence[str] | None, options: Options
+    name: str, doc: str, argv: Sequence[str] | None, options: Options, unused: Mapping[str, str]
 ) -> tuple[argparse.Namespace, Settings, dict[str, str]]:
     """The script's own options, the settings, and where each of them comes from."""
     from kestrel.config.keys import all_keys
@@ -105,13 +128,15 @@ def _read_command_line(
 
     try:
         with distributed.only_first_prints():  # --help
-            arguments, unknown = _parser(name, doc, options).parse_known_args(argv)
+            everything = "--help-all" in (sys.argv if argv is None else argv)
+            parser = _parser(name, doc, options, () if everything else _SECTIONS.get(name, ()))
+            arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError([str(error)]) from None
     keys = all_keys()
     overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
-    flags = ["config", "print-config", "debug", "help", *(flag.lstrip("-") for flag, _ in options)]
-    settings, origin = resolve(arguments.config, overrides, unknown, flags)
+    flags = ["config", "print-config", "debug", "help", "help-all", *(flag.lstrip("-") for flag, _ in options)]
+    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused)
     words = ["--config", arguments.config]
     for dotted, given in overrides.items():
         words += [f"--{dotted}", *(given if isinstance(given, list) else [given])]
@@ -119,7 +144,8 @@ def _read_command_line(
     return arguments, settings, origin
 
 
-def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
+def _parser(name: str, doc: str, options: Options, sections: Sequence[str]) -> argparse.ArgumentParser:
+    """Takes every key; --help shows those of the given sections, or all where none is given."""
     from kestrel.config.keys import all_keys
     from kestrel.config.settings import Settings
 
@@ -130,7 +156,9 @@ def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
         usage=f"python {name} --config configs/NAME.yaml [--section.key VALUE ...] [--print-config] [--help]",
         allow_abbrev=False,
         exit_on_error=False,
+        epilog="Each script takes the keys of all sections; --help-all shows them too." if sections else None,
     )
+    parser.add_argument("--help-all", action="help", help="show this help with the keys of every section and exit")
     parser.add_argument("--config", metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
@@ -139,9 +167,11 @@ def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
     groups: dict[str, Any] = {}
     for key in all_keys().values():
         section = key.dotted.rpartition(".")[0]
+        is_shown = not (section and sections) or section in sections
         if section not in groups:
             description = Settings.model_fields[section].annotation.__doc__ if section else None
-            groups[section] = parser.add_argument_group(section or "experiment", description)
+            title = (section or "experiment", description) if is_shown else ()
+            groups[section] = parser.add_argument_group(*title)
         # A flag alone means true for a Boolean; for others its value is None, which `resolve` reports as missing.
         alone = {} if key.takes_several else {"const": "true" if key.field.annotation is bool else None}
         groups[section].add_argument(
@@ -151,7 +181,9 @@ def _parser(name: str, doc: str, options: Options) -> argparse.ArgumentParser:
             **alone,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{key.field.description} ({key.type_name}; {key.default})".replace("%", "%%"),
+            help=f"{key.field.description} ({key.type_name}; {key.default})".replace("%", "%%")
+            if is_shown
+            else argparse.SUPPRESS,
         )
     return parser
 

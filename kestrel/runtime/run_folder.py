@@ -28,6 +28,26 @@ _locked: set[int] = set()  # descriptors of the lock files that this process hol
 _HOLDER = re.compile(r"(?P<holder>process \d+ on .+ since .+)\n(?P<boot_id>.*)\n")
 
 
+def link_dataset(run_dir: Path, other: Path) -> None:
+    """Makes another run's data set this run's: a link, by which each script finds it.
+
+    Raises:
+        KestrelError: there is no data set, or this run has one of its own.
+    """
+    own = run_dir / "dataset"
+    if not other.is_dir():
+        raise KestrelError(f"data.dataset: there is no data set in {other}")
+    if own.resolve() == other.resolve():
+        return
+    if own.is_symlink():
+        own.unlink()
+    elif own.exists():
+        raise KestrelError(
+            f"{own} is a data set of this run's own; delete it to use {other}, or leave out data.dataset"
+        )
+    own.symlink_to(os.path.relpath(other.resolve(), run_dir.resolve()))
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder while the block runs.

@@ -18,9 +18,18 @@ from kestrel.planning.passes import Plan
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
 from kestrel.training import callbacks
+from kestrel.training.initial import BeginsWhereItEnded
+from kestrel.training.progress import Progress, StopOnSignal
 from kestrel.training.samples import Samples
 from kestrel.training.sharding import is_sharded
-from kestrel.training.trackers import TrackedArguments, check_trackers, hide_paths, run_name_arguments, tracked_settings
+from kestrel.training.trackers import (
+    TrackedArguments,
+    check_trackers,
+    hide_paths,
+    run_name_arguments,
+    text_writer,
+    tracked_settings,
+)
 from kestrel.training.trainer import DialogueTrainer
 
 if TYPE_CHECKING:
@@ -28,17 +37,28 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) -> TrainingArguments:
-    """The Trainer's arguments for a run of `steps` optimizer steps."""
+def arguments_for(
+    settings: Settings,
+    steps: int,
+    output: Path,
+    on_gpu: bool,
+    history: Sequence[dict[str, Any]] = (),
+    resumed: bool = False,
+) -> TrainingArguments:
+    """The Trainer's arguments for a run of `steps` optimizer steps.
+
+    Args:
+        output: folder of the checkpoints.
+        history: what decided the training of each earlier stretch, where a finished run is extended.
+        resumed: whether the run goes on from a checkpoint.
+    """
     training = settings.training
-    every = math.ceil(steps / training.evaluations)
+    every = math.ceil((steps - (history[-1]["steps"] if history else 0)) / training.evaluations)
     arguments = TrackedArguments(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(training.lr_schedule, training.lr_schedule),
-        warmup_steps=round(training.warmup_ratio * steps),
+        learning_rate=history[0]["learning_rate"] if history else training.learning_rate,  # with `learning_rate_factor`
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
@@ -47,9 +67,11 @@ def arguments_for(settings: Settings, steps: int, output: Path, on_gpu: bool) ->
         fp16=settings.quantization.compute_dtype == "float16" and on_gpu,
         use_cpu=not on_gpu,
         logging_steps=min(training.logging_steps, every),
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=every,
+        eval_on_start=not resumed,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=max(2, training.keep_checkpoints),
@@ -76,8 +98,13 @@ def build_trainer(
     prompt: Prompt,
     rows: Dataset,
     validation: Dataset,
-) -> tuple[DialogueTrainer, callbacks.StopOnSignal]:
+    resumed: bool,
+    first_loss: float | None,
+) -> tuple[DialogueTrainer, StopOnSignal]:
     """The Trainer with its callbacks, and the callback that handles signals.
+
+    Args:
+        first_loss: the validation loss to expect at step 0, where it is known.
 
     Raises:
         KestrelError: a sample's prompt and answer are longer than the model's context.
@@ -89,20 +116,26 @@ def build_trainer(
         fingerprint,
         plan,
         model=model,
-        args=arguments_for(settings, len(steps), run / "checkpoints", on_gpu),
+        args=arguments_for(settings, len(steps), run / "checkpoints", on_gpu, fingerprint.get("history", []), resumed),
         train_dataset=rows,
         eval_dataset=validation,
         processing_class=prompt.tokenizer,
     )
-    for own in (PrinterCallback, ProgressCallback):  # callbacks.Progress replaces both
+    for own in (PrinterCallback, ProgressCallback):  # progress.Progress replaces both
         trainer.remove_callback(own)
     hide_paths(trainer)
-    samples = Samples(model, prompt, validation, settings)  # of a sharded model, the first process alone has no answers
-    stop = callbacks.StopOnSignal()
+    write_text = text_writer(trainer)
+    samples = Samples(model, prompt, validation, settings, write_text)
+    stop = StopOnSignal()
     chosen: list[TrainerCallback] = [callbacks.Schedule()]
     if distributed.is_first():
-        chosen += [callbacks.Progress(), callbacks.JsonLines(run / "logs" / "training.jsonl", trainer.tokens_until)]
-        chosen += [] if is_sharded(model) else [samples]
+        steps_per_epoch = math.ceil(len(rows) / settings.training.batch_size)
+        log = callbacks.JsonLines(run / "logs" / "training.jsonl", trainer.tokens_until)
+        chosen += [Progress(trainer, steps_per_epoch), log]
+        chosen += (
+            [] if is_sharded(model) else [samples]
+        )  # the first process alone computes no answer of a sharded model
+    chosen += [BeginsWhereItEnded(first_loss, settings.quantization.compute_dtype)] if first_loss is not None else []
     chosen += [callbacks.EarlyStopping(patience)] if patience else []
     for callback in (*chosen, stop, callbacks.Guard(trainer)):  # Guard checks before what the others request is done
         trainer.add_callback(callback)

@@ -1,10 +1,9 @@
-"""Callbacks of the Trainer: proofs, schedule, log, progress, early stopping, and stopping on a signal."""
+"""Callbacks of the Trainer: proofs, schedule, log and early stopping."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,7 @@ from transformers import TrainerCallback
 from kestrel.errors import ProofError
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import write_atomically
-from kestrel.runtime.output import write_to_stderr
-from kestrel.runtime.signals import exit_now
+from kestrel.training.progress import OnArrival
 
 if TYPE_CHECKING:
     from kestrel.training.trainer import DialogueTrainer
@@ -39,7 +37,7 @@ class Guard(TrainerCallback):
         self._initial: dict[str, torch.Tensor] | None = None
         self._moved = False
         self._skipped = 0
-        self._unchecked: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self._unchecked: tuple[int, OnArrival] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **extra: Any) -> None:
         if not self._moved:
@@ -47,20 +45,14 @@ class Guard(TrainerCallback):
         self._check()
         norm = self._trainer.last_gradient_norm
         assert norm is not None
-        copied = torch.cuda.Event() if norm.is_cuda else None
-        self._unchecked = (state.global_step + 1, norm.detach().to("cpu", non_blocking=True), copied)
-        if copied is not None:
-            copied.record()
+        self._unchecked = state.global_step + 1, OnArrival(norm)
 
     def _check(self) -> None:
         """Refuses the last norm if it is not finite."""
         if self._unchecked is None:
             return
-        step, norm, copied = self._unchecked
-        self._unchecked = None
-        if copied is not None:
-            copied.synchronize()
-        if not torch.isfinite(norm):
+        (step, norm), self._unchecked = self._unchecked, None
+        if not math.isfinite(norm.wait()):
             names = ", ".join(self._trainer.dialogues_of_step(step))
             raise ProofError(
                 f"the gradient of step {step} is not finite; its dialogues are {names}. The checkpoints before it are "
@@ -145,57 +137,9 @@ class JsonLines(TrainerCallback):
         return json.dumps({"step": step, **values, "tokens": tokens}) + "\n" if values else ""
 
 
-class Progress(TrainerCallback):
-    """A progress bar on a terminal, and a line per evaluation everywhere; for the first process."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit=" steps", disable=None, leave=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **extra: Any) -> None:
-        if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **extra: Any
-    ) -> None:
-        if metrics:
-            tqdm.write(
-                f"step {state.global_step:,} of {state.max_steps:,}: validation loss {metrics['eval_loss']:.4f}, "
-                f"perplexity {metrics['eval_perplexity']:.2f} per reply token"
-            )
-            sys.stdout.flush()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        self._bar.close()
-
-
-class StopOnSignal(TrainerCallback):
-    """The first SIGINT or SIGTERM lets the step end, saves a checkpoint and stops; the second stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        # The launcher also ends the others of a run in which one process has failed.
-        if self.received is not None or distributed.any_failed():
-            exit_now(number, message="stopped at once; the same command resumes from the last checkpoint, if any")
-        self.received = number
-        if distributed.is_first():
-            write_to_stderr("\nstopping after this step and saving a checkpoint; once more to stop at once")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        # The signal reaches several processes in different steps; they stop after the same one.
-        self.received = distributed.all_reduce_max(self.received or 0) or None
-        if self.received is not None:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-
 def evaluations_without_progress(log_history: Sequence[dict[str, Any]]) -> int:
-    """Evaluations since the one with the lowest validation loss, in the Trainer's log_history."""
-    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+    """Evaluations since the one with the lowest validation loss, in the Trainer's log_history; step 0 does not count."""
+    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry and entry.get("step")]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 

@@ -16,6 +16,7 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
+from kestrel.training.schedule import EXTENDABLE
 
 KIND = "checkpoint"
 _STATE = "trainer_state.json"
@@ -27,14 +28,16 @@ DECISIVE_TRAINING_SETTINGS = {
 
 
 def resume_fingerprint(
-    settings: Settings, dataset: str, base: dict[str, Any], prompt_sha256: str, steps: int
+    settings: Settings, dataset: str, base: dict[str, Any], prompt_sha256: str, steps: int, initial: str | None = None
 ) -> dict[str, Any]:
     """All that decides the next step, and nothing else: a checkpoint is resumed only where it is the same.
 
     Args:
         steps: optimizer steps of the whole run, which shape the learning rate.
+        initial: sha256 of the weights of training.init_adapter.
     """
     return {
+        **({"init_adapter": initial} if initial else {}),
         "dataset": dataset,
         "base": base,
         "prompt_sha256": prompt_sha256,
@@ -88,18 +91,23 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def choose(resume: str, folder: Path, fingerprint: dict[str, Any], restart: str) -> Path | None:
+def choose(
+    resume: str, folder: Path, fingerprint: dict[str, Any], restart: str
+) -> tuple[Path | None, list[dict[str, Any]]]:
     """The checkpoint to resume from, by training.resume; None to start at step 0. Deletes nothing.
 
     Args:
         restart: the command that starts again from step 0, for messages.
+
+    Returns:
+        The checkpoint; and, where this run extends a finished one, what decided the training of each earlier stretch.
 
     Raises:
         KestrelError: the named checkpoint is damaged or not of this run, or the newest undamaged one is another run's;
             naming each field that differs.
     """
     if resume == "never":
-        return None
+        return None, []
     candidates = _newest_first(folder)
     if resume != "auto":
         if Path(resume).resolve().parent != folder.resolve() or not Path(resume).is_dir():
@@ -114,10 +122,27 @@ def choose(resume: str, folder: Path, fingerprint: dict[str, Any], restart: str)
                 raise
             print(f"warning: {error}", file=sys.stderr)
             continue
-        require_equal(f"the checkpoint {checkpoint}", recorded, fingerprint, f"start again with: {restart}")
-        print(f"resuming from {checkpoint}")
-        return checkpoint
-    return None
+        history = list(recorded.pop("history", []))
+        if is_extended(recorded, fingerprint, step_of(checkpoint)):
+            history.append(recorded["training"])
+            now = fingerprint["training"]
+            print(
+                f"extending the run that was finished at step {step_of(checkpoint):,} to {now['steps']:,} steps: the "
+                f"learning rate of the added ones is {now['lr_schedule']}, from {now['learning_rate']:g}"
+            )
+        else:
+            require_equal(f"the checkpoint {checkpoint}", recorded, fingerprint, f"start again with: {restart}")
+            print(f"resuming from {checkpoint}")
+        return checkpoint, history
+    return None, []
+
+
+def is_extended(recorded: dict[str, Any], fingerprint: dict[str, Any], step: int) -> bool:
+    """Whether a run had finished at a checkpoint's step, and this one is the same with more steps."""
+    before, now = recorded.get("training"), fingerprint["training"]
+    if not isinstance(before, dict) or not before.get("steps") == step < now["steps"]:
+        return False
+    return {**recorded, "training": before | {key: now[key] for key in EXTENDABLE}} == fingerprint
 
 
 def remove_newer(folder: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251  what torch raises where it refuses
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kestrel.adapter.lora import add_lora
-from kestrel.adapter.proof import save_and_prove
+from kestrel.adapter.lora import add_lora, load_adapter
+from kestrel.adapter.proof import prove_loaded, save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
 from kestrel.model.base import check_context, device, device_name, load_base
@@ -23,7 +24,8 @@ from kestrel.runtime.manifest import sha256_of
 from kestrel.runtime.signals import on_signals
 from kestrel.runtime.training_log import plot_loss
 from kestrel.training import checkpoints
-from kestrel.training.callbacks import StopOnSignal
+from kestrel.training.initial import Initial
+from kestrel.training.progress import StopOnSignal
 from kestrel.training.sharding import shard
 from kestrel.training.trainer import DialogueTrainer
 
@@ -35,27 +37,41 @@ if TYPE_CHECKING:
 
 
 def load_trainable(
-    settings: Settings, recompute: Recompute, sharded: bool, longest: int, validation: Dataset, pad_id: int
+    settings: Settings,
+    recompute: Recompute,
+    sharded: bool,
+    longest: int,
+    validation: Dataset,
+    prompt: Prompt,
+    initial: Initial | None,
 ) -> tuple[PeftModel, Audit]:
     """Loads the base, adds the adapter, and proves the loss on one dialogue; prints what was loaded and proven.
 
     Args:
         sharded: split the base over the processes.
         longest: tokens of the longest dialogue.
+        initial: the adapter to begin from; None for a fresh one.
 
     Raises:
         KestrelError: the base cannot be loaded, its context is too short, or it lacks the layers to adapt.
-        ProofError: the base is not what the settings ask for, or its loss is wrong.
+        ProofError: the base is not what the settings ask for, its loss is wrong, or the initial adapter computes
+            something else than in its training.
     """
     base, audit = load_base(settings, to_be_sharded=sharded)
     check_context(base, longest)
     print(f"base: {audit.line()}")
-    model = add_lora(base, settings.lora, settings.seed)
-    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters")
+    if initial is None:
+        model = add_lora(base, settings.lora, settings.seed)
+    else:
+        model = load_adapter(base, initial.folder, settings.lora.dropout)
+    begun = f", begun from {initial.name}" if initial else ""
+    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters{begun}")
     if sharded:
         print(shard(model))
     attach_token_nll(model, recompute)
-    batch = {name: tensor.to(device()) for name, tensor in collate([validation[0]], pad_id=pad_id).items()}
+    if initial is not None:
+        print(prove_loaded(model, initial.manifest, prompt.identity(), settings.quantization.compute_dtype))
+    batch = {name: tensor.to(device()) for name, tensor in collate([validation[0]], pad_id=prompt.end_id).items()}
     prove_loss(model, batch, settings.quantization.compute_dtype)
     print(prove_layers(model, batch, settings.quantization.compute_dtype))
     return model, audit
@@ -103,6 +119,7 @@ def save(
     fingerprint: dict[str, Any],
     audit: dict[str, Any],
     seconds: float,
+    initial: Initial | None,
 ) -> None:
     """Writes the plot of the losses and the adapter; prints the best validation loss and what was proven."""
     run, state, model = Path(settings.run_dir), trainer.state, trainer.model
@@ -117,13 +134,18 @@ def save(
         "eval_loss": state.best_metric,
         "training_log": sha256_of(log),
         "hardware": f"{distributed.world_size()} × {device_name()}",
+        **({"history": fingerprint["history"]} if "history" in fingerprint else {}),
+        **({"init_adapter": initial.facts()} if initial else {}),
     }
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    first = next((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), state.best_metric)
     print(
-        f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}; "
-        f"{facts['tokens']:,} tokens, {seconds:.0f} s in this process"
+        f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}, "
+        f"{first:.4f} at first; {facts['tokens']:,} tokens, {seconds:.0f} s in this process"
         + (f", {peak:.1f} GiB of GPU memory at the peak" if peak else "")
     )
+    if state.best_metric > first:
+        print("warning: training made it worse than it was at first; lower training.learning_rate", file=sys.stderr)
     print(f"proven: {proof}")
     print(f"wrote {run / 'adapter'}")

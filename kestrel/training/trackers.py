@@ -7,7 +7,7 @@ variables say. Only TensorBoard is a requirement.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,17 @@ def hide_paths(trainer: Trainer) -> None:
         return control
 
     trainer.callback_handler.on_train_begin = begin_without_path
+
+
+def text_writer(trainer: Trainer) -> Callable[[str, str, int], None]:
+    """Writes a text in Markdown to TensorBoard, under a name and at a step, where the run reports to it."""
+
+    def write(name: str, text: str, step: int) -> None:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, integration_utils.TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text(name, text, step)
+
+    return write
 
 
 def run_name_arguments(settings: Settings) -> dict[str, Any]:

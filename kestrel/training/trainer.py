@@ -23,6 +23,7 @@ from kestrel.runtime import distributed
 from kestrel.runtime.manifest import read_manifest, write_manifest
 from kestrel.training import objective
 from kestrel.training.checkpoints import KIND
+from kestrel.training.schedule import learning_rate_factor
 from kestrel.training.sharding import is_sharded
 
 _DIVERGED = 500.0  # nats per token; guessing among 65,024 words costs 11
@@ -54,6 +55,7 @@ class DialogueTrainer(Trainer):
         self._lengths = lengths_of(self.train_dataset)
         self.tokens_until = np.cumsum([int(self._lengths[rows].sum()) for rows in steps])
         self._pad_id = int(self.processing_class.eos_token_id)
+        self.last_loss: torch.Tensor | None = None
         self.last_gradient_norm: torch.Tensor | None = None
 
     # -- data ------------------------------------------------------------------------------------------------------
@@ -87,6 +89,21 @@ class DialogueTrainer(Trainer):
         mine = share_of(lengths, rank, self.args.world_size)
         return [mine[cut] for cut in even_batches_within(lengths[mine], self._plan.tokens_per_step)]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        stretches = [*self._fingerprint.get("history", []), self._fingerprint["training"]]
+        # Of a function, checkpoints hold nothing; of a method or a partial, they would.
+        factor = lambda step: learning_rate_factor(step, stretches)
+        self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        """As the Trainer does; the next step's learning rate, which a finished run has brought to zero, is computed again."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        schedule._last_lr = [base * schedule.lr_lambdas[0](schedule.last_epoch) for base in schedule.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the library's estimate needs one batch of ids, and nothing here reads it
 
@@ -109,6 +126,7 @@ class DialogueTrainer(Trainer):
                 inputs = self.inputs_of(self.rows_of_step(self.state.global_step))
             total = self._backward_if_it_fits(inputs)
         distributed.average_gradients([p for p in self.model.parameters() if p.requires_grad])
+        self.last_loss = total
         return total
 
     def _backward_if_it_fits(self, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -216,7 +234,7 @@ class DialogueTrainer(Trainer):
         lengths = lengths_of(self.eval_dataset)[mine]
         cuts = list(batches_within(lengths, self._plan.tokens_per_step))
         idle = distributed.all_reduce_max(len(cuts)) - len(cuts) if self._sharded else 0  # as in a training step
-        for cut in cuts:
+        for cut in tqdm(cuts, "validation", unit=" passes", disable=None, leave=False):
             batch = objective.collate([rows[int(mine[i])] for i in cut], self._pad_id)
             sum_of_batch, tokens_of_batch = objective.validation_nll(self.model, self._on_device(batch))
             nll += sum_of_batch
@@ -232,6 +250,9 @@ class DialogueTrainer(Trainer):
             raise ProofError(
                 f"the validation loss at step {self.state.global_step} is {loss}: training has diverged; lower "
                 "training.learning_rate. The checkpoints before this step are kept"
+                if self.state.global_step
+                else f"the validation loss before the first step is {loss}: the base does not work with these settings; "
+                "try quantization.compute_dtype: float32"
             )
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(metrics)

@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import python
@@ -14,11 +15,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kestrel.config.keys import all_keys
-from kestrel.config.resolve import describe, resolve
+from kestrel.config.resolve import _OTHER_NAMES, describe, resolve
 from kestrel.config.settings import Settings
 from kestrel.config.yaml_file import load_with_lines
 from kestrel.errors import Interrupted, KestrelError, UsageError
-from kestrel.runtime.command_line import run_script
+from kestrel.runtime.command_line import _SECTIONS, run_script
 
 MINIMAL = "run_dir: r\ndata:\n  source: s\nmodel:\n  name: m\n"
 QUICK = hypothesis_settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
@@ -221,16 +222,35 @@ def test_print_config_marks_overrides(config: str, capsys: pytest.CaptureFixture
     assert [line for line in lines if "overridden" in line] == ["seed: 7  # overridden on the command line"]
 
 
-def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+@pytest.mark.parametrize("name", ["preprocess.py", "train.py", "generate.py", "evaluate.py", "publish.py", "chat.py"])
+def test_help_lists_the_keys_that_the_script_uses_or_all(name: str, flag: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as caught:
-        run(lambda *_: None, "--help")
+        run_script(name, "", lambda *_: None, [flag])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for name, key in all_keys().items():
+    for dotted, key in all_keys().items():
+        section = dotted.rpartition(".")[0]
+        is_shown = flag == "--help-all" or not section or section in _SECTIONS[name]
         text = " ".join(f"{key.field.description} ({key.type_name}; {key.default})".split())
-        assert f"--{name} " in shown and text.replace(" ", "") in shown.replace(" ", ""), name
-    for flag in ("--config FILE", "--print-config", "--debug"):
-        assert flag in shown
+        assert (f"--{dotted} " in shown) == (text.replace(" ", "") in shown.replace(" ", "")) == is_shown, dotted
+    for option in ("--config FILE", "--print-config", "--debug", "--help-all"):
+        assert option in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("lr", "training.learning_rate"), ("training.batch", "training.batch_size"), ("lora_r", "lora.r"),
+     ("epochs", "training.epochs"), ("lora.rank", "lora.r"), ("model-name-or-path", "model.name"),
+     ("dataset", "data.source"), ("output_dir", "run_dir"), ("training.gradient_checkpointing", "training.recompute")],
+)  # fmt: skip
+def test_names_of_other_tools_are_understood(config: str, capsys: Any, name: str, key: str) -> None:
+    assert run(lambda *_: None, "--config", config, f"--{name}", "1") == 2
+    assert f"did you mean --{key}?" in capsys.readouterr().err
+
+
+def test_every_name_of_another_tool_stands_for_a_key() -> None:
+    assert _OTHER_NAMES.keys() <= all_keys().keys()
 
 
 # -- the process -------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_terminal_of_another_encoding_ends_no_run(config: str) -> None:
 def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> None:
     code = """
         import os, signal, sys
-        from kestrel.training.callbacks import StopOnSignal
+        from kestrel.training.progress import StopOnSignal
         from kestrel.runtime.output import _Pipe, prepare_output
         from kestrel.runtime.signals import on_signals
         def trace(frame, event, argument):

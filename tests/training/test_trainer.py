@@ -56,7 +56,7 @@ def test_log_has_the_contracts_keys(trained):
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert all(line.keys() == {"step", "loss", "learning_rate", "grad_norm", "tokens"} for line in steps)
-    assert [line["step"] for line in evaluations] == [2, 4, 6, 8]
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 6, 8]
     assert all(line.keys() == {"step", "eval_loss", "eval_perplexity", "tokens"} for line in evaluations)
     for line in evaluations:
         assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
@@ -75,11 +75,11 @@ def test_learning_rate_warms_up_to_its_peak_and_decays(prepared, tmp_path):
 
 def test_samples_and_plot(trained):
     samples = [json.loads(line) for line in (trained.run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["step"] for row in samples] == [2, 4, 6, 8]
+    assert [row["step"] for row in samples] == [0, 2, 4, 6, 8]
     assert samples[0].keys() == {
         "step", "dialogue_id", "turn", "persona", "history", "reference", "response", "stopped_by",
     }  # fmt: skip
-    assert image.imread(trained.run / "logs" / "loss.png").shape[:2] == (600, 1050)
+    assert image.imread(trained.run / "logs" / "loss.png").shape[:2] == (750, 1050)
 
 
 def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
@@ -89,7 +89,7 @@ def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
     rows_of = []
     for changes in ({}, {"num_beams": 4, "length_penalty": 0.1}, {"do_sample": True, "temperature": 9.0, "top_k": 50}):
         changed = settings.model_copy(update={"generation": settings.generation.model_copy(update=changes)})
-        rows_of.append(Samples(model, prompt, rows, changed).rows())
+        rows_of.append(Samples(model, prompt, rows, changed, lambda *_: None).rows())
     assert rows_of[0] and rows_of[0] == rows_of[1] == rows_of[2]
 
 
@@ -115,8 +115,8 @@ def test_last_steps_are_logged_evaluated_and_saved_too(prepared, tmp_path):
     arguments += ["--training.max_steps", "7", "--training.evaluations", "4", "--training.logging_steps", "5"]
     assert train.main(arguments) == 0
     lines = log_of(tmp_path / "run")
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 7]
-    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 7]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 7]
     kept = sorted(path.parent.name for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"))
     assert kept == ["checkpoint-4", "checkpoint-6", "checkpoint-7"]
 
@@ -128,7 +128,7 @@ def test_early_stopping(prepared, tmp_path, monkeypatch):
     arguments += ["--training.max_steps", "20", "--training.evaluations", "20", "--training.early_stopping", "2"]
     assert train.main(arguments) == 0
     losses = [line["eval_loss"] for line in log_of(tmp_path / "run") if "eval_loss" in line]
-    assert len(losses) == 5 and losses.index(min(losses)) == 2
+    assert len(losses) == 6 and losses.index(min(losses)) == 3
     first, log = weights_of(tmp_path / "run"), log_of(tmp_path / "run")
     assert train.main(arguments) == 0  # again: it is over, and stays so
     assert same(first, weights_of(tmp_path / "run")) and log == log_of(tmp_path / "run")
@@ -225,8 +225,8 @@ def test_a_gradient_that_is_not_finite_names_step_and_dialogues(prepared, tmp_pa
     calls = []
 
     def poisoned(model, batch):
-        calls.append(None)
-        return token_nll(model, batch) * (value if len(calls) == 4 and model.training else 1.0)
+        calls.append(None)  # the first is the evaluation at step 0
+        return token_nll(model, batch) * (value if len(calls) == 5 and model.training else 1.0)
 
     arguments = [*prepared.copy_to(tmp_path / "run"), "--training.evaluations", "1"]
     monkeypatch.setattr("kestrel.training.objective.token_nll", poisoned)
