@@ -6,6 +6,7 @@ import bz2
 import codecs
 import gzip
 import lzma
+import re
 import tempfile
 import zipfile  # noqa: TID251  one member is read as a stream, nothing is extracted
 import zlib
@@ -92,6 +93,8 @@ def _only_member(file: IO[bytes]) -> IO[bytes]:
     names = [name for name in archive.namelist() if is_data(PurePosixPath(name))]
     if len(names) == 1:
         return archive.open(names[0])
+    if "xl/workbook.xml" in archive.namelist():
+        raise zipfile.BadZipFile("this is a spreadsheet; save its sheet as CSV in UTF-8")
     found = ", ".join(names[:6] or archive.namelist()[:6]) or "nothing"
     raise zipfile.BadZipFile(
         f"an archive with one data file ({', '.join(SUFFIXES)}) is expected, found {found}; unpack it and set "
@@ -132,7 +135,7 @@ def first_bytes(path: Path) -> bytes:
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not start:
         raise KestrelError(f"{path}: the file is empty.")
-    if start[:200].lower().startswith((b"<!doctype html", b"<html")):
+    if re.match(rb"<(!doctype|html|head|body|meta|\?xml)\b", start, re.IGNORECASE):
         raise KestrelError(
             f"{path}: this is a web page, not the data: download the file itself (on the Hub and on GitHub the raw "
             "file; of a messenger the export as JSON or text)."
@@ -162,8 +165,11 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def not_utf8(place: str, error: UnicodeDecodeError, path: Path) -> KestrelError:
     """Says which byte is at fault, and how the text reads in the encoding that it most often has."""
-    text = error.object[max(0, error.start - 10) : error.start + 10].decode("cp1252", "replace")
+    near = error.object[max(0, error.start - 10) : error.start + 10]
+    what = f"{place} (0x{error.object[error.start]:02x}) is not UTF-8"
+    if re.search(rb"[\0-\x08]", near):
+        return KestrelError(f"{what}; is it a file of text?")
     return KestrelError(
-        f"{place} (0x{error.object[error.start]:02x}) is not UTF-8. If {text!r} reads right, the file is in "
-        f"Windows-1252; convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted{path.suffix}"
+        f"{what}. If {near.decode('cp1252', 'replace')!r} reads right, the file is in Windows-1252 (otherwise name its "
+        f"encoding here); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted{path.suffix}"
     )

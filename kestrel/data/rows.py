@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -95,7 +96,7 @@ def file_type(path: Path) -> FileType:
     if start.startswith(b"PAR1"):
         return "parquet"
     # WhatsApp's lines on the iPhone begin with a date in square brackets.
-    return "json" if re.match(rb"\{|\[\s*[^\s\d]", start) else "text"
+    return "json" if re.match(rb"""\{|\[\s*(?:[]\[{"tfn-]|\d+\s*[],])""", start) else "text"
 
 
 def sections(path: Path) -> list[str]:
@@ -128,7 +129,10 @@ def rows(path: Path, section: str | None = None) -> Iterator[Row]:
 def _csv(path: Path) -> Iterator[Row]:
     # The default limit is 131,072 characters, which a long conversation in one cell exceeds.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
-    reader = csv.reader((line for _, line in text_lines(path)), strict=True)
+    lines = (line for _, line in text_lines(path))
+    header = next(lines, "")
+    # Excel writes semicolons where numbers have a comma.
+    reader = csv.reader(chain([header], lines), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         columns = next(reader, [])
         if len(set(columns)) != len(columns):

@@ -46,7 +46,11 @@ def described(unknown: Counter[str], letters: int) -> str:
             scripts[unicodedata.name(character, "?").split()[0]] += count
     shown = " ".join(character for character, _ in unknown.most_common(10))
     text = f"{unknown.total():,} characters ({len(unknown):,} different: {shown})"
-    named = [script.title() for script, count in scripts.most_common() if count * 10 >= letters]
+    named = [
+        script if script == "CJK" else script.title()
+        for script, count in scripts.most_common()
+        if count * 10 >= letters
+    ]
     if named:
         text += f"; it cannot spell {' and '.join(named)}, so take a model that can"
     return text

@@ -280,3 +280,53 @@ def test_two_processes_and_folders_make_the_same_bytes(tmp_path: Path, base: Pat
     # The manifest names the checkout as well, and somebody may commit while a test runs.
     manifests = [json.loads((tmp_path / name / "dataset" / "manifest.json").read_text()) for name in ("run", "other")]
     assert manifests[0] | {"git_commit": ""} == manifests[1] | {"git_commit": ""}
+
+
+def run_on(tmp_path: Path, tokenizer, rows: list[dict], *options: str) -> list[str]:
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    write_rows(tmp_path / "data.jsonl", rows)
+    return [*config(tmp_path, tmp_path / "base", tmp_path / "data.jsonl"), *options]
+
+
+def test_what_a_tokenizer_cannot_spell_is_counted_and_its_script_named(tmp_path, capsys):
+    turns = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "two dogs"}]
+    rows = [{"persona": ["i have two dogs"], "turns": turns} for _ in range(9)]
+    assert preprocess.main(run_on(tmp_path, make.wordpiece(), rows)) == 0
+    assert "unknown" not in capsys.readouterr().out
+    for row in rows:
+        row["turns"] = [turns[0], {"speaker": "self", "text": "我养蜜蜂 🙂"}]
+    assert preprocess.main(run_on(tmp_path, make.wordpiece(), rows)) == 0
+    said = capsys.readouterr().out
+    assert "train: 35 unknown tokens" in said and "it cannot spell CJK, so take a model that can" in said
+    train = json.loads((tmp_path / "run" / "dataset" / "statistics.json").read_text())["splits"]["train"]
+    assert train["unknown_characters"] == dict.fromkeys("我养蜜蜂🙂", 7) and train["unknown_tokens"] == 35
+
+
+def test_line_breaks_reach_the_model_or_it_is_said(tmp_path, capsys):
+    said = [("system", "i keep bees .\n\nby a lake ."), ("user", "hi"), ("assistant", "two\nlines")]
+    rows = [{"messages": [{"role": role, "content": f"{text} {n}"} for role, text in said]} for n in range(9)]
+    argv = run_on(tmp_path, make.byte_level(), rows)
+    assert preprocess.main(argv) == 0
+    assert "train: 14 texts of several lines, which prompt.format plain writes in one" in capsys.readouterr().out
+    assert preprocess.main([*argv, "--prompt.format", "chat", "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "answers end at the first line break unless you set generation.stop_strings: []" in shown
+    assert "i keep bees .\n\nby a lake ." in shown and "two\nlines" in shown
+    assert preprocess.main([*argv, "--prompt.format", "chat", "--generation.stop_strings"]) == 0
+    assert "several lines" not in capsys.readouterr().out
+
+
+def test_a_chat_log_is_cut_by_dialogue_and_the_table_says_what_no_test_can_tell(tmp_path, base, capsys):
+    log = "".join(
+        f"0{day}/12/24, 10:0{at} - {name}: day {day}\n"
+        for day in range(1, 10)
+        for at, name in enumerate(("Ben", "Ana"))
+    )
+    (tmp_path / "chat.txt").write_text(log)
+    argv = [*config(tmp_path, base, tmp_path / "chat.txt"), "--data.self", "Ana", "--data.persona", "i am ana ."]
+    assert preprocess.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "cut from train by dialogue" in said
+    assert (
+        "1 of the 1 personas of test are in train too: no score can tell how the model answers as somebody new" in said
+    )

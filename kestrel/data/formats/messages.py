@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
+from kestrel.data.read_counts import ReadCounts
 from kestrel.data.rows import Row
 from kestrel.dialogue import Speaker
+from kestrel.errors import KestrelError
 
 _LISTS = ("messages", "conversations", "conversation")
 COLUMNS = [{key} for key in _LISTS]
@@ -31,37 +33,42 @@ _SPEAKERS: dict[str, Speaker] = {"self": "self", "partner": "partner"}
 
 TOOLS = "it calls tools"
 NOT_TEXT = "it holds images or other parts that are not text"
-UNKNOWN_ROLE = f"a role that is none of {', '.join(ROLES)}"
+UNKNOWN_ROLE = "a role that is neither the assistant's, the user's nor the system's"
+UNFIT = "not a conversation"
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
-    """A dialogue a row; one with tool calls, images or a role of another name is dropped and counted."""
+    """A dialogue a row; one with tool calls, images, a role of another name, or of another form is dropped and counted."""
     for index, row in enumerate(file.rows()):
-        key = next((key for key in _LISTS if row.values.get(key) is not None), _LISTS[0])
-        persona = [*_texts(row, "persona"), *_texts(row, "system"), *_texts(row, "system_prompt")]
-        turns: list[RawTurn] = []
-        why = ""
-        for message in row.objects(key):
-            role = ROLES.get(_first(message, "role", "from", "speaker").strip().lower(), UNKNOWN_ROLE)
-            content = _content(message)
-            if message.values.get("tool_calls") or message.values.get("function_call") or role == "tool":
-                why = TOOLS
-            elif content is None:
-                why = NOT_TEXT
-            elif role in _SPEAKERS:
-                turns.append(RawTurn(_SPEAKERS[role], content))
-            elif role != "system":
-                why = role
-            elif turns:
-                file.counts.repair("system messages left out: after the first turn", message.where)
-            else:
-                persona.append(content)
-            if why:
-                file.counts.skip(why, message.where)
-                break
+        try:
+            dialogue = _dialogue(row, file.dialogue_id(index), file.counts)
+        except KestrelError as error:
+            file.counts.skip(UNFIT, str(error).removesuffix("."))
+            continue
+        if dialogue is not None:
+            yield dialogue
+
+
+def _dialogue(row: Row, dialogue_id: str, counts: ReadCounts) -> RawDialogue | None:
+    key = next((key for key in _LISTS if row.values.get(key) is not None), _LISTS[0])
+    persona = [*_texts(row, "persona"), *_texts(row, "system"), *_texts(row, "system_prompt")]
+    turns: list[RawTurn] = []
+    for message in row.objects(key):
+        name = _first(message, "role", "from", "speaker")
+        role = ROLES.get(name.strip().lower())
+        content = _content(message)
+        calls = message.values.get("tool_calls") or message.values.get("function_call") or role == "tool"
+        if calls or content is None or role is None:
+            why = TOOLS if calls else NOT_TEXT if content is None else UNKNOWN_ROLE
+            counts.skip(why, f"{message.where}, by {name[:60]!r}")
+            return None
+        if role in _SPEAKERS:
+            turns.append(RawTurn(_SPEAKERS[role], content))
+        elif turns:
+            counts.repair("system messages left out: after the first turn", message.where)
         else:
-            dialogue_id = file.dialogue_id(index)
-            yield RawDialogue(row.where, dialogue_id, tuple(persona), tuple(turns), dialogue_id)
+            persona.append(content)
+    return RawDialogue(row.where, dialogue_id, tuple(persona), tuple(turns), dialogue_id)
 
 
 def _texts(row: Row, key: str) -> tuple[str, ...]:

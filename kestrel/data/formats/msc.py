@@ -37,7 +37,9 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
 
 
 def _turns(session: Row) -> Iterator[RawTurn]:
-    """Turns say who speaks, or alternate."""
-    for at, turn in enumerate(session.objects("dialog")):
-        second = turn.text("id").strip().endswith("2") if turn.values.get("id") else at % 2 == 1
+    """Turns say who speaks ("Speaker 1" and "Speaker 2", or "bot_0" and "bot_1"), or alternate."""
+    turns = session.objects("dialog")
+    names = sorted({turn.text("id") for turn in turns if turn.values.get("id")})
+    for at, turn in enumerate(turns):
+        second = turn.values.get("id") == names[1] if len(names) == 2 else at % 2 == 1
         yield RawTurn("self" if second else "partner", turn.text("text"))

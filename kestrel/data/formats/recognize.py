@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from kestrel.data.formats import (
 )
 from kestrel.data.lines import first_bytes
 from kestrel.data.raw import RawDialogue, SourceFile
-from kestrel.data.rows import file_type
+from kestrel.data.rows import Row, file_type
 from kestrel.errors import KestrelError
 
 
@@ -95,18 +96,19 @@ def recognize(file: SourceFile, expected: str) -> str:
     Raises:
         KestrelError: the file is of no known format, of several, or not of the expected one.
     """
-    where, content, columns = f"{file.path}:1", "lines of text", set[str]()
-    matching = []
+    where, content, columns = f"{file.path}:1", "", set[str]()
+    matching: list[str] = []
     if file_type(file.path) == "text":
         start = first_bytes(file.path).decode("utf-8", "replace")
         matching = [name for name, module in _LINES.items() if module.matches(start)]
+        line = start.splitlines()[0]
+        content = "" if re.search("[,;\t]", line) else f"lines such as {line[:60]!r}"
     if not matching:
-        row = next(file.rows(), None)
-        if row is None:
-            raise KestrelError(f"{file.path}: the file has no rows.")
-        where, columns = row.where, set(row.values)
-        content = f"the columns {sorted(columns)}"
-        matching = _matching(columns)
+        row = _first_row(file, must_exist=not content)
+        if row is not None:
+            where, columns = where if content else row.where, set(row.values)
+            matching = _matching(columns)
+            content = content or f"the columns {sorted(columns)}"
     if expected in matching:
         return expected
     if expected != "auto":
@@ -127,6 +129,19 @@ def recognize(file: SourceFile, expected: str) -> str:
         f"{where}: the format is unknown: found {content}.{nearest} docs/your-own-data.md describes what is read: "
         f"{', '.join(FORMATS)}."
     )
+
+
+def _first_row(file: SourceFile, must_exist: bool) -> Row | None:
+    """The first row; None where lines of text turn out to be no table of one column either."""
+    try:
+        row = next(file.rows(), None)
+        if row is None:
+            raise KestrelError(f"{file.path}: the file has no rows.")
+    except KestrelError:
+        if must_exist:
+            raise
+        return None
+    return row
 
 
 def _matching(columns: set[str]) -> list[str]:

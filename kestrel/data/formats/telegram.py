@@ -9,7 +9,7 @@ from kestrel.data.chat_log import Message
 from kestrel.data.raw import RawDialogue, SourceFile
 from kestrel.data.rows import Row
 
-COLUMNS = [{"id", "type", "messages"}, {"chats"}]
+COLUMNS = [{"name", "type", "id", "messages"}, {"chats"}]
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:

@@ -24,19 +24,19 @@ COLUMNS: list[set[str]] = []  # lines instead
 
 _MARKS = "[\u200e\u200f\u202a-\u202e]*"
 _BEGINNING = re.compile(
-    rf"{_MARKS}\[?(\d{{1,4}})[./-]\s?(\d{{1,2}})[./-]\s?(\d{{1,4}})\.?,?\s+(?:[^\W\d]+\s?)??"
-    r"((?:[^\W\d]{2}\s?)?\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:\s?[ap]\.?\s?m\.?)?)"
+    rf"{_MARKS}\[?(\d{{1,4}})[./-]\s?(\d{{1,2}})[./-]\s?(\d{{1,4}})\.?[,،]?\s+(?:[^\W\d]+\s?)??"
+    r"((?:[^\W\d]{2}\s?)?\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:\s?[ap]\.?\s?m\.?|\s[صم])?)"
     rf"(?:\]|\s[-\u2013])\s{_MARKS}(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _NAMED = re.compile(r"([^:\n]{1,80}?): ?(.*)", re.DOTALL)
 _ORDERS = {"day first": (2, 1, 0), "month first": (2, 0, 1), "year first": (0, 1, 2)}
-_AFTERNOON = re.compile(r"p|下午|午後|오후", re.IGNORECASE)
-_TWELVE_HOURS = re.compile(r"[ap]\.?\s?m|[上下]午|午[前後]|오[전후]", re.IGNORECASE)
+_AFTERNOON = re.compile(r"p|下午|午後|오후|م", re.IGNORECASE)
+_TWELVE_HOURS = re.compile(r"[ap]\.?\s?m|[上下]午|午[前後]|오[전후]|[صم]", re.IGNORECASE)
 
 _MEDIA = re.compile(r"<[^<>\n]+>|null|[^\s:][^\n:]*\.\w{2,5} \([^()\n]+\)")
 _FILE = re.compile(r"(?:[^\s:][^\n:]*\.\w{2,5} \([^()\n]+\)|\u200e?<[^<>\n:]+: [^<>\n]+>)\n?")
-_NOTE = re.compile(r"\s*\u200e<[^<>\n]+>|\s<This message was edited>")
+_NOTE = re.compile(r"\s*\u200e<[^<>\n:]+>|\s<This message was edited>")
 _DELETED = re.compile(
     r"(?:This message was deleted|You deleted this message|Diese Nachricht wurde gelöscht|Du hast diese Nachricht gelöscht"
     r"|Se eliminó este mensaje|Eliminaste este mensaje|Ce message a été supprimé|Vous avez supprimé ce message"
@@ -55,7 +55,7 @@ class _Entry(NamedTuple):
 
 def matches(start: str) -> bool:
     """Whether a file that starts so is an export: its first line has a time."""
-    return _BEGINNING.match(start.split("\n", 1)[0]) is not None
+    return _BEGINNING.match(start.split("\n", 1)[0].replace("\u200f", "")) is not None
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
@@ -67,16 +67,15 @@ def _messages(file: SourceFile, order: str) -> Iterator[Message]:
     for entry in _entries(file):
         named = _NAMED.fullmatch(entry.text)
         text = named[2].strip() if named else ""
-        kept = _FILE.sub("", _NOTE.sub("", text)).strip()
+        kept, files = _FILE.subn("", _NOTE.sub("", text).strip())
         if not named:
             file.counts.repair(chat_log.SYSTEM, entry.where)
         elif _DELETED.fullmatch(text.strip("\u200e")):
             file.counts.repair(chat_log.DELETED, entry.where)
-        elif not kept or kept.startswith("\u200e") or _MEDIA.fullmatch(kept):
+        elif not kept.strip() or kept.startswith("\u200e") or _MEDIA.fullmatch(kept):
             file.counts.repair(chat_log.MEDIA, entry.where)
         else:
-            if kept != text:
-                file.counts.repair(chat_log.MEDIA, entry.where)
+            file.counts.repair(chat_log.MEDIA, entry.where, files)
             time = datetime(*_date(entry.date, order)).toordinal() * 86400 + _seconds(entry)
             yield Message(time, named[1].strip(), kept.replace("\u200e", ""), entry.where)
 
@@ -85,7 +84,7 @@ def _entries(file: SourceFile) -> Iterator[_Entry]:
     """The messages with all their lines."""
     entry: _Entry | None = None
     for number, line in text_lines(file.path):
-        line = line.rstrip("\r\n")
+        line = line.rstrip("\r\n").replace("\u200f", "")  # Arabic and Hebrew dates are full of this mark
         begins = _BEGINNING.fullmatch(line)
         if begins:
             if entry:
