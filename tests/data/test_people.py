@@ -136,6 +136,11 @@ SHAREGPT = [
 ]
 PARTS = [{"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in [SYSTEM, *openai()]]
 
+NAMED = [
+    {"from": "Mira", "role_type": "bot" if turn.speaker == "self" else "user", "value": turn.text} for turn in TURNS
+]
+PAIRS = [{"human": SAID[at], "assistant": SAID[at + 1]} for at in range(0, 6, 2)]
+
 
 @pytest.mark.parametrize(
     "content",
@@ -148,6 +153,9 @@ PARTS = [{"role": each["role"], "content": [{"type": "text", "text": each["conte
         {"system": SYSTEM["content"], "conversations": SHAREGPT[1:]},
         {"persona": [SYSTEM["content"]], "messages": openai()},
         {"train": [{"messages": [SYSTEM, *openai()], "tools": None}]},
+        {"system": {"from": "system", "value": SYSTEM["content"]}, "conversation": NAMED},
+        {"system": SYSTEM["content"], "conversation": PAIRS},
+        {"system": SYSTEM["content"], "conversations": SAID},
     ],
 )
 def test_chat_messages_in_every_spelling(tmp_path: Path, content: Any) -> None:
@@ -189,6 +197,7 @@ def test_messages_that_cannot_be_learned_are_counted_with_their_place(tmp_path: 
     ("content", "message"),
     [
         ([{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}], "instructions in Alpaca's form"),
+        ({"instruction,output": "User: a"}, "instructions in Alpaca's form"),
         ({"prompt": "a", "completion": "b"}, "pairs of prompt and completion"),
         ({"chosen": [], "rejected": []}, "preferences"),
         (openai(), "one conversation as a list"),

@@ -19,8 +19,9 @@ from kestrel.errors import KestrelError
 _LISTS = ("messages", "conversations", "conversation")
 COLUMNS = [{key} for key in _LISTS]
 
-_SELF = ("assistant", "gpt", "bot", "model", "chatbot", "chatgpt", "ai", "char", "character")
-_PARTNER = ("user", "human", "prompter", "customer", "person")
+_NAMES = ("role_type", "role", "from", "speaker")
+_SELF = ("assistant", "gpt", "bot", "model", "chatbot", "chatgpt", "ai", "char", "character", "output")
+_PARTNER = ("user", "human", "prompter", "customer", "person", "input")
 _SYSTEM = ("system", "developer")
 _TOOL = ("tool", "function", "function_call", "observation", "ipython", "tool_call", "tool_response")
 ROLES = {
@@ -53,8 +54,8 @@ def _dialogue(row: Row, dialogue_id: str, counts: ReadCounts) -> RawDialogue | N
     key = next((key for key in _LISTS if row.values.get(key) is not None), _LISTS[0])
     persona = [*_texts(row, "persona"), *_texts(row, "system"), *_texts(row, "system_prompt")]
     turns: list[RawTurn] = []
-    for message in row.objects(key):
-        name = _first(message, "role", "from", "speaker")
+    for message in _messages(row, key):
+        name = _first(message, *_NAMES)
         role = ROLES.get(name.strip().lower())
         content = _content(message)
         calls = message.values.get("tool_calls") or message.values.get("function_call") or role == "tool"
@@ -71,9 +72,28 @@ def _dialogue(row: Row, dialogue_id: str, counts: ReadCounts) -> RawDialogue | N
     return RawDialogue(row.where, dialogue_id, tuple(persona), tuple(turns), dialogue_id)
 
 
-def _texts(row: Row, key: str) -> tuple[str, ...]:
-    """A column that need not be there, of one text or a list of texts."""
+def _messages(row: Row, key: str) -> Iterator[Row]:
+    """Objects with a role; also texts by turns, the user's first, and objects whose keys are the roles."""
     value = row.values.get(key)
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        for at, text in enumerate(value):
+            yield Row(f"{row.where}, {key}[{at}]", {"role": ("user", "assistant")[at % 2], "content": text})
+        return
+    for message in row.objects(key):
+        if message.values.keys() & set(_NAMES):
+            yield message
+        else:
+            spoken = {name: text for name, text in message.values.items() if name.lower() in ROLES}
+            yield from (Row(message.where, {"role": name, "content": text}) for name, text in spoken.items())
+            if not spoken:
+                raise message.unexpected("role", "a text")
+
+
+def _texts(row: Row, key: str) -> tuple[str, ...]:
+    """A column that need not be there: a text, a list of texts, or a message."""
+    value = row.values.get(key)
+    if isinstance(value, dict):
+        return (_content(row.object(key)) or "",)
     return row.texts(key) if isinstance(value, list) else (row.text(key),) if value else ()
 
 

@@ -121,7 +121,7 @@ def recognize(file: SourceFile, expected: str) -> str:
     if matching:
         return matching[0]
     for refused, meaning in _REFUSED:
-        if refused <= columns:
+        if refused <= {column.partition(",")[0] for column in columns}:
             raise KestrelError(f"{where}: {meaning}")
     near = [name for name, module in FORMATS.items() if any(needed & columns for needed in module.COLUMNS)]
     nearest = "".join(f" {name} needs {_needs(name)}." for name in near[:3])
