@@ -1,4 +1,4 @@
-"""Fills the generated blocks of README.md, so that no number in it is typed by hand.
+"""Fills the generated blocks of README.md and of two pages, so that no number in them is typed by hand.
 
 make readme        runs the quickstart for its output and times; the tables come from the settings and benchmarks
 """
@@ -67,18 +67,32 @@ def run_quickstart() -> tuple[str, str]:
     return "\n\n".join(outputs), f"{sum(seconds):.0f} s in all ({each}) on {machine()}."
 
 
-def measured_table() -> str:
-    """Memory and speed of training Falcon-7B's shape, one row per config, from benchmarks/results."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "train-gpu-today.json").read_text(encoding="utf-8"))
+def cards_table() -> str:
+    """Memory of the configs: measured where there is a record, else by the dry run's estimate."""
+    results = ROOT / "benchmarks" / "results"
+    record = json.loads((results / "train-gpu-today.json").read_text(encoding="utf-8"))
     rows = [
-        [f"`{row['config']}`", f"{row['peak_bytes'] / 2**30:.1f} GiB", f"{row['useful_tokens_per_second']:,.0f}"]
-        for row in record["rows"]
+        [
+            f"`{row['config']}`",
+            f"{row['peak_bytes'] / 2**30:.1f} GiB",
+            f"{row['useful_tokens_per_second']:,.0f} tokens/s",
+        ]
+        for row in reversed(record["rows"])
         if row["kind"] == "kestrel"
     ]
+    estimates = json.loads((results / "cards.json").read_text(encoding="utf-8"))["rows"]
+    for config in dict.fromkeys(row["config"] for row in estimates):
+        fitting = [row for row in estimates if row["config"] == config and row["fits"]]
+        if fitting:
+            named = ", ".join(f"{row['peak_gib']:.1f} GiB on {row['card']}" for row in fitting)
+            rows.append([f"`configs/{config}.yaml`", f"{named}, estimated", ""])
     versions = record["versions"]
     named = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    measured = table(["config", "peak GPU memory", "tokens/s"], rows)
-    return f"{measured}\n\n{record['device']}, {named}, {record['date']}."
+    return (
+        f"{table(['config', 'peak GPU memory in training', 'speed'], rows)}\n\n"
+        f"Random weights of each model's exact shape, ConvAI2's dialogues. Measured on {record['device']}, {named}, "
+        f"{record['date']}; the others are estimates of `benchmarks/cards.py`."
+    )
 
 
 def settings_table() -> str:
@@ -94,9 +108,30 @@ def settings_table() -> str:
     return table(["key", "default", "meaning"], rows)
 
 
-def blocks() -> dict[str, str]:
-    """The content of the blocks that need no run."""
-    return {"settings": settings_table(), "measured memory": measured_table()}
+def excerpt(output: str) -> str:
+    """The lines of the quickstart's output that say what was achieved: 15 at most."""
+    lines = output.splitlines()
+    kept = [
+        line
+        for line in lines
+        if line.startswith(("best validation loss", "proven: saved", "wrote runs/quickstart/gen"))
+    ]
+    scores = lines.index(next(line for line in lines if line.startswith("Scores with 95% intervals")))
+    kept += [line for line in lines[scores : scores + 9] if line]
+    return "\n".join(kept + [line for line in lines if line.startswith("adapter beats base")])
+
+
+def printed() -> str:
+    """What the quickstart printed when docs/quickstart.md was filled."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    return page.partition("```text\n")[2].partition("\n```\n<!-- end -->")[0]
+
+
+def blocks(page: str = "README.md") -> dict[str, str]:
+    """The content of a page's blocks that need no run."""
+    if page == "docs/settings.md":
+        return {"settings": settings_table()}
+    return {"cards": cards_table(), "quickstart excerpt": f"```text\n{excerpt(printed())}\n```"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,11 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         "--settings-only", action="store_true", help="do not run the quickstart; keep its output and times"
     )
     arguments = parser.parse_args(argv)
-    contents = blocks()
     if not arguments.settings_only:
         output, timing = run_quickstart()
-        contents |= {"quickstart output": f"```text\n{output}\n```", "quickstart times": timing}
-    fill_page("README.md", contents)
+        fill_page("docs/quickstart.md", {"quickstart output": f"```text\n{output}\n```", "quickstart times": timing})
+    for page in ("docs/settings.md", "README.md"):
+        fill_page(page, blocks(page))
     return 0
 
 

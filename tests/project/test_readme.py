@@ -72,6 +72,7 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
     ("name", "program", "command"),
     [
         ("README.md", "fill_readme", "make readme"),
+        ("docs/settings.md", "fill_readme", "make readme"),
         ("docs/performance.md", "fill_performance", "make performance"),
         ("docs/scaling.md", "fill_scaling", "make performance"),
         ("docs/reliability.md", "fill_reliability", "python docs/fill_reliability.py"),
@@ -80,7 +81,9 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
 def test_generated_tables_are_current(name: str, program: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     blocks = importlib.import_module("blocks")
-    assert blocks.filled(PAGES[name], importlib.import_module(program).blocks()) == PAGES[name], f"run {command}"
+    of_page = importlib.import_module(program).blocks
+    content = of_page(name) if program == "fill_readme" else of_page()
+    assert blocks.filled(PAGES[name], content) == PAGES[name], f"run {command}"
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -88,6 +91,13 @@ def test_keys_that_a_page_names_exist(name: str) -> None:
     sections = {key.partition(".")[0] for key in all_keys() if "." in key}
     named = set(re.findall(rf"`(?:--)?((?:{'|'.join(sections)})\.[a-z_]+)\b(?!\()", PAGES[name]))
     assert named <= all_keys().keys()
+
+
+def test_the_readme_is_short_and_its_index_finds_every_page() -> None:
+    readme = PAGES["README.md"]
+    assert len(readme.splitlines()) <= 250
+    linked = set(re.findall(r"\]\(([\w/.-]+\.md)[#)]", readme))
+    assert {name for name in PAGES if name not in ("README.md", "quickstart/README.md")} <= linked
 
 
 @pytest.mark.parametrize("name", PAGES)
