@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace, command: str) -> int:
             common += ["--data.source", options.text, "--model.name", str(folder)]
             if script("preprocess").main(common):
                 raise KestrelError(f"preprocess.py failed for {config}")
-            for card in ("16GB",) if config.endswith("t4") else CARDS:
+            for card in ("13GiB",) if config.endswith("t4") else CARDS:
                 rows.append({"config": config, "card": card, **dry_run([*common, "--training.device_memory", card])})
                 print(rows[-1], flush=True)
     if options.output:

@@ -27,7 +27,7 @@ def command_of(name: str, argv: Sequence[str] | None) -> str:
         argv: its arguments; None: those of the process.
     """
     words = [f"python benchmarks/{name}"]
-    instead = {"--model": "FOLDER", "--text": "FILE", "--output": "", "--work": ""}
+    instead = {"--model": "FOLDER", "--tokenizer": "FOLDER", "--text": "FILE", "--output": "", "--work": ""}
     given = iter(sys.argv[1:] if argv is None else argv)
     for word in given:
         option, joined, _ = word.partition("=")

@@ -1,10 +1,13 @@
-"""docs/tasks.md is true: its commands run one after the other, on fewer dialogues and steps than the quickstart's."""
+"""docs/tasks.md and the notebook are true: their commands run, on fewer dialogues and steps than the quickstart's."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripts import script
@@ -21,25 +24,55 @@ def test_most_commands_are_for_the_quickstart() -> None:
     assert len(COMMANDS) >= 15 and len(set(re.findall(r"^python (\w+\.py)", PAGE, re.MULTILINE))) == 6
 
 
-def test_the_commands_run_in_the_order_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: one that looks like the repository, with a quickstart of two steps."""
     config = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
-    small = {
+    changes = {
         r"epochs: 2 .*": "max_steps: 2",
         r"evaluations: 4 ": "evaluations: 2 ",
         r"(max_new_tokens: 32 .*)": r"\1\n  max_dialogues: 4",
     }
-    for pattern, replacement in small.items():
+    for pattern, replacement in changes.items():
         config, found = re.subn(pattern, replacement, config)
         assert found == 1, pattern
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text(config, encoding="utf-8")
+    (tmp_path / "configs" / "quickstart.yaml").write_text(config + "hub:\n  base_model: x/toy\n", encoding="utf-8")
     (tmp_path / "quickstart").symlink_to(ROOT / "quickstart")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_run_in_the_order_of_the_page(small: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "/quit")
     for command in COMMANDS:
-        _, name, *argv = shlex.split(command)
-        if "--web" not in argv:  # tests/chat has the page
-            assert script(name.removesuffix(".py")).main(argv) == 0, (command, capsys.readouterr().err)
-    assert all((tmp_path / "runs" / name).is_dir() for name in ("quickstart", "longer", "mine", "r4", "seed2"))
-    assert (tmp_path / "runs" / "quickstart" / "comparison" / "report.html").is_file()
-    assert (tmp_path / "merged" / "config.json").is_file()
+        if "--web" not in command:  # tests/chat has the page
+            assert run(command) == 0, (command, capsys.readouterr().err)
+    assert all((small / "runs" / name).is_dir() for name in ("quickstart", "longer", "mine", "r4", "seed2"))
+    assert (small / "runs" / "quickstart" / "comparison" / "report.html").is_file()
+    assert (small / "merged" / "config.json").is_file()
+
+
+def run(command: str) -> int:
+    _, name, *argv = shlex.split(command)
+    status: int = script(name.removesuffix(".py")).main(argv)
+    return status
+
+
+def test_the_notebook_runs_and_goes_on_after_a_lost_session(small: Path, capsys) -> None:
+    """Its cells as a kernel would run them; `git clone` and `pip` are left out, and so is what displays a picture."""
+    notebook = json.loads((ROOT / "docs" / "falcon-7b-t4.ipynb").read_text(encoding="utf-8"))
+    assert (ROOT / "configs" / "falcon-7b-t4.yaml").is_file()
+    (small / "kestrel-source").symlink_to(small)
+    shown: list[Any] = []
+    for _session in (1, 2):
+        variables: dict[str, Any] = {"run": run, "Image": Path, "display": shown.append}
+        os.chdir(small)
+        for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+            source = re.sub(r"!python (.*)", r'assert run(f"python \1") == 0', "".join(cell["source"]))
+            source = re.sub(r"!(git|pip) .*|from IPython.*", "pass", source)
+            exec(source, variables)  # noqa: S102
+            if number == 0:
+                variables |= {"CONFIG": "configs/quickstart.yaml", "RUN": str(small / "drive" / "run")}
+    assert len(shown) == 2 and all(picture.is_file() for picture in shown)
+    assert capsys.readouterr().out.count("best validation loss") == 2
