@@ -38,6 +38,7 @@ COLUMNS = (
     ("stopped_by_eos", "ends %", ".0f", 100), ("length_ratio", "length", ".2f", 1),
 )  # fmt: skip
 TESTED = ("perplexity.bits_per_byte", "bleu", "rouge_l", "f1", "hits_at_1")
+PICTURE = "![Bits per byte, F1 and hits@1 of the systems, with intervals]({}/results.png)"
 TRIVIAL = {"constant_reply": "one reply to everything"}
 
 
@@ -123,7 +124,7 @@ def made_on() -> str:
     jobs = max(line["jobs"] for line in lines)
     return (
         f"{counts} dialogues, {data['replies']['test']:,} replies scored; {jobs} experiments side by side on "
-        f"{lines[-1]['device']}, {named}; commit {lines[-1]['commit']}, {lines[-1]['date']}."
+        f"{lines[-1]['device']}, {named}; commit {str(lines[-1]['commit'])[:10]}, {lines[-1]['date']}."
     )
 
 
@@ -147,10 +148,15 @@ def answers() -> str:
     return "\n\n".join(parts)
 
 
-def blocks() -> dict[str, str]:
-    """What docs/results.md holds."""
+def blocks(page: str = "docs/results.md") -> dict[str, str]:
+    """What a page holds; where there is no record, that there is none."""
+    if not record():
+        names = ("results",) if page == "README.md" else ("systems", "tests", "variations", "answers")
+        return dict.fromkeys(names, "Not measured yet: run `make results`.")
+    if page == "README.md":
+        return {"results": f"{systems_table(HEAD, interval=False)}\n\n{made_on()}\n\n{PICTURE.format('Images')}"}
     return {
-        "systems": f"{systems_table(SYSTEMS, interval=True)}\n\n{made_on()}",
+        "systems": f"{systems_table(SYSTEMS, interval=True)}\n\n{made_on()}\n\n{PICTURE.format('../Images')}",
         "tests": tests(),
         "variations": systems_table(VARIED, interval=False),
         "answers": answers(),
@@ -183,8 +189,10 @@ def draw() -> None:
 
 
 def main() -> int:
-    fill_page("docs/results.md", blocks())
-    draw()
+    for page in ("docs/results.md", "README.md"):
+        fill_page(page, blocks(page))
+    if record():
+        draw()
     return 0
 
 

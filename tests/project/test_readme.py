@@ -73,6 +73,8 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
     [
         ("README.md", "fill_readme", "make readme"),
         ("docs/settings.md", "fill_readme", "make readme"),
+        ("README.md", "fill_results", "make results-page"),
+        ("docs/results.md", "fill_results", "make results-page"),
         ("docs/performance.md", "fill_performance", "make performance"),
         ("docs/scaling.md", "fill_scaling", "make performance"),
         ("docs/reliability.md", "fill_reliability", "python docs/fill_reliability.py"),
@@ -82,7 +84,7 @@ def test_generated_tables_are_current(name: str, program: str, command: str, mon
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     blocks = importlib.import_module("blocks")
     of_page = importlib.import_module(program).blocks
-    content = of_page(name) if program == "fill_readme" else of_page()
+    content = of_page(name) if program in ("fill_readme", "fill_results") else of_page()
     assert blocks.filled(PAGES[name], content) == PAGES[name], f"run {command}"
 
 
