@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
+from kestrel.model.kernels import cards
 from kestrel.model.kernels.attention import causal_attention
 from kestrel.model.kernels.elementwise import activate, activate_backward_, norm, norm_backward, rotate
 from kestrel.model.projection import Group, Repeats
@@ -144,7 +145,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Te
         return F.scaled_dot_product_attention(query, *_expanded(query, key, value), attn_mask=mask)
     if key.shape[1] == 1 and query.shape[1] > 1:
         return causal_attention(query, key, value)
-    if query.is_meta or (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)):
+    if (query.is_meta or query.is_cuda) and not cards.is_before_ampere():
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     return F.scaled_dot_product_attention(query, *_expanded(query, key, value), is_causal=True)

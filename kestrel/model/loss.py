@@ -24,6 +24,7 @@ from kestrel.errors import ProofError
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
+from kestrel.model.kernels import cards
 from kestrel.model.kernels.elementwise import nll
 from kestrel.model.projection import Repeats
 from kestrel.prompt.prompt import IGNORED
@@ -289,7 +290,12 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
             f"the fast layers for {kind} compute other LoRA gradients than transformers' ({difference:.2%} apart, most in "
             f"{worst}); report it with the model's name and the version of transformers"
         )
-    return f"layers: Kestrel's own for {kind}; proven: their LoRA gradients are transformers' ({difference:.1%} apart)"
+    proven = (
+        f"layers: Kestrel's own for {kind}; proven: their LoRA gradients are transformers' ({difference:.1%} apart)"
+    )
+    if cards.is_before_ampere():
+        proven += f"\nattention and LoRA's dropout: torch's own; Kestrel's kernels need sm_80 or later, this is {cards.name()}"
+    return proven
 
 
 def _library_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

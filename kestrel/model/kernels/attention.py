@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kestrel.model.kernels import cards
 from kestrel.model.kernels.elementwise import place_of
 
 _BLOCK = 64  # queries per block
@@ -50,6 +51,8 @@ def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 def use_fused_kernels(model_type: str) -> None:
     """Selects the fused attention kernels that suit dialogues, for the rest of the process."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if cards.is_before_ampere():  # it has no flash attention; a newer card with KESTREL_CARD has
+        torch.backends.cuda.enable_flash_sdp(False)
     if model_type == "falcon":
         F.scaled_dot_product_attention = _with_repeated_heads
 
@@ -78,8 +81,10 @@ class OnShapes:
 def kernels_for(query: torch.Tensor) -> Any:
     """The kernels for these queries, or None where torch's operations run."""
     place = place_of(query)
-    if place != "triton":
-        return OnShapes if place == "meta" else None
+    if place == "torch" or cards.is_before_ampere():
+        return None
+    if place == "meta":
+        return OnShapes
     from kestrel.model.kernels import attention_gpu
 
     return attention_gpu if attention_gpu.supports(query) else None

@@ -15,10 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kestrel.model.kernels import cards
+
 # Sizes of the blocks of queries and keys, and warps: the fastest of about a dozen on an H200.
 _FORWARD = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
 _OF_QUERIES = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
 _OF_KEYS = {"POSITIONS": 8, "HEADS": 8, "KEYS": 64, "num_warps": 4, "num_stages": 1}
+# Bytes of shared memory that these take, by the size of a head; tests/model/test_compiled_kernels.py compiles them. Before
+# sm_80 they take more, and the gradients are unrolled into code that takes minutes to compile.
+_SHARED_MEMORY = {16: 16_384, 32: 24_576, 64: 49_152, 128: 98_304}
 _LOG2E = 1.4426950408889634
 
 
@@ -198,8 +203,10 @@ def _key_value_gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def supports(query: Tensor) -> bool:
-    """Whether these kernels compute attention of such queries."""
-    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (16, 32, 64, 128)
+    """Whether these kernels compute attention of such queries on this card."""
+    needed, card = _SHARED_MEMORY.get(query.shape[-1]), cards.capability()
+    fits = needed is not None and card is not None and card >= (8, 0) and needed <= cards.shared_memory()
+    return fits and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _blocks(heads: int, length: int, batch: int, of: dict[str, int], along: str) -> tuple[int, int, int]:

@@ -1,22 +1,31 @@
 """The products of a LoRA update's narrow side, with the dropout of their input made in passing.
 
-In plain form the dropped input is made and multiplied. On a GPU with Triton (`low_rank_gpu.py`) it is never in memory:
-each product reads its wide operand once, and draws the mask again from its seed.
+In plain form the dropped input is made and multiplied. On a GPU since Ampere with Triton (`low_rank_gpu.py`) it is never in
+memory: each product reads its wide operand once, and draws the mask again from its seed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kestrel.model.kernels import cards
 from kestrel.model.kernels.elementwise import fused
+
+
+def _drops(*arguments: Any) -> bool:
+    """Whether a product drops something and the kernels' products are fast on this card."""
+    p, _ = arguments[-2:]
+    return p > 0 and not cards.is_before_ampere()
 
 
 def _kept(x: Tensor, p: float, seed: int) -> Tensor:
     """The dropout mask: 16 random bits per number, which is faster than a float; p is exact to 1 / 65536."""
-    generator = torch.Generator(x.device).manual_seed(seed)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), 2**63 - 1, generator=generator)
+    if not x.is_meta:
+        words.random_(-(2**63), 2**63 - 1, generator=torch.Generator(x.device).manual_seed(seed))
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     return bits >= round(p * 65536) - 32768
 
@@ -33,7 +42,7 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return (x * _kept(x, p, seed)).mul_(1 / (1 - p))
 
 
-@fused("low_rank_gpu", lambda x, a, *_: x.new_empty(len(x), len(a)), when=lambda x, a, p, _: p > 0)
+@fused("low_rank_gpu", lambda x, a, *_: x.new_empty(len(x), len(a)), when=_drops)
 def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """dropout(x) Aᵀ.
 
@@ -52,14 +61,14 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 @fused(
     "low_rank_gpu",
     lambda low, x, *_: x.new_empty(low.shape[1], x.shape[1], dtype=torch.float32),
-    when=lambda low, x, p, _: p > 0,
+    when=_drops,
 )
 def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """The gradient of A: grad_lowᵀ dropout(x), float32 (ranks, inputs). `grad_low`: (tokens, ranks), contiguous."""
     return in_float32(grad_low.t(), dropout(x, p, seed) if p else x)
 
 
-@fused("low_rank_gpu", lambda *_: None, when=lambda x, low, a, p, _: p > 0)
+@fused("low_rank_gpu", lambda *_: None, when=_drops)
 def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
     """Adds to the gradient of x, in place, what comes by way of the update: dropout's gradient of grad_low A."""
     if p:

@@ -10,8 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kestrel.model.kernels import cards
+
 _PROGRAMS = 512  # enough for the multiprocessors of any card
-_WIDEST = 256  # ranks that a kernel holds at once
+
+
+def widest() -> int:
+    """Ranks that a kernel holds at once; 256 take 143,360 bytes of shared memory."""
+    return 256 if cards.shared_memory() >= 143_360 else 128
 
 
 @triton.jit
@@ -57,8 +63,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 
 def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """As `low_rank.project`. Where there are few tokens, sums are made in parts to occupy a GPU, and added up in order."""
-    if len(a) > _WIDEST:
-        return torch.cat([project(x, part, p, seed) for part in a.split(_WIDEST)], dim=1)
+    if len(a) > widest():
+        return torch.cat([project(x, part, p, seed) for part in a.split(widest())], dim=1)
     tokens, inputs = x.shape
     ranks = _padded(len(a))
     rows = 32 if ranks <= 64 else 16
@@ -101,8 +107,8 @@ def _project_gradient_kernel(  # type: ignore[no-untyped-def]
 
 def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """As `low_rank.project_gradient`. Sums over tokens are made in parts, which are added up in order: no atomics."""
-    if grad_low.shape[1] > _WIDEST:
-        return torch.cat([project_gradient(part.contiguous(), x, p, seed) for part in grad_low.split(_WIDEST, dim=1)])
+    if grad_low.shape[1] > widest():
+        return torch.cat([project_gradient(part.contiguous(), x, p, seed) for part in grad_low.split(widest(), dim=1)])
     tokens, inputs = x.shape
     ranks = grad_low.shape[1]
     padded = _padded(ranks)
@@ -147,8 +153,8 @@ def _add_input_gradient_kernel(  # type: ignore[no-untyped-def]
 
 def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
     """As `low_rank.add_input_gradient_`; all contiguous."""
-    if len(a) > _WIDEST:
-        for of_some, some in zip(grad_low.split(_WIDEST, dim=1), a.split(_WIDEST), strict=True):
+    if len(a) > widest():
+        for of_some, some in zip(grad_low.split(widest(), dim=1), a.split(widest()), strict=True):
             add_input_gradient_(grad_x, of_some.contiguous(), some, p, seed)
         return
     tokens, inputs = grad_x.shape
