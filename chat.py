@@ -87,11 +87,13 @@ def check(options: argparse.Namespace) -> None:
 
 def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> ChatModel:
     """The base and, unless generation.systems is base alone, the adapter, proven to be the trained one."""
+    from kestrel.adapter.compute_dtype import with_compute_dtype
     from kestrel.adapter.load import load_model
     from kestrel.adapter.open import open_adapter
     from kestrel.chat.streaming import ChatModel
     from kestrel.model.base import base_identity, load_config
 
+    settings = with_compute_dtype(settings)
     if "adapter" not in settings.generation.systems:
         return ChatModel(load_model(settings, prompt, None), prompt, ["base"])
     base = base_identity(settings.model, load_config(settings.model))

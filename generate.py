@@ -3,9 +3,9 @@
     python generate.py --config configs/falcon-7b.yaml
     python generate.py --config configs/falcon-7b.yaml --generation.split validation --generation.max_dialogues 50
 
-Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes one line per reply
-to RUN/generations/SPLIT.SYSTEM.jsonl. With generation.persona_orders above 1, each shuffle of the persona's sentences
-adds a file SPLIT.SYSTEM-orderK.jsonl. After an interruption the same command resumes.
+Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes one line per reply to
+RUN/generations/SPLIT.SYSTEM.jsonl. Above 1, generation.persona_orders adds a file SPLIT.SYSTEM-orderK.jsonl for each shuffle
+of the persona's sentences. After an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     if "adapter" in chosen.systems and settings.model.adapter is None:
         require_artifact(run / "adapter", "adapter", f"train it with: {train}")
 
+    from kestrel.adapter.compute_dtype import with_compute_dtype
     from kestrel.adapter.load import load_model
     from kestrel.adapter.open import open_adapter
     from kestrel.data.dataset import load_split, open_dataset
@@ -50,6 +51,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.manifest import identity_of
 
     rendezvous.join_processes(settings)
+    settings = with_compute_dtype(settings)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, preprocess)
     rows = load_split(dataset_folder, chosen.split, preprocess)
@@ -63,10 +65,8 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     up_to_date = distributed.broadcast_from_first(lambda: [file.path for file in files if file.is_up_to_date()])
     for path in up_to_date:
         print(f"{path} is up to date")
-    missing = [file for file in files if file.path not in up_to_date]
-    if not missing:
+    if not (missing := [file for file in files if file.path not in up_to_date]):
         return
-
     size = answers_bytes(rows, chosen.max_new_tokens, len(missing))
     require_room("generations", size, run / "generations")
     model = load_model(settings, prompt, adapter)

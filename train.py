@@ -49,6 +49,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.training.sharding import led_by_first
 
     sharded = rendezvous.join_processes(settings)
+    settings = checkpoints.with_recorded_dtype(settings, planned=options.dry_run)
     if not options.dry_run:
         check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kestrel.config.settings import Data, Lora, Model, Settings
+from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 
 # Falcon's spare special tokens and, as id 11, its only end and padding token.
 SPECIAL = [
@@ -156,7 +156,8 @@ def write_base(folder: Path, architecture: str = "falcon", tokenizer: Any = None
 
 
 def settings_of(base: Path | str = "unused", **sections: Any) -> Settings:
-    """Settings for a base, with other sections as given."""
+    """Settings for a base, with other sections as given; in bfloat16 on every machine."""
+    sections = {"quantization": Quantization(compute_dtype="bfloat16"), **sections}
     return Settings(run_dir="unused", data=Data(source="unused"), model=Model(name=str(base)), **sections)
 
 

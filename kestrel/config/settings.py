@@ -116,8 +116,10 @@ class Quantization(Section):
     bits: Literal[4, 16] = _key(4, "4: QLoRA; 16: plain LoRA on the base in compute_dtype.")
     type: Literal["nf4", "fp4"] = _key("nf4", "4-bit data type.")
     double_quant: bool = _key(True, "Quantize the quantization constants too; saves 0.37 bits per weight.")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = _key(
-        "bfloat16", "Data type of activations and of everything that is not quantized. Use float32 on most CPUs."
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key(
+        "auto",
+        "Data type of activations and of everything that is not quantized. auto: bfloat16 on a GPU or CPU that computes in "
+        "it, else float16 on a GPU and float32 on a CPU; what was trained keeps its type.",
     )
 
 

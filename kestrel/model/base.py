@@ -17,6 +17,7 @@ from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import (
     Audit,
     audit,
+    concrete,
     expected_footprint_bytes,
     forbid_repacking,
     quantizable_layers,
@@ -69,13 +70,18 @@ def load_config(settings: Model) -> PretrainedConfig:
     return config
 
 
+def exceeds_float16(config: PretrainedConfig) -> bool:
+    """Whether an architecture's hidden states are known to exceed float16."""
+    return bool(config.model_type.startswith(_EXCEEDS_FLOAT16))
+
+
 def refuse_overflow(config: PretrainedConfig, compute_dtype: str) -> None:
     """Refuses architectures whose numbers are known to exceed float16.
 
     Raises:
         KestrelError: naming the types that work.
     """
-    if compute_dtype == "float16" and config.model_type.startswith(_EXCEEDS_FLOAT16):
+    if compute_dtype == "float16" and exceeds_float16(config):
         raise KestrelError(
             f"the hidden states of a {config.model_type} model exceed float16's range; set quantization.compute_dtype to "
             "float32, or to bfloat16 on a GPU that computes in it (Ampere and later)"
@@ -115,7 +121,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    wanted, chosen = settings.quantization, settings.model
+    wanted, chosen = concrete(settings.quantization), settings.model
     dtype = getattr(torch, wanted.compute_dtype)
     config = load_config(chosen)
     refuse_overflow(config, wanted.compute_dtype)

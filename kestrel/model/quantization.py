@@ -17,6 +17,7 @@ from torch import nn
 
 from kestrel.config.settings import Quantization
 from kestrel.errors import ProofError
+from kestrel.model.kernels import cards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,13 @@ class Audit:
             f"{self.parameters / 1e6:,.1f}M parameters, {held}{nested}, {self.compute_dtype}; "
             f"{self.footprint_bytes / 2**20:,.1f} MiB, by arithmetic {self.footprint_expected_bytes / 2**20:,.1f}"
         )
+
+
+def concrete(wanted: Quantization) -> Quantization:
+    """With this machine's compute type in place of auto. Scripts ask `adapter.compute_dtype` first, which looks at runs."""
+    if wanted.compute_dtype != "auto":
+        return wanted
+    return wanted.model_copy(update={"compute_dtype": cards.best_dtype()})
 
 
 def linear_layers(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -228,7 +236,7 @@ def footprint_bytes(model: nn.Module) -> int:
 
 def expected_footprint_bytes(skeleton: PreTrainedModel, wanted: Quantization) -> int:
     """Bytes by arithmetic: half a byte a weight and its constants in 4-bit layers, compute_dtype elsewhere."""
-    size = {"bfloat16": 2, "float16": 2, "float32": 4}[wanted.compute_dtype]
+    size = getattr(torch, concrete(wanted).compute_dtype).itemsize
     other = sum(p.numel() for p in skeleton.parameters()) * size
     other += sum(b.numel() * b.element_size() for b in skeleton.buffers())
     if wanted.bits != 4:

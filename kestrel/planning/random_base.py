@@ -16,7 +16,7 @@ from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Quantization, Settings
 from kestrel.model.base import refuse_overflow
 from kestrel.model.kernels.attention import use_fused_kernels
-from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, forbid_repacking, linear_layers
+from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, concrete, forbid_repacking, linear_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,7 +36,7 @@ def random_base(settings: Settings, config: PretrainedConfig, device: torch.devi
     """The base as `load_base` makes it, with random weights; on the meta device, shapes only."""
     from transformers import AutoModelForCausalLM
 
-    wanted = settings.quantization
+    wanted = concrete(settings.quantization)
     refuse_overflow(config, wanted.compute_dtype)
     dtype = getattr(torch, wanted.compute_dtype)
     use_fused_kernels(config.model_type)

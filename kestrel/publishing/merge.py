@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kestrel.adapter.compute_dtype import with_compute_dtype
 from kestrel.adapter.load import load_model
 from kestrel.adapter.lora import adapter_config
 from kestrel.adapter.open import open_adapter
@@ -57,6 +58,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     """
     clear_leftovers_of(folder)
     require_replaceable(folder)
+    settings = with_compute_dtype(settings)
     config = load_config(settings.model)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
     base_id = base_identity(settings.model, config)

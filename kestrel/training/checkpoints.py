@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kestrel.adapter.compute_dtype import with_compute_dtype
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import read_json
@@ -25,6 +26,18 @@ _SKIPPED = "this checkpoint is skipped"
 DECISIVE_TRAINING_SETTINGS = {
     "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
 }  # fmt: skip
+
+
+def with_recorded_dtype(settings: Settings, planned: bool) -> Settings:
+    """The settings with the compute type that the run's checkpoints were made with in place of auto.
+
+    Args:
+        planned: memory and time are estimated, for a card that need not be there.
+    """
+    training, run = settings.training, Path(settings.run_dir)
+    named = [] if training.resume in ("auto", "never") else [Path(training.resume)]
+    trained = [] if training.resume == "never" else [*named, *_newest_first(run / "checkpoints"), run / "adapter"]
+    return with_compute_dtype(settings, trained, planned and training.device_memory is not None)
 
 
 def resume_fingerprint(

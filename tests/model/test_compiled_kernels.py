@@ -38,7 +38,7 @@ def test_every_kernel_fits_every_card(usage: list[dict[str, Any]]) -> None:
     for row in usage:
         assert row["shared"] <= cards.SHARED_MEMORY[divmod(row["capability"], 10)], row
         assert 32 * row["warps"] * row["registers"] <= cards.REGISTERS, row
-        assert row["spilled"] <= 512, row  # bytes of a thread; on sm_75 products spilled thousands
+        assert row["spilled"] <= 1024, row  # bytes of a thread; on sm_75 products spilled thousands
         if row["launch"].startswith("attention"):
             size = int(row["launch"].split(",")[1].split()[-1])
             assert row["shared"] <= attention_gpu._SHARED_MEMORY[size], row
