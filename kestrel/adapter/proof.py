@@ -26,7 +26,7 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 2e-2}
 def canary_nll(model: torch.nn.Module, identity: dict[str, Any]) -> float:
     """Negative log-likelihood, in nats, of the prompt's fixed dialogue: a fingerprint of base and adapter."""
     spans = [(int(start), int(end)) for start, end in identity["canary_spans"]]
-    scores = span_nll(model, [SpanRequest(identity["canary_ids"], spans)], tokens_per_step=1)
+    scores = span_nll(model, [SpanRequest(identity["canary_ids"], spans)], budget=1)
     return sum(nll for nll, _ in scores[0])
 
 

@@ -196,10 +196,10 @@ class Generation(Section):
     stop_strings: list[Annotated[str, Field(max_length=1000)]] = _key(
         ["\n"], "Strings that also end a response, for a base that never learned to stop."
     )
-    tokens_per_step: PositiveInt = _key(
-        8192,
-        "Most tokens in one pass over dialogues, padding included; decoding their answers takes as much memory "
-        "again. Affects only speed and memory.",
+    tokens_per_step: PositiveInt | Literal["auto"] = _key(
+        "auto",
+        "Most tokens in one pass over dialogues, padding included; decoding their answers takes as much memory again. "
+        "Affects only speed and memory. auto: passes and batches of answers as large as the free memory holds.",
     )
     references: bool = _key(True, "Score the likelihood of the references (perplexity).")
     candidates: bool = _key(False, "Score the likelihood of each candidate reply (hits@1).")

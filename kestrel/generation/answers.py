@@ -24,10 +24,13 @@ from kestrel.generation.other_personas import Persona, nll_under_others, persona
 from kestrel.generation.prefix_cache import Continuation, Prefixes, compute_prefixes, continuation_nll
 from kestrel.generation.respond import (
     Request,
+    budget_of,
     decodes_from_prefixes,
     respond_from_prefixes,
     respond_with_library,
 )
+from kestrel.model.budget import Budget
+from kestrel.model.dense_weights import dense_weights
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
@@ -127,6 +130,7 @@ def answer(
     settings: Generation,
     seed: int,
     others: Sequence[Sequence[Persona]] = (),
+    budget: Budget | None = None,
 ) -> list[dict[str, Any]]:
     """Answers every question of some dialogues.
 
@@ -134,6 +138,7 @@ def answer(
         model: prepared by `loss.attach_token_nll`.
         by_dialogue: from `questions_of`.
         others: for each dialogue, the personas of other dialogues under which its references are scored too.
+        budget: of earlier dialogues; None: made for these.
 
     Returns:
         Generation rows in the same order.
@@ -147,22 +152,23 @@ def answer(
     ]
     candidates = _tokenized_candidates(prompt, questions) if settings.candidates else []
     scores: dict[int, list[tuple[float, int]]] = {}
+    budget = budget_of(model, settings, budget)
     groups: Iterable[tuple[Prefixes | None, dict[int, list[tuple[float, int]]]]]
     if decodes_from_prefixes(model, settings):
-        groups = compute_prefixes(model, sequences, settings.tokens_per_step)
+        groups = compute_prefixes(model, sequences, budget)
     else:
-        groups = [(None, dict(enumerate(span_nll(model, sequences, settings.tokens_per_step))))]
+        groups = [(None, dict(enumerate(span_nll(model, sequences, budget))))]
     for prefixes, in_group in groups:
         scores |= in_group
         if prefixes is None:
-            responses, mine = respond_with_library(model, prompt, requests, settings), candidates
+            responses, mine = respond_with_library(model, prompt, requests, settings, budget), candidates
         else:
-            responses = respond_from_prefixes(model, prompt, prefixes, requests, settings)
+            responses = respond_from_prefixes(model, prompt, prefixes, requests, settings, budget)
             mine = [(index, ids) for index, ids in candidates if prefixes.holds(requests[index].sequence)]
         for index, response in responses:
             answers[index] |= response.as_row()
         continuations = [Continuation(requests[index].sequence, requests[index].ids, ids) for index, ids in mine]
-        nll = continuation_nll(model, prefixes, continuations, settings.tokens_per_step)
+        nll = continuation_nll(model, prefixes, continuations, budget)
         for (index, _), pair in zip(mine, nll, strict=True):
             answers[index].setdefault("candidate_nll", []).append(list(pair))
     if settings.references:
@@ -170,7 +176,7 @@ def answer(
         for row, (reference_nll, tokens) in zip(answers, in_order, strict=True):
             row |= {"reference_nll": reference_nll, "reference_tokens": tokens}
     if others:
-        under_others = nll_under_others(model, prompt, by_dialogue, others, settings.tokens_per_step)
+        under_others = nll_under_others(model, prompt, by_dialogue, others, budget)
         for row, values in zip(answers, under_others, strict=True):
             row |= {"other_persona_nll": values} if values else {}
     return answers
@@ -244,23 +250,26 @@ def write_answers(
     others = personas_of_others(dataset, settings.other_personas, seed) if settings.other_personas else []
     done = distributed.broadcast_from_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
-    while done < len(dataset):
-        ends = [done]
-        while len(ends) <= distributed.world_size() and ends[-1] < len(dataset):
-            ends.append(ends[-1] + _shard(lengths[ends[-1] :], settings.tokens_per_step))
-        shard, mine = "", distributed.rank()
-        if mine < len(ends) - 1:
-            rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
-            questions, swapped = questions_of(rows, prompt, seed, file.order), others[ends[mine] : ends[mine + 1]]
-            answers = answer(model, prompt, questions, settings, seed, swapped)
-            shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
-        for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
-            with open(partial, "a", encoding="utf-8") as growing:
-                growing.write(lines + _mark(end, lines.encode()))
-                growing.flush()
-                os.fsync(growing.fileno())
-        done = ends[-1]
-        yield done
+    with dense_weights(model):
+        budget = budget_of(model, settings)
+        tokens = budget.tokens = distributed.all_reduce_min(budget.tokens)  # all processes cut the same shards
+        while done < len(dataset):
+            ends = [done]
+            while len(ends) <= distributed.world_size() and ends[-1] < len(dataset):
+                ends.append(ends[-1] + _shard(lengths[ends[-1] :], tokens))
+            shard, mine = "", distributed.rank()
+            if mine < len(ends) - 1:
+                rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
+                questions, swapped = questions_of(rows, prompt, seed, file.order), others[ends[mine] : ends[mine + 1]]
+                answers = answer(model, prompt, questions, settings, seed, swapped, budget)
+                shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
+            for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
+                with open(partial, "a", encoding="utf-8") as growing:
+                    growing.write(lines + _mark(end, lines.encode()))
+                    growing.flush()
+                    os.fsync(growing.fileno())
+            done = ends[-1]
+            yield done
     if not distributed.is_first():
         return
     with open(partial, encoding="utf-8") as lines_and_marks, write_atomically(path) as whole:

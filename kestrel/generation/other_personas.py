@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from kestrel.errors import KestrelError
+from kestrel.model.budget import Given
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Unrenderable
 
@@ -61,7 +62,7 @@ def nll_under_others(
     prompt: Prompt,
     by_dialogue: Sequence[Sequence[Asked]],
     others: Sequence[Sequence[Persona]],
-    tokens_per_step: int,
+    budget: Given,
 ) -> list[list[float]]:
     """Negative log-likelihood of each reference, in nats, under each other persona.
 
@@ -95,7 +96,7 @@ def nll_under_others(
             if all(other.first_turn == as_given.first_turn for other in rendered):
                 requests += [SpanRequest(other.input_ids, other.reply_spans[-len(replies) :]) for other in rendered]
                 answered += [replies] * len(rendered)
-    for replies, scores in zip(answered, span_nll(model, requests, tokens_per_step), strict=True):
+    for replies, scores in zip(answered, span_nll(model, requests, budget), strict=True):
         for own, (nll, _) in zip(replies, scores, strict=True):
             own.append(nll)
     return values

@@ -22,13 +22,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kestrel.batching import batches_within
+from kestrel.model.budget import Budget, Given
 from kestrel.model.likelihood import SpanRequest, collate_requests, span_nll, sums_by_span
 from kestrel.model.loss import causal_lm_of, nll_of_hidden
-
-# The most memory that a position of a pass without gradient takes, in hidden states: the layer's input, norm, fused
-# projection, attention, and an MLP of four times the width before and after its activation; LoRA has some in float32.
-_HIDDEN_STATES_PER_POSITION = 24
 
 
 def supports_prefixes(model: torch.nn.Module) -> bool:
@@ -49,13 +45,6 @@ def supports_prefixes(model: torch.nn.Module) -> bool:
         and rotary.get("rope_type") not in ("dynamic", "longrope")
         and all(type(layer) is DynamicLayer for layer in layers)
     )
-
-
-def _activation_bytes(model: torch.nn.Module) -> int:
-    """Upper bound of the bytes that a position of a pass without gradient takes while its layer is computed."""
-    causal_lm = causal_lm_of(model)
-    width = int(causal_lm.config.get_text_config().hidden_size)
-    return _HIDDEN_STATES_PER_POSITION * width * causal_lm.dtype.itemsize
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -163,13 +152,13 @@ class Prefixes:
 
 @torch.no_grad()
 def compute_prefixes(
-    model: torch.nn.Module, sequences: Sequence[SpanRequest], tokens_per_step: int
+    model: torch.nn.Module, sequences: Sequence[SpanRequest], budget: Given
 ) -> Iterator[tuple[Prefixes, dict[int, list[tuple[float, int]]]]]:
     """Computes all sequences, the longest first, in groups that fit into memory together.
 
     Args:
         model: one that `supports_prefixes`; it is left in evaluation mode.
-        tokens_per_step: most tokens of one pass, padding included.
+        budget: of one pass, and of what is to continue the sequences.
 
     Yields:
         Keys and values of a group, freed when the next group is requested, and for each sequence in it, by its index,
@@ -181,24 +170,24 @@ def compute_prefixes(
     model.eval()
     prefixes = Prefixes()
     scores: dict[int, list[tuple[float, int]]] = {}
-    lengths = np.asarray([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
-    for positions in batches_within(lengths, tokens_per_step):
-        if prefixes.nbytes and 2 * prefixes.nbytes > continuation_memory(model, prefixes, tokens_per_step):
-            yield prefixes, scores
-            prefixes.release()
-            prefixes, scores = Prefixes(), {}
+    allowed = Budget.of(model, budget)
+
+    def run(positions: Sequence[int]) -> tuple[DynamicCache, list[list[tuple[float, int]]]]:
         chosen = [sequences[position] for position in positions]
         cache = DynamicCache(config=causal_lm_of(model).config)
         nll = _pass(model, chosen, past_key_values=cache)
-        scores |= dict(zip(positions.tolist(), sums_by_span(chosen, nll), strict=True))
-        prefixes.add(positions.tolist(), cache)
+        return cache, sums_by_span(chosen, nll)
+
+    for positions, (cache, of_spans) in allowed.passes([len(sequence.input_ids) for sequence in sequences], run):
+        scores |= dict(zip(positions, of_spans, strict=True))
+        prefixes.add(positions, cache)
+        del cache
+        if 2 * prefixes.nbytes > allowed.continuation_memory(prefixes.bytes_per_token):
+            yield prefixes, scores
+            prefixes.release()
+            prefixes, scores = Prefixes(), {}
     if prefixes.nbytes:
         yield prefixes, scores
-
-
-def continuation_memory(model: torch.nn.Module, prefixes: Prefixes, tokens_per_step: int) -> int:
-    """Bytes that a batch of continuations may take: as much as a pass over tokens_per_step tokens, or as their cache."""
-    return tokens_per_step * max(_activation_bytes(model), prefixes.bytes_per_token)
 
 
 class Continuation(NamedTuple):
@@ -211,12 +200,12 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def continuation_nll(
-    model: torch.nn.Module, prefixes: Prefixes | None, continuations: Sequence[Continuation], tokens_per_step: int
+    model: torch.nn.Module, prefixes: Prefixes | None, continuations: Sequence[Continuation], budget: Given
 ) -> list[tuple[float, int]]:
     """Negative log-likelihood of continuations; only their own tokens are computed.
 
     Args:
-        model, tokens_per_step: as for `compute_prefixes`.
+        model, budget: as for `compute_prefixes`.
         prefixes: None where the model cannot share them; then each continuation is computed with its context.
 
     Returns:
@@ -229,22 +218,26 @@ def continuation_nll(
         whole = [
             SpanRequest([*c.context, *c.ids], [(len(c.context), len(c.context) + len(c.ids))]) for c in continuations
         ]
-        return [pair for (pair,) in span_nll(model, whole, tokens_per_step)]
-    left = sorted(range(len(continuations)), key=lambda index: -len(continuations[index].context))
+        return [pair for (pair,) in span_nll(model, whole, budget)]
+    allowed, held = Budget.of(model, budget), prefixes
     longest = max((len(c.ids) for c in continuations), default=0) + 1
     results = [(0.0, 0)] * len(continuations)
-    while left:
+
+    def fitting(left: Sequence[int]) -> int:
         width = len(continuations[left[0]].context) + longest
-        cost = width * prefixes.bytes_per_token + longest * _activation_bytes(model)
-        count = max(1, continuation_memory(model, prefixes, tokens_per_step) // cost)
-        indices, left = left[:count], left[count:]
+        cost = width * held.bytes_per_token + longest * allowed.bytes_per_position
+        return allowed.continuation_memory(held.bytes_per_token) // cost
+
+    def run(indices: Sequence[int]) -> list[list[tuple[float, int]]]:
         chosen = [continuations[index] for index in indices]
         # The context's last token is computed again: it predicts the continuation's first.
         scored = [SpanRequest([c.context[-1], *c.ids], [(1, len(c.ids) + 1)]) for c in chosen]
         length = max(len(request.input_ids) for request in scored)
-        batch = prefixes.copy_rows([(c.sequence, len(c.context) - 1) for c in chosen], length)
-        scores = sums_by_span(scored, _pass(model, scored, **batch.inputs(0, length)))
-        del batch  # before the next rows are copied
+        batch = held.copy_rows([(c.sequence, len(c.context) - 1) for c in chosen], length)
+        return sums_by_span(scored, _pass(model, scored, **batch.inputs(0, length)))
+
+    order = sorted(range(len(continuations)), key=lambda index: -len(continuations[index].context))
+    for indices, scores in allowed.in_batches(order, fitting, run):
         for index, (pair,) in zip(indices, scores, strict=True):
             results[index] = pair
     return results

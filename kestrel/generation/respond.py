@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from kestrel.batching import batches_within
 from kestrel.config.settings import Generation
 from kestrel.generation.decoding import decode, pad_left
-from kestrel.generation.prefix_cache import Prefixes, compute_prefixes, continuation_memory, supports_prefixes
+from kestrel.generation.prefix_cache import Prefixes, compute_prefixes, supports_prefixes
 from kestrel.generation.stop_strings import StopStrings
 from kestrel.model.base import check_context
+from kestrel.model.budget import Budget
 from kestrel.model.likelihood import SpanRequest
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
@@ -23,6 +23,7 @@ from kestrel.prompt.prompt import Prompt
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+_TOKENS_OF_SAMPLES = 8192
 StoppedBy = Literal["eos", "length", "stop_string"]
 
 
@@ -103,12 +104,22 @@ def respond(
     requests = [Request(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
     responses: dict[int, Response] = {}
     if decodes_from_prefixes(model, settings):
-        sequences = [SpanRequest(ids, []) for ids in contexts]
-        for prefixes, _ in compute_prefixes(model, sequences, settings.tokens_per_step):
-            responses |= respond_from_prefixes(model, prompt, prefixes, requests, settings)
+        sequences, budget = [SpanRequest(ids, []) for ids in contexts], budget_of(model, settings)
+        for prefixes, _ in compute_prefixes(model, sequences, budget):
+            responses |= respond_from_prefixes(model, prompt, prefixes, requests, settings, budget)
     else:
         responses |= respond_with_library(model, prompt, requests, settings)
     return [responses[index] for index in range(len(requests))]
+
+
+def budget_of(model: torch.nn.Module, settings: Generation, made: Budget | None = None) -> Budget:
+    """What a batch of answers may take; the one that was made before, if there is one.
+
+    The library draws its samples for a whole batch, so there a batch must not depend on the machine.
+    """
+    by_library = settings.do_sample and not decodes_from_prefixes(model, settings)
+    fixed = _TOKENS_OF_SAMPLES if by_library and settings.tokens_per_step == "auto" else settings.tokens_per_step
+    return made or Budget(model, fixed)
 
 
 def decodes_from_prefixes(model: torch.nn.Module, settings: Generation) -> bool:
@@ -118,40 +129,51 @@ def decodes_from_prefixes(model: torch.nn.Module, settings: Generation) -> bool:
 
 @torch.no_grad()
 def respond_from_prefixes(
-    model: torch.nn.Module, prompt: Prompt, prefixes: Prefixes, requests: Sequence[Request], settings: Generation
+    model: torch.nn.Module,
+    prompt: Prompt,
+    prefixes: Prefixes,
+    requests: Sequence[Request],
+    settings: Generation,
+    budget: Budget | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Answers the requests whose sequence is among the prefixes, in batches of similar length, the longest first.
 
     Yields:
         Index in `requests`, and the response.
     """
-    left = [index for index, request in enumerate(requests) if prefixes.holds(request.sequence)]
-    left.sort(key=lambda index: -len(requests[index].ids))
+    mine = [index for index, request in enumerate(requests) if prefixes.holds(request.sequence)]
+    mine.sort(key=lambda index: -len(requests[index].ids))
     causal_lm: Any = causal_lm_of(model)
     logits = causal_lm.config.get_text_config().vocab_size * causal_lm.dtype.itemsize
-    memory = continuation_memory(model, prefixes, settings.tokens_per_step)
-    stops = StopStrings(prompt, settings.stop_strings)
-    while left:
+    allowed, stops = budget_of(model, settings, budget), StopStrings(prompt, settings.stop_strings)
+
+    def fitting(left: Sequence[int]) -> int:
         width = len(requests[left[0]].ids) + settings.max_new_tokens
         # A row takes its share of the cache and one row of logits.
-        fitting = max(1, memory // (width * prefixes.bytes_per_token + logits))
+        memory = allowed.continuation_memory(prefixes.bytes_per_token)
+        most = max(1, memory // (width * prefixes.bytes_per_token + logits))
         # Batches of equal size: a small last one would take as long as a large one.
-        size = math.ceil(len(left) / math.ceil(len(left) / fitting))
-        indices, left = left[:size], left[size:]
-        batch = [requests[index] for index in indices]
-        draws = None
+        return math.ceil(len(left) / math.ceil(len(left) / most))
+
+    def run(indices: Sequence[int]) -> list[list[int]]:
+        batch, draws = [requests[index] for index in indices], None
         if settings.do_sample:
             draws = np.stack([np.random.default_rng(r.seed).random(settings.max_new_tokens) for r in batch])
         copies = prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens)
-        rows = decode(model, copies, [r.ids for r in batch], settings, prompt.end_id, draws, stops)
-        del copies  # before the next rows are copied
+        return decode(model, copies, [r.ids for r in batch], settings, prompt.end_id, draws, stops)
+
+    for indices, rows in allowed.in_batches(mine, fitting, run):
         for index, row in zip(indices, rows, strict=True):
             yield index, _response(row, prompt, stops)
 
 
 @torch.no_grad()
 def respond_with_library(
-    model: torch.nn.Module, prompt: Prompt, requests: Sequence[Request], settings: Generation
+    model: torch.nn.Module,
+    prompt: Prompt,
+    requests: Sequence[Request],
+    settings: Generation,
+    budget: Budget | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Answers requests with the library's `generate`, in batches of similar length padded on the left.
 
@@ -162,22 +184,27 @@ def respond_with_library(
     """
     model.eval()
     device, stops = next(model.parameters()).device, StopStrings(prompt, settings.stop_strings)
-    lengths = np.asarray([len(request.ids) + settings.max_new_tokens for request in requests], dtype=np.int64)
-    for indices in batches_within(lengths, settings.tokens_per_step):
+    allowed = budget_of(model, settings, budget)
+
+    def run(indices: Sequence[int]) -> list[list[int]]:
         contexts = [requests[index].ids for index in indices]
         ids = pad_left(contexts, prompt.end_id)
         mask, longest = pad_left([[1] * len(context) for context in contexts], 0), ids.shape[1]
 
-        def is_over(sequences: torch.Tensor, start: int = longest) -> list[bool]:
+        def is_over(sequences: torch.Tensor) -> list[bool]:
             """Which rows, of a batch or of its beams, have just spelled a stop string; all before was looked at."""
-            recent = sequences[:, max(start, sequences.shape[1] - stops.tail - 1) :]
+            recent = sequences[:, max(longest, sequences.shape[1] - stops.tail - 1) :]
             return [stops.are_in(row) for row in recent.tolist()]
 
         if settings.do_sample:
             torch.manual_seed(requests[indices[0]].seed)
         config = generation_config(settings, prompt)
         rows = generate(model, config, ids.to(device), mask.to(device), is_over if stops else None)
-        for index, row in zip(indices.tolist(), rows[:, longest:].tolist(), strict=True):
+        return [list(row) for row in rows[:, longest:].tolist()]
+
+    lengths = [len(request.ids) + settings.max_new_tokens for request in requests]
+    for indices, rows in allowed.passes(lengths, run):
+        for index, row in zip(indices, rows, strict=True):
             yield index, _response(row, prompt, stops)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kestrel.batching import batches_within
 from kestrel.errors import ProofError
+from kestrel.model.budget import Budget, Given
 from kestrel.model.loss import NOT_FINITE, collate, token_nll
 from kestrel.prompt.prompt import IGNORED
 
@@ -60,15 +60,13 @@ def sums_by_span(requests: Sequence[SpanRequest], nll: torch.Tensor | None) -> l
 
 
 @torch.no_grad()
-def span_nll(
-    model: torch.nn.Module, requests: Sequence[SpanRequest], tokens_per_step: int
-) -> list[list[tuple[float, int]]]:
+def span_nll(model: torch.nn.Module, requests: Sequence[SpanRequest], budget: Given) -> list[list[tuple[float, int]]]:
     """Negative log-likelihood of each span given all tokens before it; one forward pass scores all spans of a request.
 
     Args:
         model: prepared by `loss.attach_token_nll`; it is left in evaluation mode.
         requests: what to score.
-        tokens_per_step: most tokens of a batch, padding included.
+        budget: of a batch.
 
     Returns:
         For each request, in order, (sum in nats, tokens) of each span.
@@ -79,10 +77,14 @@ def span_nll(
     model.eval()
     device = next(model.parameters()).device
     results: list[list[tuple[float, int]]] = [[] for _ in requests]
-    lengths = np.asarray([len(request.input_ids) for request in requests], dtype=np.int64)
-    for positions in batches_within(lengths, tokens_per_step) if requests else ():
+    allowed = Budget.of(model, budget)
+
+    def scores_of(positions: Sequence[int]) -> list[list[tuple[float, int]]]:
         chosen = [requests[position] for position in positions]
         batch = {name: tensor.to(device) for name, tensor in collate_requests(chosen).items()}
-        for position, scores in zip(positions, sums_by_span(chosen, token_nll(model, batch)), strict=True):
-            results[position] = scores
+        return sums_by_span(chosen, token_nll(model, batch))
+
+    for positions, scores in allowed.passes([len(request.input_ids) for request in requests], scores_of):
+        for position, of_spans in zip(positions, scores, strict=True):
+            results[position] = of_spans
     return results

@@ -1,0 +1,46 @@
+"""While answers are made, 4-bit weights are dense where there is room, and compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from make_models import settings_of, write_base
+
+from kestrel.adapter.lora import add_lora
+from kestrel.config.settings import Lora, Quantization
+from kestrel.model import dense_weights as module
+from kestrel.model.base import load_base
+from kestrel.model.dense_weights import dense_weights
+from kestrel.model.kernels import cards
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["falcon", "qwen2"])  # qwen2 has biases
+def test_logits_are_the_same_to_the_bit(tmp_path, monkeypatch, architecture, dtype):
+    base = write_base(tmp_path / "base", architecture)
+    model, _ = load_base(settings_of(base, quantization=Quantization(compute_dtype=dtype)))
+    model = add_lora(model, Lora(r=2, target_modules="all-linear"), seed=0).eval()
+    ids, dequantized = torch.arange(12, 52)[None], []
+    own = module.FrozenWeight.dense
+    monkeypatch.setattr(module.FrozenWeight, "dense", lambda *given: (dequantized.append(1), own(*given))[1])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with dense_weights(model) as fits:
+            assert fits and torch.equal(model(input_ids=ids).logits, expected)
+        assert len(dequantized) == sum(hasattr(layer, "quant_state") for layer in model.modules())
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+        with dense_weights(model) as fits:
+            assert not fits and torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_few_rows_on_an_old_card_take_the_fused_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "capability", lambda: (7, 5))
+    model, _ = load_base(settings_of(write_base(tmp_path / "base")))
+    layer, own = model.transformer.h[0].mlp.dense_h_to_4h, []
+    plain = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda *given: (own.append(1), plain(*given))[1])
+    with torch.no_grad(), dense_weights(model):
+        for rows, expected in ((32, 1), (33, 1)):
+            layer(torch.zeros(rows, 1, 64, dtype=torch.bfloat16))
+            assert len(own) == expected
