@@ -32,6 +32,9 @@ class Architecture:
         query_norm, key_norm: names of the norms of each query's and key's head, or None.
         windows: for each layer how many positions back attention reaches, its own included; None: all.
         embedding_scale: the embeddings are multiplied by it.
+        output_norm, down_norm: names of the norms of what `output` and `down` make, before it is added; or None.
+        query_scale: normed queries are multiplied by it before they are scaled as usual.
+        rotaries: for each layer the kind of its rotation, where the backbone has several; None: it has one.
     """
 
     embedding: str
@@ -53,6 +56,10 @@ class Architecture:
     key_norm: str | None
     windows: tuple[int | None, ...]
     embedding_scale: float = 1.0
+    output_norm: str | None = None
+    down_norm: str | None = None
+    query_scale: float = 1.0
+    rotaries: tuple[str, ...] | None = None
 
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -62,7 +69,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 # Architectures with Llama's layer. Falcon 3, SmolLM2 and Yi are Llamas by their model type, too.
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma")
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text")
 
 
 def describe(backbone: Any) -> Architecture | None:
@@ -70,7 +77,9 @@ def describe(backbone: Any) -> Architecture | None:
     config = backbone.config
     if config.model_type == "falcon":
         return _falcon(config)
-    if config.model_type in _LIKE_LLAMA and type(backbone).__module__.endswith(f"modeling_{config.model_type}"):
+    if config.model_type in _LIKE_LLAMA and type(backbone).__module__.endswith(
+        f"modeling_{config.model_type.removesuffix('_text')}"
+    ):
         return _llama(config)
     return None
 
@@ -115,25 +124,28 @@ def _llama(config: Any) -> Architecture | None:
     """Llama and its family: sequential, RMS norm, grouped heads, a gated MLP."""
     activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or config.hidden_act)
     dropped = [getattr(config, name, 0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
-    if activation is None or any(dropped):
+    gemma3 = config.model_type == "gemma3_text"
+    capped = gemma3 and (config.attn_logit_softcapping or config.use_bidirectional_attention)
+    if activation is None or any(dropped) or capped:
         return None
     fused = config.model_type == "phi3"
     heads = config.num_attention_heads
-    normed = config.model_type == "qwen3"
-    gemma = config.model_type == "gemma"
+    normed = gemma3 or config.model_type == "qwen3"
+    gemma = gemma3 or config.model_type == "gemma"
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Architecture(
         embedding="embed_tokens",
         layers="layers",
         final_norm="norm",
         input_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm" if gemma3 else "post_attention_layernorm",
         qkv=("self_attn.qkv_proj",) if fused else ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         output="self_attn.o_proj",
         gate_up=("mlp.gate_up_proj",) if fused else ("mlp.gate_proj", "mlp.up_proj"),
         down="mlp.down_proj",
         heads=heads,
         kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_size=size,
         activation=activation,
         gated=True,
         offset=1.0 if gemma else 0.0,
@@ -141,6 +153,10 @@ def _llama(config: Any) -> Architecture | None:
         key_norm="self_attn.k_norm" if normed else None,
         windows=_windows(config),
         embedding_scale=config.hidden_size**0.5 if gemma else 1.0,
+        output_norm="post_attention_layernorm" if gemma3 else None,
+        down_norm="post_feedforward_layernorm" if gemma3 else None,
+        query_scale=(size / config.query_pre_attn_scalar) ** 0.5 if gemma3 else 1.0,
+        rotaries=tuple(config.layer_types) if gemma3 else None,
     )
 
 

@@ -13,6 +13,8 @@ A layer computes what transformers' layer computes (5.17 to 5.23), for rows padd
     parallel:    n = norm(x);  y = x + output(attention(n)) + down(activation(up(n)))
     sequential:  m = x + output(attention(norm(x)));  y = m + down(activation(gate(n)) * up(n)),  n = norm(m)
 
+In some sequential layers, what `output` and `down` make is normed before it is added.
+
 `tests/model/test_fast_layers.py` holds it against transformers' and PEFT's layers: outputs and LoRA gradients.
 """
 
@@ -22,12 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
-from kestrel.model.kernels import cards
-from kestrel.model.kernels.attention import causal_attention
+from kestrel.model.kernels.attention import attend
 from kestrel.model.kernels.elementwise import activate, activate_backward_, norm, norm_backward, rotate
 from kestrel.model.projection import Group, Repeats
 
@@ -62,6 +62,8 @@ class Layer:
         self.input_norm = _Norm(layer.get_submodule(architecture.input_norm), architecture)
         name = architecture.mlp_norm
         self.mlp_norm = _Norm(layer.get_submodule(name), architecture) if name else None
+        after = (architecture.output_norm, architecture.down_norm)
+        self.output_norm, self.down_norm = (_Norm(layer.get_submodule(n), architecture) if n else None for n in after)
         self.qkv, self.output = group(architecture.qkv), group((architecture.output,))
         self.up, self.down = group(architecture.gate_up), group((architecture.down,))
         names = (architecture.query_norm, architecture.key_norm)
@@ -109,12 +111,13 @@ class Layer:
                     _rotated(module(part), cos, sin)
                     for module, part in zip(self._head_norms, (query, key), strict=True)
                 )
-                return [_attend(query, key, value, self.window), leaf]
+                query = query if a.query_scale == 1 else query * a.query_scale
+                return [attend(query, key, value, self.window), leaf]
         parts = fused.split(heads, dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad():
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            return [_attend(query, key, value, self.window), query, key, value]
+            return [attend(query, key, value, self.window), query, key, value]
 
     def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
@@ -133,28 +136,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos[:, :half], sin[:, :half]
     return torch.cat((low * cos - high * sin, high * cos + low * sin, rest), dim=-1)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Causal attention of grouped heads; all tensors (batch, heads, length, head size)."""
-    length = query.shape[2]
-    if window is not None and window < length:
-        position = torch.arange(length, device=query.device)
-        distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window)
-        return F.scaled_dot_product_attention(query, *_expanded(query, key, value), attn_mask=mask)
-    if key.shape[1] == 1 and query.shape[1] > 1:
-        return causal_attention(query, key, value)
-    if (query.is_meta or query.is_cuda) and not cards.is_before_ampere():
-        grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(query, *_expanded(query, key, value), is_causal=True)
-
-
-def _expanded(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, repeated for each query head: what the kernels without grouped heads need."""
-    each = query.shape[1] // key.shape[1]
-    return (key, value) if each == 1 else (key.repeat_interleave(each, 1), value.repeat_interleave(each, 1))
 
 
 class DecoderLayer(torch.autograd.Function):
@@ -194,7 +175,7 @@ class DecoderLayer(torch.autograd.Function):
         attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
-            middle = None
+            middle = made = by_mlp = None
             if repeats is not None and not layer.adapts_mlp():
                 before = layer.up.forward(repeats.distinct(normed), seed + 2)
                 y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
@@ -203,16 +184,16 @@ class DecoderLayer(torch.autograd.Function):
                 y = layer.down.forward(layer.activate(before), seed + 3, onto=_rows(flat, wanted, copied=True))
             y = layer.output.forward(merged, seed + 1, onto=y)
         else:
-            middle = layer.output.forward(merged, seed + 1, onto=_rows(flat, wanted, copied=True))
+            middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted, copied=True), layer.output_norm)
             del normed, merged
             normed, _ = layer.mlp_norm.forward(middle)
             before = layer.up.forward(normed, seed + 2)
-            y = layer.down.forward(layer.activate(before), seed + 3, onto=middle.clone())
+            y, by_mlp = _added(layer.down, layer.activate(before), seed + 3, middle.clone(), layer.down_norm)
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
         keeps_middle = layer.recompute != "full"
         ctx.save_for_backward(
             x, cos, sin, wanted, middle if keeps_middle else None,
-            before if layer.recompute == "none" and needs_mlp else None,
+            before if layer.recompute == "none" and needs_mlp else None, *((made, by_mlp) if keeps_middle else (None, None)),
         )  # fmt: skip
         ctx.layer, ctx.seed, ctx.needs_mlp, ctx.repeats = layer, seed, needs_mlp, repeats
         ctx.attention = attention if keeps_middle else None
@@ -220,7 +201,7 @@ class DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, cos, sin, wanted, middle, before = ctx.saved_tensors
+        x, cos, sin, wanted, middle, before, made, by_mlp = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
         layer.gather()
         ctx.attention = None
@@ -237,21 +218,22 @@ class DecoderLayer(torch.autograd.Function):
         if layer.mlp_norm is None:
             if ctx.needs_mlp:
                 some = _rows(normed, wanted)
-                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, seed)
+                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, None, seed)
                 grad_normed = _all_rows(grad_some, wanted, len(flat)) if needs_x else None
                 del some, grad_some
         else:
             if middle is None:
-                middle = layer.output.forward(merged, seed + 1, onto=_rows(flat, wanted, copied=True))
+                copied = _rows(flat, wanted, copied=True)
+                middle, made = _added(layer.output, merged, seed + 1, copied, layer.output_norm)
             mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
-            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, seed)
+            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, seed)
             del mlp_normed
             grad = layer.mlp_norm.backward(grad_mlp, middle, mlp_statistics, grad)
             del grad_mlp, middle
         del before
 
-        grad_out, of_output = layer.output.backward(grad, merged, seed + 1)
-        del merged
+        grad_out, of_output = layer.output.backward(_before_norm(layer.output_norm, grad, made), merged, seed + 1)
+        del merged, made
         a = layer.architecture
         grad_out = _all_rows(grad_out, wanted, len(flat)).view(*x.shape[:2], a.heads, a.head_size).transpose(1, 2)
         out, *leaves = attention
@@ -270,7 +252,7 @@ class DecoderLayer(torch.autograd.Function):
 
 
 def _mlp_backward(
-    layer: Layer, grad: Tensor, normed: Tensor, before: Tensor | None, seed: int
+    layer: Layer, grad: Tensor, normed: Tensor, before: Tensor | None, made: Tensor | None, seed: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of the MLP's input, and of its LoRA matrices.
 
@@ -279,10 +261,15 @@ def _mlp_backward(
         grad: (rows, hidden), of its output.
         normed: (rows, hidden), its input.
         before: (rows, widths of gate and up), what its activation is applied to; None: it is made again. It is consumed.
+        made: (rows, hidden), what its last layer made, where a norm follows; None: it is made again.
         seed: of the layer's dropout masks.
     """
     if before is None:
         before = layer.up.forward(normed, seed + 2)
+    if layer.down_norm is not None and made is None:
+        made = layer.down.forward(layer.activate(before), seed + 3)
+    grad = _before_norm(layer.down_norm, grad, made)
+    del made
     grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
     a, needs_inner = layer.architecture, bool(layer.down.updates)
     activate_backward_(grad_inner, before, a.activation, a.gated, output=needs_inner)
@@ -292,6 +279,21 @@ def _mlp_backward(
     del inner
     grad_normed, of_up = layer.up.backward(grad_before, normed, seed + 2)
     return grad_normed, [*of_up, *of_down]
+
+
+def _added(group: Group, x: Tensor, seed: int, onto: Tensor, norm_after: _Norm | None) -> tuple[Tensor, Tensor | None]:
+    """`onto`, with what a group makes of x added to it in place; and that, where it is normed first."""
+    if norm_after is None:
+        return group.forward(x, seed, onto=onto), None
+    made = group.forward(x, seed)
+    return onto.add_(norm_after.forward(made)[0]), made
+
+
+def _before_norm(norm_after: _Norm | None, grad: Tensor, made: Tensor | None) -> Tensor:
+    """The gradient of what `_added` normed, from that of the sum."""
+    if norm_after is None or made is None:
+        return grad
+    return norm_after.backward(grad, made, norm_after.forward(made)[1], torch.zeros_like(grad))
 
 
 def _rows(x: Tensor, wanted: Tensor | None, copied: bool = False) -> Tensor:

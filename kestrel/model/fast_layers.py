@@ -59,14 +59,18 @@ class FastBackbone:
         ):  # since transformers 5.2x it scales
             x = x * torch.tensor(architecture.embedding_scale, dtype=x.dtype)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = (t[0].contiguous() for t in backbone.rotary_emb(x, position_ids=positions))
+        kinds = architecture.rotaries or ("",) * len(self._layers)
+        rotations = {
+            kind: tuple(t[0].contiguous() for t in backbone.rotary_emb(x, positions, *([kind] if kind else [])))
+            for kind in set(kinds)
+        }
         seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
         refresh([group for layer in self._layers for group in layer.groups()], x.dtype)
         first, last = self._layers[0], self._layers[-1]
-        for layer, seed in zip(self._layers, seeds, strict=True):
+        for layer, seed, kind in zip(self._layers, seeds, kinds, strict=True):
             rows = wanted if layer is last else None
             equal = repeats if layer is first and first is not last else None
-            x = DecoderLayer.apply(x, cos, sin, rows, equal, layer, seed, *layer.matrices())
+            x = DecoderLayer.apply(x, *rotations[kind], rows, equal, layer, seed, *layer.matrices())
         normed: Tensor = backbone.get_submodule(architecture.final_norm)(x)
         return normed
 

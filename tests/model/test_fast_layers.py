@@ -57,6 +57,13 @@ MODELS: dict[str, Callable[[], Any]] = {
         **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
     "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=16),
+    "linear rotary": lambda: transformers.LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SMALL, head_dim=16, query_pre_attn_scalar=24, sliding_window=9,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "falcon": lambda: transformers.FalconConfig(
         vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, multi_query=True,
         parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False,
@@ -188,7 +195,7 @@ def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
     assert of_ours < 1.3 * of_theirs < 0.5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "falcon"])
 def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
     results = []
     for recompute in ("none", "mlp", "full"):
@@ -206,6 +213,7 @@ def test_what_is_not_described_is_left_to_transformers() -> None:
         transformers.LlamaConfig(**SMALL, attention_dropout=0.1),
         transformers.LlamaConfig(**SMALL, hidden_act="relu"),
         transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=320),
+        transformers.Gemma3TextConfig(**SMALL, head_dim=16, attn_logit_softcapping=50.0),
         transformers.Gemma2Config(**{**SMALL, "attn_implementation": "eager"}, head_dim=16),
     ):
         causal_lm = transformers.AutoModelForCausalLM.from_config(config)

@@ -175,6 +175,37 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     return F.scaled_dot_product_attention(query, key.expand(heads), value.expand(heads), is_causal=True)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Causal attention of grouped heads.
+
+    Args:
+        query: (batch, heads, length, head size).
+        key, value: (batch, key/value heads, length, head size).
+        window: how many positions back it reaches, the own included; None: all.
+
+    Returns:
+        As the queries.
+    """
+    length = query.shape[2]
+    if window is not None and window < length:
+        position = torch.arange(length, device=query.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window)
+        return F.scaled_dot_product_attention(query, *_expanded(query, key, value), attn_mask=mask)
+    if key.shape[1] == 1 and query.shape[1] > 1:
+        return causal_attention(query, key, value)
+    if (query.is_meta or query.is_cuda) and not cards.is_before_ampere():
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(query, *_expanded(query, key, value), is_causal=True)
+
+
+def _expanded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, repeated for each query head: what the kernels without grouped heads need."""
+    each = query.shape[1] // key.shape[1]
+    return (key, value) if each == 1 else (key.repeat_interleave(each, 1), value.repeat_interleave(each, 1))
+
+
 @contextmanager
 def stock_attention() -> Iterator[None]:
     """torch's own function inside the block, for comparison."""
