@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from kestrel.adapter.source import find_adapter
@@ -22,7 +22,7 @@ def adapter_folder(settings: Settings) -> Path:
     return find_adapter(name) if name is not None else Path(settings.run_dir) / "adapter"
 
 
-def with_compute_dtype(settings: Settings, trained: Sequence[Path] | None = None, planned: bool = False) -> Settings:
+def with_compute_dtype(settings: Settings, trained: Iterable[Path] | None = None, planned: bool = False) -> Settings:
     """The settings with a type in place of auto, which is printed; others as they are.
 
     What was trained keeps its type on every machine: an adapter computes what it did, and a run resumes.

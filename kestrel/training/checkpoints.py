@@ -7,12 +7,15 @@ holds the hash of each file and the fingerprint of the run.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kestrel.adapter.compute_dtype import with_compute_dtype
+from kestrel.adapter.source import find_adapter
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import read_json
@@ -29,15 +32,22 @@ DECISIVE_TRAINING_SETTINGS = {
 
 
 def with_recorded_dtype(settings: Settings, planned: bool) -> Settings:
-    """The settings with the compute type that the run's checkpoints were made with in place of auto.
+    """The settings with the compute type of the run's checkpoints, or of the adapter that it begins from, in place of auto.
 
     Args:
         planned: memory and time are estimated, for a card that need not be there.
     """
     training, run = settings.training, Path(settings.run_dir)
-    named = [] if training.resume in ("auto", "never") else [Path(training.resume)]
-    trained = [] if training.resume == "never" else [*named, *_newest_first(run / "checkpoints"), run / "adapter"]
-    return with_compute_dtype(settings, trained, planned and training.device_memory is not None)
+
+    def trained() -> Iterator[Path]:
+        if training.resume != "never":
+            yield from [] if training.resume == "auto" else [Path(training.resume)]
+            yield from (*_newest_first(run / "checkpoints"), run / "adapter")
+        if training.init_adapter is not None:
+            with contextlib.suppress(KestrelError):  # which is reported when it is opened
+                yield find_adapter(training.init_adapter)
+
+    return with_compute_dtype(settings, trained(), planned and training.device_memory is not None)
 
 
 def resume_fingerprint(
