@@ -15,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from kestrel.errors import KestrelError
+
+SILENCE = 120.0  # seconds in which nothing of a request moves
 
 
 @contextmanager
@@ -24,6 +27,7 @@ def plain_hub_errors(what: str) -> Iterator[None]:
     """Turns the client's errors into one sentence that says what was looked for (`what`) and what to do."""
     from huggingface_hub import errors
 
+    _lose_patience()
     absent = "the Hub cannot be reached, and the client's cache does not have it"
     if _network_is_forbidden():
         absent = "HF_HUB_OFFLINE forbids the network, and the client's cache does not have it; unset it"
@@ -42,12 +46,17 @@ def plain_hub_errors(what: str) -> Iterator[None]:
     advice = {
         400: "fix what it names",
         401: "the token is missing or wrong; set HF_TOKEN or log in: hf auth login",
-        403: "the token may not write there; make one with write access to this repository",
+        403: "the token may not read or not write there; make one with access to this repository",
         429: "the Hub asks to slow down; wait and run the same command again",
     }
     try:
         yield
-    except tuple(sentences) as error:
+    except tuple(sentences) as caught:
+        # The client says that a file is in no cache, also where the Hub's answer was another than the file.
+        refused = isinstance(caught, errors.LocalEntryNotFoundError) and isinstance(
+            caught.__cause__, errors.HfHubHTTPError
+        )
+        error = caught.__cause__ if refused and caught.__cause__ else caught
         kind = next(kind for kind in sentences if isinstance(error, kind))
         sentence = sentences[kind].format(first_line(error))
         if kind is errors.HfHubHTTPError:
@@ -57,6 +66,27 @@ def plain_hub_errors(what: str) -> Iterator[None]:
     except _broken_connections() as error:
         failed = f"the connection failed ({first_line(error.__cause__ or error)})"
         raise KestrelError(f"{what}: {failed}; run the same command again, what arrived is kept") from None
+
+
+@functools.cache
+def _lose_patience() -> None:
+    """Lets a request end that the Hub never answers; the client (huggingface_hub 2.4) would wait for ever."""
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    if hasattr(_http, "default_client_factory"):  # absent before huggingface_hub 1
+
+        def client() -> Any:
+            made = _http.default_client_factory()
+            made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], _limit_silence]}
+            return made
+
+        huggingface_hub.set_client_factory(client)
+
+
+def _limit_silence(request: Any) -> None:
+    limits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
+    request.extensions["timeout"] = {name: seconds or SILENCE for name, seconds in limits.items()}
 
 
 def _network_is_forbidden() -> bool:

@@ -43,11 +43,11 @@ class Served:
         )  # fmt: skip
         assert self.process.stdout and self.process.stderr
         self.printed = ""
-        while not (found := re.search(r"http://(\S+):(\d+) in a browser", self.printed)):
+        while not (found := re.search(r"http://(\S+):(\d+)(\S*) in a browser", self.printed)):
             line = self.process.stdout.readline()
             assert line, self.process.stderr.read()
             self.printed += line
-        self.port = int(found[2])
+        self.port, self.token = int(found[2]), found[3].partition("token=")[2]
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def end(self, number: int) -> tuple[int, str]:

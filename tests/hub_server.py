@@ -51,6 +51,21 @@ class Repository:
 
 
 @dataclass
+class Fault:
+    """What happens to requests on a bad day.
+
+    Attributes:
+        requests: a pattern of them, such as "PUT /lfs".
+        how: drop, truncate, stall, redirect (to another host), or the status that they get.
+        times: so many of the next ones; 0 when the day is over.
+    """
+
+    requests: str
+    how: str | int
+    times: int = 10**6
+
+
+@dataclass
 class Hub:
     """What is on the Hub, what was asked of it, and how it fails."""
 
@@ -64,6 +79,7 @@ class Hub:
     dropped_uploads: int = 0  # so many of the next uploads are cut off in the middle
     failing_commits: int = 0  # so many of the next commits fail on the Hub's side
     refused_metadata: str = ""  # what the check of a card's metadata finds wrong
+    faults: list[Fault] = field(default_factory=list)
     stalled: bool = False  # large files wait while this is set
     waiting: threading.Event = field(default_factory=threading.Event)  # set as soon as one waits
 
@@ -92,6 +108,8 @@ class Handler(BaseHTTPRequestHandler):
     ROUTES = (
         (r"HEAD /|GET /api/agent-harnesses", "nothing"),
         (r"GET /api/whoami-v2", "whoami"),
+        (r"POST /heal/(?P<of>.+)", "heal"),
+        (r"(GET|HEAD) /elsewhere", "nothing"),
         (r"POST /api/repos/create", "create"),
         (r"POST /api/validate-yaml", "validate"),
         (rf"GET /api/(?P<kind>models|datasets)/{_ID}(/revision/{_REVISION})?", "info"),
@@ -108,6 +126,13 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         request = f"{self.command} {unquote(urlsplit(self.path).path)}"
         self.hub.requests.append(request)
+        if self.headers.get("Host", "").startswith("localhost") and "Authorization" in self.headers:
+            self.hub.wrong.append(f"the token went to another host with {request}")
+        for fault in self.hub.faults:
+            if fault.times and re.search(fault.requests, request):
+                fault.times -= 1
+                self.fail(fault)
+                return
         for pattern, name in self.ROUTES:
             if match := re.fullmatch(pattern, request):
                 try:
@@ -174,6 +199,24 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return oid, repository.commits[oid]
 
+    def fail(self, fault: Fault) -> None:
+        """Answers as on a bad day."""
+        self.body()
+        if isinstance(fault.how, int):
+            headers = {"Retry-After": "1", "X-Error-Message": f"a bad day ({fault.how})"}
+            self.answer({"error": "a bad day"}, fault.how, headers)
+            return
+        if fault.how == "redirect":
+            self.answer(b"", 302, {"Location": f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/elsewhere"})
+            return
+        if fault.how == "truncate":
+            self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\nETag: "x"\r\n\r\n{')
+        until = time.monotonic() + 60
+        while fault.how == "stall" and fault.times and time.monotonic() < until:
+            time.sleep(0.05)
+        self.close_connection = True
+        self.connection.close()
+
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
     def nothing(self) -> None:
@@ -183,6 +226,12 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         self.require(self.known, "Invalid username or password.", 401)
         self.answer({"type": "user", "name": USER, "auth": {"type": "access_token"}, "orgs": []})
+
+    def heal(self, of: str) -> None:
+        for fault in self.hub.faults:
+            if of in fault.requests:
+                fault.times = 0
+        self.answer({})
 
     def create(self) -> None:
         asked = json.loads(self.body())

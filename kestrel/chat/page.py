@@ -124,6 +124,7 @@ class Page:
         if cut and not session.warned_of_cut:
             gr.Info(f"The conversation no longer fits into the prompt; the oldest turns ({cut} now) are left out.")
             session.warned_of_cut = True
+        self._announce_queue()
         stop = session.stop = threading.Event()
         session.undone = False
         exchange, settings = Exchange(message, system, ""), generation_settings(self.settings, *controls)
@@ -149,6 +150,10 @@ class Page:
                 if not stop.is_set():
                     gr.Warning(f"{EMPTY_ANSWER.capitalize()}.")
         yield [box, *self._columns(session)]
+
+    def _announce_queue(self) -> None:
+        if self.model.is_busy:
+            gr.Info("The model answers somebody else; your answer comes after that.")
 
     def stop(self, session: Session) -> None:
         if session.stop is not None:

@@ -6,18 +6,25 @@ import errno
 import ipaddress
 import os
 import re
+import secrets
 import signal
 import socket
 import tempfile
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from kestrel.chat.streaming import ChatModel
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
 
-# The browser then loads nothing from other servers, whatever the page's library would like to load.
-_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; frame-ancestors 'none'"
+# The browser loads nothing from other servers, and runs no script that an answer or a persona brings along: inline scripts
+# need the nonce of this response. Gradio (6.31) makes functions of the page's own scripts from text, hence unsafe-eval.
+_POLICY = (
+    "default-src 'none'; script-src 'self' 'nonce-{}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; manifest-src 'self'; worker-src 'self' blob:; form-action 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
+_COOKIE = "kestrel_token"
 # All that the page requests. Gradio (6.31) has more routes, among them uploads and files, which the page does not need.
 _ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.+"
@@ -37,14 +44,16 @@ def serve(model: ChatModel, persona: tuple[str, ...], settings: Generation, host
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         import uvicorn
 
-        application = build_application(model, persona, settings, host)
+        token = None if is_loopback(host) else secrets.token_urlsafe(16)
+        application = build_application(model, persona, settings, host, token)
         server = uvicorn.Server(uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=1))
         shown = f"[{host}]" if ":" in host else host
-        print(f"Open http://{shown}:{listening.getsockname()[1]} in a browser; Ctrl-C ends the server.", flush=True)
-        if not is_loopback(host):
+        address = f"http://{shown}:{listening.getsockname()[1]}{f'/?token={token}' if token else ''}"
+        print(f"Open {address} in a browser; Ctrl-C ends the server.", flush=True)
+        if token:
             print(
-                f"--host {host}: everybody who can reach this machine over the network can talk to the model and see "
-                "the first persona. The page has no password and no encryption.",
+                f"--host {host}: everybody who knows this address can talk to the model and see the first persona. The "
+                "token in it is new each time; nothing is encrypted.",
                 flush=True,
             )
         try:
@@ -76,8 +85,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def build_application(model: ChatModel, persona: tuple[str, ...], settings: Generation, host: str) -> Any:
-    """The page as an ASGI application that refuses what does not come from the page itself."""
+def build_application(
+    model: ChatModel, persona: tuple[str, ...], settings: Generation, host: str, token: str | None
+) -> Any:
+    """The page as an ASGI application that refuses what does not come from the page itself, or lacks the token."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -92,19 +103,55 @@ def build_application(model: ChatModel, persona: tuple[str, ...], settings: Gene
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
-            await send(message)
-
-        status = refusal(scope["path"], dict(scope["headers"])) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        given = dict(scope["headers"])
+        status = refusal(scope["path"], given)
+        headers: list[tuple[bytes, bytes]] = []
+        if status is None and token and not _has(given.get(b"cookie", b""), token):
+            status = 401
+            if parse_qs(scope["query_string"].decode("latin-1")).get("token") == [
+                token
+            ]:  # once; then the cookie serves
+                cookie = f"{_COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict"
+                status, headers = 303, [(b"location", b"/"), (b"set-cookie", cookie.encode())]
         if status is None:
-            await app(scope, receive, send_with_policy)
+            await app(scope, receive, _with_policy(send) if scope["path"] == "/" else send)
         else:
-            await send({"type": "http.response.start", "status": status, "headers": []})
-            await send({"type": "http.response.body"})
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": _REASONS.get(status, b"")})
 
     return guarded
+
+
+_REASONS = {401: b"Open the address that chat.py printed; it holds the token.\n"}
+
+
+def _has(cookies: bytes, token: str) -> bool:
+    """Whether a Cookie header brings the token."""
+    given = [cookie.strip() for cookie in cookies.split(b";")]
+    return any(secrets.compare_digest(cookie, f"{_COOKIE}={token}".encode()) for cookie in given)
+
+
+def _with_policy(send: Any) -> Any:
+    """Sends the page with a policy and with the policy's nonce in each of its own scripts."""
+    nonce, start, body = secrets.token_urlsafe(16), {}, bytearray()
+
+    async def send_page(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        body.extend(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        page = bytes(body).replace(b"<script", f'<script nonce="{nonce}"'.encode())
+        kept = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+        policy = (b"content-security-policy", _POLICY.format(nonce).encode())
+        await send({**start, "headers": [*kept, policy, (b"content-length", str(len(page)).encode())]})
+        await send({"type": "http.response.body", "body": page})
+
+    return send_page
 
 
 def refusal(path: str, headers: dict[bytes, bytes]) -> int | None:

@@ -38,6 +38,11 @@ class ChatModel:
         self._one_at_a_time = threading.Lock()
 
     @property
+    def is_busy(self) -> bool:
+        """Whether an answer is in progress; the next one waits until it ends."""
+        return self._one_at_a_time.locked()
+
+    @property
     def most_new_tokens(self) -> int:
         """The longest answer that fits the model's context after any prompt."""
         limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize

@@ -31,12 +31,16 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
         if _is_plain_falcon(Path(settings.name)):
             from transformers import TokenizersBackend
 
-            return TokenizersBackend.from_pretrained(settings.name)
-        from transformers import AutoTokenizer
+            tokenizer = TokenizersBackend.from_pretrained(settings.name)
+        else:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+            tokenizer = AutoTokenizer.from_pretrained(
+                settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            )
+    # transformers (5.23) saves with a tokenizer whether the network was allowed; the adapter's files must not depend on it.
+    tokenizer.init_kwargs["local_files_only"] = False
+    return tokenizer
 
 
 def _is_plain_falcon(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -143,7 +144,7 @@ def test_failing_model_leaves_the_page_usable():
     from kestrel.chat.page import Session
 
     class Failing:
-        systems = ("adapter",)
+        systems, is_busy = ("adapter",), False
 
         def context(self, dialogue):
             return [1], 0
@@ -197,6 +198,7 @@ def test_second_page_shows_its_message_and_can_leave_the_queue(answering, endles
         page = Page(other, endless.url)
         page.type("me too\n")
         page.until(lambda: page.messages() == ["me too"] and page.answers() == ["…"])
+        page.toast("The model answers somebody else")
         page.click("#message .stop-button")
         page.until(page.idle)  # long before the other answer ends
         assert page.messages() == [] and page.box() == "me too"
@@ -339,7 +341,40 @@ def test_only_this_machine_is_served(served, trained, capsys):
     assert f"cannot listen at 127.0.0.1, port {served.port}" in capsys.readouterr().err
 
 
-def test_open_host_is_announced(trained):
-    with Served(trained.arguments(), "--host", "0.0.0.0") as server:
-        assert server.process.stdout
-        assert "The page has no password and no encryption." in server.process.stdout.readline()
+def test_an_open_host_wants_the_token_that_was_printed_and_keeps_it_out_of_the_address(trained, browser):
+    def status(path: str, **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Set-Cookie") or answer.read().decode(errors="replace")
+
+    with Served(trained.arguments(*LONG), "--host", "0.0.0.0") as server:
+        assert server.process.stdout and len(server.token) > 20
+        assert "nothing is encrypted" in server.process.stdout.readline()
+        wrong = f"{server.token[:-1]}_"
+        for path in ("/", "/config", "/?token=", f"/?token={wrong}", "/gradio_api/info"):
+            assert status(path)[0] == 401
+            assert status(path, Cookie=f"kestrel_token={wrong}")[0] == 401
+        assert "holds the token" in status("/")[1]
+        given, cookie = status(f"/?token={server.token}")
+        assert given == 303 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
+        assert status("/", Cookie=cookie.partition(";")[0])[0] == 200
+        assert status("/", Cookie=cookie.partition(";")[0], Origin="http://elsewhere.example")[0] == 403
+        page = Page(browser, f"{server.url}?token={server.token}")
+        page.say("hi !")
+        assert len(page.answers()) == 1 and "token" not in browser.current_url
+
+
+def test_scripts_need_the_nonce_of_the_page(page, served):
+    """Markup that gets into the page, by whatever mistake, runs nothing."""
+    page.browser.execute_script(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title=1\">');"
+        "const s = document.createElement('script'); s.textContent = 'document.title = 2'; document.body.append(s);"
+    )
+    time.sleep(0.5)
+    assert page.browser.title == "Kestrel"
+    with urllib.request.urlopen(served.url) as one, urllib.request.urlopen(served.url) as other:
+        policies = {answer.headers["Content-Security-Policy"] for answer in (one, other)}
+    assert len(policies) == 2, "a nonce serves once"
+    scripts = [part for policy in policies for part in policy.split("; ") if part.startswith("script-src")]
+    assert not any("unsafe-inline" in part for part in scripts)

@@ -97,8 +97,8 @@ def test_a_repository_with_other_things_is_not_written_to(evaluated: Experiment,
     for name, message in (
         (f"{USER}/model", theirs),
         ("somebody/model", "name another repository"),
-        ("somebody/new", "the token may not write there"),
-        ("somebody/none", "the token may not write there"),
+        ("somebody/new", "the token may not read or not write there"),
+        ("somebody/none", "the token may not read or not write there"),
     ):
         done = published(evaluated, hub, tmp_path / "home", "--hub.repo_id", name, "--hub.private", "false")
         assert done.status == 1 and message in done.said and "Traceback" not in done.said, done.said
