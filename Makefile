@@ -5,7 +5,7 @@ NEED_PYTHON = test -n "$(PYTHON)" || { echo "Kestrel needs Python 3.11 to 3.14 w
 CONFIG := configs/quickstart.yaml
 VENV := .venv/bin
 
-.PHONY: quickstart test test-fast check schema images readme performance results results-page fuzz lock licences test-floor clean
+.PHONY: quickstart test test-fast check schema images readme performance results results-page fuzz lock hashed licences test-floor clean
 
 quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU, offline
 	$(VENV)/python preprocess.py --config $(CONFIG) --show 1
@@ -19,11 +19,12 @@ test: .venv/ready-dev browser check   ## every check and every test
 test-fast: .venv/ready-dev check   ## the same checks, and the unit tests of kestrel/
 	$(VENV)/python -m pytest -n 2 tests --ignore=tests/chain --ignore=tests/project --ignore=tests/faults --ignore=tests/fuzz
 
-check: .venv/ready-dev   ## formatter, linter, types, and which wing imports which
+check: .venv/ready-dev   ## formatter, linter, types, which wing imports which, and the licences of all packages
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy kestrel *.py docs benchmarks Images tools
 	$(VENV)/lint-imports
+	@$(VENV)/python tools/dependencies.py licences | diff -q - docs/licences.md >/dev/null || { echo "docs/licences.md is not that of the installed packages: make licences"; exit 1; }
 
 schema: .venv/ready   ## configs/schema.json, from the settings
 	$(VENV)/python -m kestrel.config.settings > configs/schema.json
@@ -68,13 +69,24 @@ fuzz: .venv/ready-dev   ## a million damaged inputs to every reader; half an hou
 	$(VENV)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
 	$(VENV)/python tests/fuzz/fuzz.py --share 1000000
 
-lock:   ## requirements.lock.txt, from a fresh installation of requirements-dev.txt
+lock:   ## requirements.lock.txt and requirements.hashes.txt, from a fresh installation of requirements-dev.txt
 	@$(NEED_PYTHON)
 	rm -rf .venv-lock
 	"$(PYTHON)" -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	.venv-lock/bin/python tools/dependencies.py lock > .venv-lock/lock && mv .venv-lock/lock requirements.lock.txt
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	.venv-lock/bin/uv pip compile requirements.lock.txt --quiet --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-package torch > .venv-lock/hashes
+	{ echo "# The lock with the sha256 of every file of each package, torch apart. Made by \`make lock\`; do not edit."; cat .venv-lock/hashes; } > requirements.hashes.txt
 	rm -rf .venv-lock
+
+# torch first, from where its build for this machine is; everything else only if it is the file that was locked.
+hashed: requirements.hashes.txt   ## .venv with hashes checked
+	@$(NEED_PYTHON)
+	"$(PYTHON)" -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' requirements.lock.txt)
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes.txt
+	@touch .venv/ready .venv/ready-dev
 
 licences: .venv/ready-dev   ## docs/licences.md, from the packages in the lock
 	$(VENV)/python tools/dependencies.py licences > .venv/licences && mv .venv/licences docs/licences.md

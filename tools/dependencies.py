@@ -3,7 +3,7 @@
     python tools/dependencies.py lock > requirements.lock.txt        of the environment that runs this; see `make lock`
     python tools/dependencies.py licences > docs/licences.md         of the packages in the lock
 
-The lock has no hashes and no build of torch (`2.13.0`, not `2.13.0+cpu`), so that it serves machines with and without
+The lock has no build of torch (`2.13.0`, not `2.13.0+cpu`), so that it serves machines with and without
 a GPU. The packages that only torch's GPU builds need (nvidia-*, cuda-*, triton) are left out: torch itself pins them.
 """
 

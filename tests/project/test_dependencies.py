@@ -30,6 +30,15 @@ def test_the_lock_has_the_required_versions(name):
     assert required and {package: LOCK.get(package) for package in required} == required
 
 
+def test_every_locked_package_but_torch_has_its_hashes():
+    text = (ROOT / "requirements.hashes.txt").read_text(encoding="utf-8")
+    entries = re.findall(
+        r"^(\S+)==(\S+)(?: ;[^\n]*?)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE
+    )
+    assert {name: version for name, version, _ in entries} == {k: v for k, v in LOCK.items() if k != "torch"}
+    assert len(re.sub(r"    --hash=sha256:[0-9a-f]{64}(?: \\)?\n", "", text).splitlines()) == len(entries) + 1
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 def test_the_lock_is_complete(python):
     """Each requirement of each locked package is locked too, at a version that it allows."""
