@@ -28,6 +28,7 @@ from kestrel.model.base import base_identity, device, load_config, skeleton_of
 from kestrel.model.loss import causal_lm_of
 from kestrel.prompt.prompt import Prompt
 from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.publishing.ollama import modelfile
 from kestrel.publishing.run_records import read_adapter_files
 from kestrel.publishing.usage import example_prompt, render
 from kestrel.runtime.atomic import clear_leftovers_of, folder_atomically
@@ -89,6 +90,8 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         )
         readme = render("merged.md", example=example_prompt(prompt), proof=proof, commands=serving_commands(".", dtype))
         (target / "README.md").write_text(f"{readme}\n", encoding="utf-8")
+        if for_ollama := modelfile(prompt, settings.generation):
+            (target / "Modelfile").write_text(for_ollama, encoding="utf-8")
         write_manifest(
             target,
             _KIND,
@@ -215,4 +218,5 @@ def serving_commands(folder: str, dtype: str) -> str:
     """The commands that serve a merged model."""
     return f"""vllm serve {folder} --dtype {dtype}
 text-generation-launcher --model-id {folder} --dtype {dtype}
-python convert_hf_to_gguf.py {folder} --outfile model.gguf && llama-server -m model.gguf"""
+python convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf && llama-server -m {folder}/model.gguf
+ollama create persona -f {folder}/Modelfile && ollama run persona"""

@@ -64,7 +64,7 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
     """The engines cannot be run here; the page says for each whether it was tried."""
     page = PAGES["docs/publishing.md"]
     assert set(commands_of(page)) >= set(SERVING)
-    for engine in ("transformers", "llama.cpp", "vLLM", "Text Generation Inference"):
+    for engine in ("transformers", "llama.cpp", "Ollama", "vLLM", "Text Generation Inference"):
         assert re.search(rf"^\| {re.escape(engine)} \| (?:no; |in |with )", page, re.MULTILINE), engine
 
 

@@ -49,6 +49,7 @@ def test_merged_model_loads_anywhere_and_answers_like_the_adapter(
     # Falcon's class never reads it; llama.cpp's converter does, and failed on transformers' default.
     assert read_json(folder / "config.json", "")["num_kv_heads"] == 1
     assert "none was tried with this model" in " ".join((folder / "README.md").read_text().split())
+    assert (folder / "Modelfile").read_text().count("FROM ./model.gguf\n") == 1
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.[jm][sd]*"))
     modes = {path.stat().st_mode for path in folder.iterdir() if path.name != "manifest.json"}
     assert len(modes) == 1, "what serves the model may run as somebody else"
