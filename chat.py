@@ -17,6 +17,7 @@ import argparse
 import io
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError, UsageError
@@ -24,12 +25,19 @@ from kestrel.runtime.command_line import run_script
 from kestrel.runtime.signals import on_signals, raise_interrupted
 
 if TYPE_CHECKING:
-    from kestrel.chat.streaming import ChatModel
     from kestrel.config.settings import Settings
-    from kestrel.prompt.prompt import Prompt
+    from kestrel.data.persona_file import Persona
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("--persona", {"nargs": "+", "metavar": "FILE", "help": "a text file, one sentence a line, or the sentences"}),
+    (
+        "--persona",
+        {
+            "nargs": "+",
+            "metavar": "FILE",
+            "help": "a text file with a sentence a line, a character card, a saved name, or the sentences",
+        },
+    ),
+    ("--load", {"metavar": "FILE", "help": "go on with the last conversation that /save wrote to this file"}),
     ("--dialogue", {"metavar": "ID", "help": "take the persona of this dialogue (default: the split's first)"}),
     ("--web", {"action": "store_true", "help": "talk in a browser"}),
     ("--host", {"metavar": "ADDRESS", "help": "with --web: listen here (default: 127.0.0.1, this machine only)"}),
@@ -42,9 +50,14 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 must not end a conversation
         sys.stdin.reconfigure(errors="replace")
 
+    from kestrel.chat.conversation import Conversation
+    from kestrel.chat.conversation import load as load_conversation
+    from kestrel.chat.load import load_chat_model
     from kestrel.chat.persona import persona_from_option, persona_of_dialogue
+    from kestrel.chat.sampling import chat_settings
 
     persona = persona_from_option(options.persona) if options.persona else None
+    conversation = load_conversation(Path(options.load)) if options.load else None
 
     import torch
 
@@ -57,24 +70,32 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     context = getattr(load_config(settings.model), "max_position_embeddings", None) or sys.maxsize
     longest = min(settings.prompt.max_length, context - settings.generation.max_new_tokens)
     prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, longest)
-    persona = persona or persona_of_dialogue(settings, prompt, options.dialogue, options.again)
-    model = load(settings, options, prompt)
+    if conversation is None:
+        conversation = Conversation(persona or persona_of_dialogue(settings, prompt, options.again, options.dialogue))
+    model = load_chat_model(settings, prompt, options.again)
+    chosen = chat_settings(settings.generation, vars(options))
     torch.manual_seed(settings.seed)
     with on_signals(raise_interrupted):
         if options.web:
             from kestrel.chat.server import serve
 
             port = 7860 if options.port is None else options.port
-            serve(model, persona, settings.generation, options.host or "127.0.0.1", port)
+            serve(model, conversation, chosen, options.host or "127.0.0.1", port)
         else:
-            Terminal(model, persona, settings.generation).run()
+
+            def find_persona(dialogue: str | None) -> Persona:
+                return persona_of_dialogue(settings, prompt, options.again, dialogue, draw=True)
+
+            print(f"{model.title}\n")
+            Terminal(model, conversation, chosen, find_persona).run()
 
 
 def check(options: argparse.Namespace) -> None:
     """Refuses options that contradict each other, before anything is loaded."""
     problems = []
-    if options.persona and options.dialogue is not None:
-        problems.append("--dialogue: --persona already gives the persona; leave one out")
+    given = [f"--{name}" for name in ("persona", "dialogue", "load") if getattr(options, name) is not None]
+    if len(given) > 1:
+        problems.append(f"{given[1]}: {given[0]} already gives the persona; leave one out")
     if not options.web:
         problems += [f"--{name}: needs --web" for name in ("host", "port") if getattr(options, name) is not None]
     if options.port is not None and not 0 <= options.port < 2**16:
@@ -83,27 +104,6 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(problems)
     if options.web and find_spec("gradio") is None:
         raise KestrelError(f"--web needs Gradio: {sys.executable} -m pip install -r requirements-web.txt")
-
-
-def load(settings: Settings, options: argparse.Namespace, prompt: Prompt) -> ChatModel:
-    """The base and, unless generation.systems is base alone, the adapter, proven to be the trained one."""
-    from kestrel.adapter.compute_dtype import with_compute_dtype
-    from kestrel.adapter.load import load_model
-    from kestrel.adapter.open import open_adapter
-    from kestrel.chat.streaming import ChatModel
-    from kestrel.model.base import base_identity, load_config
-
-    settings = with_compute_dtype(settings)
-    if "adapter" not in settings.generation.systems:
-        return ChatModel(load_model(settings, prompt, None), prompt, ["base"])
-    base = base_identity(settings.model, load_config(settings.model))
-    try:
-        adapter = open_adapter(settings, prompt, base, f"python train.py {options.again}")
-    except KestrelError as error:
-        raise KestrelError(f"{error}\n  or talk with the base alone: --generation.systems base") from None
-    model = load_model(settings, prompt, adapter)
-    print()
-    return ChatModel(model, prompt, ["adapter", "base"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,28 +1,76 @@
-"""Where the persona of a conversation comes from: the command line, a text file, or a dialogue of the data set."""
+"""Where the persona of a conversation comes from: the command line, a file, a name, or a dialogue of the data set."""
 
 from __future__ import annotations
 
+import os
+import random
+import re
 from pathlib import Path
 
 from kestrel.config.settings import Settings
+from kestrel.data.persona_file import Persona, read_persona, sentences_of
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
+from kestrel.runtime.atomic import write_atomically
 
 
-def persona_from_option(values: list[str]) -> tuple[str, ...]:
-    """The sentences of --persona, or of the file that it names.
+def persona_from_option(values: list[str]) -> Persona:
+    """The sentences of --persona, or of the file or the saved persona that it names.
 
     Raises:
         KestrelError: the file cannot be read, or nothing is left without blanks.
     """
     one_word = len(values) == 1 and len(values[0].split()) == 1
     if one_word or Path(values[0]).is_file():
-        return read_persona(Path(values[0]))
-    return split_sentences(values, "--persona")
+        return persona_named(values[0])
+    return Persona(sentences_of(values, "--persona"))
 
 
-def persona_of_dialogue(settings: Settings, prompt: Prompt, dialogue_id: str | None, again: str) -> tuple[str, ...]:
-    """The persona of a dialogue in generation.split; of its first one if no id is given.
+def persona_named(name: str) -> Persona:
+    """A saved persona, or the one in a file.
+
+    Raises:
+        KestrelError: neither exists, or it cannot be read.
+    """
+    saved = _folder() / f"{name}.txt"
+    return read_persona(saved if _is_name(name) and saved.is_file() else Path(os.path.expanduser(name)))
+
+
+def saved_personas() -> list[str]:
+    """The names of the personas that the user has saved."""
+    return sorted(path.stem for path in _folder().glob("*.txt") if _is_name(path.stem))
+
+
+def save_persona(name: str, persona: tuple[str, ...]) -> Path:
+    """Saves a persona's sentences under a name, in place of what had that name.
+
+    Raises:
+        KestrelError: the name is no word, or the folder cannot be written.
+    """
+    if not _is_name(name):
+        raise KestrelError(f"{name!r} is no name for a persona; use letters, digits, - and _")
+    path = _folder() / f"{name}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as file:
+            file.writelines(f"{sentence}\n" for sentence in persona)
+    except OSError as error:
+        raise KestrelError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "kestrel" / "personas"
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"[\w-]{1,64}", text) is not None
+
+
+def persona_of_dialogue(
+    settings: Settings, prompt: Prompt, again: str, dialogue_id: str | None, draw: bool = False
+) -> Persona:
+    """The persona of a dialogue in generation.split; without an id of its first one, or of any.
 
     Raises:
         KestrelError: no data set, one for another prompt, or no such dialogue.
@@ -37,33 +85,7 @@ def persona_of_dialogue(settings: Settings, prompt: Prompt, dialogue_id: str | N
         raise KestrelError(f"{error}\n  or give a persona: --persona FILE") from None
     ids = list(rows["dialogue_id"])
     if dialogue_id is None:
-        return tuple(rows[0]["persona"])
+        dialogue_id = random.choice(ids) if draw else ids[0]
     if dialogue_id not in ids:
-        raise KestrelError(f"--dialogue: {split} has no {dialogue_id!r}; its ids are {', '.join(ids[:3])} …")
-    return tuple(rows[ids.index(dialogue_id)]["persona"])
-
-
-def read_persona(path: Path) -> tuple[str, ...]:
-    """The sentences of a persona from a text file, one a line.
-
-    Raises:
-        KestrelError: the file cannot be read, is not UTF-8, or is empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise KestrelError(f"{path}: {reason}; a persona is a UTF-8 text file with one sentence a line") from None
-    return split_sentences(text.splitlines(), str(path))
-
-
-def split_sentences(lines: list[str], where: str) -> tuple[str, ...]:
-    """The lines that are not blank, with single spaces.
-
-    Raises:
-        KestrelError: all are blank.
-    """
-    sentences = tuple(" ".join(line.split()) for line in lines if line.strip())
-    if not sentences:
-        raise KestrelError(f"{where}: a persona needs at least one sentence")
-    return sentences
+        raise KestrelError(f"{split} has no dialogue {dialogue_id!r}; its ids are {', '.join(ids[:3])} …")
+    return Persona(tuple(rows[ids.index(dialogue_id)]["persona"]))

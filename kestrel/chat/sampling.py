@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +14,20 @@ from kestrel.errors import KestrelError, UsageError
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _BEAMS = ("num_beams", "length_penalty")
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9}  # of sampling in a conversation
 SETTABLE = ("do_sample", *_SAMPLING, "max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", *_BEAMS)
+
+
+def chat_settings(settings: Generation, given: Collection[str]) -> Generation:
+    """The settings to talk with: sampled answers, unless the experiment or the command line says how to decode.
+
+    Args:
+        given: the keys that were given on the command line.
+    """
+    decides = {f"generation.{name}" for name in ("do_sample", *_SAMPLING, *_BEAMS)}
+    if settings.do_sample or settings.num_beams > 1 or decides & set(given):
+        return settings
+    return settings.model_copy(update={"do_sample": True, **DEFAULTS})
 
 
 def change_setting(current: Generation, name: str, text: str, most_new_tokens: int) -> Generation:
@@ -33,8 +47,10 @@ def change_setting(current: Generation, name: str, text: str, most_new_tokens: i
     if name not in SETTABLE:
         raise KestrelError(f"{name} cannot be set here; these can: {', '.join(SETTABLE)}")
     try:
-        value = load_with_lines(text, name).value
+        value = load_with_lines(text, name).value if text else None
         update: dict[str, Any] = {name: value}
+        if name == "do_sample" and value is True and current.temperature is None:
+            update |= DEFAULTS
         if name in _SAMPLING and value is not None:
             update["do_sample"] = True
         uses_beams = (name == "num_beams" and value != 1) or (name == "length_penalty" and value is not None)

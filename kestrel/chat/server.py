@@ -13,6 +13,7 @@ import tempfile
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from kestrel.chat.conversation import Conversation
 from kestrel.chat.streaming import ChatModel
 from kestrel.config.settings import Generation
 from kestrel.errors import Interrupted, KestrelError
@@ -32,7 +33,7 @@ _ROUTES = re.compile(
 )
 
 
-def serve(model: ChatModel, persona: tuple[str, ...], settings: Generation, host: str, port: int) -> None:
+def serve(model: ChatModel, conversation: Conversation, settings: Generation, host: str, port: int) -> None:
     """Serves until Ctrl-C.
 
     Raises:
@@ -45,7 +46,7 @@ def serve(model: ChatModel, persona: tuple[str, ...], settings: Generation, host
         import uvicorn
 
         token = None if is_loopback(host) else secrets.token_urlsafe(16)
-        application = build_application(model, persona, settings, host, token)
+        application = build_application(model, conversation, settings, host, token)
         server = uvicorn.Server(uvicorn.Config(application, log_level="critical", timeout_graceful_shutdown=1))
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listening.getsockname()[1]}{f'/?token={token}' if token else ''}"
@@ -86,18 +87,19 @@ def is_loopback(host: str) -> bool:
 
 
 def build_application(
-    model: ChatModel, persona: tuple[str, ...], settings: Generation, host: str, token: str | None
+    model: ChatModel, conversation: Conversation, settings: Generation, host: str, token: str | None
 ) -> Any:
     """The page as an ASGI application that refuses what does not come from the page itself, or lacks the token."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from kestrel.chat.page import CSS, THEME, Page
+    from kestrel.chat.page import CSS, THEME, blocks
+    from kestrel.chat.page_events import Events
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    blocks = Page(model, persona, settings).blocks().queue(api_open=False)
-    gr.mount_gradio_app(app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, theme=THEME, css=CSS)
+    page = blocks(Events(model, conversation, settings, is_loopback(host))).queue(api_open=False)
+    gr.mount_gradio_app(app, page, path="/", footer_links=[], run_history=False, ssr_mode=False, theme=THEME, css=CSS)
     if is_loopback(host):
         # Against DNS rebinding: a page elsewhere whose host name is made to resolve to this machine.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])

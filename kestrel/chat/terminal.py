@@ -5,54 +5,82 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from kestrel.chat.conversation import Conversation, Exchange, System, save
-from kestrel.chat.persona import read_persona, split_sentences
+from kestrel.chat.conversation import Conversation, Exchange, load, save
+from kestrel.chat.persona import persona_named, save_persona, saved_personas
 from kestrel.chat.sampling import change_setting, settings_in_effect
 from kestrel.chat.streaming import EMPTY_ANSWER, ChatModel
+from kestrel.chat.view import Columns, Line, typed_path, unquoted
 from kestrel.config.settings import Generation
+from kestrel.data.persona_file import Persona, sentences_of
+from kestrel.dialogue import Turn
 from kestrel.errors import Interrupted, KestrelError
-from kestrel.runtime.output import steer, visible
+from kestrel.runtime.output import visible
 
 HELP = """\
-/persona                    show the persona, and type in another one
-/persona FILE               take the persona from a text file, one sentence a line; starts a new conversation
-/persona ONE. | TWO.        take these sentences, separated by |
-/reset                      start a new conversation with the same persona
+/retry                      another answer to your last message
+/continue                   go on with an answer that was cut
+/edit [N] TEXT              change turn N of /history, or your last message; what came after it is dropped
 /undo                       take back your last message and its answer
+/history                    the turns so far, with their numbers
 /compare [MESSAGE]          adapter and base both answer your next message, or this one, side by side; the
                             conversation continues from the answer of the current system
 /system adapter|base        choose who answers
+/adapter NAME               answer by another adapter of this base: a folder, or an id on the Hub
 /set [NAME VALUE]           show the generation settings, or change one: /set temperature 0.7
+/tokens                     tokens of the last prompt and answer
+/persona                    show the persona, and type in another one
+/persona NAME               take a saved persona, a text file with a sentence a line, or a character card
+/persona ONE. | TWO.        take these sentences, separated by |
+/keep NAME                  save the persona under a name
+/dialogue [ID]              take the persona of this dialogue of generation.split, or of any
+/reset                      start a new conversation with the same persona
 /save FILE                  add the conversation to a file of JSON lines, which preprocess.py reads
+/load FILE [ID]             go on with the last conversation of such a file, or with one of them
 /help                       this list
 /quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, and a second Ctrl-C leaves
 To begin a message with a slash, type two."""
+
+FindPersona = Callable[[str | None], Persona]  # by the id of a dialogue
 
 
 class Terminal:
     """One conversation, line by line."""
 
-    def __init__(self, model: ChatModel, persona: tuple[str, ...], settings: Generation):
-        self.model, self.conversation, self.settings = model, Conversation(persona), settings
+    def __init__(
+        self,
+        model: ChatModel,
+        conversation: Conversation,
+        settings: Generation,
+        find_persona: FindPersona | None = None,
+    ):
+        self.model, self.conversation, self.settings = model, conversation, settings
         self.system = model.systems[0]  # the adapter where one is loaded
+        self._find_persona = find_persona
         self._compare_next = self._warned_of_cut = False
         self._commands: dict[str, Callable[[str], None]] = {
-            "/persona": self._persona,
-            "/reset": lambda _: self._reset(self.conversation.persona),
-            "/undo": self._undo,
+            "/adapter": self._adapter,
             "/compare": self._compare,
-            "/system": self._system,
-            "/set": self._set,
-            "/save": self._save,
+            "/continue": self._continue,
+            "/dialogue": self._dialogue,
+            "/edit": self._edit,
             "/help": lambda _: print(HELP),
+            "/history": self._history,
+            "/keep": self._keep,
+            "/load": self._load,
+            "/persona": self._persona,
             "/quit": self._quit,
+            "/reset": lambda _: self._start(Conversation(self.conversation.persona)),
+            "/retry": self._retry,
+            "/save": self._save,
+            "/set": self._set,
+            "/system": self._system,
+            "/tokens": self._tokens,
+            "/undo": self._undo,
         }
 
     def run(self) -> None:
@@ -64,7 +92,10 @@ class Terminal:
         if sys.stdin.isatty():
             import readline  # noqa: F401  gives input() arrow keys and a history
         self._show_persona()
-        print("/help lists the commands.\n")
+        if self.conversation.exchanges:
+            self._history("")
+        how = settings_in_effect(self.settings).replace("\n", ",")
+        print(f"Answers:{how}; /set changes it.\n/help lists the commands.\n")
         warned = False  # whether the next Ctrl-C leaves
         while True:
             try:
@@ -102,54 +133,140 @@ class Terminal:
 
     def _say(self, message: str) -> None:
         compare, self._compare_next = self._compare_next, False
-        context, cut = self.model.context(self.conversation.dialogue(message))
+        context, cut = self.model.context(self.conversation.dialogue(Turn("partner", message)))
         if cut and not self._warned_of_cut:
             print(f"(the first {cut} turns no longer fit into prompt.max_length; from here on the oldest are left out)")
             self._warned_of_cut = True
-        exchange = Exchange(message, self.system, "")
-        view: _Columns | _Line = _Columns(self.model.systems) if compare else _Line(self.system)
-        answers = self.model.stream_exchange(exchange, context, compare, self.settings)
+        self._answer(Exchange(message, self.system, ""), context, compare)
+
+    def _answer(self, exchange: Exchange, context: Sequence[int], compare: bool, begun: Sequence[int] = ()) -> None:
+        """Shows an exchange while it grows, and adds it to the conversation; also what there is of it after Ctrl-C."""
+        view: Columns | Line = Columns(self.model.systems) if compare else Line(exchange.system)
+        answers = self.model.stream_exchange(exchange, context, compare, self.settings, begun=begun)
         try:
             with contextlib.closing(answers):
-                for exchange in answers:
-                    view.show(exchange)  # after the assignment: an interrupted exchange keeps all that was shown
+                for grown in answers:
+                    exchange = grown
+                    view.show(exchange)
             view.show(exchange, is_whole=True)
         except KeyboardInterrupt:
             if exchange.reply:
-                self.conversation.exchanges.append(exchange)
+                self.conversation.exchanges.append(replace(exchange, is_cut=True))
                 print(" …", end="")
             raise
         if not exchange.reply:
             raise KestrelError(f"{EMPTY_ANSWER}{'' if self.settings.do_sample else ': /set do_sample true'}")
         self.conversation.exchanges.append(exchange)
+        if exchange.is_cut:
+            print("(cut at max_new_tokens; /continue goes on)")
 
     # -- commands ------------------------------------------------------------------------------------------------
+
+    def _retry(self, rest: str) -> None:
+        last = self._last()
+        if not self.settings.do_sample and self.system == last.system:
+            raise KestrelError("the likeliest answer stays the same; /set do_sample true")
+        before = list(self.conversation.exchanges)
+        self.conversation.exchanges.pop()
+        self._replace(last.message, before)
+
+    def _edit(self, rest: str) -> None:
+        first, _, text = rest.partition(" ")
+        latest = 2 * len(self.conversation.exchanges) - 1
+        number, text = (int(first), text.strip()) if first.isdecimal() else (latest, rest)
+        before = list(self.conversation.exchanges)
+        message = self.conversation.edit(number, text)
+        if message is None:
+            print(f"(turn {number} is now: {visible(text)})")
+        else:
+            self._replace(message, before)
+
+    def _replace(self, message: str, before: list[Exchange]) -> None:
+        """Answers a message in place of later turns; without an answer, the conversation is again what it was before."""
+        kept = len(self.conversation.exchanges)
+        try:
+            self._say(message)
+        finally:
+            if len(self.conversation.exchanges) == kept:
+                self.conversation.exchanges[:] = before
+
+    def _continue(self, rest: str) -> None:
+        context, begun = self.model.continuation(self.conversation)
+        before, last = list(self.conversation.exchanges), self.conversation.exchanges.pop()
+        try:
+            self._answer(last, context, False, begun)
+        finally:
+            if len(self.conversation.exchanges) < len(before):
+                self.conversation.exchanges[:] = before
+
+    def _last(self) -> Exchange:
+        if not self.conversation.exchanges:
+            raise KestrelError("nothing was said yet")
+        return self.conversation.exchanges[-1]
+
+    def _history(self, rest: str) -> None:
+        for number, (speaker, text) in enumerate(self.conversation.turns(), start=1):
+            print(f"{number:>3} {speaker}> {visible(text)}")
+
+    def _tokens(self, rest: str) -> None:
+        self._last()
+        prompt, answer = self.model.tokens_of(self.conversation)
+        print(f"(prompt {prompt:,} of at most {self.model.prompt.max_length:,} tokens, answer {answer:,})")
 
     def _persona(self, rest: str) -> None:
         if not rest:
             self._show_persona()
-            print("Type another persona, one sentence a line. An empty line ends it; alone, it keeps this one.")
+            names = ", ".join(saved_personas())
+            print(
+                f"{f'Saved: {names}. ' if names else ''}Type another persona, one sentence a line. An empty line ends it;"
+            )
+            print("alone, it keeps this one.")
             lines: list[str] = []
             while line := self._read("  ").strip():
                 lines.append(line)
             if not lines:
                 return
-            persona = split_sentences(lines, "/persona")
+            persona = Persona(sentences_of(lines, "/persona"))
         elif "|" in rest or (" " in rest and not typed_path(rest).is_file()):
-            persona = split_sentences(rest.split("|"), "/persona")
+            persona = Persona(sentences_of(rest.split("|"), "/persona"))
         else:
-            persona = read_persona(typed_path(rest))
-        self._reset(persona)
+            persona = persona_named(unquoted(rest))
+        self._start(Conversation(persona))
         self._show_persona()
 
-    def _reset(self, persona: tuple[str, ...]) -> None:
-        self.conversation, self._warned_of_cut = Conversation(persona), False
-        print("(a new conversation)")
+    def _keep(self, rest: str) -> None:
+        print(f"(saved as {save_persona(rest, self.conversation.persona.sentences)}; /persona {rest} takes it)")
+
+    def _dialogue(self, rest: str) -> None:
+        if self._find_persona is None:
+            raise KestrelError("there is no data set")
+        self._start(Conversation(self._find_persona(rest or None)))
+        self._show_persona()
+
+    def _start(self, conversation: Conversation) -> None:
+        self.conversation, self._warned_of_cut = conversation, False
+        print("(a new conversation)" if not conversation.exchanges else "(the conversation goes on)")
+
+    def _load(self, rest: str) -> None:
+        if not rest:
+            raise KestrelError("/load needs the name of a file")
+        name, _, dialogue_id = (
+            rest.rpartition(" ") if " " in rest and not typed_path(rest).is_file() else (rest, "", "")
+        )
+        self._start(load(typed_path(name), dialogue_id or None))
+        self._show_persona()
+        self._history("")
 
     def _undo(self, rest: str) -> None:
         if not self.conversation.exchanges:
             raise KestrelError("nothing to take back")
         print(f"(taken back: {visible(self.conversation.exchanges.pop().message)})")
+
+    def _adapter(self, rest: str) -> None:
+        if not rest:
+            raise KestrelError("/adapter needs a folder, or an id on the Hub")
+        print(f"({self.model.use_adapter(os.path.expanduser(unquoted(rest)))})")
+        self.system = "adapter"
 
     def _compare(self, rest: str) -> None:
         if len(self.model.systems) < 2:
@@ -187,51 +304,7 @@ class Terminal:
 
     def _show_persona(self) -> None:
         print("The model speaks as this persona:")
-        for sentence in self.conversation.persona:
+        for sentence in self.conversation.persona.sentences:
             print(f"  {visible(sentence)}")
-
-
-class _Line:
-    """An answer that grows after the name of its system."""
-
-    def __init__(self, system: System):
-        self._length = 0
-        print(f"{system}> ", end="", flush=True)
-
-    def show(self, exchange: Exchange, is_whole: bool = False) -> None:
-        more, self._length = exchange.reply[self._length :], len(exchange.reply)
-        print(visible(more), end="\n" if is_whole else "", flush=True)
-
-
-class _Columns:
-    """Answers that grow side by side, drawn over each time; without a terminal they are printed once, at the end."""
-
-    def __init__(self, systems: Sequence[System]):
-        self._systems, self._rows = systems, 0
-
-    def show(self, exchange: Exchange, is_whole: bool = False) -> None:
-        placeholder = "(empty)" if is_whole else "…"
-        block = side_by_side({system: exchange.replies.get(system) or placeholder for system in self._systems})
-        rows = block.count("\n") + 1
-        # What has scrolled out of sight cannot be drawn over.
-        if is_whole or (sys.stdout.isatty() and rows < shutil.get_terminal_size().lines):
-            if self._rows:
-                steer(f"\x1b[{self._rows}F\x1b[J")
-            print(block, flush=True)
-            self._rows = rows
-
-
-def typed_path(text: str) -> Path:
-    """A path as people type it: perhaps in quotation marks, or with ~ for their home."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return Path(os.path.expanduser(text))  # Path.expanduser raises if the user is unknown
-
-
-def side_by_side(answers: dict[System, str]) -> str:
-    """Answers in columns as wide as the terminal allows, each below its system's name."""
-    width = max(20, (shutil.get_terminal_size().columns - 3 * (len(answers) - 1)) // len(answers))
-    columns = [[f"{system}>", *textwrap.wrap(visible(text), width)] for system, text in answers.items()]
-    height = max(map(len, columns))
-    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
-    return "\n".join(" │ ".join(cell.ljust(width) for cell in row).rstrip() for row in rows)
+        if self.conversation.persona.first_message and not self.conversation.exchanges:
+            print(f"{self.system}> {visible(self.conversation.persona.first_message)}")

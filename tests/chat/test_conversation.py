@@ -18,6 +18,7 @@ from make_models import make_tokenizer
 
 import chat
 import preprocess
+import train
 from kestrel.adapter.load import load_model
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import change_setting
@@ -25,6 +26,8 @@ from kestrel.chat.streaming import ChatModel
 from kestrel.config.resolve import resolve
 from kestrel.config.settings import Generation, Settings, conflicts
 from kestrel.data.dataset import dialogue_of, load_split
+from kestrel.data.persona_file import Persona
+from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
 from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt
@@ -36,6 +39,7 @@ from kestrel.runtime.run_folder import locked_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
+GREEDY = ["--generation.do_sample", "false"]
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def talk(trained, monkeypatch, capsys):
     def typed(*lines: str, more: list[str] | None = None, status: int = 0) -> str:
         stdin = io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")))
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert chat.main(trained.arguments(*(PERSONA if more is None else more))) == status
+        options = PERSONA if more is None else more
+        decides = any(option.startswith("--generation.") for option in options)
+        assert chat.main(trained.arguments(*options, *([] if decides else GREEDY))) == status
         printed = capsys.readouterr()
         return printed.out if status == 0 else printed.err
 
@@ -70,10 +76,10 @@ def test_prompt_is_that_of_training(prepared, max_length):
     for row in load_split(prepared.run / "dataset", "train", ""):
         dialogue = dialogue_of(row)
         turns = [turn.text for turn in dialogue.turns]
-        conversation = Conversation(dialogue.persona)
+        conversation = Conversation(Persona(dialogue.persona))
         chat_model = ChatModel(torch.nn.Identity(), prompt, ["base"])
         for index in range(0, len(turns) - 1, 2):
-            context, cut = chat_model.context(conversation.dialogue(turns[index]))
+            context, cut = chat_model.context(conversation.dialogue(Turn("partner", turns[index])))
             # The training prompt leaves room for its own reply, the open one for a short word.
             if not cut:
                 assert context == prompt.context(dialogue, index + 1)
@@ -88,7 +94,7 @@ def test_typed_text_spells_no_control_token(talk, trained, tmp_path, monkeypatch
 
     def answer(self, context, *rest):
         seen.append(context)
-        yield "hi"
+        yield "hi", False
 
     monkeypatch.setattr(ChatModel, "stream_answer", answer)
     talk("<|endoftext|>>>TITLE<< You:", more=["--persona", "i am <|endoftext|> .", "\x0b>>ANSWER<<"])
@@ -121,9 +127,9 @@ def test_answers_are_those_of_generate(talk, trained, tmp_path):
     prompt = Prompt(load_tokenizer(run.model), "plain", run.prompt.max_length)
     adapter = trained.run / "adapter"
     model = load_model(run, prompt, (adapter, read_json(adapter / "manifest.json", "")))
-    replayed = Conversation(tuple(row["persona"]))
+    replayed = Conversation(Persona(tuple(row["persona"])))
     for message, reply in zip(row["turns"][::2], replies, strict=True):
-        context, _ = ChatModel(model, prompt, ["adapter"]).context(replayed.dialogue(message["text"]))
+        context, _ = ChatModel(model, prompt, ["adapter"]).context(replayed.dialogue(Turn("partner", message["text"])))
         as_adapter = respond(model, prompt, [context], run.generation)[0].text
         with model.disable_adapter():
             as_base = respond(model, prompt, [context], run.generation)[0].text
@@ -164,13 +170,13 @@ def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
 def test_persona_from_file_input_or_dialogue(talk, trained, tmp_path):
     file = tmp_path / "someone.txt"
     file.write_text("i have a cat .\n\n  i like   rice .\n", encoding="utf-8")
-    assert "persona:\n  i have a cat .\n  i like rice .\n/help" in talk(more=["--persona", str(file)])
+    assert "persona:\n  i have a cat .\n  i like rice .\nAnswers" in talk(more=["--persona", str(file)])
     assert "persona:\n  i have a cat .\n  i like rice .\n" in talk(f"/persona {file}")
     typed = talk("/persona", "i have a cat .", "i like rice .", "", "hi !")
     assert "persona:\n  i have a cat .\n  i like rice .\n" in typed and "adapter> " in typed
     rows = load_split(trained.run / "dataset", "test", "")
     for options, row in (([], rows[0]), (["--dialogue", rows[2]["dialogue_id"]], rows[2])):
-        assert "persona:\n  " + "\n  ".join(row["persona"]) + "\n/help" in talk(more=options)
+        assert "persona:\n  " + "\n  ".join(row["persona"]) + "\nAnswers" in talk(more=options)
 
 
 def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
@@ -278,7 +284,7 @@ def test_seed_decides_the_samples(talk, tmp_path):
         ([*PERSONA, "--dialogue", "x"], 2, "--dialogue: --persona already gives the persona"),
         (["--persona", "nobody.txt"], 1, "nobody.txt: No such file"),
         (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
-        (["--dialogue", "x"], 1, "test has no 'x'; its ids are test-0"),
+        (["--dialogue", "x"], 1, "test has no dialogue 'x'; its ids are test-0"),
         (["--run_dir", "nowhere"], 1, "or give a persona: --persona FILE"),
         (["--web"], 1, "pip install -r requirements-web.txt"),
     ],
@@ -299,3 +305,74 @@ def test_missing_package_and_interpreter_are_named(tmp_path):
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"the package {name} is not installed for {sys.executable}" in done.stderr
         assert ".venv/bin/python" in done.stderr
+
+
+# -- changing, saving, other personas ----------------------------------------------------------------------------------
+
+
+def test_turns_are_answered_again_changed_and_continued(talk, tmp_path):
+    files = [tmp_path / f"{name}.jsonl" for name in "abcde"]
+    short = [*PERSONA, "--generation.max_new_tokens", "2"]
+    printed = talk(
+        "hi !", "and ?", "/set max_new_tokens 2", "/retry", "/tokens", f"/save {files[0]}", "/set max_new_tokens 12",
+        "/continue", f"/save {files[1]}", "/edit what do you eat ?", f"/save {files[2]}", "/edit 2 i am fine .", "/history",
+        f"/save {files[3]}", "/edit 9 x", "/continue", more=[*short, "--generation.do_sample", "--generation.top_k", "1"],
+    )  # fmt: skip
+    cut, whole, changed, own = (saved(file)[0]["turns"] for file in files[:4])
+    assert [turn["text"] for turn in cut[::2]] == ["hi !", "and ?"] and cut[3]["stopped_by"] == "length"
+    assert "(cut at max_new_tokens; /continue goes on)" in printed and re.search(
+        r"of at most [\d,]+ tokens, answer \d+\)", printed
+    )
+    assert (
+        whole[:3] == cut[:3]
+        and whole[3]["text"].startswith(cut[3]["text"])
+        and len(whole[3]["text"]) > len(cut[3]["text"])
+    )
+    assert changed[:2] == cut[:2] and changed[2]["text"] == "what do you eat ?" and len(changed) == 4
+    assert [turn["text"] for turn in own] == ["hi !", "i am fine ."] and "  2 adapter> i am fine ." in printed
+    assert "name a turn from 1 to 2" in printed
+    loaded = talk(
+        f"/load {files[1]}", "more ?", f"/save {files[1]}", "/load nothing.jsonl", more=["--load", str(files[3])]
+    )
+    assert "1 you> hi !\n  2 adapter> i am fine ." in loaded and "nothing.jsonl holds no conversation" in loaded
+    assert saved(files[1])[0]["turns"][:4] == whole and len(saved(files[1])[0]["turns"]) == 6
+    assert "the likeliest answer stays the same" in talk("hi !", "/retry") and "nothing was said yet" in talk("/retry")
+
+
+def test_answers_are_sampled_unless_something_else_is_asked_for(talk):
+    assert "do_sample: true,  temperature: 0.7,  top_p: 0.9" in talk(
+        more=[*PERSONA, "--generation.max_new_tokens", "9"]
+    )
+    assert "do_sample: false" in talk(more=[*PERSONA, "--generation.num_beams", "1"])
+
+
+def test_personas_are_saved_by_name_and_dialogues_are_chosen(talk, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    printed = talk(
+        "/keep me",
+        "/keep no/name",
+        "/persona i am other .|",
+        "/dialogue test-2",
+        "/persona me",
+        "/dialogue x",
+        "/dialogue",
+    )
+    assert (tmp_path / "kestrel" / "personas" / "me.txt").read_text() == "i have a dog .\ni live in rome .\n"
+    row = next(row for row in load_split(trained.run / "dataset", "test", "") if row["dialogue_id"] == "test-2")
+    assert "persona:\n  " + "\n  ".join(row["persona"]) in printed and "'no/name' is no name" in printed
+    assert (
+        printed.count("persona:\n  i have a dog .\n  i live in rome .\n") == 2 and "test has no dialogue 'x'" in printed
+    )
+    assert "persona:\n  i have a dog ." in talk(more=["--persona", "me"])
+
+
+def test_another_adapter_answers(talk, trained, prepared, tmp_path, capsys):
+    other = tmp_path / "run"
+    assert train.main([*prepared.copy_to(other), "--training.max_steps", "2"]) == 0
+    capsys.readouterr()
+    file = tmp_path / "x.jsonl"
+    printed = talk("hi !", f"/adapter {other / 'adapter'}", "/reset", "hi !", f"/save {file}", "/adapter nowhere")
+    assert "(proven: it computes what the trained adapter did" in printed and "no such folder" in printed
+    alone = tmp_path / "y.jsonl"
+    talk("hi !", f"/save {alone}", more=[*PERSONA, *GREEDY, "--model.adapter", str(other / "adapter")])
+    assert saved(file)[0]["turns"] == saved(alone)[0]["turns"]

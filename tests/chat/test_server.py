@@ -24,9 +24,11 @@ import chat
 from kestrel.chat.conversation import Conversation
 from kestrel.chat.server import is_loopback
 from kestrel.config.settings import Generation
+from kestrel.data.persona_file import Persona
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = ["--prompt.max_length", "2000"]  # so that no conversation of these tests is cut
+GREEDY = ["--generation.do_sample", "false"]
+LONG = [*GREEDY, "--prompt.max_length", "2000"]  # so that no conversation of these tests is cut
 ENDLESS = [*LONG, "--generation.max_new_tokens", "1900", "--generation.stop_strings", "[]"]
 ATTACK = (
     "</span></p><script>document.title = 'taken'</script><img src=\"http://example.org/x.png\" "
@@ -140,8 +142,7 @@ def test_failing_model_leaves_the_page_usable():
     """As when the memory of a GPU is used up."""
     import gradio as gr
 
-    from kestrel.chat.page import Page as Events
-    from kestrel.chat.page import Session
+    from kestrel.chat.page_events import Events, Session
 
     class Failing:
         systems, is_busy = ("adapter",), False
@@ -153,13 +154,13 @@ def test_failing_model_leaves_the_page_usable():
             raise RuntimeError("out of memory")
             yield
 
-    session = Session(Conversation(("i am here .",)))
-    events = Events(cast(Any, Failing()), ("i am here .",), Generation())
+    session = Session(Conversation(Persona(("i am here .",))))
+    events = Events(cast(Any, Failing()), session.conversation, Generation())
     shown = []
     with pytest.raises(gr.Error, match="failed to answer: out of memory"):
-        for outputs in events.send("hi !", session, "i am here .", "adapter", False, False, 1, 1, 0, 8):
-            shown.append([output.value for output in outputs])
-    assert shown[0][0] == "" and len(shown[0][1]) == 2 and shown[-1] == ["hi !", []]
+        for outputs in events.send("hi !", session, "i am here .", "adapter", False, False, 1, 1, 0, 8, 1, 0, 1):
+            shown.append([getattr(output, "value", output) for output in outputs])
+    assert shown[0][0] == "" and len(shown[0][2]) == 2 and shown[-1] == ["hi !", "", []]
     assert session.stop is None and not session.conversation.exchanges
 
 

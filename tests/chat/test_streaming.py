@@ -40,12 +40,12 @@ def chat_model(prompt: Prompt) -> ChatModel:
 @settings(max_examples=25, deadline=None)
 def test_answer_grows_into_the_one_that_generate_writes(chat_model, prompt, context, stops, beams):
     chosen = Generation(max_new_tokens=12, stop_strings=stops, num_beams=beams)
-    shown = list(chat_model.stream_answer(context, "adapter", chosen))
+    shown = [text for text, _ in chat_model.stream_answer(context, "adapter", chosen)]
     assert shown[-1] == respond(chat_model.model, prompt, [context], chosen)[0].text
     assert all(after.startswith(before) for before, after in pairwise(shown))
     with chat_model.model.disable_adapter():
         alone = respond(chat_model.model, prompt, [context], chosen)[0].text
-    assert list(chat_model.stream_answer(context, "base", chosen))[-1] == alone
+    assert list(chat_model.stream_answer(context, "base", chosen))[-1][0] == alone
 
 
 @given(text=st.text(max_size=20), stops=st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=3))

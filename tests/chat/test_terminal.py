@@ -18,12 +18,21 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from kestrel.chat.terminal import side_by_side
+from kestrel.chat.view import side_by_side
 from kestrel.runtime.output import visible
 
 ROOT = Path(__file__).resolve().parents[2]
 PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
-ENDLESS = ["--generation.max_new_tokens", "1900", "--prompt.max_length", "2000", "--generation.stop_strings", "[]"]
+GREEDY = ["--generation.do_sample", "false"]
+ENDLESS = [
+    *GREEDY,
+    "--generation.max_new_tokens",
+    "1900",
+    "--prompt.max_length",
+    "2000",
+    "--generation.stop_strings",
+    "[]",
+]
 
 
 class Terminal:
@@ -63,7 +72,7 @@ class Terminal:
 
 
 def test_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
-    at = Terminal(trained.arguments(*PERSONA))
+    at = Terminal(trained.arguments(*PERSONA, *GREEDY))
     at.until("you> ")
     at.type("\x1b[200~hi !\nany pets ?\x1b[201~\n")
     at.until("adapter> .*you> ")
