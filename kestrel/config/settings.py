@@ -68,7 +68,9 @@ class Data(Section):
     )
     max_dialogues: PositiveInt | None = _key(None, "Use at most this many dialogues of each split.")
     self: Text | None = _key(None, "Of a messenger's export: the name of the one who is learned.")
-    persona: list[Text] = _key([], "Persona of dialogues for which the source has none, as a list of sentences.")
+    persona: list[Text] = _key(
+        [], "Persona of dialogues for which the source has none: its sentences, or a text file or a character card."
+    )
     session_gap: Annotated[float, Field(gt=0)] = _key(
         6.0, "Of a messenger's export: hours of silence after which another dialogue begins."
     )

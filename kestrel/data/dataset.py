@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kestrel.config.settings import Data, Settings
+from kestrel.data.persona_file import given_sentences
 from kestrel.data.report import SplitStatistics
 from kestrel.data.spelling import Spelling
 from kestrel.dialogue import Dialogue, Turn
@@ -99,6 +100,7 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
     """The settings on which the dataset depends; of those that datasets of version 0.1.0 lack, only what is set."""
     shaping = settings.model_dump(include={"data", "prompt", "seed"}, exclude={"data": {"dataset"}})
+    shaping["data"]["persona"] = list(given_sentences(tuple(settings.data.persona)))
     for key in _ADDED_KEYS:
         if shaping["data"][key] == Data.model_fields[key].default:
             del shaping["data"][key]

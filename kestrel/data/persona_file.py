@@ -7,6 +7,7 @@ https://github.com/kwaroran/character-card-spec-v3.
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import re
@@ -60,6 +61,17 @@ def read_persona(path: Path) -> Persona:
     return (
         _of_card(text, path) if text.lstrip().startswith("{") else Persona(sentences_of(text.splitlines(), str(path)))
     )
+
+
+@functools.cache
+def given_sentences(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The sentences of data.persona, which may be one file that `read_persona` reads.
+
+    Raises:
+        KestrelError: the file cannot be read, or holds no persona.
+    """
+    is_file = len(given) == 1 and given[0].lower().endswith((".txt", ".json", ".png"))
+    return read_persona(Path(given[0])).sentences if is_file else given
 
 
 def sentences_of(lines: list[str], where: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from itertools import islice
 
 from kestrel.config.settings import Data
+from kestrel.data.persona_file import given_sentences
 from kestrel.data.raw import RawDialogue, RawTurn
 from kestrel.data.read_counts import ReadCounts
 from kestrel.dialogue import Dialogue, Turn
@@ -80,7 +81,9 @@ def repair(raw: RawDialogue, counts: ReadCounts, settings: Data) -> Dialogue | N
     counts.read += 1
     where = raw.where
     clean = partial(_clean, where=where, counts=counts, redact=settings.redact)
-    persona = _texts(raw.persona, "persona sentences", clean) or _texts(settings.persona, "persona sentences", clean)
+    persona = _texts(raw.persona, "persona sentences", clean) or _texts(
+        given_sentences(tuple(settings.persona)), "persona sentences", clean
+    )
     partner_persona = _texts(raw.partner_persona, "persona sentences", clean)
 
     merged: list[RawTurn] = []

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import preprocess
+from kestrel.data.dataset import load_split
 from kestrel.data.persona_file import read_persona
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
@@ -96,3 +98,17 @@ def refused_or_read(card: bytes, place: int, more: bytes, path: Path) -> None:
         assert read_persona(path).sentences
     except KestrelError as error:
         assert str(path) in str(error)
+
+
+def test_the_persona_of_a_data_set_may_be_a_card(prepared, tmp_path: Path, capsys) -> None:
+    """What it says is recorded, and not where it lies."""
+    (tmp_path / "ada.png").write_bytes(forms()["v2.png"])
+    turns = [{"speaker": "partner", "text": "hi"}, {"speaker": "self", "text": "hello"}]
+    lines = [json.dumps({"dialogue_id": f"d{number}", "persona": [], "turns": turns}) for number in range(40)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    given = ["--data.source", str(tmp_path / "own.jsonl"), "--data.persona", str(tmp_path / "ada.png")]
+    assert preprocess.main(prepared.arguments("--run_dir", str(tmp_path / "run"), *given)) == 0
+    manifest = json.loads((tmp_path / "run" / "dataset" / "manifest.json").read_text())
+    sentences = list(read_persona(tmp_path / "ada.png").sentences)
+    assert manifest["settings"]["data"]["persona"] == sentences
+    assert load_split(tmp_path / "run" / "dataset", "train", "")[0]["persona"] == sentences
