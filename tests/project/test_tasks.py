@@ -48,7 +48,8 @@ def test_the_commands_run_in_the_order_of_the_page(small: Path, monkeypatch: pyt
     for command in COMMANDS:
         if "--web" not in command:  # tests/chat has the page
             assert run(command) == 0, (command, capsys.readouterr().err)
-    assert all((small / "runs" / name).is_dir() for name in ("quickstart", "longer", "mine", "r4", "toy-seed2"))
+    names = ("quickstart", "longer", "second", "mine", "r4", "toy-seed2")
+    assert all((small / "runs" / name).is_dir() for name in names)
     assert (small / "runs" / "quickstart" / "comparison" / "report.html").is_file()
     assert (small / "merged" / "config.json").is_file()
 
