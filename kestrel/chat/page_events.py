@@ -192,8 +192,11 @@ class Events:
         """How long the last prompt and answer are, and whether the answer was cut."""
         if not session.conversation.exchanges:
             return ""
-        prompt, answer = self.model.tokens_of(session.conversation)
         cut = " · the answer was cut: Continue goes on" if session.conversation.exchanges[-1].is_cut else ""
+        try:
+            prompt, answer = self.model.tokens_of(session.conversation)
+        except KestrelError:  # too long to go on
+            return "the conversation no longer fits into the prompt"
         return f"prompt {prompt:,} of at most {self.model.prompt.max_length:,} tokens, answer {answer:,}{cut}"
 
     def stop(self, session: Session) -> None:
