@@ -19,7 +19,7 @@ FileType = Literal["parquet", "json", "text"]
 SECTIONS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation", "test": "test"}
 
 _CHUNK = 2**20
-_LONGEST_VALUE = 2**30  # characters; a messenger writes a whole chat as one value
+_LONGEST_VALUE = 2**28  # characters; a messenger writes a whole chat as one value
 _JSON_SECTIONS = re.compile(rb'\{\s*"(train|valid|validation|dev|test)"\s*:\s*\[')
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 

@@ -32,6 +32,8 @@ SECONDS, MEGABYTES, LONGEST = 10, 3072, 4096
 WORTH = {"evaluation": 0.2, "options": 0.05, "artifacts": 0.4, "config": 0.7, "prompt": 0.2}
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
+from make_corpora import LAYOUTS
+
 from kestrel.runtime.manifest import git_commit
 
 
@@ -66,6 +68,8 @@ def measure(target: str, runs: int, seed: int) -> dict[str, object]:
     corpus, found = KEPT / target / "corpus", KEPT / target / "found"
     for folder in (corpus, found):
         folder.mkdir(parents=True, exist_ok=True)
+    if target in LAYOUTS:
+        (corpus / "layout").write_text(LAYOUTS[target], encoding="utf-8")
     seeds = HERE / "corpus" / target
     arguments = [
         f"-runs={runs}", f"-seed={seed}", f"-timeout={SECONDS}", f"-rss_limit_mb={MEGABYTES}", f"-max_len={LONGEST}",

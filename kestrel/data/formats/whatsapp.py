@@ -35,8 +35,8 @@ _AFTERNOON = re.compile(r"p|下午|午後|오후|م", re.IGNORECASE)
 _TWELVE_HOURS = re.compile(r"[ap]\.?\s?m|[上下]午|午[前後]|오[전후]|[صم]", re.IGNORECASE)
 
 _MEDIA = re.compile(r"<[^<>\n]+>|null|[^\s:][^\n:]*\.\w{2,5} \([^()\n]+\)")
-_FILE = re.compile(r"(?:[^\s:][^\n:]*\.\w{2,5} \([^()\n]+\)|\u200e?<[^<>\n:]+: [^<>\n]+>)\n?")
-_NOTE = re.compile(r"\s*\u200e<[^<>\n:]+>|\s<This message was edited>")
+_FILE = re.compile(r"(?m:^[^\s:][^\n:]{0,200}\.\w{2,5} \([^()\n]{1,60}\)$\n?)|\u200e?<[^<>\n:]+: [^<>\n]+>\n?")
+_NOTE = re.compile(r"\s{0,2}\u200e<[^<>\n:]+>|\s<This message was edited>")
 _DELETED = re.compile(
     r"(?:This message was deleted|You deleted this message|Diese Nachricht wurde gelöscht|Du hast diese Nachricht gelöscht"
     r"|Se eliminó este mensaje|Eliminaste este mensaje|Ce message a été supprimé|Vous avez supprimé ce message"
