@@ -132,6 +132,8 @@ def first_bytes(path: Path) -> bytes:
     for magic, meaning in _NOT_DATA.items():
         if start.startswith(magic):
             raise KestrelError(f"{path}: this is {meaning}.")
+    if start[257:262] == b"ustar":
+        raise KestrelError(f"{path}: this is a tar archive: unpack it first.")
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not start:
         raise KestrelError(f"{path}: the file is empty.")

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,9 @@ def test_a_chat_template_cannot_reach_python(prepared: Experiment, tmp_path, cap
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar"])
 @pytest.mark.parametrize("within_folder", [True, False])
-def test_archives_are_refused_and_never_unpacked(prepared: Experiment, tmp_path, capsys, kind, within_folder):
+def test_archives_of_several_files_are_refused_and_none_is_unpacked(
+    prepared: Experiment, tmp_path, capsys, kind, within_folder
+):
     source = Path(shutil.make_archive(str(tmp_path / "data" / "train"), kind, prepared.source))
     before = set(tmp_path.rglob("*"))
     given = source.parent if within_folder else source
@@ -156,6 +159,17 @@ def test_archives_are_refused_and_never_unpacked(prepared: Experiment, tmp_path,
     assert preprocess.main(arguments) == 1
     assert str(given) in capsys.readouterr().err
     assert {path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)} == before
+
+
+def test_an_archive_s_name_is_never_a_path_to_write_to(prepared: Experiment, tmp_path, capsys):
+    (tmp_path / "inner").mkdir()
+    with zipfile.ZipFile(tmp_path / "inner" / "a.zip", "w") as archive:
+        archive.write(next(prepared.source.glob("train*")), "../../outside.jsonl")
+    arguments = prepared.arguments(
+        "--run_dir", str(tmp_path / "run"), "--data.source", str(tmp_path / "inner" / "a.zip")
+    )
+    assert preprocess.main(arguments) == 1
+    assert "one data file" in capsys.readouterr().err and not list(tmp_path.parent.glob("outside*"))
 
 
 def test_a_manifest_names_only_files_of_its_folder(trained: Experiment, tmp_path, capsys):
