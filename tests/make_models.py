@@ -108,8 +108,12 @@ def make_config(architecture: str, hidden: int = 64, layers: int = 2) -> Any:
     wide = {**common, **shape, "intermediate_size": 2 * hidden}
     if architecture == "gpt_neox":
         return transformers.GPTNeoXConfig(**wide)
-    if architecture == "mistral":
-        return transformers.MistralConfig(**wide, num_key_value_heads=2, sliding_window=16)
+    if architecture in ("mistral", "mistral-wide"):
+        window = 16 if architecture == "mistral" else 300
+        return transformers.MistralConfig(**wide, num_key_value_heads=2, sliding_window=window)
+    if architecture == "gemma3":
+        shape = {"head_dim": 16, "sliding_window": 300, "layer_types": ["sliding_attention", "full_attention"]}
+        return transformers.Gemma3TextConfig(**{**wide, "pad_token_id": 11}, num_key_value_heads=2, **shape)
     if architecture == "llama":
         return transformers.LlamaConfig(**wide, num_key_value_heads=2)
     return transformers.Qwen2Config(**wide, num_key_value_heads=2, tie_word_embeddings=True)

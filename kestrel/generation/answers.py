@@ -154,7 +154,9 @@ def answer(
     scores: dict[int, list[tuple[float, int]]] = {}
     budget = budget_of(model, settings, budget)
     groups: Iterable[tuple[Prefixes | None, dict[int, list[tuple[float, int]]]]]
-    if decodes_from_prefixes(model, settings):
+    longest = max((len(sequence.input_ids) for sequence in sequences), default=0)
+    longest += max((len(ids) for _, ids in candidates), default=0)
+    if decodes_from_prefixes(model, settings, longest):
         groups = compute_prefixes(model, sequences, budget)
     else:
         groups = [(None, dict(enumerate(span_nll(model, sequences, budget))))]

@@ -14,36 +14,44 @@ between them. So copying is an indexing of rows, and all rows grow at the same c
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kestrel.model.budget import Budget, Given
 from kestrel.model.likelihood import SpanRequest, collate_requests, span_nll, sums_by_span
 from kestrel.model.loss import causal_lm_of, nll_of_hidden
 
 
-def supports_prefixes(model: torch.nn.Module) -> bool:
+def supports_prefixes(model: torch.nn.Module, longest: float = math.inf) -> bool:
     """Whether this architecture can continue a prefix that was computed in another batch.
 
-    That needs attention over all earlier tokens (no sliding window, no recurrent state), positions passed as an argument
-    instead of counted in columns, and rotations that do not depend on the sequence's length. Falcon with rotary
-    positions or alibi, Llama, Qwen, GPT-NeoX and GPT-2 have all three; Bloom, MPT, Mistral with its window, hybrids with
-    linear attention, and dynamic or long RoPE do not. Code that comes with a model is not trusted to.
+    That needs attention over all earlier tokens (no recurrent state, and no sliding window that these sequences exceed),
+    positions passed as an argument instead of counted in columns, and rotations that do not depend on the sequence's length.
+    Falcon with rotary positions or alibi, Llama, Qwen, GPT-NeoX and GPT-2 have all three, and so have Mistral, Phi-3 and
+    Gemma 3 within their windows; Bloom, MPT, hybrids with linear attention, and dynamic or long RoPE do not. Code that comes
+    with a model is not trusted to.
+
+    Args:
+        longest: tokens of the longest sequence, with all that is to continue it.
     """
     causal_lm = causal_lm_of(model)
     parameters = inspect.signature(causal_lm.forward).parameters
     rotary = getattr(causal_lm.config, "rope_parameters", None) or {}
+    rotaries = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # one for each kind of layer
     layers = DynamicCache(config=causal_lm.config).layers
+    windows = [layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer]
     return (
         type(causal_lm).__module__.startswith("transformers.")
         and {"position_ids", "past_key_values"} <= parameters.keys()
-        and rotary.get("rope_type") not in ("dynamic", "longrope")
-        and all(type(layer) is DynamicLayer for layer in layers)
+        and not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in rotaries)
+        and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        and longest <= min(windows, default=math.inf)
     )
 
 
@@ -174,7 +182,7 @@ def compute_prefixes(
 
     def run(positions: Sequence[int]) -> tuple[DynamicCache, list[list[tuple[float, int]]]]:
         chosen = [sequences[position] for position in positions]
-        cache = DynamicCache(config=causal_lm_of(model).config)
+        cache = DynamicCache()  # without the model's windows, which are not exceeded
         nll = _pass(model, chosen, past_key_values=cache)
         return cache, sums_by_span(chosen, nll)
 

@@ -103,7 +103,7 @@ def respond(
     seeds = seeds or [0] * len(contexts)
     requests = [Request(ids, index, seed) for index, (ids, seed) in enumerate(zip(contexts, seeds, strict=True))]
     responses: dict[int, Response] = {}
-    if decodes_from_prefixes(model, settings):
+    if decodes_from_prefixes(model, settings, max(map(len, contexts), default=0)):
         sequences, budget = [SpanRequest(ids, []) for ids in contexts], budget_of(model, settings)
         for prefixes, _ in compute_prefixes(model, sequences, budget):
             responses |= respond_from_prefixes(model, prompt, prefixes, requests, settings, budget)
@@ -122,9 +122,13 @@ def budget_of(model: torch.nn.Module, settings: Generation, made: Budget | None 
     return made or Budget(model, fixed)
 
 
-def decodes_from_prefixes(model: torch.nn.Module, settings: Generation) -> bool:
-    """Whether Kestrel decodes. The library's `generate` does beams, and models that cannot share prefixes."""
-    return settings.num_beams == 1 and supports_prefixes(model)
+def decodes_from_prefixes(model: torch.nn.Module, settings: Generation, longest: float = math.inf) -> bool:
+    """Whether Kestrel decodes. The library's `generate` does beams, and models that cannot share prefixes.
+
+    Args:
+        longest: tokens of the longest sequence, and of the longest candidate.
+    """
+    return settings.num_beams == 1 and supports_prefixes(model, longest + settings.max_new_tokens)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from kestrel.generation.respond import decodes_from_prefixes, respond
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt
 
-SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2"]
+SHARING = ["falcon", "falcon-alibi", "falcon-new", "gpt2", "gpt_neox", "llama", "qwen2", "mistral-wide", "gemma3"]
 NOT_SHARING = ["bloom", "mistral"]
 IDS = st.integers(12, 380)
 
@@ -94,6 +94,8 @@ def test_beams_and_rotations_that_depend_on_the_length_are_the_librarys():
     model = make_model("llama")
     assert decodes_from_prefixes(model, Generation())
     assert not decodes_from_prefixes(model, Generation(num_beams=2))
+    assert not decodes_from_prefixes(make_model("mistral-wide"), Generation(max_new_tokens=100), 201)
+    assert decodes_from_prefixes(make_model("mistral-wide"), Generation(max_new_tokens=100), 200)
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert not decodes_from_prefixes(model, Generation())
 
