@@ -17,6 +17,7 @@ FUZZING = ROOT / "tests" / "fuzz" / "results.json"
 COLUMNS = {
     "kills": {"kills that hit": "interruptions_that_hit", "operations on files": "file_operations"},
     "signals": {"signals that hit": "interruptions_that_hit", "s to stop, at most": "seconds_to_stop_at_most"},
+    "disk": {"failures that hit": "interruptions_that_hit"},
     "damage": {"refused with a message": "refused_with_a_message"},
 }
 

@@ -64,15 +64,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "STALE_AFTER", 1.0)
 
 
-def held_elsewhere(folder: Path) -> Path:
+@pytest.fixture(params=[-1, 0, 1], ids=["a clock behind", "the same clock", "a clock ahead"])
+def days(request: pytest.FixtureRequest) -> int:
+    """By which the other machine's clock, or this one's after a jump, is wrong."""
+    return int(request.param)
+
+
+def held_elsewhere(folder: Path, days: int) -> Path:
     """The lock as a process of another machine wrote it."""
     path = folder / ".lock"
     path.write_text("process 7 on a distant machine since 2026-01-01 00:00:00 +0000\nits boot id\n")
+    os.utime(path, (time.time() + days * 86400,) * 2)
     return path
 
 
-def test_a_lock_of_another_machine_is_kept_while_its_holder_touches_it(tmp_path: Path, impatient: None) -> None:
-    path, ended = held_elsewhere(tmp_path), threading.Event()
+def test_a_lock_of_another_machine_is_kept_while_its_holder_touches_it(
+    tmp_path: Path, impatient: None, days: int
+) -> None:
+    path, ended = held_elsewhere(tmp_path, days), threading.Event()
     thread = threading.Thread(target=run_folder._touch_until, args=(path, ended))
     thread.start()
     try:
@@ -86,9 +95,9 @@ def test_a_lock_of_another_machine_is_kept_while_its_holder_touches_it(tmp_path:
 
 
 def test_a_lock_of_another_machine_that_is_not_touched_is_stale(
-    tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, impatient: None, capsys: pytest.CaptureFixture[str], days: int
 ) -> None:
-    path = held_elsewhere(tmp_path)
+    path = held_elsewhere(tmp_path, days)
     with locked_run_folder(str(tmp_path), "a: 1\n"):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
     said = capsys.readouterr().err
