@@ -71,8 +71,7 @@ def run_script(
     Args:
         name: the script's file name, for messages.
         doc: its docstring, for --help.
-        steps: what it does with the settings and its own options, and with `again` among these: the options with which
-            another script works on the same run.
+        steps: what it does with the settings and its own options; `again` has those with which another script goes on.
         argv: arguments without the program's name; None for those of the process.
         options: the script's own flags.
         writes: whether it writes to the run folder, which it then locks, unless its flag --dry-run is given.
