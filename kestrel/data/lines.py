@@ -19,6 +19,7 @@ from kestrel.errors import KestrelError
 
 LONGEST_LINE = 64 * 2**20  # bytes; a line is held in memory whole
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zip")
 _HEAD = 4096
 _CHUNK = 2**20
 
@@ -114,8 +115,7 @@ def is_data(path: PurePosixPath) -> bool:
     """Whether a file's name says that it may hold dialogues: no licence, no hidden file, no picture."""
     about = ("readme", "license", "requirements", "dataset_info", "state.json", "interlocutors.")
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    packed = path.suffix in (".gz", ".bz2", ".xz")
-    suffix = path.with_suffix("").suffix if packed else path.suffix
+    suffix = path.with_suffix("").suffix if path.suffix in PACKED[:3] else path.suffix
     return suffix in (*SUFFIXES, ".zip") and not hidden and not path.name.lower().startswith(about)
 
 
@@ -163,6 +163,15 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise not_utf8(f"{path}:{number}: byte {error.start + 1} of the line", error, path) from error
             yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def lines_without_ends(path: Path) -> Iterator[tuple[int, str]]:
+    """As `text_lines`, for formats in which a line is a record: a carriage return inside one hides others."""
+    for number, line in text_lines(path):
+        line = line.rstrip("\r\n")
+        if "\r" in line:
+            raise KestrelError(f"{path}:{number}: a carriage return inside the line; convert the line ends.")
+        yield number, line
 
 
 def not_utf8(place: str, error: UnicodeDecodeError, path: Path) -> KestrelError:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from kestrel.config.settings import is_hub_id
-from kestrel.data.lines import SUFFIXES, is_data
+from kestrel.data.lines import PACKED, SUFFIXES, is_data
 from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
 from kestrel.dialogue import SPLITS
@@ -47,11 +47,13 @@ def locate(source: str, revision: str | None) -> Located:
         raise KestrelError(f"{source} is a local path; data.revision ({revision}) is for data sets of the Hub only.")
     if path.is_dir():
         return Located(_files_of_folder(path, source), path, {})
+    if path.exists() and not path.is_file():
+        raise KestrelError(f"{source}: expected a file or a folder; this is a pipe or a device.")
     if path.exists():
         by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in sections(path)}
         files = {split: by_split[split] for split in SPLITS if split in by_split}
         return Located(files or {"train": [SourceFile(path)]}, path.parent, {})
-    if path.suffix in SUFFIXES or not is_hub_id(source) or path.parent.exists():
+    if path.suffix in (*SUFFIXES, *PACKED) or not is_hub_id(source) or path.parent.exists():
         raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_suggestion(path)}")
     return _download(source, revision)
 
@@ -84,7 +86,8 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
         return by_split
     if paths and not by_split:  # a file for each dialogue, or for each chat
         return {"train": [SourceFile(path) for path in paths]}
-    found = ", ".join(path.relative_to(folder).as_posix() for path in paths[:6]) or "no data file"
+    there = paths or sorted(folder.iterdir())
+    found = ", ".join(path.relative_to(folder).as_posix() for path in there[:6]) or "no file"
     raise KestrelError(
         f"{source}: no train split: a file whose name begins with 'train' ({'/'.join(SUFFIXES)}) is needed; found {found}. "
         "To cut all splits from one file, set data.source to that file."

@@ -56,6 +56,7 @@ BAD = [
     (LAYOUTS["parlai"] + "7 a\tb\n", r"data.x:6: line 7 of a dialogue where line 6"),
     (LAYOUTS["parlai"] + "6 no reply\n", r"data.x:6: expected 'text<TAB>reply"),
     ("1 your persona: a\r2 b\tc\r", "carriage return"),
+    ("01/12/24, 10:00 - Ana: a\r01/12/24, 10:01 - Ben: b\r", "carriage return"),
     ("a,b\n1,2\n", "the format is unknown"),
     ("Persona,chat\na\n", r"data.x:2: 1 cells, but the header has 2"),
     ('Persona,chat\na,"b\n', "quotation mark left open"),
@@ -137,14 +138,6 @@ def test_bad_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cont
         monkeypatch.setattr(json_rows, "_CHUNK", chunk)
         with pytest.raises(KestrelError, match=message):
             list(json_rows.rows(Path(write(tmp_path, content))))
-
-
-def test_the_line_that_is_not_utf8_is_named_after_those_before_it(tmp_path: Path) -> None:
-    path = Path(write(tmp_path, b"one\n\xc3\xa9\ntw\xe9o\nthree\n"))
-    found = lines.text_lines(path)
-    assert [next(found), next(found)] == [(1, "one\n"), (2, "é\n")]
-    with pytest.raises(KestrelError, match=r"data.x:3: byte 3 of the line \(0xe9\)"):
-        next(found)
 
 
 @settings(max_examples=300, deadline=None)

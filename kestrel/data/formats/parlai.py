@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kestrel.data.lines import text_lines
+from kestrel.data.lines import lines_without_ends
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.data.repair import conversation_id_from, persona_key, stable_hash
 from kestrel.errors import KestrelError
@@ -59,15 +59,12 @@ def _dialogues(file: SourceFile) -> Iterator[RawDialogue]:
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     """The lines of one dialogue at a time: (line number, text after the count)."""
     block: list[tuple[int, str]] = []
-    for number, line in text_lines(path):
-        line = line.rstrip("\r\n")
+    for number, line in lines_without_ends(path):
         digits, space, text = line.partition(" ")
         if not (space and digits.isdecimal() and len(digits) < 10):
             if not line.strip():
                 continue
             raise KestrelError(f"{path}:{number}: a ParlAI line is a number, a space and text; found {line[:60]!r}.")
-        if "\r" in line:
-            raise KestrelError(f"{path}:{number}: a carriage return inside the line; convert the line ends.")
         count = int(digits)
         if count == 1 and block:
             yield block

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kestrel.data.formats.parlai import PERSONAS
-from kestrel.data.lines import text_lines
+from kestrel.data.lines import lines_without_ends
 from kestrel.data.raw import RawDialogue, RawTurn, SourceFile
 from kestrel.errors import KestrelError
 
@@ -25,12 +25,12 @@ def read(file: SourceFile) -> Iterator[RawDialogue]:
     personas: dict[str, list[str]] = {kind: [] for kind in PERSONAS}
     turns: list[RawTurn] = []
     where, index = "", 0
-    for number, line in text_lines(file.path):
+    for number, line in lines_without_ends(file.path):
         if not line.strip():
             continue
         place = f"{file.path}:{number}"
         where = where or place
-        fields = _fields(line.rstrip("\r\n"), place)
+        fields = _fields(line, place)
         said = []
         for text in fields["text"].split("\n"):
             kind = next((kind for kind in PERSONAS if text.startswith(kind)), None)

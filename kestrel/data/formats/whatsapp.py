@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kestrel.data import chat_log
 from kestrel.data.chat_log import Message
-from kestrel.data.lines import text_lines
+from kestrel.data.lines import lines_without_ends
 from kestrel.data.raw import RawDialogue, SourceFile
 from kestrel.errors import KestrelError
 
@@ -83,8 +83,8 @@ def _messages(file: SourceFile, order: str) -> Iterator[Message]:
 def _entries(file: SourceFile) -> Iterator[_Entry]:
     """The messages with all their lines."""
     entry: _Entry | None = None
-    for number, line in text_lines(file.path):
-        line = line.rstrip("\r\n").replace("\u200f", "")  # Arabic and Hebrew dates are full of this mark
+    for number, line in lines_without_ends(file.path):
+        line = line.replace("\u200f", "")  # Arabic and Hebrew dates are full of this mark
         begins = _BEGINNING.fullmatch(line)
         if begins:
             if entry:
