@@ -35,6 +35,7 @@ readme: .venv/ready   ## what README.md quotes, from a run of the quickstart
 performance: .venv/ready   ## the tables of docs/performance.md and docs/scaling.md, from benchmarks/results
 	$(VENV)/python docs/fill_performance.py
 	$(VENV)/python docs/fill_scaling.py
+	$(VENV)/python docs/fill_hardware.py
 
 # make results DIALOGUES="FILE ..." MODEL=FOLDER [JOBS=8] [MINUTES=60]; what the record holds already is not run again.
 results: .venv/ready   ## docs/results.md: a real model with Kestrel and with other recipes, on a GPU

@@ -77,6 +77,7 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
         ("docs/results.md", "fill_results", "make results-page"),
         ("docs/performance.md", "fill_performance", "make performance"),
         ("docs/scaling.md", "fill_scaling", "make performance"),
+        ("docs/hardware.md", "fill_hardware", "make performance"),
         ("docs/reliability.md", "fill_reliability", "python docs/fill_reliability.py"),
     ],
 )

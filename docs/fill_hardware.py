@@ -1,0 +1,83 @@
+"""Fills the tables of docs/hardware.md from the records in benchmarks/results.
+
+make performance
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from statistics import median
+from typing import Any
+
+from blocks import ROOT, fill_page, table
+
+sys.path.insert(0, str(ROOT))
+
+from kestrel.model.kernels.cards import SHARED_MEMORY
+
+RECORDS = (
+    "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "two-cards.json", "generate-gpu.json",
+    "train-cpu.json",
+)  # fmt: skip
+COMPILED = {
+    "sm_75": "T4, RTX 20", "sm_80": "A100", "sm_86": "RTX 30, A10", "sm_89": "RTX 40, L4", "sm_90": "H100, H200",
+    "sm_100": "B200", "sm_120": "RTX 50",
+}  # fmt: skip
+
+
+def results_of(record: dict[str, Any]) -> list[str]:
+    """Kestrel's lines of a record: what ran, tokens or replies per second, GiB at the peak."""
+    lines = []
+    for row in record.get("rows", []):
+        if "useful_tokens_per_second" in row and row["kind"] == "kestrel":
+            speed, peak = row["useful_tokens_per_second"], row["peak_bytes"] / 2**30
+            lines.append(f"{row['name']}: {speed:,.0f} tokens/s, {peak:.1f} GiB")
+    for run in record.get("runs", []):
+        lines.append(f"{run['run']}: {run['tokens_per_second']:,} tokens/s, {run['peak_gib']:.1f} GiB")
+    for name in ("one", "two", "sharded", "large"):
+        if isinstance(found := record.get(name), dict) and "tokens_per_second" in found:
+            speed = median(found["tokens_per_second"])
+            lines.append(f"{name}: {speed:,.0f} tokens/s, {max(found['peak_gib']):.1f} GiB a card")
+    return lines
+
+
+def tried() -> str:
+    rows = []
+    for name in RECORDS:
+        path = ROOT / "benchmarks" / "results" / name
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = results_of(record)
+        if found:
+            on_gpu = "NVIDIA" in record["device"]
+            kind = record.get("compute_dtype", "bfloat16")
+            attention = "Triton" if on_gpu else "torch"
+            made = f"`benchmarks/results/{name}`" + (f", {record['date']}" if record.get("date") else "")
+            rows.append([record["device"], kind, attention, "<br>".join(found), made])
+    return table(["card", "type", "attention", "what ran", "record"], rows)
+
+
+def compiled() -> str:
+    """Limits to which each generation's kernels are held by tests/model/test_compiled_kernels.py."""
+    rows = []
+    for name, cards in COMPILED.items():
+        capability = int(name[3:-1]), int(name[-1])
+        attention = "torch's" if capability < (8, 0) else "Triton's where it fits the head size"
+        kind = "float16" if capability < (8, 0) else "bfloat16"
+        rows.append([cards, name, f"{SHARED_MEMORY[capability]:,}", kind, attention])
+    return table(["cards", "capability", "bytes of shared memory", "`compute_dtype: auto`", "attention"], rows)
+
+
+def blocks() -> dict[str, str]:
+    return {"tried": tried(), "compiled": compiled()}
+
+
+def main() -> int:
+    fill_page("docs/hardware.md", blocks())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
