@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def script(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def commands_in(block: str) -> list[str]:
+    """The commands of a page's bash block, one a line; a loop as bash would run it, with nothing run."""
+    if "\ndone" in block:
+        say = """python() { printf python; for word; do [[ $word == *[\\ \\"]* ]] && word="'$word'"; printf ' %s' "$word"; done; echo; }"""
+        done = subprocess.run(["bash", "-c", f"{say}\n{block}"], capture_output=True, text=True, check=True)
+        block = done.stdout
+    lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

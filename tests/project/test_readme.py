@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from children import ROOT, python
+from scripts import commands_in
 
 from kestrel.config.keys import all_keys
 from kestrel.publishing.merge import serving_commands
@@ -21,9 +22,7 @@ PAGES = {
 
 def commands_of(text: str) -> list[str]:
     """The lines of its bash blocks; a line that ends in a backslash includes the next one."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    return [command for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for command in commands_in(block)]
 
 
 COMMANDS = sorted({command for text in PAGES.values() for command in commands_of(text)})
