@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,8 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.base import device
 from kestrel.model.loss import attach_token_nll, token_nll
-from kestrel.planning.memory import GIB, WORKSPACE, Estimator, Pass
-from kestrel.planning.passes import Dialogues, Plan, available_memory, best_plan, configured_plan
+from kestrel.planning.memory import GIB, Estimator, Pass
+from kestrel.planning.passes import Dialogues, Plan, available_memory, fitting_plan
 from kestrel.planning.random_base import random_model
 
 if TYPE_CHECKING:
@@ -27,16 +26,11 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
     """Prints what training takes; with a sharded base, in each process.
 
     Raises:
-        KestrelError: training does not fit the GPU that was found or named.
+        KestrelError: training does not fit the GPU that was found or named, or this machine where there is none.
     """
     memory = available_memory(settings)
     estimator = Estimator(settings, config, sharded)
-    if memory is None:
-        plan = configured_plan(settings)
-        shape = dialogues.largest(plan.tokens_per_step)
-        plan = replace(plan, estimate=estimator.estimate(shape, plan.recompute))
-    else:
-        plan = best_plan(settings, estimator, memory, dialogues)
+    plan = fitting_plan(settings, estimator, memory, dialogues)
     _print_memory(settings, estimator, plan, dialogues)
     _print_work(settings, plan, dialogues)
     if device().type != "cuda":
@@ -67,20 +61,22 @@ def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogue
         (f"state of {settings.training.optimizer}", estimate.optimizer),
         (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
         ("more at the peak", estimate.momentary),
-        ("workspace of the matrix products", WORKSPACE),
+        ("workspace of the matrix products", estimate.workspace),
         ("peak of all tensors", estimate.peak),
-        ("with the allocator's slack and CUDA's context", estimate.needed),
+        (f"with the allocator's slack and {'the libraries' if estimator.on_cpu else 'CUDA'}", estimate.needed),
     ]
     print(f"\n{'memory, by estimate':<62}{name_of_unit:>8}\n{'─' * 70}")
     for index, (name, size) in enumerate(rows):
         if index == len(rows) - 2:
             print("─" * 70)
         print(f"{name:<62}{size / unit:>8.2f}")
-    if plan.memory is None:
-        print("no GPU found; name a size to compare with: --training.device_memory 24GiB")
+    assert plan.memory is not None
+    verdict = "it fits" if plan.fits else "it does not fit"
+    if estimator.on_cpu:
+        print(f"{f'memory of this machine or container: {verdict}':<62}{plan.memory / unit:>8.2f}")
+        print("no GPU found; to plan for one, name its memory: --training.device_memory 24GiB")
     else:
         whose = "named" if settings.training.device_memory else "free on " + torch.cuda.get_device_name()
-        verdict = "it fits" if plan.fits else "it does not fit"
         print(f"{f'GPU memory ({whose}): {verdict}':<62}{plan.memory / unit:>8.2f}")
 
 

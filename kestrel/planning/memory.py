@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
+from kestrel.model.kernels import attention, elementwise, low_rank
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_model
 from kestrel.runtime import distributed
+from kestrel.runtime.machine import memory_used
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,6 +40,8 @@ GIB = 2**30
 _STATE_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_8bit": 2}
 WORKSPACE = 64 * 2**20  # of cuBLAS, through torch's allocator, on recent GPUs
 CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocator
+_LARGEST_FILE = 5 * 10**9  # bytes; transformers splits weights into files of this size
+_SLACK_ON_A_CPU = 0.4  # of the peak: scratch space of the matrix products, and blocks between others that stay
 SLACK = 0.08  # of the peak: fragments that the allocator cannot use
 
 
@@ -67,16 +71,19 @@ class Estimate:
     optimizer: int  # its state
     kept: int  # by the largest pass, for its backward pass
     momentary: int  # on top of that at the peak
+    workspace: int = WORKSPACE
+    overhead: int = CONTEXT  # outside of the tensors
+    slack: float = SLACK
 
     @property
     def peak(self) -> int:
         """Of all tensors, what `torch.cuda.max_memory_allocated()` returns after training."""
-        return self.base + 2 * self.adapter + self.optimizer + self.kept + self.momentary + WORKSPACE
+        return self.base + 2 * self.adapter + self.optimizer + self.kept + self.momentary + self.workspace
 
     @property
     def needed(self) -> int:
-        """The memory that a device must have: the peak, the allocator's slack and CUDA's context."""
-        return int(self.peak * (1 + SLACK)) + CONTEXT
+        """The memory that a device must have: the peak, the allocator's slack and what is not in tensors."""
+        return int(self.peak * (1 + self.slack)) + self.overhead
 
 
 class Estimator:
@@ -89,6 +96,8 @@ class Estimator:
     def __init__(self, settings: Settings, config: PretrainedConfig, sharded: bool = False):
         self._settings = settings
         self._config = config
+        # A card that is named is planned for wherever this runs.
+        self.on_cpu = not torch.cuda.is_available() and settings.training.device_memory is None
         self._model = functools.cache(self._new_model)
         model = self._model("none")
         causal_lm = causal_lm_of(model)
@@ -116,7 +125,7 @@ class Estimator:
         """
         model = self._model(recompute)
         try:
-            with _as_on_a_gpu():
+            with _as_on_a_cpu() if self.on_cpu else _as_on_a_gpu():
                 kept, peak = _run_on_shapes(model, shape)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # operators that read values
             raise CannotEstimate(
@@ -124,7 +133,11 @@ class Estimator:
                 "training.tokens_per_step and training.recompute"
             ) from error
         optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
-        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept)
+        if not self.on_cpu:
+            return Estimate(self._base, self._adapter, optimizer, kept, peak - kept)
+        # This process as it is now, with its libraries, and the weights' file, which is mapped into memory.
+        overhead = memory_used() + min(2 * self.parameters, _LARGEST_FILE)
+        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept, 0, overhead, _SLACK_ON_A_CPU)
 
 
 def _bytes_of_others(causal_lm: Any) -> int:
@@ -213,10 +226,25 @@ def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpla
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
-@contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
+def _as_on_a_gpu() -> AbstractContextManager[None]:
     """Transformers' layers allocate what they do on a GPU. (A TorchFunctionMode misses what checkpoints recompute.)"""
+    return _replaced([])
+
+
+def _as_on_a_cpu() -> AbstractContextManager[None]:
+    """All layers allocate what torch's own operations do, which compute without a GPU."""
+    mask = lambda x, p, seed: torch.empty_like(x, dtype=torch.bool)
+    return _replaced([(attention, "place_of", _torch), (elementwise, "place_of", _torch), (low_rank, "_kept", mask)])
+
+
+def _torch(x: torch.Tensor) -> str:
+    return "torch"
+
+
+@contextmanager
+def _replaced(more: list[tuple[Any, str, Any]]) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
+        *more,
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
         # It reads the positions to find packed rows (transformers 5.23); Kestrel never packs.

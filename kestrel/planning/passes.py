@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from kestrel.model.decoder_layer import Recompute
 from kestrel.planning.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
 from kestrel.runtime import distributed
 from kestrel.runtime.atomic import read_json, write_json
+from kestrel.runtime.machine import memory_available, memory_used
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,7 +37,7 @@ class Plan:
     tokens_per_step: int  # most tokens, padding included, in one pass
     recompute: Recompute
     estimate: Estimate | None = None
-    memory: int | None = None  # available bytes; None without a GPU
+    memory: int | None = None  # available bytes, if they were compared
 
     @property
     def fits(self) -> bool:
@@ -44,14 +45,15 @@ class Plan:
         return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
 
 
-def available_memory(settings: Settings) -> int | None:
-    """Bytes of GPU memory for training: training.device_memory, else what is free now; None without a GPU.
+def available_memory(settings: Settings) -> int:
+    """Bytes of memory for training: training.device_memory, else what is free now on the GPU; without one, what this process
+    has and what the machine or its container still has.
 
     The process with the least memory decides, so that all make the same passes.
     """
     named = memory_bytes(settings.training.device_memory)
     if not torch.cuda.is_available():
-        return named
+        return named if named is not None else memory_used() + memory_available()
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process has its context already
     return distributed.all_reduce_min(found if named is None else min(named, found))
@@ -119,10 +121,11 @@ def plan_passes(
     if recorded is not None:
         return recorded
     memory = available_memory(settings)
-    if memory is None or (settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"):
+    is_set = settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"
+    if is_set and torch.cuda.is_available():
         return configured_plan(settings)
     try:
-        return best_plan(settings, Estimator(settings, config, sharded), memory, dialogues)
+        return fitting_plan(settings, Estimator(settings, config, sharded), memory, dialogues)
     except CannotEstimate as error:
         print(f"warning: {error}", file=sys.stderr)
         return configured_plan(settings)
@@ -132,6 +135,21 @@ def configured_plan(settings: Settings) -> Plan:
     """The settings' values, and fixed ones for auto."""
     tokens, recompute = settings.training.tokens_per_step, settings.training.recompute
     return Plan(WITHOUT_A_GPU if tokens == "auto" else tokens, "none" if recompute == "auto" else recompute)
+
+
+def fitting_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
+    """The best plan; without a GPU, where larger passes are no faster, the configured one if it fits.
+
+    Raises:
+        CannotEstimate: the architecture cannot be run on shapes alone.
+    """
+    if estimator.on_cpu:
+        plan = configured_plan(settings)
+        shape = dialogues.largest(plan.tokens_per_step)
+        plan = replace(plan, estimate=estimator.estimate(shape, plan.recompute), memory=memory)
+        if plan.fits:
+            return plan
+    return best_plan(settings, estimator, memory, dialogues)
 
 
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
@@ -155,7 +173,8 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
             if best.fits:
                 return best
             continue
-        found = _largest_that_fits(planned, dialogues.longest, dialogues.most_tokens)
+        most = min(dialogues.most_tokens, WITHOUT_A_GPU) if estimator.on_cpu else dialogues.most_tokens
+        found = _largest_that_fits(planned, dialogues.longest, max(dialogues.longest, most))
         if best is None or found.tokens_per_step > best.tokens_per_step or not best.fits:
             best = found
         if best.fits and best.tokens_per_step >= min(_ENOUGH, dialogues.most_tokens):

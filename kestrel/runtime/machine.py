@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 # The files of both versions of cgroups: the limit, and what is in use, below the folder of version 2 or of version 1.
+_MUCH = 3 * 2**29  # bytes
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FILES = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
 
@@ -35,6 +37,17 @@ def memory_used() -> int:
         return int((_PROC / "self" / "statm").read_text().split()[1]) * _PAGE
     except OSError:
         return memory_peak()
+
+
+def release_free_memory() -> None:
+    """Gives the system back what this process has freed, where that may be much.
+
+    glibc keeps freed blocks, and those of one training step rarely fit the next one: on a CPU, the memory of a 135M model grew
+    by half in five steps without this, and stayed with it.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and memory_used() > _MUCH:
+        trim(0)
 
 
 def memory_peak() -> int:

@@ -20,6 +20,7 @@ from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import room_for, training_bytes
+from kestrel.runtime.machine import memory_peak
 from kestrel.runtime.manifest import sha256_of
 from kestrel.runtime.signals import on_signals
 from kestrel.runtime.training_log import plot_loss
@@ -138,12 +139,13 @@ def save(
         **({"init_adapter": initial.facts()} if initial else {}),
     }
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available()
+    peak = (torch.cuda.max_memory_allocated() if on_gpu else memory_peak()) / 2**30
     first = next((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), state.best_metric)
     print(
         f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}, "
         f"{first:.4f} at first; {facts['tokens']:,} tokens, {seconds:.0f} s in this process"
-        + (f", {peak:.1f} GiB of GPU memory at the peak" if peak else "")
+        f", {peak:.1f} GiB of {'GPU ' if on_gpu else ''}memory at the peak"
     )
     if state.best_metric > first:
         print("warning: training made it worse than it was at first; lower training.learning_rate", file=sys.stderr)

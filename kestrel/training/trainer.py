@@ -20,6 +20,7 @@ from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError, ProofError
 from kestrel.planning.passes import Plan, remedies, write_passes
 from kestrel.runtime import distributed
+from kestrel.runtime.machine import release_free_memory
 from kestrel.runtime.manifest import read_manifest, write_manifest
 from kestrel.training import objective
 from kestrel.training.checkpoints import KIND
@@ -127,6 +128,8 @@ class DialogueTrainer(Trainer):
             total = self._backward_if_it_fits(inputs)
         distributed.average_gradients([p for p in self.model.parameters() if p.requires_grad])
         self.last_loss = total
+        if self.args.device.type == "cpu":
+            release_free_memory()
         return total
 
     def _backward_if_it_fits(self, inputs: dict[str, Any]) -> torch.Tensor | None:

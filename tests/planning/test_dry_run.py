@@ -44,7 +44,7 @@ def test_prints_what_training_takes_and_touches_nothing(without_weights, tmp_pat
     for text in ("in nf4", "it fits", "8 steps", "% of the computed positions are padding"):
         assert text in printed
     assert sum(list(rows.values())[:7]) == pytest.approx(rows["peak of all tensors"], abs=0.05)
-    assert rows["with the allocator's slack and CUDA's context"] > rows["peak of all tensors"]
+    assert rows["with the allocator's slack and CUDA"] > rows["peak of all tensors"]
     assert "training.tokens_per_step: " in printed and "recompute: none, chosen for auto" in printed
     assert "time: not measured, this machine has no GPU" in printed
 
@@ -54,7 +54,11 @@ def test_without_a_gpu_nothing_is_compared(without_weights, capsys):
     changes = ["--training.tokens_per_step", "77", "--training.optimizer", "paged_adamw_8bit"]
     assert train.main([*without_weights, *changes]) == 0
     printed = capsys.readouterr().out
-    assert "no GPU found; name a size" in printed and "training.tokens_per_step: 77\n" in printed
+    assert (
+        "no GPU found; to plan for one, name its memory" in printed
+        and "memory of this machine" in printed
+        and "training.tokens_per_step: 77\n" in printed
+    )
     assert "state of paged_adamw_8bit" in printed
 
 

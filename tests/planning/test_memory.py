@@ -14,7 +14,7 @@ from transformers import FalconConfig
 
 import kestrel.model.loss
 from kestrel.adapter.lora import add_lora
-from kestrel.config.settings import Lora, Quantization, Settings
+from kestrel.config.settings import Lora, Quantization, Settings, Training
 from kestrel.model.kernels import attention, elementwise
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import expected_footprint_bytes
@@ -51,20 +51,25 @@ def test_estimates_are_within_10_percent_of_measurements(monkeypatch, targets, r
     for module in (memory, kestrel.model.loss):
         monkeypatch.setattr(module, "describe", lambda backbone: None)
     config = FalconConfig(num_hidden_layers=32, bos_token_id=11, eos_token_id=11)
-    estimator = Estimator(settings_for(lora=Lora(target_modules=targets)), config)
+    planned_for = Training(device_memory="141GiB")
+    estimator = Estimator(settings_for(lora=Lora(target_modules=targets), training=planned_for), config)
     assert estimator.parameters == 6_921_720_704
     assert estimator.estimate(Pass(rows, 406, 140 * rows), recompute).peak / GIB == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("place", ["gpu", "cpu"])
 @pytest.mark.parametrize("architecture", list(TARGETS))
-def test_the_estimate_counts_what_real_tensors_allocate(architecture, monkeypatch):
-    """Without dropout. The GPU's kernels for attention and likelihoods replace the CPU's, which allocate otherwise."""
-    for module in (attention, elementwise):
-        monkeypatch.setattr(module, "place_of", lambda x: "meta")
+def test_the_estimate_counts_what_real_tensors_allocate(architecture, place, monkeypatch):
+    """Without dropout. In place of a GPU, its kernels for attention and likelihoods replace the CPU's."""
+    on_gpu = place == "gpu"
+    if on_gpu:
+        for module in (attention, elementwise):
+            monkeypatch.setattr(module, "place_of", lambda x: "meta")
+        monkeypatch.setattr(kestrel.model.loss, "nll", lambda logits, targets, backward: logits.new_zeros(len(logits)))
     lora = Lora(r=4, target_modules=TARGETS[architecture], dropout=0.0)
     settings = settings_for(architecture, quantization=Quantization(bits=16, compute_dtype="float32"), lora=lora)
     counted = []
-    monkeypatch.setattr(kestrel.model.loss, "nll", lambda logits, targets, backward: logits.new_zeros(len(logits)))
+    replaced = memory._as_on_a_gpu if on_gpu else memory._as_on_a_cpu
     for device in ("meta", "cpu"):
         config = make_config(architecture)
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # GPT-2's
@@ -74,14 +79,14 @@ def test_the_estimate_counts_what_real_tensors_allocate(architecture, monkeypatc
         ids = torch.zeros(3, 40, dtype=torch.long, device=device)
         batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(60, device=device)}
         counter = memory._Allocations(memory._tensors_of(model, batch.values()))
-        with memory._as_on_a_gpu() if device == "meta" else nullcontext(), counter:
+        with replaced() if device == "meta" else nullcontext(), counter:
             loss = token_nll(model, batch).sum()
             kept = counter.live
             loss.backward()
         counted.append((kept, counter.peak))
         del loss
     for on_shapes, on_tensors in zip(*counted, strict=True):
-        assert on_shapes == pytest.approx(on_tensors, rel=0.02)
+        assert on_shapes == pytest.approx(on_tensors, rel=0.02 if on_gpu else 0.1)
 
 
 @pytest.mark.parametrize("architecture", list(TARGETS))

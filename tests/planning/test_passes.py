@@ -44,7 +44,7 @@ def settings_for(**training: Any) -> Settings:
 class Arithmetic:
     """An estimator of a fixed number of bytes per token, by level, and a bend where the logits' chunk is full."""
 
-    levels = ("none", "mlp", "full")
+    levels, on_cpu = ("none", "mlp", "full"), False
 
     def estimate(self, shape: Pass, level: str) -> Estimate:
         kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]

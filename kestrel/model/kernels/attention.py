@@ -119,7 +119,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         scale = query.shape[-1] ** -0.5
-        later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)[:, None]
+        later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query.device).triu(1)[:, None]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         kept = []
         for start, end in _blocks(query.shape[1]):
@@ -168,7 +168,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if kernels is not None:
         out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
         return out
-    if query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float32):
+    if not query.is_cuda and query.dtype in (torch.bfloat16, torch.float32):
         out = _BlockwiseAttention.apply(query.transpose(1, 2), key[:, 0], value[:, 0])
         return out.transpose(1, 2)
     heads = (-1, query.shape[1], -1, -1)
