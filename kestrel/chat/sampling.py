@@ -77,3 +77,11 @@ def settings_in_effect(settings: Generation) -> str:
     without_effect: tuple[str, ...] = () if settings.do_sample else _SAMPLING
     without_effect += _BEAMS if settings.num_beams == 1 else ("do_sample",)
     return "\n".join(f"  {name}: {as_yaml(getattr(settings, name))}" for name in SETTABLE if name not in without_effect)
+
+
+def decoding_of(settings: Generation) -> str:
+    """How answers are decoded, in words."""
+    chosen = [f"{name} {getattr(settings, name)}" for name in _SAMPLING if getattr(settings, name) is not None]
+    how = ", ".join(["sampled", *chosen]) if settings.do_sample else "the likeliest tokens"
+    beams = f" of {settings.num_beams} beams" if settings.num_beams > 1 else ""
+    return f"{how}{beams}, at most {settings.max_new_tokens} tokens"

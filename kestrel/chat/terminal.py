@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from kestrel.chat.conversation import Conversation, Exchange, load, save
 from kestrel.chat.persona import persona_named, save_persona, saved_personas
-from kestrel.chat.sampling import change_setting, settings_in_effect
+from kestrel.chat.sampling import change_setting, decoding_of, settings_in_effect
 from kestrel.chat.streaming import EMPTY_ANSWER, ChatModel
 from kestrel.chat.view import Columns, Line, typed_path, unquoted
 from kestrel.config.settings import Generation
@@ -94,8 +94,7 @@ class Terminal:
         self._show_persona()
         if self.conversation.exchanges:
             self._history("")
-        how = settings_in_effect(self.settings).replace("\n", ",")
-        print(f"Answers:{how}; /set changes it.\n/help lists the commands.\n")
+        print(f"Answers: {decoding_of(self.settings)}; /set changes it.\n/help lists the commands.\n")
         warned = False  # whether the next Ctrl-C leaves
         while True:
             try:

@@ -340,10 +340,10 @@ def test_turns_are_answered_again_changed_and_continued(talk, tmp_path):
 
 
 def test_answers_are_sampled_unless_something_else_is_asked_for(talk):
-    assert "do_sample: true,  temperature: 0.7,  top_p: 0.9" in talk(
+    assert "Answers: sampled, temperature 0.7, top_p 0.9, at most 9 tokens;" in talk(
         more=[*PERSONA, "--generation.max_new_tokens", "9"]
     )
-    assert "do_sample: false" in talk(more=[*PERSONA, "--generation.num_beams", "1"])
+    assert "Answers: the likeliest tokens" in talk(more=[*PERSONA, "--generation.num_beams", "1"])
 
 
 def test_personas_are_saved_by_name_and_dialogues_are_chosen(talk, trained, tmp_path, monkeypatch):

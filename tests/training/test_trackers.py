@@ -39,7 +39,7 @@ def test_tensorboard_is_the_default_and_needs_no_network(prepared, tmp_path, mon
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert train.main([*prepared.copy_to(tmp_path / "run"), *FEW]) == 0
+    assert train.main([*prepared.copy_to(tmp_path / "run"), *FEW[:-1], "1"]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "logs"), size_guidance={"tensors": 0}).Reload()
     written = [json.loads(line) for line in (tmp_path / "run" / "logs" / "training.jsonl").read_text().splitlines()]
     for tag, key in (("train/loss", "loss"), ("eval/loss", "eval_loss")):
@@ -47,6 +47,10 @@ def test_tensorboard_is_the_default_and_needs_no_network(prepared, tmp_path, mon
         assert losses and {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(losses)
     (text,) = events.Tensors("args/text_summary")
     received = json.loads(text.tensor_proto.string_val[0])
+    (sample,) = (json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()[-1:])
+    shown = events.Tensors(f"samples/{sample['dialogue_id']}/text_summary")
+    assert [event.step for event in shown] == [0, 2]
+    assert f"reference: {sample['reference']}" in shown[-1].tensor_proto.string_val[0].decode()
     assert received["training.batch_size"] == 4 and received["lora.r"] == 4
     assert received["model.name"] == "base" and received["data.source"] == "corpus"
     assert not received.keys() & {"output_dir", "per_device_train_batch_size", "hub_token"}
