@@ -214,6 +214,7 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     # The plan of other settings is not taken.
     checkpoint, other = tmp_path / "run/checkpoints/checkpoint-8", settings_for(tokens_per_step=999)
+    monkeypatch.setattr(passes, "Estimator", refuse)
     assert passes.plan_passes(other, None, None, checkpoint).tokens_per_step == 999  # type: ignore[arg-type]
 
 
