@@ -71,7 +71,7 @@ class Data(Section):
     persona: list[Text] = _key(
         [], "Persona of dialogues for which the source has none: its sentences, or a text file or a character card."
     )
-    session_gap: Annotated[float, Field(gt=0)] = _key(
+    session_gap: Annotated[float, Field(gt=0, le=1e6)] = _key(
         6.0, "Of a messenger's export: hours of silence after which another dialogue begins."
     )
     earlier_sessions: bool = _key(False, "Of Multi-Session Chat: put the earlier sessions before each dialogue.")
@@ -233,7 +233,7 @@ class Evaluation(Section):
         [], "Scores by other definitions that papers use, shown beside ours."
     )
     sheet: NonNegativeInt = _key(0, "Pairs of replies for a blind sheet on which people judge two systems; 0: none.")
-    judgements: list[str] = _key([], "Filled-in sheets to read: JSON files of the page, or CSV.")
+    judgements: list[Text] = _key([], "Filled-in sheets to read: JSON files of the page, or CSV.")
 
 
 class Hub(Section):

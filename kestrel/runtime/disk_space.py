@@ -70,7 +70,11 @@ def _is_full(error: Exception, folder: Path) -> bool:
     """Whether an error, which torch and safetensors do not raise as OSError, means that no space or quota is left."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return "No space left" in str(error) or shutil.disk_usage(_existing(folder)).free < _FULL
+    return (
+        "No space left" in str(error)
+        or "quota exceeded" in str(error)
+        or shutil.disk_usage(_existing(folder)).free < _FULL
+    )
 
 
 def _needed_and_free(what: str, needed: int, folder: Path, alternative: str) -> str:
