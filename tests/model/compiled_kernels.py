@@ -91,7 +91,7 @@ def launches(dtype: torch.dtype, sizes: list[int]) -> Iterator[tuple[str, Callab
         code=constant, absmax=byte, state2=nested, offset=constant, shape=torch.Size((4544, 4544))
     )  # fmt: skip
     yield "dequantization", lambda: e.dequantize(byte, state, dtype)
-    for ranks in () if cards.is_before_ampere() else (16, low.widest()):
+    for ranks in () if cards.is_before_ampere() else sorted({16, 128, low.widest()}):
         a, narrow = tensor(ranks, 4544), tensor(512, ranks)
         yield f"project, {ranks} ranks", lambda a=a: low.project(wide, a, 0.05, 2**40)
         yield f"gradient of A, {ranks} ranks", lambda n=narrow: low.project_gradient(n, wide, 0.05, 2**40)

@@ -17,26 +17,24 @@ pytest.importorskip("triton")
 from kestrel.errors import KestrelError
 from kestrel.model.kernels import attention_gpu, cards
 
-# The cards that Triton compiles differently for. The others of Ampere's and Ada's generation, sm_86 and sm_89, differ from
-# sm_80 in their limits, to which sm_86's code is held.
-COMPILED = ["75", "80", "86", "90", "100", "120"]
+# Triton makes the same code for sm_86 and sm_89 as for sm_80; they differ in their limits, to which it is held too.
+HELD_TO = {75: [75], 80: [80, 86, 89], 90: [90], 100: [100], 120: [120]}
 
 
-@pytest.fixture(scope="module")
-def usage() -> list[dict[str, Any]]:
+@pytest.mark.parametrize("compiled_for", HELD_TO)
+def test_every_kernel_fits_the_card(compiled_for: int) -> None:
     """In a process of its own, because in this one kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compiled_kernels.py")
-    command = [sys.executable, str(script), *COMPILED]
+    command = [sys.executable, str(script), str(compiled_for)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def test_every_kernel_fits_every_card(usage: list[dict[str, Any]]) -> None:
-    assert {str(row["capability"]) for row in usage} == set(COMPILED)
-    for row in usage:
-        assert row["shared"] <= cards.SHARED_MEMORY[divmod(row["capability"], 10)], row
+    usage: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(usage) >= 15
+    for row, card in ((row, card) for row in usage for card in HELD_TO[compiled_for]):
+        if row["launch"].endswith("256 ranks") and card in (86, 89):
+            continue  # there the widest products hold 128
+        assert row["shared"] <= cards.SHARED_MEMORY[divmod(card, 10)], row
         assert 32 * row["warps"] * row["registers"] <= cards.REGISTERS, row
         assert row["spilled"] <= 1024, row  # bytes of a thread; on sm_75 products spilled thousands
         if row["launch"].startswith("attention"):
