@@ -62,14 +62,14 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     import torch
 
     from kestrel.chat.terminal import Terminal
-    from kestrel.model.base import load_config
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.model.base import open_base
+    from kestrel.prompt.load import load_prompt
 
+    prompt = load_prompt(settings)
+    settings, config = open_base(settings, prompt.tokenizer)
     # Old turns are left out of a long conversation, so that prompt and answer always fit the model's context.
-    context = getattr(load_config(settings.model), "max_position_embeddings", None) or sys.maxsize
-    longest = min(settings.prompt.max_length, context - settings.generation.max_new_tokens)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, longest)
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    prompt.max_length = min(settings.prompt.max_length, context - settings.generation.max_new_tokens)
     if conversation is None:
         conversation = Conversation(persona or persona_of_dialogue(settings, prompt, options.again, options.dialogue))
     model = load_chat_model(settings, prompt, options.again)

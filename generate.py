@@ -43,21 +43,21 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.adapter.open import open_adapter
     from kestrel.data.dataset import load_split, open_dataset
     from kestrel.generation.files import files_to_make, what_decides
-    from kestrel.model.base import base_identity, check_context, load_config
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.model.base import base_identity, check_context, open_base
+    from kestrel.prompt.load import load_prompt
     from kestrel.runtime import distributed, rendezvous
     from kestrel.runtime.disk_space import answers_bytes, require_room
     from kestrel.runtime.manifest import identity_of
 
     rendezvous.join_processes(settings)
     settings = with_compute_dtype(settings)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt = load_prompt(settings)
+    settings, config = open_base(settings, prompt.tokenizer)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, preprocess)
     rows = load_split(dataset_folder, chosen.split, preprocess)
     if chosen.max_dialogues is not None:
         rows = rows.select(range(min(chosen.max_dialogues, len(rows))))
-    base = base_identity(settings.model, load_config(settings.model))
+    base = base_identity(settings.model, config)
     adapter = open_adapter(settings, prompt, base, train) if "adapter" in chosen.systems else None
 
     common = what_decides(settings, identity_of(dataset_manifest), base, prompt.identity()["sha256"])

@@ -38,13 +38,16 @@ UNUSED = {"data.dataset": "a run with another's data set needs no preprocess.py;
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.data.corpus import open_corpus
     from kestrel.data.dataset import load_split, print_rows
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.model.defaults import check_vocabulary
+    from kestrel.prompt.load import load_prompt
     from kestrel.runtime.atomic import folder_atomically
     from kestrel.runtime.disk_space import dataset_bytes, room_for
 
     data = settings.data
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt = load_prompt(settings)
+    check_vocabulary(settings.model, prompt.tokenizer)
+    for note in prompt.notes:
+        print(f"note: {note}")
     # The libraries' half a million objects stay: searching them for garbage again and again would double the time.
     gc.freeze()
     target = Path(settings.run_dir) / "dataset"

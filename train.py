@@ -36,10 +36,9 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
 
     from kestrel.batching import steps_of_run
     from kestrel.data.dataset import lengths_of, load_split, open_dataset
-    from kestrel.model.base import base_identity, load_config
+    from kestrel.model.base import base_identity, open_base
     from kestrel.planning import dry_run, passes
-    from kestrel.prompt.prompt import Prompt
-    from kestrel.prompt.tokenizer import load_tokenizer
+    from kestrel.prompt.load import load_prompt
     from kestrel.runtime import distributed, rendezvous
     from kestrel.runtime.manifest import identity_of
     from kestrel.training import callbacks, checkpoints, objective
@@ -52,7 +51,11 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     settings = checkpoints.with_recorded_dtype(settings, planned=options.dry_run)
     if not options.dry_run:
         check_machine(settings.training.report_to, settings.training.optimizer)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt = load_prompt(settings)
+    asked = settings.lora.target_modules
+    settings, config = open_base(settings, prompt.tokenizer)
+    if asked == "auto":
+        print(f"lora.target_modules: {settings.lora.target_modules}, which auto chooses for {config.model_type}")
     folder, manifest = open_dataset(settings, prompt, preprocess)
     rows, validation_rows = (load_split(folder, split, preprocess) for split in ("train", "validation"))
     lengths, chosen = lengths_of(rows), settings.training
@@ -61,7 +64,6 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         f"{len(rows):,} dialogues, {int(lengths.sum()):,} tokens; {len(steps):,} steps of up to {chosen.batch_size} "
         "dialogues"
     )
-    config = load_config(settings.model)
     dialogues = passes.Dialogues(lengths, objective.tokens_in_loss(rows), steps)
     if options.dry_run:
         dry_run.report(settings, config, dialogues, sharded)
@@ -84,6 +86,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     passes.print_plan(settings, plan)
     longest = int(max(lengths.max(), lengths_of(validation_rows).max()))
     model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt, initial)
+    prompt.ends_also_at(model.generation_config.eos_token_id)
     first_loss = initial.expected_loss(identities[0]) if initial else None
     trainer, stop = build_trainer(
         settings, steps, fingerprint, plan, model, prompt, rows, validation_rows, resume is not None, first_loss

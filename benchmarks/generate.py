@@ -56,8 +56,8 @@ from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.likelihood import SpanRequest
 from kestrel.model.loss import attach_token_nll
 from kestrel.model.quantization import linear_layers
+from kestrel.prompt.load import load_prompt
 from kestrel.prompt.prompt import Prompt, Rendered
-from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
@@ -112,10 +112,10 @@ def check(model: Any, prompt: Prompt, asked: list[Question], settings: Generatio
     for prefixes, scores in compute_prefixes(model, whole, settings.tokens_per_step):
         chosen = [index for index in range(len(asked)) if prefixes.holds(index)]
         rows = prefixes.copy_rows([(index, len(contexts[index]) - 1) for index in chosen], settings.max_new_tokens)
-        said = decode(model, rows, [contexts[index] for index in chosen], settings, prompt.end_id)
+        said = decode(model, rows, [contexts[index] for index in chosen], settings, prompt.end_ids)
         for index, answer in zip(chosen, said, strict=True):
-            if prompt.end_id in answer:
-                answer = answer[: answer.index(prompt.end_id) + 1]
+            end = next((place for place, token in enumerate(answer) if token in prompt.end_ids), len(answer))
+            answer = answer[: end + 1]
             logits = plain_logits(model, contexts[index], answer)
             below = logits.max(-1).values - logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
             worst = max(worst, (below / logits.std(-1)).max().item())
@@ -210,7 +210,7 @@ def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
     dtype = machine.compute_dtype()
     given = {"model.name": str(model_folder), "quantization.compute_dtype": dtype}
     settings, _ = resolve(str(options.config), given)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt = load_prompt(settings)
     rows = rows_of(dialogues, prompt, options.replies)
     rate = machine.matrix_rate(machine.matrix_size(), dtype)
 

@@ -41,8 +41,8 @@ from kestrel.model.decoder_layer import Recompute
 from kestrel.model.kernels import attention, elementwise
 from kestrel.model.kernels.attention import stock_attention
 from kestrel.model.quantization import linear_layers
-from kestrel.prompt.prompt import IGNORED, Prompt, Rendered
-from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.prompt.load import load_prompt
+from kestrel.prompt.prompt import IGNORED, Rendered
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
@@ -183,7 +183,7 @@ def waterfall(options: argparse.Namespace, command: str) -> int:
         run_dir="unused", data=Data(source="unused"), model=Model(name=options.model), lora=Lora(),
         quantization=Quantization(compute_dtype=dtype),
     )  # fmt: skip
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, 512)
+    prompt = load_prompt(settings, 512)
     rendered = prompt.render_all(read_dialogues(options.text))
     rows = [row for row in rendered if isinstance(row, Rendered)] * _REPEAT
     base, audit = load_base(settings)

@@ -38,13 +38,8 @@ WITHOUT_SYSTEM = (
     "<|im_start|>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n{{ message['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
-# Writes an empty thought before the last reply and takes it back when another message follows.
-REWRITING = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-)
+# Writes how many messages there are, so that nothing stays as it was.
+REWRITING = "{% for m in messages %}<|im_start|>{{ m.role }} of {{ messages | length }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 UNCLOSED = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -110,6 +105,14 @@ def sentencepiece_like(
     )
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     made.chat_template = chat_template
+    return made
+
+
+def dummy_prefix(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral 7B have it on the Hub: the blank is put before a text, and after each special token."""
+    made = sentencepiece_like(chat_template=chat_template)
+    made._tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made._tokenizer.pre_tokenizer = None
     return made
 
 

@@ -19,6 +19,7 @@ BUILDERS = {
     "byte level": make.byte_level,
     "sentencepiece bpe": lambda: make.sentencepiece_like(chat_template=make.INST),
     "sentencepiece unigram": lambda: make.sentencepiece_like(model="unigram"),
+    "dummy prefix": lambda: make.dummy_prefix(make.INST),
     "unigram": make.unigram,
     "wordpiece": make.wordpiece,
     "no system role": lambda: make.byte_level(chat_template=make.WITHOUT_SYSTEM),
@@ -26,9 +27,10 @@ BUILDERS = {
 KINDS = [(name, "plain") for name in BUILDERS if name != "no system role"] + [
     ("byte level", "chat"),
     ("sentencepiece bpe", "chat"),
+    ("dummy prefix", "chat"),
     ("no system role", "chat"),
     ("falcon", "original"),
-    ("sentencepiece bpe", "original"),
+    ("dummy prefix", "original"),
     ("wordpiece", "original"),
 ]
 LOSSLESS = [kind for kind in KINDS if kind[0] not in ("unigram", "wordpiece")]

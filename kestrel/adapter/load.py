@@ -30,6 +30,7 @@ def load_model(settings: Settings, prompt: Prompt, adapter: tuple[Path, dict[str
         model = load_adapter(model, adapter[0])
         print(f"adapter: {settings.model.adapter or adapter[0]}")
     attach_token_nll(model)
+    prompt.ends_also_at(model.generation_config.eos_token_id)
     if adapter is not None:
         print(prove_loaded(model, adapter[1], prompt.identity(), settings.quantization.compute_dtype))
     return model

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,36 +22,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def lora_config(lora: Lora) -> LoraConfig:
-    """The settings in peft's words."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
 def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Puts a fresh adapter on the base; its weights are float32, the base's stay as they are.
 
     Raises:
-        KestrelError: target_modules names layers the model does not have.
+        KestrelError: target_modules names layers the model does not have, or an output head that is tied.
     """
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    names = sorted({name.rpartition(".")[2] for name in linear_layers(model)})  # before peft wraps some of them
+    # Before peft wraps some of them.
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        # GPT-2's layers are transposed (Conv1D). In 4 bit they no longer are, but the adapter is for both.
+        fan_in_fan_out=hasattr(sys.modules[type(model).__module__], "Conv1D"),
+        task_type="CAUSAL_LM",
+    )
     try:
-        return get_peft_model(model, lora_config(lora))
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="fan_in_fan_out is set to True|Model has `tie_word_embeddings=True`"
+            )
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise KestrelError(
-            f"lora.target_modules {lora.target_modules} does not fit this model ({error}); "
-            f"its linear layers are {', '.join(names)}"
+            f"lora.target_modules {lora.target_modules} does not fit this model ({error}); its linear layers are {names}"
         ) from None
+    if hasattr(model.get_output_embeddings(), "lora_A") and model.config.tie_word_embeddings:
+        raise KestrelError(
+            "lora.target_modules names this model's output head, whose weights are those of its embedding, so an update "
+            f"would hold for one of the two only; name others of its linear layers: {names}"
+        )
+    return adapted
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = None) -> PeftModel:
@@ -80,11 +89,21 @@ def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = N
     return adapted
 
 
-def adapter_config(folder: Path) -> LoraConfig:
-    """The adapter's configuration: plain LoRA, as ours is.
+# Fields of peft's configuration that decide what an adapter computes, and that are read as peft reads them.
+_READ = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora",
+)  # fmt: skip
+_ABOUT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
+# How weights began does not matter once they are trained, unless the base was changed too (PiSSA, OLoRA, LoftQ).
+_INITIAL = (True, False, "gaussian", "orthogonal")
 
-    peft (0.21) has many further fields. One names a module to import, others let tensors be unpickled or replace layers
-    of the base; here they must have their defaults.
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration: LoRA, rsLoRA or DoRA.
+
+    peft (0.21) has many further fields. One names a module to import, others let tensors be unpickled, train copies of
+    layers or replace layers of the base; here they must have their defaults.
 
     Raises:
         KestrelError: damaged, another kind of adapter, or a further field that is set.
@@ -93,14 +112,25 @@ def adapter_config(folder: Path) -> LoraConfig:
 
     given, path = read_config(folder), folder / CONFIG
     defaults = json.loads(json.dumps(LoraConfig(task_type="CAUSAL_LM").to_dict(), default=sorted))
-    about = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
-    ours = {"r", "lora_alpha", "lora_dropout", "target_modules"}
-    for name in sorted(given.keys() - about - ours):
+    for name in sorted(given.keys() - _ABOUT - {*_READ}):
         # Another version of peft may have fields that this one does not have; unset, they mean nothing.
-        if given[name] != defaults.get(name) and (name in defaults or given[name]):
-            raise KestrelError(f"{path}: {name} is {given[name]!r}; only plain LoRA adapters are read")
+        if given[name] == defaults.get(name) or (name not in defaults and not given[name]):
+            continue
+        if name != "init_lora_weights" or given[name] not in _INITIAL:
+            raise KestrelError(
+                f"{path}: {name} is {given[name]!r}; Kestrel reads LoRA, rsLoRA and DoRA adapters without that. "
+                "Merge it with peft and use the result as model.name"
+            )
+    damaged = f"{path} is damaged ({{}}); {repair_advice(folder)}"
+    lora, targets = lora_of(given), given.get("target_modules")
     try:
-        return lora_config(Lora.model_validate(lora_of(given)))
+        if isinstance(targets, str) and targets != "all-linear":
+            re.compile(targets)
+            lora["target_modules"] = "all-linear"
+        Lora.model_validate(lora)
+        return LoraConfig(**{name: given[name] for name in _READ if name in given}, task_type="CAUSAL_LM")
     except ValidationError as error:
         where = error.errors()[0]
-        raise KestrelError(f"{path} is damaged ({where['loc'][0]}: {where['msg']}); {repair_advice(folder)}") from None
+        raise KestrelError(damaged.format(f"{where['loc'][0]}: {where['msg']}")) from None
+    except (re.error, TypeError, ValueError, AttributeError) as error:
+        raise KestrelError(damaged.format(error)) from None

@@ -6,6 +6,7 @@ The JSON Schema that editors use is made from this file: `python -m kestrel.conf
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +31,10 @@ def _without_controls(text: str) -> str:
 
 # A path, an id or a name; no path that Linux opens is longer.
 Text = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_without_controls)]
+# A path, or an id on the Hub; ~ is the user's home.
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]
+SYSTEM = "You are the following person. Answer as this person would."
+LABELS = ("Persona", "Partner", "You")
 MEMORY_FORM = "an amount of memory such as 24GiB"
 # The names that transformers' Trainer knows (5.23); a test compares them.
 Tracker = Literal[
@@ -56,7 +61,7 @@ DataFormat = Literal[
 class Data(Section):
     """Where the dialogues come from."""
 
-    source: Text = _key(..., "Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
+    source: Place = _key(..., "Local file or folder, or a dataset id on the Hugging Face Hub (owner/name).")
     format: DataFormat = _key("auto", "Format of the source; auto recognizes it by its content.")
     revision: Text | None = _key(None, "Commit, tag or branch of a source on the Hub.")
     both_sides: bool = _key(True, "Make two dialogues of a conversation, one per persona, if both are known.")
@@ -78,7 +83,7 @@ class Data(Section):
     redact: list[Literal["email", "phone", "url"]] = _key(
         [], "What to replace in all texts: e-mail addresses, phone numbers, web addresses."
     )
-    dataset: Text | None = _key(
+    dataset: Place | None = _key(
         None,
         "Another run's data set to use, such as runs/a/dataset, made of the same source; null: the one in run_dir.",
     )
@@ -95,14 +100,21 @@ class Prompt(Section):
     max_length: Annotated[int, Field(ge=16, le=_MOST)] = _key(
         1024, "Longest training sequence in tokens; longer dialogues lose their oldest turns."
     )
+    chat_template: Place | None = _key(
+        None, "File with a chat template (Jinja) to use instead of the tokenizer's, with format chat."
+    )
+    system: str = _key(SYSTEM, "Text before the persona in the system message, with format chat; may be empty.")
+    labels: list[Text] = _key(
+        [*LABELS], "Words before the persona, the partner's turns and the replies, with format plain."
+    )
 
 
 class Model(Section):
     """The base model and the adapter to use with it."""
 
-    name: Text = _key(..., "Model id on the Hugging Face Hub, or a local folder.")
+    name: Place = _key(..., "Model id on the Hugging Face Hub, or a local folder.")
     revision: Text | None = _key(None, "Commit, tag or branch of the model on the Hub.")
-    adapter: Text | None = _key(
+    adapter: Place | None = _key(
         None,
         "Adapter to use: a folder, or an id on the Hugging Face Hub (owner/name, or owner/name@revision); "
         "null: the one in run_dir.",
@@ -131,16 +143,17 @@ class Lora(Section):
     r: Annotated[int, Field(ge=1, le=2**16)] = _key(16, "Rank of the update.")
     alpha: Annotated[float, Field(gt=0, le=1e6)] = _key(32, "The update is multiplied by alpha / r.")
     dropout: Fraction = _key(0.05, "Dropout on the adapter's input during training.")
-    target_modules: list[Text] | Literal["all-linear"] = _key(
-        ["query_key_value"],
-        "Names of the layers that get an adapter, or all-linear: every linear layer except the output head.",
+    target_modules: list[Text] | Literal["auto", "all-linear"] = _key(
+        "auto",
+        "Names of the layers that get an adapter; all-linear: every linear layer except the output head; "
+        "auto: query_key_value for Falcon, all-linear for others.",
     )
 
 
 class Training(Section):
     """The optimization. Batch sizes count all processes together."""
 
-    init_adapter: Text | None = _key(
+    init_adapter: Place | None = _key(
         None,
         "Adapter to begin from: a folder, or an id on the Hub; its rank, alpha and layers are taken. null: a fresh one.",
     )
@@ -174,7 +187,9 @@ class Training(Section):
     keep_checkpoints: PositiveInt = _key(2, "Newest checkpoints to keep on disk; the best one is kept too.")
     logging_steps: PositiveInt = _key(10, "Optimizer steps between two lines of the log.")
     samples: NonNegativeInt = _key(3, "Validation contexts to answer at each evaluation, for samples.jsonl.")
-    resume: Text = _key("auto", "auto: from the newest intact checkpoint; never: start over; or a checkpoint's folder.")
+    resume: Place = _key(
+        "auto", "auto: from the newest intact checkpoint; never: start over; or a checkpoint's folder."
+    )
     report_to: list[Tracker] = _key(["tensorboard"], "Trackers of transformers' Trainer; [] for none.")
 
 
@@ -216,14 +231,14 @@ class Generation(Section):
 class Evaluation(Section):
     """Scoring of generations. Needs no model."""
 
-    generations: list[Text] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
-    compare: list[Text] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
+    generations: list[Place] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
+    compare: list[Place] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
     normalization: Literal["raw", "lower", "parlai"] = _key(
         "raw", "Normalization of both references and responses before BLEU and ROUGE-L."
     )
     stemmer: bool = _key(False, "Use the Porter stemmer in ROUGE-L.")
     resamples: Annotated[int, Field(ge=100, le=10**6)] = _key(1000, "Bootstrap resamples of the dialogues.")
-    nli: Text | None = _key(
+    nli: Place | None = _key(
         None,
         "Model of natural language inference, by Hub id or local folder, that finds contradictions of the persona.",
     )
@@ -252,7 +267,7 @@ class Hub(Section):
 class Settings(Section):
     """One experiment."""
 
-    run_dir: Text = _key(..., "Folder for everything this experiment writes.")
+    run_dir: Place = _key(..., "Folder for everything this experiment writes.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = _key(
         0, "Seed of splits, initial weights, shuffles, dropout, samples."
     )
@@ -329,6 +344,20 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
     refuse(repeats, "generation.systems", "names a system twice")
     problem = "contains an empty string, which would end every response at once"
     refuse("" in generation.stop_strings, "generation.stop_strings", problem)
+    chosen = settings.prompt
+    for key, default, form in (
+        ("chat_template", None, "chat"),
+        ("system", SYSTEM, "chat"),
+        ("labels", [*LABELS], "plain"),
+    ):
+        useless = getattr(chosen, key) != default and chosen.format != form
+        refuse(useless, f"prompt.{key}", f"has no effect without prompt.format: {form}")
+    words = {*chosen.labels}
+    wrong = (
+        len(chosen.labels) != 3 or len(words) != 3 or any(not word.isprintable() or not word.strip() for word in words)
+    )
+    problem = f"expected three different words, as in [Persona, Partner, You], found {chosen.labels}"
+    refuse(wrong, "prompt.labels", problem)
     refuse(settings.lora.target_modules == [], "lora.target_modules", "is empty, so nothing would be trained")
     return found
 

@@ -99,7 +99,8 @@ def dialogue_of(row: dict[str, Any]) -> Dialogue:
 
 def settings_that_shape(settings: Settings) -> dict[str, Any]:
     """The settings on which the dataset depends; of those that datasets of version 0.1.0 lack, only what is set."""
-    shaping = settings.model_dump(include={"data", "prompt", "seed"}, exclude={"data": {"dataset"}})
+    prompt = {"format", "max_length"}  # the prompt's identity holds the rest
+    shaping = settings.model_dump(include={"data": True, "prompt": prompt, "seed": True}, exclude={"data": {"dataset"}})
     shaping["data"]["persona"] = list(given_sentences(tuple(settings.data.persona)))
     for key in _ADDED_KEYS:
         if shaping["data"][key] == Data.model_fields[key].default:

@@ -6,7 +6,7 @@ a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def decode(
     rows: PrefixBatch,
     contexts: Sequence[Sequence[int]],
     settings: Generation,
-    end_id: int,
+    end_ids: Collection[int],
     draws: np.ndarray | None = None,
     stops: StopStrings | None = None,
 ) -> list[list[int]]:
@@ -45,7 +45,7 @@ def decode(
         rows: each context without its last token, with space for max_new_tokens more.
         contexts: token ids.
         settings: without beams.
-        end_id: the token that ends a row.
+        end_ids: tokens that end a row.
         draws: float64 (rows, max_new_tokens) in [0, 1), where settings.do_sample.
 
     Returns:
@@ -55,9 +55,9 @@ def decode(
     device = rows.lengths.device
     every = _CHECK_EVERY if device.type == "cuda" else 1
     choose = _TokenChooser(contexts, settings, draws, device)
-    tokens = torch.full((len(contexts), settings.max_new_tokens), end_id, device=device)
+    tokens = torch.full((len(contexts), settings.max_new_tokens), min(end_ids), device=device)
     active = torch.arange(len(contexts), device=device)  # index of the context of each row that is left
-    ended = torch.zeros(len(contexts), dtype=torch.bool)
+    ends, ended = torch.tensor(sorted(end_ids)), torch.zeros(len(contexts), dtype=torch.bool)
     last = torch.tensor([context[-1] for context in contexts], device=device)
     for done in range(1, settings.max_new_tokens + 1):
         logits = causal_lm(input_ids=last[:, None], use_cache=True, **rows.inputs(done - 1, 1)).logits[:, -1]
@@ -67,7 +67,7 @@ def decode(
             continue
         checked = max(0, done - every - (stops.tail if stops else 0))
         recent = tokens[active, checked:done].cpu()
-        ended |= (recent == end_id).any(dim=1)
+        ended |= torch.isin(recent, ends).any(dim=1)
         if stops:
             for row in (~ended).nonzero()[:, 0].tolist():
                 ended[row] = stops.are_in(recent[row].tolist())

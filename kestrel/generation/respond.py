@@ -64,13 +64,14 @@ def generation_config(settings: Generation, prompt: Prompt) -> GenerationConfig:
     """The library's configuration, built from the settings alone."""
     from transformers import GenerationConfig
 
+    others = sorted(prompt.end_ids - {prompt.end_id})
     chosen: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "do_sample": settings.do_sample,
         "num_beams": settings.num_beams,
         "repetition_penalty": settings.repetition_penalty,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size,
-        "eos_token_id": prompt.end_id,
+        "eos_token_id": [prompt.end_id, *others] if others else prompt.end_id,
         "pad_token_id": prompt.end_id,
         "use_cache": True,
     }
@@ -164,7 +165,7 @@ def respond_from_prefixes(
         if settings.do_sample:
             draws = np.stack([np.random.default_rng(r.seed).random(settings.max_new_tokens) for r in batch])
         copies = prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens)
-        return decode(model, copies, [r.ids for r in batch], settings, prompt.end_id, draws, stops)
+        return decode(model, copies, [r.ids for r in batch], settings, prompt.end_ids, draws, stops)
 
     for indices, rows in allowed.in_batches(mine, fitting, run):
         for index, row in zip(indices, rows, strict=True):
@@ -250,10 +251,9 @@ def generate(
 
 
 def _response(ids: list[int], prompt: Prompt, stops: StopStrings) -> Response:
-    """Ends a row at its end token or at a stop string; the rest is padding."""
-    ended = prompt.end_id in ids
-    if ended:
-        ids = ids[: ids.index(prompt.end_id)]
+    """Ends a row at its first end token or at a stop string; the rest is padding."""
+    end = next((place for place, token in enumerate(ids) if token in prompt.end_ids), None)
+    ended, ids = end is not None, ids[:end]
     if (cut := stops.cut(ids)) is not None:
         return Response(*cut, "stop_string")
     return Response(prompt.reply_text(ids), len(ids) + ended, "eos" if ended else "length")

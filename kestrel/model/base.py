@@ -1,10 +1,11 @@
-"""The base in 4 or 16 bit, and the adapter on it."""
+"""The base: checked before its weights load, and loaded in 4 or 16 bit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ import torch
 from kestrel.config.settings import Model, Settings, memory_bytes
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_loading_errors
+from kestrel.model.defaults import check_vocabulary, saved_quantization, settings_for
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import (
     Audit,
     audit,
+    compute_in,
     concrete,
     expected_footprint_bytes,
     forbid_repacking,
@@ -25,9 +28,10 @@ from kestrel.model.quantization import (
 from kestrel.runtime.manifest import sha256_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _MOST_LAYERS = 1000
+ADAPTER_CONFIG = "adapter_config.json"
 _HASHED_UP_TO = 2**30  # bytes of weights; hashing the 14 GB of a Falcon-7B at each start would take half a minute
 
 
@@ -88,6 +92,39 @@ def refuse_overflow(config: PretrainedConfig, compute_dtype: str) -> None:
         )
 
 
+def open_base(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Settings, PretrainedConfig]:
+    """The settings with what they leave to the base, and its architecture. Checks what can be checked without weights.
+
+    Raises:
+        KestrelError: an adapter's files beside the base's, a tokenizer with more tokens than the base knows, or another
+            quantization than the settings ask for.
+    """
+    check_vocabulary(settings.model, tokenizer)
+    _refuse_adapter_files(settings.model)
+    config = load_config(settings.model)
+    resolved = settings_for(settings, config.to_dict())
+    if resolved.quantization != settings.quantization:
+        held = resolved.quantization
+        nested = "with" if held.double_quant else "without"
+        print(
+            f"note: {settings.model.name} is saved in 4 bit ({held.type}, {nested} double quantization); so it is used"
+        )
+    return resolved, config
+
+
+def _refuse_adapter_files(settings: Model) -> None:
+    """transformers (5.23) would load an adapter that lies beside a base, and the base that the adapter names."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with plain_loading_errors("files", settings.name):
+        if find_adapter_config_file(settings.name, revision=settings.revision) is None:
+            return
+    raise KestrelError(
+        f"model.name {settings.name} holds an adapter ({ADAPTER_CONFIG}). If it is an adapter, give it as model.adapter and "
+        f"its base as model.name; if it is a merged model, delete {ADAPTER_CONFIG} from it"
+    )
+
+
 def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The architecture on the meta device: shapes and names, no memory."""
     from transformers import AutoModelForCausalLM
@@ -128,6 +165,10 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     skeleton = skeleton_of(config, chosen.trust_remote_code)
     _require_weights(chosen.name, skeleton.num_parameters())
     use_fused_kernels(config.model_type)
+    if to_be_sharded and saved_quantization(config.to_dict()):
+        raise KestrelError(
+            f"{chosen.name} is saved in 4 bit and cannot be sharded; name the model that it was made from"
+        )
     skeleton = skeleton_of(config, chosen.trust_remote_code)
     place = _room_for_whole(expected_footprint_bytes(skeleton, wanted), settings) if to_be_sharded else device()
     quantization = (
@@ -142,7 +183,8 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     )
     # transformers (5.23) would have a repository without safetensors converted by a service on the Hub, unasked.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with plain_loading_errors("weights", chosen.name), quantizable_layers():
+    with plain_loading_errors("weights", chosen.name), quantizable_layers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # of a base saved in 4 bit
         model = AutoModelForCausalLM.from_pretrained(
             chosen.name,
             revision=chosen.revision,
@@ -152,6 +194,8 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
             device_map={"": str(place)},
             use_safetensors=True,
         )
+    if saved_quantization(config.to_dict()):
+        compute_in(model, dtype)
     report = audit(model, skeleton, wanted)
     forbid_repacking(model)
     model.requires_grad_(False)

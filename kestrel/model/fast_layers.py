@@ -69,7 +69,8 @@ class FastBackbone:
         first, last = self._layers[0], self._layers[-1]
         for layer, seed, kind in zip(self._layers, seeds, kinds, strict=True):
             rows = wanted if layer is last else None
-            equal = repeats if layer is first and first is not last else None
+            # Equal tokens are computed once, unless an adapter of the embedding wants the gradient of each.
+            equal = repeats if layer is first and first is not last and not x.requires_grad else None
             x = DecoderLayer.apply(x, *rotations[kind], rows, equal, layer, seed, *layer.matrices())
         normed: Tensor = backbone.get_submodule(architecture.final_norm)(x)
         return normed

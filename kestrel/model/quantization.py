@@ -54,6 +54,13 @@ def forbid_repacking(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  nn.Module declares no such attribute
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Sets the compute type of a base that was saved in 4 bit, which loads with the type it was saved with."""
+    for module in model.modules():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            module.compute_dtype = state.dtype = dtype  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Audit:
     """What a loaded base holds. Bytes count parameters, buffers and quantization constants."""

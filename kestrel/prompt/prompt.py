@@ -1,6 +1,6 @@
 """How a dialogue becomes tokens, and which of them are supervised. Decided here and nowhere else.
 
-A dialogue is rendered as segments, and each segment is tokenized on its own. So the prompt of any turn is a token
+A dialogue is rendered as segments, and each segment is tokenized on its own, as a part of the whole (parts.py). So the prompt of any turn is a token
 prefix of the training sequence up to that turn, whatever the tokenizer merges across boundaries of text. Supervised
 are, by position, the tokens of each reply and the end token after it.
 
@@ -17,13 +17,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
+from kestrel.config.settings import LABELS, SYSTEM
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.prompt.chat_template import ChatTemplate
-from kestrel.prompt.original_format import introduction, prompt_text
-from kestrel.prompt.tokenizer import tokenizer_fingerprint
+from kestrel.prompt.original_format import prompt_text
+from kestrel.prompt.parts import PartTokenizer, Piece, Segment
+from kestrel.prompt.tokenizer import control_ids, tokenizer_fingerprint
 from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
@@ -32,12 +34,8 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that the loss skips, as everywhere in PyTorch
 VERSION = 1
 
-# Kind of a segment: a frame may contain control tokens, a text never does, a reply is a text that is supervised, an end
-# closes a reply with a control token and is supervised with it.
-Kind = Literal["frame", "text", "reply", "end"]
 Format = Literal["plain", "chat", "original"]
 
-_PERSONA_INTRODUCTION = "You are the following person. Answer as this person would."
 _OPENING = "(You speak first.)"
 _CANARY = Dialogue(
     "canary",
@@ -58,14 +56,6 @@ class Unrenderable(KestrelError):
     def __init__(self, reason: str, message: str):
         self.reason = reason
         super().__init__(message)
-
-
-class Segment(NamedTuple):
-    text: str
-    kind: Kind
-
-
-_YOU = Segment("\nYou:", "frame")
 
 
 @dataclass(frozen=True)
@@ -98,36 +88,63 @@ class Prompt:
         tokenizer: slow or fast; what it makes of a text is not changed.
         format: plain, chat or original.
         max_length: longest sequence in tokens.
+        chat_template: used instead of the tokenizer's, which it replaces.
+        system: what stands before the persona in the format chat.
+        labels: what stands before the persona, the partner's turns and the replies in the format plain.
 
     Attributes:
-        end_id: the control token that ends a reply; generation stops at it.
+        end_id: the control token that ends a reply, as learned.
+        end_ids: all tokens that end an answer: that one, the tokenizer's, and what `ends_also_at` adds.
+        notes: sentences about what the user may not expect of this prompt.
 
     Raises:
         KestrelError: no end-of-text token, or a chat template that is missing or cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: Format, max_length: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: Format,
+        max_length: int,
+        chat_template: str | None = None,
+        system: str = SYSTEM,
+        labels: Sequence[str] = LABELS,
+    ):
         self.tokenizer = tokenizer
         self.format = format
         self.max_length = max_length
+        self.system = system
+        self.labels = tuple(labels)
         if tokenizer.eos_token_id is None:
             raise KestrelError("the tokenizer has no end-of-text token, so the end of a reply cannot be learned")
-        self._control_ids = _control_ids(tokenizer)
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template  # so that it is saved with the adapter
+        self.control_ids = control_ids(tokenizer)
         # Kept here because the library searches for them at each access.
         self._unknown, self._unknown_id = tokenizer.unk_token, tokenizer.unk_token_id
-        self._text_ids: dict[str, list[int]] = {}  # tokens of the texts of one batch
-        self._frame_ids: dict[str, list[int]] = {}  # tokens of frames, of which few exist
-        controls = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(self._control_ids))]
-        self._template = ChatTemplate(tokenizer, controls) if format == "chat" else None
-        if self._template is None:
-            # The beginning-of-text token where this tokenizer adds one; a chat template writes its own.
-            self._beginning = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
-            end_text, self._end_ids = str(tokenizer.eos_token), [int(tokenizer.eos_token_id)]
-        else:
-            self._beginning = []
-            end_text, self._end_ids = self._template.end, self._tokens_of_frame(self._template.end)
+        self._text_ids: dict[tuple[str, bool], list[int]] = {}  # tokens of the texts of one batch
+        controls = {index: str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(self.control_ids)}
+        self._parts = PartTokenizer(tokenizer, controls)
+        self._template = ChatTemplate(tokenizer, list(controls.values())) if format == "chat" else None
+        self.notes = list(self._template.notes) if self._template else []
+        if format == "plain" and tokenizer.chat_template:
+            self.notes.append(
+                "this tokenizer has a chat template, as instruct models have, and prompt.format is plain; "
+                "prompt.format: chat would use it"
+            )
+        # The beginning-of-text token where this tokenizer adds one; a chat template writes its own.
+        bos = [] if self._template else tokenizer("")["input_ids"][:1]
+        self._beginning = [token for token in bos if token == tokenizer.bos_token_id]
+        self._end = Segment(self._template.end if self._template else str(tokenizer.eos_token), "end")
+        pieces = self._parts.pieces(self.segments(_CANARY))
+        self._reply_begins = pieces[-2].begins
+        self._end_ids = self._parts.frame(pieces[-1])
         self.end_id = self._end_ids[-1]
-        self._end = Segment(end_text, "end")
+        self.end_ids = frozenset({self.end_id, int(tokenizer.eos_token_id)})
+
+    def ends_also_at(self, ids: int | Sequence[int] | None) -> None:
+        """Adds the model's own end tokens, such as those in generation_config.json. Ids of ordinary text are no ends."""
+        self.end_ids |= self.control_ids.intersection([ids] if isinstance(ids, int) else ids or [])
 
     # -- segments ------------------------------------------------------------------------------------------------
 
@@ -138,44 +155,41 @@ class Prompt:
             return self._chat_segments(self._template, dialogue.persona, turns)
         if self.format == "original":
             return self._original_segments(dialogue.persona, turns)
-        segments = [Segment(self._persona_text(dialogue), "text")]
+        persona, partner, you = self.labels
+        segments = [Segment(f"{persona}: " + " ".join(map(_one_line, dialogue.persona)), "text")]
         for turn in turns:
             if turn.speaker == "partner":
-                segments.append(Segment(self._turn_text(turn), "text"))
+                segments.append(Segment(f"\n{partner}: {_one_line(turn.text)}", "text"))
             else:
-                segments += (_YOU, Segment(self._turn_text(turn), "reply"), self._end)
+                segments += (Segment(f"\n{you}:", "frame"), Segment(self._reply(turn.text), "reply"), self._end)
         return segments
 
     def _chat_segments(self, template: ChatTemplate, persona: Sequence[str], turns: tuple[Turn, ...]) -> list[Segment]:
         if turns and turns[0].speaker == "self":
             turns = (Turn("partner", _OPENING), *turns)
         frames = template.frames(tuple(turn.speaker for turn in turns))
-        segments = [Segment(frames[0], "frame"), Segment(_system_text(persona), "text")]
-        for turn, frame in zip(turns, frames[1:], strict=True):
-            segments.append(Segment(frame, "frame"))
-            segments.append(Segment(self._turn_text(turn), "text" if turn.speaker == "partner" else "reply"))
+        segments: list[Segment] = []
+        for frame, turn in zip(frames, (Turn("partner", self._system_text(persona)), *turns), strict=True):
             if turn.speaker == "self":
-                segments.append(self._end)
+                segments += (Segment(frame, "frame"), Segment(self._reply(turn.text), "reply"), self._end)
+            else:
+                # A blank belongs to the word that follows it, as tokenizers have it.
+                visible = frame.rstrip(" ")
+                segments += (Segment(visible, "frame"), Segment(frame[len(visible) :] + turn.text.strip(), "text"))
         return segments
 
     def _original_segments(self, persona: Sequence[str], turns: tuple[Turn, ...]) -> list[Segment]:
         last = max(index for index, turn in enumerate(turns) if turn.speaker == "self")
         history = [Turn(turn.speaker, _one_line(turn.text)) for turn in turns[:last]]
         before = Segment(prompt_text(map(_one_line, persona), history), "text")
-        return [before, Segment(self._turn_text(turns[last]), "reply"), self._end]
+        return [before, Segment(self._reply(turns[last].text), "reply"), self._end]
 
-    def _persona_text(self, dialogue: Dialogue) -> str:
-        if self._template is not None:
-            return _system_text(dialogue.persona)
-        if self.format == "original":
-            return introduction(map(_one_line, dialogue.persona))
-        return "Persona: " + " ".join(_one_line(text) for text in dialogue.persona)
+    def _reply(self, text: str) -> str:
+        """The segment that holds a reply."""
+        return f" {_one_line(text)}" if self._template is None else self._template.lead + text.strip()
 
-    def _turn_text(self, turn: Turn) -> str:
-        """The segment that holds a turn's text."""
-        if self._template is not None:
-            return (self._template.lead if turn.speaker == "self" else "") + turn.text.strip()
-        return f"\nPartner: {_one_line(turn.text)}" if turn.speaker == "partner" else f" {_one_line(turn.text)}"
+    def _system_text(self, persona: Sequence[str]) -> str:
+        return "\n".join([self.system, *persona]).strip()
 
     # -- tokens --------------------------------------------------------------------------------------------------
 
@@ -197,18 +211,24 @@ class Prompt:
         )
         if first < len(starts):
             return self._rendered_from(dialogue, starts[first])
-        where = f"dialogue {dialogue.dialogue_id}"
         raise Unrenderable(
             TOO_LONG,
-            f"{where}: persona and last exchange alone are longer than prompt.max_length {self.max_length}; raise it",
+            f"dialogue {dialogue.dialogue_id}: persona and last exchange alone are longer than prompt.max_length "
+            f"{self.max_length}; raise it",
         )
 
     def render_all(self, dialogues: Sequence[Dialogue]) -> list[Rendered | Unrenderable]:
-        """As `render`, with one call of the tokenizer for all; returns the exception for what cannot be rendered."""
-        texts = {self._turn_text(turn) for dialogue in dialogues for turn in dialogue.turns}
-        texts.update(map(self._persona_text, dialogues))
-        if texts:
-            self._text_ids.update(zip(texts, self._tokenized(list(texts)), strict=True))
+        """As `render`, with few calls of the tokenizer for all; returns the exception for what cannot be rendered."""
+        pieces = {
+            (piece.segment.text, piece.begins)
+            for dialogue in dialogues
+            for piece in self._parts.pieces(self.segments(dialogue))
+            if piece.segment.kind in ("text", "reply")
+        }
+        for begins in (True, False):
+            texts = [text for text, at_beginning in pieces if at_beginning is begins]
+            keys = [(text, begins) for text in texts]
+            self._text_ids.update(zip(keys, self._parts.texts(texts, begins), strict=True))
         results: list[Rendered | Unrenderable] = []
         for dialogue in dialogues:
             try:
@@ -234,7 +254,8 @@ class Prompt:
         Raises:
             Unrenderable: the text cannot be tokenized as text.
         """
-        return [*self._tokens_of_text(self._turn_text(Turn("self", text)), f"the reply {text[:80]!r}"), *self._end_ids]
+        piece = Piece(Segment(self._reply(text), "reply"), self._reply_begins, "")
+        return [*self._text_tokens(piece, f"the reply {text[:80]!r}"), *self._end_ids]
 
     def reply_text(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, without the library's clean-up, which removes spaces before punctuation."""
@@ -246,44 +267,31 @@ class Prompt:
         ids = list(self._beginning)
         spans: list[tuple[int, int]] = []
         reply_start = 0
-        for segment in self.segments(dialogue, first_turn):
-            if segment.kind == "frame":
-                ids += self._tokens_of_frame(segment.text)
-            elif segment.kind == "end":
-                ids += self._end_ids
-                spans.append((reply_start, len(ids)))
-            else:
-                reply_start = len(ids)
-                ids += self._tokens_of_text(segment.text, where)
-                if segment.kind == "reply" and len(ids) == reply_start:
-                    raise Unrenderable(
-                        "reply without a token", f"{where}: the tokenizer makes no token of {segment.text[:80]!r}"
-                    )
+        for piece in self._parts.pieces(self.segments(dialogue, first_turn)):
+            if piece.segment.kind in ("frame", "end"):
+                ids += self._parts.frame(piece)
+                if piece.segment.kind == "end":
+                    spans.append((reply_start, len(ids)))
+                continue
+            reply_start = len(ids)
+            ids += self._text_tokens(piece, where)
+            if piece.segment.kind == "reply" and len(ids) == reply_start:
+                raise Unrenderable(
+                    "reply without a token", f"{where}: the tokenizer makes no token of {piece.segment.text[:80]!r}"
+                )
         return Rendered(ids, spans, first_turn)
 
-    def _tokenized(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of texts, with control tokens spelled in them read as text; one call, so that all cores are used."""
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return ids
-
-    def _tokens_of_text(self, text: str, where: str) -> list[int]:
-        tokens = self._text_ids.get(text)
+    def _text_tokens(self, piece: Piece, where: str) -> list[int]:
+        text = piece.segment.text
+        tokens = self._text_ids.get((text, piece.begins))
         if tokens is None:
-            (tokens,) = self._tokenized([text])
+            (tokens,) = self._parts.texts([text], piece.begins)
         spells_unknown = self._unknown is not None and self._unknown in text and self._unknown_id in tokens
-        if spells_unknown or not self._control_ids.isdisjoint(tokens):
+        if spells_unknown or not self.control_ids.isdisjoint(tokens):
             raise Unrenderable(
                 "text spells a control token", f"{where}: the tokenizer reads a control token in {text[:80]!r}"
             )
         return tokens
-
-    def _tokens_of_frame(self, text: str) -> list[int]:
-        if text not in self._frame_ids:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
-            self._frame_ids[text] = list(encoded["input_ids"])
-        return self._frame_ids[text]
 
     # -- identity ------------------------------------------------------------------------------------------------
 
@@ -301,6 +309,10 @@ class Prompt:
         }
         if self.format == "chat":
             identity["chat_template"] = self.tokenizer.chat_template
+            if self.system != SYSTEM:
+                identity["system"] = self.system
+        elif self.format == "plain" and self.labels != LABELS:
+            identity["labels"] = list(self.labels)
         return {**identity, "sha256": sha256_of_json(identity)}
 
 
@@ -310,21 +322,3 @@ def _one_line(text: str) -> str:
     if text.isprintable() and "  " not in text and text == text.strip():
         return text
     return " ".join(text.split())
-
-
-def _system_text(persona: Sequence[str]) -> str:
-    return "\n".join([_PERSONA_INTRODUCTION, *persona]).strip()
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that control a model and that no text may spell: special tokens and added tokens that look like markup.
-
-    Added words and runs of spaces are text. So is the unknown token, unless it is also the end or the beginning of a text.
-    """
-    markup = {
-        index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special or any(not (char.isalnum() or char.isspace()) for char in token.content)
-    }
-    boundaries = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    return frozenset({*markup, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - boundaries))

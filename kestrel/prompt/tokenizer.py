@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ from kestrel.runtime.manifest import sha256_of_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Markup such as <think> or [TOOL], which some tokenizers hold as an added token that is not special.
+_MARKUP = re.compile(r"<[^<>]+>|\[[^\[\]]+\]")
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -70,3 +75,15 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     pipeline |= {"truncation": None, "padding": None}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return sha256_of_json([pipeline, special])
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that control a model and that no text may spell: special tokens and added tokens that are markup.
+
+    Added words, emoji and runs of spaces are text. So is the unknown token, unless it is also the end or the beginning of
+    a text.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    markup = {index for index, token in added if token.special or _MARKUP.fullmatch(token.content)}
+    boundaries = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    return frozenset({*markup, *tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - boundaries))

@@ -17,8 +17,8 @@ from kestrel.adapter.source import CONFIG, PROMPT
 from kestrel.config.resolve import describe
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.prompt.prompt import Prompt
-from kestrel.prompt.tokenizer import load_tokenizer
+from kestrel.model.defaults import settings_for
+from kestrel.prompt.load import load_prompt
 from kestrel.publishing.model_card import model_card
 from kestrel.publishing.run_records import read_adapter_files, read_records
 from kestrel.publishing.upload import CARD, base_config
@@ -46,7 +46,8 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     require_artifact(folder, "adapter", f"train it with: python train.py {again}")
     manifest = read_manifest(folder, "adapter", remedy, check_files=False)
     files = read_adapter_files(folder, manifest["files"], remedy)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt, config = load_prompt(settings), base_config(settings.model.name, settings.model.revision)
+    settings = settings_for(settings, config)
     then = {**_decisive(manifest["settings"]), "prompt": json.loads(files[PROMPT])}
     now = {**_decisive(settings.model_dump()), "prompt": prompt.identity()}
     require_equal(f"the adapter in {folder}", then, now, f"publish it with its own settings, or {remedy}")
@@ -65,7 +66,7 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     for name, content in files.items():
         if name.endswith((".json", ".jinja", ".yaml")):
             _refuse_private_text(name, content)
-    is_falcon = base_config(settings.model.name, settings.model.revision).get("model_type") == "falcon"
+    is_falcon = config.get("model_type") == "falcon"
     files[CARD] = model_card(public, records, datasets_on_hub(settings), is_falcon, example_prompt(prompt)).encode()
     return files
 
@@ -108,10 +109,12 @@ def _is_local(name: str) -> bool:
 def public_settings(settings: Settings, base: str) -> Settings:
     """The settings as others can use them: the base by its id on the Hub, no path of this machine."""
     source = settings.data.source
+    template = settings.prompt.chat_template and "chat_template.jinja"  # of the adapter's tokenizer
     return settings.model_copy(
         update={
             "run_dir": f"runs/{Path(settings.run_dir).name}",
             "data": settings.data.model_copy(update={"source": Path(source).name if _is_local(source) else source}),
+            "prompt": settings.prompt.model_copy(update={"chat_template": template}),
             "model": settings.model.model_copy(update={"name": base, "adapter": None}),
             "training": settings.training.model_copy(update={"resume": "auto"}),
             "evaluation": settings.evaluation.model_copy(update={"generations": [], "extra_metrics": []}),

@@ -24,10 +24,10 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError, ProofError
 from kestrel.generation.respond import generation_config, greedy, respond
 from kestrel.hub import plain_loading_errors
-from kestrel.model.base import base_identity, device, load_config, skeleton_of
+from kestrel.model.base import base_identity, device, open_base, skeleton_of
 from kestrel.model.loss import causal_lm_of
+from kestrel.prompt.load import load_prompt
 from kestrel.prompt.prompt import Prompt
-from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.publishing.ollama import modelfile
 from kestrel.publishing.run_records import read_adapter_files
 from kestrel.publishing.usage import example_prompt, render
@@ -60,8 +60,8 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     clear_leftovers_of(folder)
     require_replaceable(folder)
     settings = with_compute_dtype(settings)
-    config = load_config(settings.model)
-    prompt = Prompt(load_tokenizer(settings.model), settings.prompt.format, settings.prompt.max_length)
+    prompt = load_prompt(settings)
+    settings, config = open_base(settings, prompt.tokenizer)
     base_id = base_identity(settings.model, config)
     adapter_folder, manifest = open_adapter(settings, prompt, base_id, f"python train.py {again}")
     if manifest["kind"] == "adapter" and adapter_folder.parent.name != "snapshots":  # the Hub's cache is made of links
@@ -193,14 +193,37 @@ def _merged(adapted: Any, adapter_folder: Path, settings: Settings) -> PreTraine
     base = adapted.unload()
     if settings.quantization.bits == 4:
         base = base.dequantize()
+        # transformers (5.23) would undo what it did to read files in 4 bit, and cannot.
+        done = getattr(base, "_weight_conversions", None) or []
+        of_4bit = [each for each in done if "Deserialize" in str(getattr(each, "operations", ""))]
+        base._weight_conversions = [each for each in done if each not in of_4bit] or None
+        _transpose_back(base, settings.model.trust_remote_code)
         base.to(getattr(torch, settings.quantization.compute_dtype))
     again = PeftModel.from_pretrained(base, str(adapter_folder), config=adapter_config(adapter_folder))
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if base.config.tie_word_embeddings and (hasattr(embedding, "lora_A") or hasattr(head, "lora_A")):
+        # The update is for one of two layers that share their weights, so each gets its own.
+        head = getattr(head, "base_layer", head)
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
     merged: PreTrainedModel = again.merge_and_unload(safe_merge=True)
     config = merged.config
     if config.model_type == "falcon" and config.multi_query and not config.new_decoder_architecture:
         # transformers (5.23) sets this to the number of query heads and never reads it; llama.cpp's converter does.
         config.num_kv_heads = 1
     return merged
+
+
+def _transpose_back(base: PreTrainedModel, trust_remote_code: bool) -> None:
+    """Makes GPT-2's transposed layers (Conv1D) again, which are plain linear layers after 4 bit."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in skeleton_of(base.config, trust_remote_code).named_modules():
+        if isinstance(module, Conv1D):
+            linear: Any = base.get_submodule(name)
+            module.weight = torch.nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+            module.bias = linear.bias
+            base.set_submodule(name, module)
 
 
 def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:

@@ -45,15 +45,15 @@ def example_prompt(prompt: Prompt) -> PromptExample:
     turns = (*EXAMPLE.turns, Turn("self", "ok"))
     segments = prompt.segments(Dialogue(EXAMPLE.dialogue_id, EXAMPLE.persona, turns))
     pieces = [segment.text for segment in segments[:-2]]
-    tokenized = [prompt.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces]
-    from_pieces = [token for ids in tokenized for token in ids]
     ids = prompt.open_context(EXAMPLE)
-    first_ids = ids[: len(ids) - len(from_pieces)]
-    if first_ids + from_pieces != ids:
-        raise KestrelError(
-            "the card's example would not be tokenized as in training; please report the tokenizer's name"
-        )
-    return PromptExample(prompt.format, pieces, first_ids, prompt.end_id)
+    # Tokenizers that put a blank before a text (SentencePiece's) need the whole in one piece.
+    for cut in (pieces, ["".join(pieces)]):
+        tokenized = [prompt.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in cut]
+        from_pieces = [token for piece_ids in tokenized for token in piece_ids]
+        first_ids = ids[: len(ids) - len(from_pieces)]
+        if first_ids + from_pieces == ids:
+            return PromptExample(prompt.format, cut, first_ids, prompt.end_id)
+    raise KestrelError("the card's example would not be tokenized as in training; please report the tokenizer's name")
 
 
 def render(template: str, **values: Any) -> str:

@@ -55,7 +55,7 @@ OTHER = {"base_model_name_or_path": "other/model"}
     [
         (OTHER, [], "if that is a copy of other/model, add --hub.base_model other/model"),
         (OTHER, NAMED, "--model.name other/model"),
-        ({"use_dora": True}, NAMED, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, NAMED, "modules_to_save"),
         ({"target_modules": ["no_such_layer"]}, NAMED, "does not load onto this base"),
         ({"target_modules": ["dense"]}, NAMED, "other layers than this base has"),
         ({"r": 8}, NAMED, "does not load onto this base"),

@@ -116,15 +116,17 @@ def test_unknown_characters_are_no_end() -> None:
     made = make.byte_level(chat_template=None)
     made.unk_token = made.bos_token = made.eos_token
     prompt = Prompt(made, "plain", 100)
-    assert prompt.end_id in prompt._control_ids
-    assert prompt_of("wordpiece", "plain").tokenizer.unk_token_id not in prompt_of("wordpiece", "plain")._control_ids
+    assert prompt.end_id in prompt.control_ids
+    assert prompt_of("wordpiece", "plain").tokenizer.unk_token_id not in prompt_of("wordpiece", "plain").control_ids
 
 
 def test_added_words_are_text_and_added_markup_is_not() -> None:
     made = make.byte_level()
-    made.add_tokens(["ü", "   ", "kestrel", "<think>"])
+    words = ["ü", "kestrel", "🙂", "c++", "<3"]
+    made.add_tokens([*words, "   ", "<think>"])
     prompt = Prompt(made, "plain", 100)
-    assert made.convert_tokens_to_ids("ü") in prompt.reply_ids("a kestrel ü")
+    for word in words:
+        assert made.convert_tokens_to_ids(word) in prompt.reply_ids(f"a {word} b")
     with pytest.raises(Unrenderable, match="control token"):
         prompt.reply_ids("i <think> so")
 

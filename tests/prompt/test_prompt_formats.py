@@ -102,7 +102,6 @@ def _speaks_no_control(dialogue: Dialogue) -> bool:
     ("template", "message"),
     [
         (make.REWRITING, "differently once the reply"),
-        (make.UNCLOSED, "no control token"),
         (None, "no chat template"),
         ("{{ nonsense(", "template fails"),
         ("{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}", "reorders messages|differently"),
@@ -112,7 +111,14 @@ def _speaks_no_control(dialogue: Dialogue) -> bool:
 def test_unusable_templates_are_refused(template: str | None, message: str) -> None:
     with pytest.raises(KestrelError, match=message) as caught:
         Prompt(make.byte_level(chat_template=template), "chat", 100)
-    assert "prompt.format: plain" in str(caught.value)
+    assert "prompt.format: plain" in str(caught.value) and "prompt.chat_template: FILE" in str(caught.value)
+
+
+def test_a_refused_template_shows_what_it_does() -> None:
+    with pytest.raises(KestrelError) as caught:
+        Prompt(make.byte_level(chat_template=make.REWRITING), "chat", 100)
+    said = str(caught.value)
+    assert "+<|im_start|>assistant of 5" in said and "[user 1]" in said and "\ue000" not in said
 
 
 def test_a_template_that_takes_back_a_thought_from_earlier_replies_is_refused() -> None:

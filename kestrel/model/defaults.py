@@ -1,0 +1,80 @@
+"""Settings that depend on the base: the layers to adapt by default, and the 4-bit form of a base that is saved in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kestrel.config.settings import Model, Settings
+from kestrel.errors import KestrelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_vocabulary(settings: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer with more tokens than its base has rows for. Asks only files that are on this machine.
+
+    Raises:
+        KestrelError: naming both sizes.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path: Any = Path(settings.name) / "config.json"
+    if not Path(settings.name).is_dir():  # on the Hub, from where the tokenizer was loaded just now
+        path = try_to_load_from_cache(settings.name, "config.json", revision=settings.revision)
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = int({**config, **config.get("text_config", {})}["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # what loads the base says what is wrong
+    needed = max(tokenizer.get_vocab().values(), default=0) + 1
+    if needed > known:
+        raise KestrelError(
+            f"the tokenizer of {settings.name} has {needed:,} tokens (the last is "
+            f"{tokenizer.convert_ids_to_tokens(needed - 1)!r}), and the model's embedding has {known:,} rows; use the "
+            "tokenizer that belongs to the model, or resize the embedding and save both"
+        )
+
+
+def settings_for(settings: Settings, config: Mapping[str, Any]) -> Settings:
+    """The settings with what they leave to the base.
+
+    Args:
+        config: the base's config.json.
+
+    Raises:
+        KestrelError: the base is saved in another quantization than the settings ask for, or in one that is not read.
+    """
+    lora, quantization = settings.lora, settings.quantization
+    if lora.target_modules == "auto":
+        # As the original project did for Falcon; elsewhere attention and MLP have many names.
+        targets = ["query_key_value"] if config.get("model_type") == "falcon" else "all-linear"
+        lora = lora.model_copy(update={"target_modules": targets})
+    if saved := saved_quantization(config):
+        found = {
+            "bits": 4,
+            "type": saved.get("bnb_4bit_quant_type", "fp4"),
+            "double_quant": bool(saved.get("bnb_4bit_use_double_quant", False)),
+        }
+        if not saved.get("load_in_4bit", saved.get("_load_in_4bit")):
+            method = saved.get("quant_method", "an unknown method")
+            raise KestrelError(
+                f"{settings.model.name} is already quantized ({method}); Kestrel reads bases in 16 or 32 bit and those "
+                "that bitsandbytes saved in 4 bit, so name the model that it was made from"
+            )
+        asked = {name: getattr(quantization, name) for name in quantization.model_fields_set & found.keys()}
+        if other := [name for name in asked if asked[name] != found[name]]:
+            raise KestrelError(
+                f"{settings.model.name} is saved in 4 bit with {other[0]} {found[other[0]]}, and the settings ask for "
+                f"quantization.{other[0]} {asked[other[0]]}; remove that setting, or name the model that it was made from"
+            )
+        quantization = quantization.model_copy(update=found)
+    return settings.model_copy(update={"lora": lora, "quantization": quantization})
+
+
+def saved_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a base's files are quantized; empty if they are not."""
+    return dict(config.get("quantization_config") or {})
