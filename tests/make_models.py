@@ -129,7 +129,7 @@ def make_model(
     torch.manual_seed(seed)
     config = make_config(architecture, hidden, layers)
     if tokenizer is not None:
-        config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
+        config.vocab_size, config.eos_token_id = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
         config.bos_token_id = tokenizer.bos_token_id
     config.initializer_range = 0.15
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

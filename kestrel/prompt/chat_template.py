@@ -9,6 +9,7 @@ such thoughts, the result must be the template's own rendering of the whole dial
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ _DATE = (
 # What templates call the switch: Qwen3, SmolLM3 and others; DeepSeek V3.1 and Granite.
 _NO_THINKING = {"enable_thinking": False, "thinking": False}
 _EMPTY_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*|$)")  # closed, or open at the end of a prompt
+_EXCHANGES = 4  # that are checked at once; longer dialogues are when they are rendered
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _WAYS_OUT = "use prompt.format: plain, or give a template of your own: prompt.chat_template: FILE"
 
@@ -78,7 +80,7 @@ class ChatTemplate:
         if _EMPTY_THOUGHT.search(self._before_reply):
             self.notes.append("thinking is off: each reply follows an empty thought, in training and in generation")
         self._checked: set[int] = set()
-        for exchanges in (1, 2, 3, 4):  # longer dialogues are checked when they are rendered
+        for exchanges in range(1, _EXCHANGES + 1):
             self._check(exchanges)
 
     def frames(self, speakers: tuple[str, ...]) -> list[str]:
@@ -123,6 +125,8 @@ class ChatTemplate:
         for number in range(2, 2 * exchanges, 2):
             ours += f"{reply}{_mark(number)}{end}{self._next}{_mark(number + 1)}"
         speakers = ("partner", "self") * exchanges
+        if (speakers, False) not in self._rendered:
+            self._run_all([(speakers, False), (speakers[:-1], True)])
         theirs = self._run(speakers, prompt=False).partition(_mark(2 * exchanges))[0]
         if _without_thoughts(ours + reply) != _without_thoughts(theirs):
             raise self._rewrites(theirs, ours + reply, "the whole dialogue", "message by message, each as the newest")
@@ -140,18 +144,41 @@ class ChatTemplate:
 
     def _takes_system_message(self) -> bool:
         """Whether a system message is written, and before the first user message."""
-        self._takes_system = True
-        try:
-            self._around(("partner", "self", "partner", "self"))
-        except KestrelError:
-            self._rendered.clear()
-            return False
-        return True
+        longest = ("partner", "self") * _EXCHANGES
+        wanted = [
+            (longest[:count], prompt) for count in range(1, len(longest) + 1) for prompt in (False, count % 2 == 1)
+        ]
+        for takes_system in (True, False):
+            self._takes_system = takes_system
+            try:
+                self._run_all(wanted)
+                self._around(longest)
+            except KestrelError:
+                if not takes_system:
+                    raise
+            else:
+                break
+        return self._takes_system
 
     def _run(self, speakers: tuple[str, ...], prompt: bool) -> str:
         """The template's rendering of a dialogue with a mark for each text; `prompt`: with the beginning of a reply."""
-        if (speakers, prompt) in self._rendered:
-            return self._rendered[speakers, prompt]
+        if (speakers, prompt) not in self._rendered:
+            self._run_all([(speakers, prompt)])
+        return self._rendered[speakers, prompt]
+
+    def _run_all(self, wanted: list[tuple[tuple[str, ...], bool]]) -> None:
+        """Runs the template for each of `wanted`, speakers and prompt, all in one process."""
+
+        def render() -> str:
+            return json.dumps([self._apply(*each) for each in wanted])
+
+        try:
+            texts = json.loads(limited(render, "the chat template"))
+        except KestrelError as error:
+            raise KestrelError(f"{error}; fix it, or {_WAYS_OUT}") from None
+        self._rendered.update(zip(wanted, texts, strict=True))
+
+    def _apply(self, speakers: tuple[str, ...], prompt: bool) -> str:
         messages = [
             {"role": "user" if speaker == "partner" else "assistant", "content": _mark(number)}
             for number, speaker in enumerate(speakers, start=1)
@@ -160,19 +187,11 @@ class ChatTemplate:
             messages.insert(0, {"role": "system", "content": _mark(0)})
         else:
             messages[0]["content"] = f"{_mark(0)}\n\n{_mark(1)}"
-
-        def render() -> str:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **_NO_THINKING
-                )
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, chat_template=self._source, tokenize=False, add_generation_prompt=prompt, **_NO_THINKING
             )
-
-        try:
-            rendered = self._rendered[speakers, prompt] = limited(render, "the chat template")
-        except KestrelError as error:
-            raise KestrelError(f"{error}; fix it, or {_WAYS_OUT}") from None
-        return rendered
+        )
 
     def _rewrites(self, before: str, after: str, name_before: str, name_after: str) -> KestrelError:
         """The error for two renderings that should agree, with their difference."""
