@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from kestrel.config.conflicts import conflicts
 from kestrel.config.keys import Key, all_keys, as_yaml
-from kestrel.config.settings import Settings, conflicts
+from kestrel.config.settings import Settings
 from kestrel.config.yaml_file import Loaded, load_with_lines
 from kestrel.errors import UsageError
 

@@ -23,8 +23,9 @@ from kestrel.adapter.load import load_model
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import change_setting
 from kestrel.chat.streaming import ChatModel
+from kestrel.config.conflicts import conflicts
 from kestrel.config.resolve import resolve
-from kestrel.config.settings import Generation, Settings, conflicts
+from kestrel.config.settings import Generation, Settings
 from kestrel.data.dataset import dialogue_of, load_split
 from kestrel.data.persona_file import Persona
 from kestrel.dialogue import Turn

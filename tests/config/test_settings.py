@@ -16,9 +16,10 @@ from typing import get_args
 import pytest
 import yaml
 
+from kestrel.config.conflicts import conflicts
 from kestrel.config.keys import all_keys, as_yaml
 from kestrel.config.resolve import resolve
-from kestrel.config.settings import Settings, Tracker, conflicts, json_schema
+from kestrel.config.settings import Settings, Tracker, json_schema
 from kestrel.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
