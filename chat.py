@@ -66,7 +66,7 @@ def chat(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.prompt.load import load_prompt
 
     prompt = load_prompt(settings)
-    settings, config = open_base(settings, prompt.tokenizer)
+    settings, config = open_base(settings, prompt)
     # Old turns are left out of a long conversation, so that prompt and answer always fit the model's context.
     context = getattr(config, "max_position_embeddings", None) or sys.maxsize
     prompt.max_length = min(settings.prompt.max_length, context - settings.generation.max_new_tokens)

@@ -52,7 +52,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     rendezvous.join_processes(settings)
     settings = with_compute_dtype(settings)
     prompt = load_prompt(settings)
-    settings, config = open_base(settings, prompt.tokenizer)
+    settings, config = open_base(settings, prompt)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, preprocess)
     rows = load_split(dataset_folder, chosen.split, preprocess)
     if chosen.max_dialogues is not None:

@@ -45,7 +45,7 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
 
     data = settings.data
     prompt = load_prompt(settings)
-    check_vocabulary(settings.model, prompt.tokenizer)
+    check_vocabulary(settings.model, prompt)
     for note in prompt.notes:
         print(f"note: {note}")
     # The libraries' half a million objects stay: searching them for garbage again and again would double the time.

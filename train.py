@@ -52,10 +52,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     if not options.dry_run:
         check_machine(settings.training.report_to, settings.training.optimizer)
     prompt = load_prompt(settings)
-    asked = settings.lora.target_modules
-    settings, config = open_base(settings, prompt.tokenizer)
-    if asked == "auto":
-        print(f"lora.target_modules: {settings.lora.target_modules}, which auto chooses for {config.model_type}")
+    settings, config = open_base(settings, prompt)
     folder, manifest = open_dataset(settings, prompt, preprocess)
     rows, validation_rows = (load_split(folder, split, preprocess) for split in ("train", "validation"))
     lengths, chosen = lengths_of(rows), settings.training
@@ -86,7 +83,6 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     passes.print_plan(settings, plan)
     longest = int(max(lengths.max(), lengths_of(validation_rows).max()))
     model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt, initial)
-    prompt.ends_also_at(model.generation_config.eos_token_id)
     first_loss = initial.expected_loss(identities[0]) if initial else None
     trainer, stop = build_trainer(
         settings, steps, fingerprint, plan, model, prompt, rows, validation_rows, resume is not None, first_loss

@@ -28,7 +28,9 @@ from kestrel.model.quantization import (
 from kestrel.runtime.manifest import sha256_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from kestrel.prompt.prompt import Prompt
 
 _MOST_LAYERS = 1000
 ADAPTER_CONFIG = "adapter_config.json"
@@ -92,14 +94,14 @@ def refuse_overflow(config: PretrainedConfig, compute_dtype: str) -> None:
         )
 
 
-def open_base(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Settings, PretrainedConfig]:
+def open_base(settings: Settings, prompt: Prompt) -> tuple[Settings, PretrainedConfig]:
     """The settings with what they leave to the base, and its architecture. Checks what can be checked without weights.
 
     Raises:
         KestrelError: an adapter's files beside the base's, a tokenizer with more tokens than the base knows, or another
             quantization than the settings ask for.
     """
-    check_vocabulary(settings.model, tokenizer)
+    check_vocabulary(settings.model, prompt)
     _refuse_adapter_files(settings.model)
     config = load_config(settings.model)
     resolved = settings_for(settings, config.to_dict())

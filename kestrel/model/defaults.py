@@ -11,11 +11,13 @@ from kestrel.config.settings import Model, Settings
 from kestrel.errors import KestrelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from kestrel.prompt.prompt import Prompt
 
 
-def check_vocabulary(settings: Model, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(settings: Model, prompt: Prompt) -> None:
     """Refuses a tokenizer with more tokens than its base has rows for. Asks only files that are on this machine.
+
+    A special token that no prompt holds, such as a [PAD] that somebody added, does no harm.
 
     Raises:
         KestrelError: naming both sizes.
@@ -30,12 +32,13 @@ def check_vocabulary(settings: Model, tokenizer: PreTrainedTokenizerBase) -> Non
         known = int({**config, **config.get("text_config", {})}["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # what loads the base says what is wrong
-    needed = max(tokenizer.get_vocab().values(), default=0) + 1
-    if needed > known:
+    vocabulary = prompt.tokenizer.get_vocab()
+    unused = prompt.control_ids - {prompt.end_id, *prompt.identity()["canary_ids"]}
+    if beyond := [token for token, index in vocabulary.items() if index >= known and index not in unused]:
         raise KestrelError(
-            f"the tokenizer of {settings.name} has {needed:,} tokens (the last is "
-            f"{tokenizer.convert_ids_to_tokens(needed - 1)!r}), and the model's embedding has {known:,} rows; use the "
-            "tokenizer that belongs to the model, or resize the embedding and save both"
+            f"the tokenizer of {settings.name} has {max(vocabulary.values()) + 1:,} tokens, such as {beyond[0]!r}, and the "
+            f"model's embedding has {known:,} rows; use the tokenizer that belongs to the model, or resize the embedding "
+            "and save both"
         )
 
 

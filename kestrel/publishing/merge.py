@@ -61,7 +61,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     require_replaceable(folder)
     settings = with_compute_dtype(settings)
     prompt = load_prompt(settings)
-    settings, config = open_base(settings, prompt.tokenizer)
+    settings, config = open_base(settings, prompt)
     base_id = base_identity(settings.model, config)
     adapter_folder, manifest = open_adapter(settings, prompt, base_id, f"python train.py {again}")
     if manifest["kind"] == "adapter" and adapter_folder.parent.name != "snapshots":  # the Hub's cache is made of links

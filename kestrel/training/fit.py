@@ -66,10 +66,13 @@ def load_trainable(
     else:
         model = load_adapter(base, initial.folder, settings.lora.dropout)
     begun = f", begun from {initial.name}" if initial else ""
-    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters{begun}")
+    targets = settings.lora.target_modules
+    layers = targets if isinstance(targets, str) else ", ".join(targets)
+    print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters on {layers}{begun}")
     if sharded:
         print(shard(model))
     attach_token_nll(model, recompute)
+    prompt.ends_also_at(model.generation_config.eos_token_id)
     if initial is not None:
         print(prove_loaded(model, initial.manifest, prompt.identity(), settings.quantization.compute_dtype))
     batch = {name: tensor.to(device()) for name, tensor in collate([validation[0]], pad_id=prompt.end_id).items()}
