@@ -18,6 +18,7 @@ import generate
 import preprocess
 import train
 from kestrel.config.resolve import resolve
+from kestrel.runtime.atomic import read_json
 
 TEXTS = [turn["text"] for turn in words(["i have a dog .", "my favorite food is soup .", "i live in rome ."])] * 3
 
@@ -108,14 +109,17 @@ def test_an_instruct_model_with_its_chat_template(template, source, tmp_path, ca
     assert prompt["end_token"] == tokenizer.eos_token
 
 
-def test_default_targets_are_falcons_and_others_are_named(source, tmp_path, capsys):
+def test_layers_are_chosen_for_the_model_or_named_as_its_own(source, tmp_path, capsys):
     base = write_base(tmp_path / "base", "llama", sentencepiece_like(TEXTS))
-    arguments = ["--config", str(write_config(tmp_path / "config.yaml", base, source, tmp_path / "run"))]
-    assert preprocess.main([*arguments, "--prompt.max_length", "400"]) == 0
-    assert train.main([*arguments, "--prompt.max_length", "400"]) == 1
+    config = write_config(tmp_path / "config.yaml", base, source, tmp_path / "run")
+    arguments = ["--config", str(config), "--prompt.max_length", "400"]
+    assert preprocess.main(arguments) == 0
+    assert train.main([*arguments, "--lora.target_modules", "query_key_value"]) == 1
     said = capsys.readouterr().err
     assert "lora.target_modules ['query_key_value'] does not fit this model" in said
     assert f"its linear layers are {', '.join(sorted(_GATED))}" in said
+    assert train.main(arguments) == 0 and "trainable parameters on all-linear" in capsys.readouterr().out
+    assert read_json(tmp_path / "run/adapter/manifest.json", "")["settings"]["lora"]["target_modules"] == "all-linear"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
