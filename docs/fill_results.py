@@ -25,7 +25,7 @@ from kestrel.evaluation.metric_table import BY_NAME
 
 RESAMPLES = 1000
 SYSTEMS = (
-    "constant_reply", "base-plain", "base-chat", "original", "trl-defaults", "trl-turns", "trl-dialogues", "kestrel-plain",
+    "constant_reply", "constant_words", "base-plain", "base-chat", "original", "trl-defaults", "trl-turns", "trl-dialogues", "kestrel-plain",
     "kestrel-chat", "kestrel-plain-16bit", "kestrel-chat-16bit",
 )  # fmt: skip
 HEAD = ("base-chat", "original", "trl-turns", "trl-dialogues", "kestrel-chat")
@@ -39,7 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 TESTED = ("perplexity.bits_per_byte", "bleu", "rouge_l", "f1", "hits_at_1")
 PICTURE = "![Bits per byte, F1 and hits@1 of the systems, with intervals]({}/results.png)"
-TRIVIAL = {"constant_reply": "one reply to everything"}
+TRIVIAL = {"constant_reply": "one reply to everything", "constant_words": "one bag of words to everything"}
 
 
 @cache
@@ -97,22 +97,27 @@ def systems_table(arms: tuple[str, ...], interval: bool) -> str:
 
 
 def tests() -> str:
-    """Each arm against the original recipe, on the same dialogues."""
+    """Each arm against others, on the same dialogues."""
+    return "\n\n".join(tests_against(arm) for arm in ("original", "trl-dialogues", "base-chat") if lines_of(arm))
+
+
+def tests_against(against: str) -> str:
     rows = []
     for arm in measured(SYSTEMS):
-        if arm == "original" or not lines_of("original"):
+        if arm == against:
             continue
         cells = []
         for metric in TESTED:
             if metric not in bootstrap().point[arm]:
                 cells.append("–")
                 continue
-            found = bootstrap().paired(arm, "original", metric)
+            found = bootstrap().paired(arm, against, metric)
             factor = 100 if metric == "hits_at_1" else 1
             show = "+.3f" if metric == "perplexity.bits_per_byte" else "+.1f"
             cells.append(f"{found['difference'] * factor:{show}} (p = {found['p_value']:.3f})")
         rows.append([TRIVIAL.get(arm) or ARMS[arm].what, *cells])
-    return table(["against the original recipe", *(BY_NAME[metric].label for metric in TESTED)], rows, numeric=True)
+    head = [f"Against {ARMS[against].what}", *(BY_NAME[metric].label for metric in TESTED)]
+    return table(head, rows, numeric=True)
 
 
 def made_on() -> str:
