@@ -1,15 +1,16 @@
 """Scores generations: BLEU, ROUGE-L, F1, perplexity and more, with intervals, beside systems that need no model.
 
     python evaluate.py --config configs/quickstart.yaml
-    python evaluate.py --config configs/quickstart.yaml --evaluation.generations mine.jsonl theirs.jsonl
+    python evaluate.py --evaluation.generations mine.jsonl theirs.jsonl
     python evaluate.py --config configs/quickstart.yaml --evaluation.compare runs/a runs/b
 
 Reads generations/SPLIT.SYSTEM.jsonl of the run, or the files named: one JSON object per line with `reference` and
 `response`, and optionally dialogue_id, turn, persona, history, stopped_by, response_tokens, reference_nll,
-reference_tokens, candidate_nll. SYSTEM-seedN and SYSTEM-orderK are further seeds of SYSTEM and further orders of the
-persona; the spread of their scores is shown. Needs no model and no GPU. Writes evaluation/ in the run folder:
-metrics.json, report.html, report.md, plots, and every system's responses as text for other tools. A comparison of runs is
-written to comparison/ instead.
+reference_tokens, candidate_nll; docs/metrics.md lists the other forms. SYSTEM-seedN and SYSTEM-orderK are further seeds
+of SYSTEM and further orders of the persona; the spread of their scores is shown. Needs no model and no GPU. Writes
+metrics.json, report.html, report.md, plots, and every system's responses as text for other tools: to evaluation/ in the
+run folder, to comparison/ where runs are compared, or, of files that are named, to a folder beside it with their names.
+Without --config, that lies beside the first file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,8 +35,9 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
     from kestrel.evaluation.generations import read_generations
     from kestrel.evaluation.judgements import in_words, judged, read_judgements, read_key
+    from kestrel.evaluation.provenance import difference_notes
     from kestrel.evaluation.report import write_report
-    from kestrel.evaluation.run_files import files_to_score, runs_of
+    from kestrel.evaluation.run_files import files_to_score, output_folder, runs_of
     from kestrel.evaluation.scoring import evaluate_files, write_responses
     from kestrel.evaluation.sheet import write_sheet
     from kestrel.evaluation.tables import summary
@@ -48,11 +51,11 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         from kestrel.evaluation.consistency import NliModel
 
         nli = NliModel(options.nli)
-    run_dir = Path(settings.run_dir)
     extra_metrics = load_metrics(options.extra_metrics)
     definitions = conventions(options.conventions, settings.hub.language[0] if settings.hub.language else "en")
     paths = files_to_score(settings, arguments.again)
-    files, notes = align([read_generations(path) for path in paths])
+    run_dir = Path(settings.run_dir) if arguments.config else paths[0].parent
+    files, notes = align([read_generations(path, options.fields) for path in paths])
 
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
@@ -61,11 +64,11 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         notes.append(f"The constant systems are searched in the run's {source} split.")
     elif len(dialogue_ids) > 1:
         notes.append(f"The constant systems are searched by halves of the scored dialogues, because {source}.")
-    evaluation = evaluate_files(files, notes, options, settings.seed, search, nli)
+    evaluation = evaluate_files(files, [*notes, *difference_notes(files)], options, settings.seed, search, nli)
     add_conventions(evaluation, definitions)
     if extra_metrics:
-        for system, texts in evaluation.texts().items():
-            evaluation.metrics["systems"][system]["extra"] = extra_scores(extra_metrics, texts)
+        for name, system in evaluation.systems.items():
+            evaluation.metrics["systems"][name]["extra"] = extra_scores(extra_metrics, evaluation.texts(system))
 
     if options.judgements:
         key = read_key(run_dir / "sheet")
@@ -75,19 +78,21 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     if options.sheet:
         print(write_sheet(run_dir / "sheet", evaluation, options.sheet, settings.seed))
 
-    folder = run_dir / ("comparison" if options.compare else "evaluation")
+    folder = output_folder(settings, run_dir, paths)
     needed = evaluation_bytes([file.path for file in files])
-    with room_for("scores and report", needed, run_dir), folder_atomically(folder) as unfinished:
+    with room_for("scores and report", needed, folder.parent), folder_atomically(folder) as unfinished:
         write_json(unfinished / "metrics.json", evaluation.metrics)
         write_responses(unfinished / "responses", evaluation)
-        log = None if options.compare else run_dir / "logs" / "training.jsonl"
+        log = None if options.compare or options.generations else run_dir / "logs" / "training.jsonl"
         write_report(unfinished, evaluation, log, options.samples, settings.seed)
-    print(summary(evaluation.metrics))
+    print(summary(evaluation.metrics, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     print(f"\n{folder}/report.html shows everything; {folder}/metrics.json has the numbers")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("evaluate.py", __doc__, steps, argv)
+    # Files of any tool can be scored without an experiment: nothing but these names is then taken from one.
+    without_config = {"run_dir": ".", "data": {"source": "none"}, "model": {"name": "none"}}
+    return run_script("evaluate.py", __doc__, steps, argv, presets={"evaluation.generations": without_config})
 
 
 if __name__ == "__main__":

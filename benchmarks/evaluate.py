@@ -78,14 +78,15 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
     files = [work / f"system-{number}.jsonl" for number in range(systems)]
     for number, path in enumerate(files):
         write_generations(path, rows, seed=number)
-    given = ["--run_dir", str(work / "run"), "--evaluation.resamples", str(resamples), "--evaluation.generations"]
-    command = [sys.executable, "evaluate.py", "--config", "configs/falcon-7b.yaml", *given, *map(str, files)]
+    output = work / "evaluation"
+    given = ["--evaluation.output", str(output), "--evaluation.resamples", str(resamples), "--evaluation.generations"]
+    command = [sys.executable, "evaluate.py", *given, *map(str, files)]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise KestrelError(f"evaluate.py failed:\n{done.stderr[-3000:]}")
-    scored = json.loads((work / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    scored = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     return {
         "replies": scored["n_replies"],
         "dialogues": scored["n_dialogues"],
@@ -93,7 +94,7 @@ def run(work: Path, text: str, replies: int, systems: int, resamples: int) -> di
         "resamples": resamples,
         "seconds": seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "report_bytes": (work / "run" / "evaluation" / "report.html").stat().st_size,
+        "report_bytes": (output / "report.html").stat().st_size,
     }
 
 

@@ -47,12 +47,12 @@ def scores_of(run: Path, system: str) -> dict[str, Any]:
 
 def sums_of(replies: Any) -> dict[str, list[list[float]]]:
     """By metric, a row per dialogue (in the order of their ids): sums over its replies."""
-    from kestrel.evaluation.metrics import answers_of
-    from kestrel.evaluation.scoring import statistics_of
+    from kestrel.evaluation.metrics import Choices
+    from kestrel.evaluation.systems import System, statistics_of
 
     names, members = np.unique([reply.dialogue_id for reply in replies], return_inverse=True)
     sums = {}
-    statistics = statistics_of(answers_of(replies, "raw", stemmer=False))
+    statistics = statistics_of(System("system", "", replies), Choices())
     for metric, array in ((name, statistics[name]) for name in KEPT if name in statistics):
         of_dialogues = np.zeros((len(names), array.shape[1]))
         np.add.at(of_dialogues, members, array)
@@ -63,7 +63,7 @@ def sums_of(replies: Any) -> dict[str, list[list[float]]]:
 def trivial(work: Path) -> list[dict[str, Any]]:
     """Lines of the systems that need no model, for the contexts of any answers in the folder of runs."""
     from kestrel.evaluation.generations import read_generations
-    from kestrel.evaluation.trivial_systems import trivial_replies
+    from kestrel.evaluation.trivial_systems import trivial_systems
 
     answers = sorted(work.glob("*/generations/test.*.jsonl"))
     if not answers:
@@ -71,5 +71,5 @@ def trivial(work: Path) -> list[dict[str, Any]]:
     contexts = read_generations(answers[0]).replies
     rows = [json.loads(line) for line in (work / "dialogues" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     search = [turn["text"] for row in rows for turn in row["turns"] if turn["speaker"] == "self"]
-    made, *_ = trivial_replies(contexts, 0, search)
+    made, _ = trivial_systems(contexts, 0, search)
     return [{"arm": name, "seed": 0, "sums": sums_of(system.replies)} for name, system in made.items()]

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.experiments import read_record
 from benchmarks.results import ARMS, RECORD
-from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.metric_table import BY_NAME
+from kestrel.evaluation.resampling import Array, Dialogues, holm, pseudo_values
 
 RESAMPLES = 1000
 SYSTEMS = (
@@ -57,27 +57,40 @@ def measured(arms: tuple[str, ...]) -> list[str]:
 
 
 @cache
-def bootstrap() -> Bootstrap:
-    """Of every arm, its seeds pooled, and of each seed, on the same draws of dialogues."""
-    systems: dict[str, dict[str, Any]] = {}
+def sums() -> dict[str, dict[str, Array]]:
+    """By arm, its seeds pooled, and by ARM/SEED: sums over the dialogues by metric, shape (D, K)."""
+    systems: dict[str, dict[str, Array]] = {}
     for arm in {line["arm"] for line in record() if "sums" in line}:
-        seeds = [{name: np.array(rows) for name, rows in line["sums"].items()} for line in lines_of(arm)]
-        systems[arm] = {name: sum(seed[name] for seed in seeds) for name in seeds[0]}
+        seeds = [{name: np.array(rows, float) for name, rows in line["sums"].items()} for line in lines_of(arm)]
+        systems[arm] = {name: np.sum([seed[name] for seed in seeds], axis=0) for name in seeds[0]}
         systems |= {f"{arm}/{number}": seed for number, seed in enumerate(seeds)}
-    dialogues = next(len(rows) for line in record() if "sums" in line for rows in line["sums"].values())
-    return Bootstrap(systems, [f"{number:06}" for number in range(dialogues)], RESAMPLES, seed=0)
+    return systems
+
+
+def dialogues() -> Dialogues:
+    count = next(len(rows) for system in sums().values() for rows in system.values())
+    return Dialogues([f"{number:06}" for number in range(count)], RESAMPLES, seed=0)
+
+
+def point(arm: str, metric: str) -> float:
+    return float(BY_NAME[metric].score(sums()[arm][metric].sum(axis=0)[None])[0])
+
+
+def interval_of(arm: str, metric: str) -> list[float] | None:
+    """95%, over dialogues."""
+    values = pseudo_values(sums()[arm][metric], BY_NAME[metric].score)
+    return BY_NAME[metric].clipped(dialogues().intervals({arm: values}, {arm: point(arm, metric)})[arm])
 
 
 def cell(arm: str, metric: str, show: str, factor: int, interval: bool = True) -> str:
     """A score, the 95% interval over dialogues, and the spread over seeds."""
-    found = bootstrap()
-    if metric not in found.point[arm]:
+    if metric not in sums()[arm]:
         return "–"
-    text = format(found.point[arm][metric] * factor, show)
-    between = found.interval(found.draws[arm][metric]) if interval else None
+    text = format(point(arm, metric) * factor, show)
+    between = interval_of(arm, metric) if interval else None
     if between is not None:
         text += " [" + ", ".join(format(end * factor, show) for end in between) + "]"
-    seeds = [found.point[f"{arm}/{number}"][metric] * factor for number in range(len(lines_of(arm)))]
+    seeds = [point(f"{arm}/{number}", metric) * factor for number in range(len(lines_of(arm)))]
     return f"{text} ± {stdev(seeds):{show}}" if len(seeds) > 1 else text
 
 
@@ -97,25 +110,30 @@ def systems_table(arms: tuple[str, ...], interval: bool) -> str:
 
 
 def tests() -> str:
-    """Each arm against others, on the same dialogues."""
+    """Each arm against others, on the same dialogues; p-values adjusted by Holm within each table."""
     return "\n\n".join(tests_against(arm) for arm in ("original", "trl-dialogues", "base-chat") if lines_of(arm))
 
 
 def tests_against(against: str) -> str:
-    rows = []
-    for arm in measured(SYSTEMS):
-        if arm == against:
-            continue
-        cells = []
-        for metric in TESTED:
-            if metric not in bootstrap().point[arm]:
-                cells.append("–")
-                continue
-            found = bootstrap().paired(arm, against, metric)
-            factor = 100 if metric == "hits_at_1" else 1
-            show = "+.3f" if metric == "perplexity.bits_per_byte" else "+.1f"
-            cells.append(f"{found['difference'] * factor:{show}} (p = {found['p_value']:.3f})")
-        rows.append([TRIVIAL.get(arm) or ARMS[arm].what, *cells])
+    arms = [arm for arm in measured(SYSTEMS) if arm != against]
+    pairs = {
+        (arm, metric): (sums()[arm][metric], sums()[against][metric], BY_NAME[metric].score)
+        for arm in arms
+        for metric in TESTED
+        if metric in sums()[arm]
+    }
+    p_values = dialogues().p_values(pairs) if pairs else {}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+
+    def shown(arm: str, metric: str) -> str:
+        if (arm, metric) not in pairs:
+            return "–"
+        difference = (point(arm, metric) - point(against, metric)) * (100 if metric == "hits_at_1" else 1)
+        p_value = adjusted[arm, metric]
+        show = "+.3f" if metric == "perplexity.bits_per_byte" else "+.1f"
+        return f"{difference:{show}}" + ("" if p_value is None else f" (p = {p_value:.3f})")
+
+    rows = [[TRIVIAL.get(arm) or ARMS[arm].what, *(shown(arm, metric) for metric in TESTED)] for arm in arms]
     head = [f"Against {ARMS[against].what}", *(BY_NAME[metric].label for metric in TESTED)]
     return table(head, rows, numeric=True)
 
@@ -179,10 +197,10 @@ def draw() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(10, 0.55 * len(arms) + 1), sharey=True)
     for axis, metric, factor in zip(axes, ("perplexity.bits_per_byte", "f1", "hits_at_1"), (1, 1, 100), strict=True):
         for place, arm in enumerate(arms):
-            if metric not in bootstrap().point[arm]:
+            if metric not in sums()[arm]:
                 continue
-            value = bootstrap().point[arm][metric] * factor
-            ends = np.array(bootstrap().interval(bootstrap().draws[arm][metric])) * factor
+            value = point(arm, metric) * factor
+            ends = np.array(interval_of(arm, metric) or [value / factor] * 2) * factor
             color = "#1b7f5c" if arm.startswith("kestrel") else "#8793a0"
             axis.barh(place, value, xerr=[[value - ends[0]], [ends[1] - value]], color=color, height=0.62)
         better = "lower" if BY_NAME[metric].better == "lower" else "higher"

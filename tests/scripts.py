@@ -131,5 +131,5 @@ def write_rows(path: Path, rows) -> Path:
     return path
 
 
-def read_metrics(config: Path) -> dict:
-    return json.loads((config.parent / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+def read_metrics(config: Path, folder: str = "evaluation") -> dict:
+    return json.loads((config.parent / "run" / folder / "metrics.json").read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ pydantic checks the values; this module adds the line of each value, the nearest
 
 from __future__ import annotations
 
+import copy
 import difflib
 import operator
 import os
@@ -119,6 +120,7 @@ def resolve(
     unknown: Sequence[str] = (),
     flags: Sequence[str] = (),
     unused: Mapping[str, str] = MappingProxyType({}),
+    preset: dict[str, Any] | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """Validated settings from a YAML file and command-line options, and the origin of each value that is no default.
 
@@ -128,12 +130,13 @@ def resolve(
         unknown: arguments that are no known option.
         flags: names of the options that are not keys.
         unused: keys that the script would ignore, and why that is refused.
+        preset: what stands for the file where there is none.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
     """
     keys = all_keys()
-    loaded = _load(config, keys)
+    loaded = Loaded(copy.deepcopy(preset)) if config is None and preset else _load(config, keys)
     problems = _unknown_arguments(unknown, [*keys, *flags]) + loaded.problems
     tree = loaded.value or {}
     origin = {dotted: f"{config}:{line}" for dotted, line in loaded.lines.items()}

@@ -234,12 +234,21 @@ class Evaluation(Section):
     """Scoring of generations. Needs no model."""
 
     generations: list[Place] = _key([], "Files to score, of any tool; []: all in run_dir for generation.split.")
+    fields: list[Annotated[str, Field(pattern=r"^(response|reference|dialogue_id|turn|persona|history)=.")]] = _key(
+        [], "Keys of the files under other names than ours, such as response=text; usual names are recognized."
+    )
     compare: list[Place] = _key([], "Run folders to compare in generation.split; the report is RUN_DIR/comparison.")
     normalization: Literal["raw", "lower", "parlai"] = _key(
         "raw", "Normalization of both references and responses before BLEU and ROUGE-L."
     )
-    stemmer: bool = _key(False, "Use the Porter stemmer in ROUGE-L.")
+    stemmer: bool = _key(False, "Use the Porter stemmer in ROUGE-L of English.")
+    tokenize: Literal["auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores200"] = _key(
+        "auto", "Tokenizer of BLEU, by sacreBLEU's name; auto: the one that fits the script of the references."
+    )
     resamples: Annotated[int, Field(ge=100, le=10**6)] = _key(1000, "Bootstrap resamples of the dialogues.")
+    output: Place | None = _key(
+        None, "Folder to write; null: evaluation in run_dir, or evaluation-NAMES beside it for files that are named."
+    )
     nli: Place | None = _key(
         None,
         "Model of natural language inference, by Hub id or local folder, that finds contradictions of the persona.",

@@ -38,7 +38,7 @@ def align(files: Sequence[Generations]) -> tuple[list[Generations], list[str]]:
         raise KestrelError(f"{files[0].path} and the other files share no (dialogue_id, turn); nothing can be compared")
     for file, table in zip(files, tables, strict=True):
         for one, two in ((tables[0][key], table[key]) for key in shared):
-            if one.reference != two.reference:
+            if one.references != two.references:
                 raise KestrelError(
                     f"references differ: {files[0].path}:{one.line} has {one.reference!r}, {file.path}:{two.line} has "
                     f"{two.reference!r}; scores against different references cannot be compared"

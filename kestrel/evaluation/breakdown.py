@@ -8,53 +8,58 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kestrel.evaluation.bootstrap import Bootstrap
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metric_table import DETAILED
-from kestrel.evaluation.metrics import Array, tokens_13a
+from kestrel.evaluation.resampling import FEWEST, Array, Dialogues, pseudo_values
+from kestrel.evaluation.units import Units
 
 _LENGTH_BINS = ((1, 5), (6, 8), (9, 11), (12, 14), (15, 19), (20, None))
 _LAST_REPLY = 8  # replies of this number and later share a bin
 
 
 def breakdowns(
-    contexts: Sequence[Reply], shown: Mapping[str, Array], bootstrap: Bootstrap
+    contexts: Sequence[Reply], shown: Mapping[str, Array], dialogues: Dialogues, units: Units
 ) -> dict[str, list[dict[str, Any]]]:
     """Scores by the number of the reply in its dialogue, and by the number of words in the reference.
 
     Args:
         contexts: N replies.
-        shown: statistics of the metric `DETAILED`, shape (N, 2), by system.
+        shown: the metric `DETAILED` of each reply, 0 to 1, by system.
 
     Returns:
         by_reply and by_length: for each bin its name, its number of replies, and each system's score with its interval.
     """
     numbers = np.array([min(reply.turn // 2 + 1, _LAST_REPLY) for reply in contexts])
-    lengths = np.array([len(tokens_13a(reply.reference)) for reply in contexts])
+    lengths = np.array([len(units.tokens(reply.reference)) for reply in contexts])
     replies = {f"{n}" if n < _LAST_REPLY else f"{n}+": numbers == n for n in sorted(set(numbers.tolist()))}
     words = {
         f"{low}–{high}" if high else f"{low}+": (lengths >= low) & (lengths <= (high or lengths.max()))
         for low, high in _LENGTH_BINS
     }
     return {
-        "by_reply": _binned(replies, shown, bootstrap) if len(replies) > 1 else [],
-        "by_length": _binned({label: mask for label, mask in words.items() if mask.any()}, shown, bootstrap),
+        "by_reply": _binned(replies, shown, dialogues) if len(replies) > 1 else [],
+        "by_length": _binned({label: mask for label, mask in words.items() if mask.any()}, shown, dialogues),
     }
 
 
 def _binned(
-    bins: Mapping[str, NDArray[np.bool_]], shown: Mapping[str, Array], bootstrap: Bootstrap
+    bins: Mapping[str, NDArray[np.bool_]], shown: Mapping[str, Array], dialogues: Dialogues
 ) -> list[dict[str, Any]]:
-    table = []
+    pseudo, points = {}, {}
     for label, mask in bins.items():
-        sums = bootstrap.sums({name: statistics * mask[:, None] for name, statistics in shown.items()})
-        systems = {
-            name: {
-                "score": float(100 * statistics[mask, 0].mean()),
-                # A resample may miss a small bin: then there is no interval.
-                "ci95": bootstrap.interval(DETAILED.score(sums[name])),
-            }
-            for name, statistics in shown.items()
+        for name, scores in shown.items():
+            sums = dialogues.sums(np.stack([scores * mask, mask], axis=1))
+            points[label, name] = float(100 * scores[mask].mean())
+            few = np.count_nonzero(sums[:, 1]) < FEWEST  # dialogues that have such a reply
+            pseudo[label, name] = np.full(len(sums), np.nan) if few else pseudo_values(sums, DETAILED.score)
+    intervals = dialogues.intervals(pseudo, points)
+    return [
+        {
+            "bin": label,
+            "replies": int(mask.sum()),
+            "systems": {
+                name: {"score": points[label, name], "ci95": DETAILED.clipped(intervals[label, name])} for name in shown
+            },
         }
-        table.append({"bin": label, "replies": int(mask.sum()), "systems": systems})
-    return table
+        for label, mask in bins.items()
+    ]

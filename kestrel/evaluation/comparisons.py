@@ -2,81 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from kestrel.evaluation.bootstrap import Bootstrap
-from kestrel.evaluation.generations import System
 from kestrel.evaluation.metric_table import BY_NAME, HEADLINES, METRICS, Metric
+from kestrel.evaluation.resampling import Dialogues, holm, pseudo_values
+from kestrel.evaluation.systems import System
 
-SIGNIFICANT = 0.05
 
-
-def best_trivial(bootstrap: Bootstrap, systems: Mapping[str, System], metric: Metric) -> str | None:
+def best_trivial(systems: Mapping[str, System], metric: Metric) -> str | None:
     """The trivial system with the best score; None without one.
 
     Chosen on the scored replies themselves, which favours the trivial side of a comparison.
     """
     names = [name for name, system in systems.items() if system.kind == "trivial"]
-    return max(names, key=lambda name: metric.advantage(bootstrap.point[name][metric.name], 0), default=None)
+    return max(names, key=lambda name: metric.advantage(systems[name].point[metric.name], 0), default=None)
 
 
-def paired_tests(bootstrap: Bootstrap, systems: Mapping[str, System]) -> list[dict[str, Any]]:
+def _pairs(systems: Mapping[str, System]) -> list[tuple[str, str, Metric]]:
     """Every pair of scored files, those against base first, and each file against the best trivial system by metric."""
-    files = sorted(
-        (n for n in systems if systems[n].kind in ("system", "base")), key=lambda n: systems[n].kind == "base"
-    )
-    tests = []
-    for i, system in enumerate(files):
-        own = systems[system].folder
+    files = sorted((n for n in systems if systems[n].is_file), key=lambda n: systems[n].kind == "base")
+    pairs = []
+    for i, name in enumerate(files):
+        own = systems[name].folder  # the base of the same run comes first
         for against in sorted(files[i + 1 :], key=lambda n: (systems[n].kind != "base", systems[n].folder != own)):
-            shared = bootstrap.point[system].keys() & bootstrap.point[against].keys()
-            names = [metric.name for metric in METRICS if metric.tested and metric.name in shared]
-            tests += [bootstrap.paired(system, against, name) for name in names]
-        rivals = [(best_trivial(bootstrap, systems, metric), metric.name) for metric in HEADLINES]
-        tests += [bootstrap.paired(system, rival, name) for rival, name in rivals if rival is not None]
-    return tests
+            shared = systems[name].point.keys() & systems[against].point.keys()
+            pairs += [(name, against, metric) for metric in METRICS if metric.tested and metric.name in shared]
+        rivals = [(best_trivial(systems, metric), metric) for metric in HEADLINES]
+        pairs += [(name, rival, metric) for rival, metric in rivals if rival is not None]
+    return pairs
 
 
-def verdicts(systems: Mapping[str, System], paired: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The paired tests of each system but the base, in words."""
-    sentences = []
-    judged = [test for test in paired if BY_NAME[test["metric"]].headline]
-    for system in (name for name in systems if systems[name].kind == "system"):
-        own = systems[system].group  # seeds of one system are no rivals
-        others = [(name, name) for name in systems if systems[name].kind == "system" and systems[name].group != own]
-        for kind, rival in (*others, ("base", "base"), ("trivial", "the best trivial system")):
-            mine = [test for test in judged if test["system"] == system]
-            tests = [test for test in mine if kind in (test["against"], systems[test["against"]].kind)]
-            if kind == "base":  # the base of the same run comes first
-                tests = [test for test in tests if test["against"] == tests[0]["against"]]
-            won = [test for test in tests if _is_significant(test) and _advantage(test) > 0]
-            lost = [test for test in tests if test not in won]
-            if won:
-                sentences.append(f"{system} beats {rival} in {_describe(won, rival)}.")
-            if lost:
-                sentences.append(f"{system} does NOT beat {rival} in {_describe(lost, rival)}.")
-    return sentences
+def paired_tests(systems: Mapping[str, System], dialogues: Dialogues) -> list[dict[str, Any]]:
+    """The differences of all pairs, each with its 95% interval and p-value.
+
+    Returns:
+        For each pair and metric: system, against, metric, difference, ci95, p_value, and p_holm, which is adjusted by
+        Holm's method for the number of tests in the list.
+    """
+    pairs = _pairs(systems)
+    sums = {i: (systems[a].sums[m.name], systems[b].sums[m.name], m.score) for i, (a, b, m) in enumerate(pairs)}
+    differences = {i: systems[a].point[m.name] - systems[b].point[m.name] for i, (a, b, m) in enumerate(pairs)}
+    pseudo = {i: pseudo_values(one, score) - pseudo_values(two, score) for i, (one, two, score) in sums.items()}
+    intervals, p_values = dialogues.intervals(pseudo, differences), dialogues.p_values(sums)
+    adjusted = holm([p_values[i] for i in sums])
+    return [
+        {
+            "system": name, "against": against, "metric": metric.name, "difference": differences[i],
+            "ci95": intervals[i], "p_value": p_values[i], "p_holm": adjusted[i],
+        }
+        for i, (name, against, metric) in enumerate(pairs)
+    ]  # fmt: skip
 
 
-def _is_significant(test: Mapping[str, Any]) -> bool:
-    return test["p_value"] is not None and test["p_value"] < SIGNIFICANT
+def is_significant(test: Mapping[str, Any]) -> bool:
+    return test["p_holm"] is not None and test["p_holm"] < 0.05
 
 
-def _advantage(test: Mapping[str, Any]) -> float:
+def advantage(test: Mapping[str, Any]) -> float:
+    """By how much its system is better; negative where it is worse."""
     return BY_NAME[test["metric"]].advantage(test["difference"], 0)
-
-
-def _describe(tests: Sequence[Mapping[str, Any]], rival: str) -> str:
-    parts = []
-    for test in tests:
-        against = "" if test["against"] == rival else f" against {test['against']}"
-        if test["p_value"] is None:
-            certainty = "no test without a second dialogue"
-        elif not _is_significant(test):
-            certainty = f"p = {test['p_value']:.3f}: not significant"
-        else:
-            certainty = f"p = {test['p_value']:.3f}" + (": significantly worse" if _advantage(test) < 0 else "")
-        difference = f"{test['difference']:+.2f}".replace("-", "−")
-        parts.append(f"{BY_NAME[test['metric']].label} ({difference}{against}, {certainty})")
-    return ", ".join(parts)

@@ -8,8 +8,8 @@ from importlib import metadata
 from typing import Any
 
 from kestrel.evaluation.evaluate_library import extra_scores, load_metrics
-from kestrel.evaluation.metrics import normalize_answer
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.units import normalize_answer
 
 Pairs = Sequence[tuple[str, str]]  # response and reference of each reply
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kestrel.evaluation.metric_table import DETAILED, HEADLINES
-from kestrel.evaluation.metrics import tokens_13a
 from kestrel.evaluation.scoring import Evaluation
 from kestrel.evaluation.tables import shortened
 from kestrel.runtime.training_log import draw_loss, loss_curves
@@ -171,8 +170,9 @@ def _lines(label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, 
 
 def _lengths(evaluation: Evaluation) -> Any:
     shown = [*evaluation.of_kind("system", "base"), "gold"]
+    tokens = evaluation.choices.units.tokens
     colours = colour_names(evaluation)
-    lengths = {name: [len(tokens_13a(reply.response)) for reply in evaluation.systems[name].replies] for name in shown}
+    lengths = {name: [len(tokens(text)) for text in evaluation.systems[name].responses] for name in shown}
     # The axis ends just after 99% of the references; the last bin holds all longer replies.
     last = max(10, sorted(lengths["gold"])[int(0.99 * (len(lengths["gold"]) - 1))] + 5)
     canvas, axes = _canvas(2.8)

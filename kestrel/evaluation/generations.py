@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
+from kestrel.evaluation.reading import Problems, raw_rows
 from kestrel.generation.files import order_in_name, split_and_system
 from kestrel.runtime.manifest import sha256_of
 
@@ -34,8 +32,11 @@ def one_line(text: str) -> str:
     return re.sub(r"\r\n|\r|\n", " ", text)
 
 
+_ROLES = {"user": "partner", "human": "partner", "assistant": "self", "bot": "self", "gpt": "self"}
+
+
 def _as_turns(history: Any) -> Any:
-    """Turns as pydantic reads them. Of plain strings the last one is the partner's."""
+    """Turns as pydantic reads them, also those of chat messages. Of plain strings the last one is the partner's."""
     if not isinstance(history, list):
         return history
     turns: list[Any] = []
@@ -43,7 +44,8 @@ def _as_turns(history: Any) -> Any:
         if isinstance(turn, str):
             turn = {"speaker": "self" if later % 2 else "partner", "text": turn}
         known = turn if isinstance(turn, dict) else {}
-        turns.append({key: known.get(key) for key in Turn._fields})
+        speaker = known.get("speaker", known.get("role"))
+        turns.append({"speaker": _ROLES.get(str(speaker), speaker), "text": known.get("text", known.get("content"))})
     return turns[::-1]
 
 
@@ -72,6 +74,7 @@ class Reply:
         reference_nll: negative log-likelihood of the reference, summed over its `reference_tokens` tokens, in nats.
         other_persona_nll: NLL of the reference, in nats, under personas of other dialogues.
         nli: for each sentence of the persona, 1 where the response entails it, -1 where it contradicts it, else 0.
+        other_references: what else would have been right; the likelihood is that of `reference`.
         candidate_nll: (NLL in nats, tokens) of each distractor, in the dataset's order, without the reference.
     """
 
@@ -90,21 +93,29 @@ class Reply:
     nli: tuple[Literal[-1, 0, 1], ...] | None = None
     candidate_nll: Annotated[tuple[tuple[Nll, Tokens], ...] | None, AfterValidator(lambda pairs: pairs or None)] = None
 
+    other_references: tuple[Line, ...] = ()
+
     @property
     def key(self) -> tuple[str, int]:
         return self.dialogue_id, self.turn
 
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.other_references)
+
     def with_response(self, response: str) -> Reply:
-        """The same context and reference with a response that no model gave."""
-        return Reply(self.dialogue_id, self.turn, self.reference, response, self.line, self.persona, self.history)
+        """The same context and references with a response that no model gave."""
+        return Reply(
+            self.dialogue_id, self.turn, self.reference, response, self.line, self.persona, self.history,
+            other_references=self.other_references,
+        )  # fmt: skip
 
 
 _ROW = TypeAdapter(Reply)
-# What a row may leave out. A file has a key in every row or in none, but for candidates, which a corpus may offer for
-# some replies only. What generate.py or an NLI model adds on request is not missed.
+# What a row may leave out, and what generate.py or an NLI model adds on request, which is not missed.
 _ON_REQUEST = ("other_persona_nll", "nli")
-_ALWAYS = ("turn", "reference", "response", "line")
-OPTIONAL = tuple(f.name for f in fields(Reply) if f.name not in (*_ALWAYS, *_ON_REQUEST))
+_OTHERS = ("turn", "reference", "response", "line", "other_references")
+OPTIONAL = tuple(f.name for f in fields(Reply) if f.name not in (*_OTHERS, *_ON_REQUEST))
 
 
 @dataclass
@@ -150,89 +161,49 @@ class Generations:
         return f"{self.group}@{without_seed(run)}" if several else self.group
 
 
-@dataclass
-class System:
-    """One row of the table: what gave N replies.
-
-    Attributes:
-        kind: system (a file), base (a file of the untuned model), trivial, or gold (the references).
-        made_by: the file, or how the replies were made.
-        folder: of the file, so that a system meets the base of its own run first.
-        group: what files of several seeds of one system share.
-        statistics: of the replies by metric, arrays of shape (N, K).
-    """
-
-    kind: Literal["system", "base", "trivial", "gold"]
-    made_by: str
-    replies: list[Reply]
-    folder: Path | None = None
-    group: str = ""
-    statistics: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-
-
-def read_generations(path: Path) -> Generations:
+def read_generations(path: Path, fields_given: Sequence[str] = ()) -> Generations:
     """Reads and checks one file.
 
     Args:
-        path: JSON lines in UTF-8. `reference` and `response` are required, `turn` and `OPTIONAL` are not. `history`
-            holds {"speaker", "text"} objects, or plain strings of which the last one is the partner's.
+        path: JSON lines in UTF-8, or another form that `reading` knows. A reference and a response are required, `turn`
+            and `OPTIONAL` are not. `history` holds {"speaker", "text"} objects, or plain strings of which the last one
+            is the partner's.
+        fields_given: `evaluation.fields`.
 
     Raises:
         KestrelError: names the file and the line of each problem, ten at most.
     """
-    problems: list[tuple[int, str]] = []
-    rows = list(_json_rows(path, problems))
-    if not rows and not problems:
-        raise KestrelError(f"{path} has no rows; a generation file has one JSON object per line and reply")
-    present = {key for _, row in rows for key in row}
-    replies = _checked_replies(rows, present, problems)
+    problems: Problems = []
+    rows, by_line = raw_rows(path, fields_given, problems)
+    replies, missing = _checked_replies(rows, problems)
     if problems:
-        shown = [f"{path}:{line}: {problem}" for line, problem in sorted(problems)[:_MOST_PROBLEMS]]
+        shown = [
+            f"{path}{f':{at}' if by_line else f': row {at}'}: {problem}"
+            for at, problem in sorted(problems)[:_MOST_PROBLEMS]
+        ]
         if len(problems) > _MOST_PROBLEMS:
             shown.append(f"... and {len(problems) - _MOST_PROBLEMS} more")
         raise KestrelError("generations cannot be scored; fix the file or leave it out\n  " + "\n  ".join(shown))
+    if not replies:
+        raise KestrelError(f"{path} has no rows; a generation file has one JSON object per line and reply")
     split, system = split_and_system(path)
-    missing = tuple(key for key in OPTIONAL if key not in present)
     return Generations(system, split, path, sha256_of(path), replies, missing)
 
 
-def _json_rows(path: Path, problems: list[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Objects without their nulls, with the number of their line; lines that hold no object go to `problems`."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise KestrelError(f"{path} does not exist; generate.py writes it, or name another file") from None
-    except IsADirectoryError:
-        raise KestrelError(f"{path} is a folder; name the JSONL files in it") from None
-    for line, raw in enumerate(lines, start=1):
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-            row = from_json(text) if text else {}
-        except UnicodeDecodeError as error:
-            problems.append((line, f"not UTF-8 text (byte {error.start} of the line)"))
-        except ValueError as error:
-            problems.append((line, f"not JSON ({error})"))
-        else:
-            if not isinstance(row, dict):
-                problems.append((line, "expected an object with reference and response"))
-            elif text:
-                yield line, {key: value for key, value in row.items() if value is not None}
-
-
 def _checked_replies(
-    rows: list[tuple[int, dict[str, Any]]], present: set[str], problems: list[tuple[int, str]]
-) -> list[Reply]:
-    """The replies, each with a key of its own. What is wrong goes to `problems`.
-
-    Args:
-        present: keys that some row has.
-    """
-    required = [key for key in (*OPTIONAL, "turn") if key in present and key != "candidate_nll"]
+    rows: Iterable[tuple[int, dict[str, Any]]], problems: Problems
+) -> tuple[list[Reply], tuple[str, ...]]:
+    """The replies, each with a key of its own, and the keys of `OPTIONAL` that none has. What is wrong goes to `problems`."""
     replies: list[Reply] = []
+    lines: list[int] = []
+    lacking: dict[str, list[int]] = {key: [] for key in (*OPTIONAL, "turn")}  # lines of the rows without the key
     first_lines: dict[tuple[str, int], int] = {}
     turns_before: Counter[str] = Counter()
+    previous: Reply | None = None
     for number, (line, row) in enumerate(rows, start=1):
-        problems += [(line, f"{key} is missing, other rows have it") for key in required if key not in row]
+        lines.append(line)
+        for key in lacking.keys() - row.keys():
+            lacking[key].append(line)
         if ("reference_nll" in row) != ("reference_tokens" in row):
             problems.append((line, "reference_nll and reference_tokens belong together"))
         try:
@@ -242,16 +213,32 @@ def _checked_replies(
                 (line, f"{'.'.join(map(str, e['loc']))}: {e['msg'].replace('tuple', 'list')}") for e in error.errors()
             ]
             continue
-        if not reply.reference.strip():
+        if not all(text.strip() for text in reply.references):
             problems.append((line, "reference is empty; a reply without a reference cannot be scored"))
-        if "turn" not in present:
+        if "turn" not in row:
             # Replies of a dialogue follow each other; without the index into its turns, count them.
             reply = replace(reply, turn=turns_before[reply.dialogue_id])
             turns_before[reply.dialogue_id] += 1
-        if reply.key in first_lines:
+        if "dialogue_id" in row and first_lines.setdefault(reply.key, line) != line:
             problems.append(
                 (line, f"dialogue {reply.dialogue_id!r}, turn {reply.turn} is in line {first_lines[reply.key]} already")
             )
-        first_lines.setdefault(reply.key, line)
+        if previous is not None:
+            _share_context(previous, reply)
         replies.append(reply)
-    return replies
+        previous = reply
+    # A file has a key in every row or in none, but for candidates, which a corpus may offer for some replies only.
+    for key, without in lacking.items():
+        if 0 < len(without) < len(lines) and key != "candidate_nll":
+            problems += [(line, f"{key} is missing, other rows have it") for line in without]
+    return replies, tuple(key for key in OPTIONAL if len(lacking[key]) == len(lines))
+
+
+def _share_context(previous: Reply, reply: Reply) -> None:
+    """Lets a reply hold the persona and turns of the one before where they are equal: a file repeats them in each row."""
+    if previous.persona == reply.persona:
+        object.__setattr__(reply, "persona", previous.persona)
+    if previous.history and reply.history:
+        shared = [a for a, b in zip(previous.history, reply.history, strict=False) if a == b]
+        if shared and len(shared) == min(len(previous.history), len(reply.history)):
+            object.__setattr__(reply, "history", (*shared, *reply.history[len(shared) :]))

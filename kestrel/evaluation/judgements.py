@@ -19,8 +19,9 @@ import numpy as np
 
 from kestrel.errors import KestrelError
 from kestrel.evaluation.metric_table import METRICS
-from kestrel.evaluation.metrics import Array
+from kestrel.evaluation.resampling import Array
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.systems import statistics_of
 from kestrel.runtime.atomic import read_json
 
 CHOICES = ("left", "right", "tie")
@@ -170,10 +171,11 @@ def _correlations(evaluation: Evaluation, key: Mapping[str, Any], preference: Ma
             "do not have; score the files that the sheet was made of"
         ) from None
     found = {}
+    statistics = [statistics_of(system, evaluation.choices) for system in (one, two)]
     for metric in METRICS:
-        if metric.better and metric.name in one.statistics and metric.name in two.statistics:
+        if metric.better and all(metric.name in of_system for of_system in statistics):
             sign = -1 if metric.better == "lower" else 1
-            scores = [metric.score(system.statistics[metric.name][rows]) for system in (one, two)]
+            scores = [metric.score(of_system[metric.name][rows]) for of_system in statistics]
             tau = kendall(sign * (scores[0] - scores[1]), np.array(list(preference.values())))
             if math.isfinite(tau):
                 found[metric.name] = tau

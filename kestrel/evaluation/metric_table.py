@@ -6,15 +6,16 @@ A new metric is one entry here and one function in `metrics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-
 from kestrel.evaluation import metrics, persona
-from kestrel.evaluation.metrics import Answers, Array, Rows
+from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.metrics import Answers, Choices, Rows
+from kestrel.evaluation.resampling import Array
+from kestrel.evaluation.units import Units
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Column:
 class Metric:
     """One score.
 
-    Either `statistics` and `score` make it, and then it has a bootstrap interval, or `overall` makes it from all
-    answers at once, and it has none.
+    Either `statistics` and `score` make it, and then it has an interval, or `overall` makes it from all responses at
+    once, and it has none.
 
     Attributes:
         name: its key in metrics.json. GROUP.UNIT is the key UNIT within GROUP.
@@ -40,13 +41,14 @@ class Metric:
         statistics: K numbers per reply, whose sums over replies decide the score.
         score: from sums of shape (B, K) to B scores. `metrics.ratio` and its relatives divide the first sum by the
             second, so that the score is a mean over replies (or over tokens, words, bytes).
-        overall: the score of all answers, where it is no function of sums.
+        overall: the score of all responses, where it is no function of sums.
         needs: fields of `Reply` that a row must have.
+        english: it is another form of an English score, and says nothing elsewhere.
         range: least and greatest value.
         better: which direction is better; empty where neither is.
         show: format of the number in tables.
-        signature: of the score, given `evaluation.stemmer`; it has a place in metrics.json beside the score.
-        details: what else metrics.json says of it, from the answers and the sums of shape (K,).
+        signature: of the score; it has a place in metrics.json beside the score.
+        details: what else metrics.json says of it, from the replies and the sums of shape (K,).
         headline: compared with the best trivial system, judged in words, and plotted. Needs a signature.
         tested: paired tests compare the scored files in it.
         spread: the tables of the spread over seeds and over orders of the persona show it.
@@ -60,13 +62,14 @@ class Metric:
     label: str
     statistics: Callable[[Answers], Rows] | None = None
     score: Callable[[Array], Array] = metrics.ratio
-    overall: Callable[[Answers], float] | None = None
+    overall: Callable[[Iterable[str], Units], float] | None = None
     needs: tuple[str, ...] = ()
+    english: bool = False
     range: tuple[float, float] = (0, 1)
     better: Literal["higher", "lower", ""] = ""
     show: str = ",.2f"
-    signature: Callable[[bool], str] | None = None
-    details: Callable[[Answers, Array], dict[str, Any]] | None = None
+    signature: Callable[[Choices], str] | None = None
+    details: Callable[[Sequence[Reply], Array], dict[str, Any]] | None = None
     headline: bool = False
     tested: bool = False
     spread: bool = False
@@ -79,13 +82,9 @@ class Metric:
         """By how much `first` is better than `second`; negative where it is worse."""
         return second - first if self.better == "lower" else first - second
 
-    def compute_statistics(self, answers: Answers) -> Array | None:
-        """Shape (N, K); None where `overall` makes the score, or where no reply has what it needs."""
-        if self.statistics is None or not any(
-            all(getattr(reply, field) is not None for field in self.needs) for reply in answers.replies
-        ):
-            return None
-        return np.array(self.statistics(answers), dtype=np.float64)
+    def clipped(self, interval: list[float] | None) -> list[float] | None:
+        """An interval without values that the score cannot have."""
+        return interval and [min(max(end, self.range[0]), self.range[1]) for end in interval]
 
     def write(self, entry: dict[str, Any], value: float, interval: list[float] | None, details: dict[str, Any]) -> None:
         """Puts the score into a system's part of metrics.json."""
@@ -114,7 +113,13 @@ class Metric:
 
     def signature_in(self, entry: Mapping[str, Any]) -> str:
         """From a system's part of metrics.json; the legend, which is fixed, where the score has no signature."""
-        return str(entry[self.name]["signature"]) if self.signature else self.legend
+        return str(entry.get(self.name, {}).get("signature", "")) if self.signature else self.legend
+
+
+def _tokenizer_in(signature: str) -> str:
+    """` (NAME)` of sacreBLEU's tokenizer in its signature, where it is not the usual one."""
+    name = next(part for part in signature.split("|") if part.startswith("tok:")).removeprefix("tok:")
+    return "" if name == "13a" else f" ({name})"
 
 
 _percent = partial(Metric, show=".1%")
@@ -125,9 +130,9 @@ _perplexity = partial(Metric, score=metrics.perplexity, needs=("reference_nll",)
 
 METRICS: tuple[Metric, ...] = (
     _bleu(
-        "bleu", "BLEU", metrics.bleu_statistics, headline=True, tested=True, spread=True, hub_type="bleu",
-        signature=lambda _: metrics.bleu_signature(False),
-        columns=(Column("scores", "BLEU", interval=True),),
+        "bleu", "BLEU", lambda answers: answers.bleu_rows, headline=True, tested=True, spread=True, hub_type="bleu",
+        signature=metrics.bleu_signature,
+        columns=(Column("scores", lambda signature: f"BLEU{_tokenizer_in(signature)}", interval=True),),
     ),
     _points(
         "rouge_l", "ROUGE-L", metrics.rouge_statistics, headline=True, tested=True, spread=True, hub_type="rouge",
@@ -135,33 +140,32 @@ METRICS: tuple[Metric, ...] = (
         columns=(Column("scores", "ROUGE-L", interval=True),),
     ),
     _points(
-        "f1", "F1", metrics.mean_of(lambda reply: metrics.f1_score(reply.response, reply.reference)), headline=True,
-        tested=True, spread=True, hub_type="f1",
-        signature=lambda _: "type:f1|normalization:parlai|average:replies",
+        "f1", "F1", metrics.f1_statistics, headline=True, tested=True, spread=True, hub_type="f1",
+        signature=metrics.f1_signature,
         columns=(Column("scores", "F1", interval=True),),
     ),
     _bleu(
-        "bleu_lc", "BLEU lower-cased", partial(metrics.bleu_statistics, lowercase=True),
-        signature=lambda _: metrics.bleu_signature(True),
+        "bleu_lc", "BLEU lower-cased", lambda answers: answers.bleu_rows_lowercase,
+        signature=partial(metrics.bleu_signature, lowercase=True),
         columns=(Column("properties", "BLEU-lc"),), legend="lower-cased BLEU",
     ),
     _points(
         "rouge_l_other", "ROUGE-L, other stemmer choice", partial(metrics.rouge_statistics, other=True),
-        signature=lambda stemmer: metrics.rouge_signature(not stemmer),
+        signature=partial(metrics.rouge_signature, other=True), english=True,
         columns=(Column("properties", lambda signature: "R-L stem" if "stemmer:yes" in signature else "R-L plain"),),
         legend="ROUGE-L with the other stemmer choice",
     ),
     _perplexity(
-        "perplexity.token", "perplexity per token", metrics.nll_per(lambda reply: reply.reference_tokens or 0),
+        "perplexity.token", "perplexity per token", metrics.nll_per(lambda reply, _: reply.reference_tokens or 0),
         spread=True, hub_type="perplexity", legend="per reply token, end included",
         columns=(Column("scores", "PPL", show=",.1f"), Column("perplexity", "per token", interval=True)),
     ),
     _perplexity(
-        "perplexity.word", "perplexity per word", metrics.nll_per(lambda reply: len(reply.reference.split())),
+        "perplexity.word", "perplexity per word", metrics.nll_per(lambda reply, units: units.count(reply.reference)),
         columns=(Column("perplexity", "per word", interval=True),),
     ),
     _perplexity(  # the only unit that compares across tokenizers
-        "perplexity.bits_per_byte", "bits per byte", metrics.nll_per(lambda reply: len(reply.reference.encode())),
+        "perplexity.bits_per_byte", "bits per byte", metrics.nll_per(lambda reply, _: len(reply.reference.encode())),
         score=metrics.bits, tested=True,
         columns=(Column("perplexity", "bits per byte", interval=True),),
     ),
@@ -219,15 +223,15 @@ METRICS: tuple[Metric, ...] = (
         legend="responses with a question mark",
     ),
     Metric(
-        "distinct_1", "distinct-1", overall=lambda answers: metrics.distinct(answers.responses, 1), show=",.3f",
+        "distinct_1", "distinct-1", overall=lambda texts, units: metrics.distinct(texts, 1, units), show=",.3f",
         columns=(Column("properties", "dist-1"),), legend="different n-grams over all n-grams",
     ),
     Metric(
-        "distinct_2", "distinct-2", overall=lambda answers: metrics.distinct(answers.responses, 2), show=",.3f",
+        "distinct_2", "distinct-2", overall=lambda texts, units: metrics.distinct(texts, 2, units), show=",.3f",
         columns=(Column("properties", "dist-2"),), legend="different n-grams over all n-grams",
     ),
     Metric(
-        "length_ratio", "length ratio", metrics.bleu_statistics, range=(0, math.inf),
+        "length_ratio", "length ratio", lambda answers: answers.bleu_rows, range=(0, math.inf),
         columns=(Column("properties", "length"),), legend="words of the responses over words of the references",
     ),
     _percent(
@@ -246,13 +250,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     _percent(
         "copied_persona", "share copied from the persona",
-        metrics.mean_of(lambda reply: metrics.is_copy(reply.response, reply.persona or ())), needs=("persona",),
+        metrics.copies_of(lambda reply: reply.persona or ()), needs=("persona",),
         better="lower", flag="copies persona", columns=(Column("properties", "cp.pers"),),
         legend="responses that are a persona sentence, punctuation and articles aside",
     ),
     _percent(
         "copied_history", "share copied from the history",
-        metrics.mean_of(lambda reply: metrics.is_copy(reply.response, (turn.text for turn in reply.history or ()))),
+        metrics.copies_of(lambda reply: (turn.text for turn in reply.history or ())),
         needs=("history",), better="lower", flag="copies history", columns=(Column("properties", "cp.hist"),),
         legend="responses that are an earlier turn, punctuation and articles aside",
     ),

@@ -1,8 +1,8 @@
 """The arithmetic of each score: per-reply statistics that add up, and the score of their sums.
 
-Every bootstrapped score is a function of sums over replies. One matrix product therefore gives all resamples, and the
-reported score is the same function on the plain sums. The definitions are those of the reference implementations:
-sacreBLEU for BLEU, rouge_score for ROUGE-L, ParlAI for F1. `metric_table` says which scores exist and where they show.
+Every score with an interval is a function of sums over replies, so its sums over dialogues are all that intervals and
+tests need. The definitions are those of the reference implementations: sacreBLEU for BLEU, rouge_score for ROUGE-L,
+ParlAI for F1. `metric_table` says which scores exist and where they show.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.resampling import Array
+from kestrel.evaluation.units import ENGLISH, Units, normalize_answer
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
-Array = NDArray[np.float64]
 Rows = Sequence[Sequence[float]]  # statistics of N replies, K numbers each
 
-# ParlAI, parlai/core/metrics.py: each of the 32 ASCII punctuation marks becomes a space, then each article.
-_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+NORMALIZERS: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
 # Speaker tags as prompts and corpora write them. One inside a reply means that the model went on to speak for others.
 SPEAKER_TAG = re.compile(
     r"(?:^|\s|\*\*|[<\[])(?:partner|self|user|bot|assistant|human|system|(?:your|partner's) persona"
@@ -39,38 +38,77 @@ SPEAKER_TAG = re.compile(
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One system's answers to N contexts, as every metric sees them.
+class Choices:
+    """What decides how texts are compared.
 
     Attributes:
-        replies: N rows of the system's file.
-        responses, references: their texts under `evaluation.normalization`, which BLEU and ROUGE-L compare.
-        stemmer: whether the headline ROUGE-L stems.
+        normalization: of the texts that BLEU and ROUGE-L compare, `evaluation.normalization`.
+        stemmer: whether the headline ROUGE-L stems, which only English does.
+        references: of each reply; -1 where replies have different numbers of them.
         rarity: the weight of a word in scores of persona; words that it lacks weigh 1.
     """
 
+    units: Units = ENGLISH
+    normalization: str = "raw"
+    stemmer: bool = False
+    references: int = 1
+    rarity: Mapping[str, float] = field(default_factory=dict)
+
+    def normalize(self, text: str) -> str:
+        return NORMALIZERS[self.normalization](text)
+
+    @property
+    def best_of(self) -> str:
+        """The part of signatures that tells of several references."""
+        return (
+            "" if self.references == 1 else f"|references:best of {'var' if self.references < 0 else self.references}"
+        )
+
+
+class References:
+    """What N replies are compared with, prepared once for all systems."""
+
+    def __init__(self, replies: Sequence[Reply], choices: Choices) -> None:
+        self.choices = choices
+        self.texts = [tuple(map(choices.normalize, reply.references)) for reply in replies]
+
+    @cached_property
+    def bleu(self) -> BLEU:
+        return _bleu(self.choices, False, self.texts)
+
+    @cached_property
+    def bleu_lowercase(self) -> BLEU:
+        """The same object where no reference has a capital letter."""
+        lower = all(text == text.lower() for texts in self.texts for text in texts)
+        return self.bleu if lower else _bleu(self.choices, True, self.texts)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's answers to N contexts, as every metric sees them."""
+
     replies: Sequence[Reply]
-    responses: Sequence[str]
-    references: Sequence[str]
-    stemmer: bool
-    rarity: Mapping[str, float]
+    references: References
 
+    @property
+    def choices(self) -> Choices:
+        return self.references.choices
 
-def answers_of(
-    replies: Sequence[Reply], normalization: str, stemmer: bool, rarity: Mapping[str, float] | None = None
-) -> Answers:
-    normalize = NORMALIZERS[normalization]
-    responses, references = [normalize(r.response) for r in replies], [normalize(r.reference) for r in replies]
-    return Answers(replies, responses, references, stemmer, rarity or {})
+    @cached_property
+    def responses(self) -> list[str]:
+        return [self.choices.normalize(reply.response) for reply in self.replies]
 
+    @cached_property
+    def bleu_rows(self) -> Rows:
+        return self.references.bleu._extract_corpus_statistics(self.responses, None)
 
-@lru_cache(maxsize=1 << 18)
-def normalize_answer(text: str) -> str:
-    """ParlAI's normalization: lower case, punctuation and articles to spaces, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
+    @cached_property
+    def bleu_rows_lowercase(self) -> Rows:
+        lower = [response.lower() for response in self.responses]
+        if lower == self.responses and self.references.bleu_lowercase is self.references.bleu:
+            return self.bleu_rows
+        return self.references.bleu_lowercase._extract_corpus_statistics(lower, None)
 
-
-NORMALIZERS: dict[str, Callable[[str], str]] = {"raw": str, "lower": str.lower, "parlai": normalize_answer}
 
 # Scores of sums: from shape (B, K), the summed statistics of B corpora, to shape (B,).
 
@@ -102,8 +140,10 @@ def bleu(sums: Array) -> Array:
 
 
 def _bleu_score(sums: Array) -> BLEUScore:
-    # Lower-casing and tokenizing happen before counting, so any BLEU object will do.
-    return _bleu(False)._compute_score_from_stats([int(value) for value in sums])
+    from sacrebleu.metrics.bleu import BLEU
+
+    sys_len, ref_len, *counts = (int(value) for value in sums)
+    return BLEU.compute_bleu(counts[:4], counts[4:], sys_len, ref_len, smooth_method="exp")
 
 
 # Statistics of replies, and what else metrics.json says of a score.
@@ -114,70 +154,46 @@ def mean_of(value: Callable[[Reply], float]) -> Callable[[Answers], Rows]:
     return lambda answers: [(value(reply), 1) for reply in answers.replies]
 
 
-def bleu_statistics(answers: Answers, lowercase: bool = False) -> Rows:
-    """sacreBLEU's: lengths of response and reference, clipped matches and totals of n-grams of order 1 to 4."""
-    return _bleu(lowercase)._extract_corpus_statistics(answers.responses, [answers.references])
-
-
-def bleu_details(_: Answers, sums: Array) -> dict[str, Any]:
+def bleu_details(_: Sequence[Reply], sums: Array) -> dict[str, Any]:
     """What corpus BLEU is made of. `sums` has shape (10,)."""
     score = _bleu_score(sums)
     lengths = {"sys_len": score.sys_len, "ref_len": score.ref_len}
     return {"precisions": score.precisions, "brevity_penalty": score.bp} | lengths
 
 
-def bleu_signature(lowercase: bool) -> str:
+def bleu_signature(choices: Choices, lowercase: bool = False) -> str:
     """sacreBLEU's own signature."""
-    metric = _bleu(lowercase)
-    metric.corpus_score(["a"], [["a"]])  # the signature counts the references it has seen
+    metric = _bleu(choices, lowercase)
+    metric.num_refs = choices.references
     return str(metric.get_signature())
 
 
-@lru_cache(maxsize=2)
-def _bleu(lowercase: bool) -> BLEU:
+def _bleu(choices: Choices, lowercase: bool, references: Sequence[Sequence[str]] = ()) -> BLEU:
+    """sacreBLEU's object, which counts the n-grams of the references of each reply once."""
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(lowercase=lowercase, force=True)
-
-
-def tokens_13a(text: str) -> list[str]:
-    """Words as sacreBLEU counts them (mteval-v13a), lower-cased."""
-    return _bleu(True)._preprocess_segment(text).split()
+    streams = list(zip_longest(*references)) or None
+    return BLEU(lowercase=lowercase, tokenize=choices.units.tokenizer, force=True, references=streams)
 
 
 def rouge_statistics(answers: Answers, other: bool = False) -> Rows:
     """ROUGE-L with the stemmer choice of the settings, or with the other one."""
-    pairs = zip(answers.responses, answers.references, strict=True)
-    return [(rouge_l(*pair, answers.stemmer != other), 1) for pair in pairs]
+    units, stemmer = answers.choices.units, answers.choices.stemmer != other
+    pairs = zip(answers.responses, answers.references.texts, strict=True)
+    return [(max(rouge_l(response, text, stemmer, units) for text in texts), 1) for response, texts in pairs]
 
 
-def rouge_signature(stemmer: bool) -> str:
+def rouge_signature(choices: Choices, other: bool = False) -> str:
     """In sacreBLEU's manner, for a library that has no signatures of its own."""
-    choice, version = "yes" if stemmer else "no", metadata.version("rouge_score")
-    return f"type:rougeL|score:fmeasure|average:replies|stemmer:{choice}|version:{version}"
+    stemmer, version = "yes" if choices.stemmer != other else "no", metadata.version("rouge_score")
+    how = f"stemmer:{stemmer}|version:{version}" if choices.units.english else choices.units.words_name
+    return f"type:rougeL|score:fmeasure|average:replies|{how}{choices.best_of}"
 
 
-def rouge_l(response: str, reference: str, stemmer: bool) -> float:
-    """rouge_score's rougeL F-measure of one reply, 0 to 1: its words and formula over a faster subsequence."""
-    guess, gold = _rouge_words(response, stemmer), _rouge_words(reference, stemmer)
+def rouge_l(response: str, reference: str, stemmer: bool, units: Units = ENGLISH) -> float:
+    """rouge_score's rougeL F-measure of one reply, 0 to 1: its formula over a faster subsequence."""
+    guess, gold = units.rouge_words(response, stemmer), units.rouge_words(reference, stemmer)
     return f_measure(longest_common_subsequence(guess, gold), len(guess), len(gold))
-
-
-@lru_cache(maxsize=1 << 18)
-def _rouge_words(text: str, stemmer: bool) -> list[str]:
-    from rouge_score.tokenize import tokenize
-
-    return list(tokenize(text, _stemmer() if stemmer else None))
-
-
-@lru_cache(maxsize=1)
-def _stemmer() -> Any:
-    """Porter's, as rouge_score uses it, called once per word: systems share most of their words."""
-    from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
-
-    porter = PorterStemmer()
-    porter.stem = lru_cache(maxsize=None)(porter.stem)
-    return porter
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -200,15 +216,26 @@ def f_measure(common: float, guess: float, gold: float) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def f1_score(response: str, reference: str) -> float:
-    """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of normalized words."""
-    guess, gold = normalize_answer(response).split(), normalize_answer(reference).split()
+def f1_statistics(answers: Answers) -> Rows:
+    """The best F1 over the references of each reply, as ParlAI takes it."""
+    units = answers.choices.units
+    return [(max(f1_score(reply.response, text, units) for text in reply.references), 1) for reply in answers.replies]
+
+
+def f1_signature(choices: Choices) -> str:
+    how = "normalization:parlai" if choices.units.english else choices.units.words_name
+    return f"type:f1|{how}|average:replies{choices.best_of}"
+
+
+def f1_score(response: str, reference: str, units: Units = ENGLISH) -> float:
+    """ParlAI's F1 of one reply, 0 to 1: overlap of the two multisets of words."""
+    guess, gold = units.words(response), units.words(reference)
     return f_measure((Counter(guess) & Counter(gold)).total(), len(guess), len(gold))
 
 
-def nll_per(unit: Callable[[Reply], int]) -> Callable[[Answers], Rows]:
+def nll_per(unit: Callable[[Reply, Units], int]) -> Callable[[Answers], Rows]:
     """Statistics of the references' likelihood: nats, and how many tokens, words or bytes a reference has."""
-    return lambda answers: [(reply.reference_nll or 0.0, unit(reply)) for reply in answers.replies]
+    return lambda answers: [(r.reference_nll or 0.0, unit(r, answers.choices.units)) for r in answers.replies]
 
 
 def rank(reply: Reply) -> int | None:
@@ -237,22 +264,35 @@ def reciprocal_rank(answers: Answers) -> Rows:
     return [(1 / place, 1) if (place := rank(reply)) else (0, 0) for reply in answers.replies]
 
 
-def hit_details(answers: Answers, sums: Array) -> dict[str, Any]:
+def hit_details(replies: Sequence[Reply], sums: Array) -> dict[str, Any]:
     """Candidates per reply (one number, or the fewest and the most), and the replies that have some."""
-    sizes = {len(reply.candidate_nll) + 1 for reply in answers.replies if reply.candidate_nll}
+    sizes = {len(reply.candidate_nll) + 1 for reply in replies if reply.candidate_nll}
     return {"candidates": [min(sizes), max(sizes)] if len(sizes) > 1 else sizes.pop(), "replies": int(sums[1])}
 
 
-def is_copy(response: str, sources: Iterable[str]) -> bool:
-    """Whether the response is one of the sources, punctuation, case and articles aside."""
-    words = normalize_answer(response)
-    return bool(words) and any(words == normalize_answer(source) for source in sources)
+def copies_of(sources: Callable[[Reply], Iterable[str]]) -> Callable[[Answers], Rows]:
+    """Statistics of the share of responses that are one of their sources, punctuation, case and articles aside."""
+
+    def statistics(answers: Answers) -> Rows:
+        words = answers.choices.units.words
+        rows = []
+        for reply in answers.replies:
+            response = words(reply.response)
+            rows.append((bool(response) and any(response == words(source) for source in sources(reply)), 1))
+        return rows
+
+    return statistics
 
 
-def distinct(responses: Sequence[str], n: int) -> float:
+def distinct(responses: Iterable[str], n: int, units: Units = ENGLISH) -> float:
     """distinct-n (Li et al., 2016): different n-grams over all n-grams, 0 to 1, words lower-cased as in BLEU.
 
     It falls as the number of replies grows, so it compares only with a value at the same number of them.
     """
-    grams = [tuple(words[i : i + n]) for words in map(tokens_13a, responses) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    different: set[tuple[str, ...]] = set()
+    count = 0
+    for words in map(units.tokens, responses):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        different.update(grams)
+        count += len(grams)
+    return len(different) / count if count else 0.0

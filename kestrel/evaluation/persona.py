@@ -8,82 +8,86 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from kestrel.evaluation.generations import Reply
-from kestrel.evaluation.metrics import Answers, Array, Rows, f_measure, normalize_answer
+from kestrel.evaluation.metrics import Answers, Choices, Rows, f_measure
+from kestrel.evaluation.resampling import Array
+from kestrel.evaluation.units import ENGLISH, Units
 
 _QUESTION_MARK = re.compile("[?？؟՞፧⁇⁈⳺⸮꘏꛷]")
 
 
-def rarity_of(replies: Iterable[str]) -> dict[str, float]:
+def rarity_of(replies: Iterable[str], units: Units = ENGLISH) -> dict[str, float]:
     """The weight of each word that occurs n times in the replies: 1 / (1 + ln(1 + n)).
 
     The weights of Song et al., "Exploiting Persona Information for Diverse Generation of Conversational Responses"
     (IJCAI 2019), who take n from a general frequency list.
     """
-    counts = Counter(word for reply in replies for word in normalize_answer(reply).split())
+    counts = Counter(word for reply in replies for word in units.words(reply))
     return {word: 1 / (1 + math.log1p(count)) for word, count in counts.items()}
 
 
 @lru_cache(maxsize=1 << 18)
-def words_of(text: str) -> frozenset[str]:
+def words_of(text: str, units: Units = ENGLISH) -> frozenset[str]:
     """The words that F1 compares, each once."""
-    return frozenset(normalize_answer(text).split())
+    return frozenset(units.words(text))
 
 
 @lru_cache(maxsize=1 << 16)
-def sentences_of(persona: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+def sentences_of(persona: tuple[str, ...], units: Units = ENGLISH) -> tuple[frozenset[str], ...]:
     """The words of each sentence that has some."""
-    return tuple(words for words in map(words_of, persona) if words)
+    return tuple(words for sentence in persona if (words := words_of(sentence, units)))
 
 
 @lru_cache(maxsize=1 << 16)
-def words_of_persona(persona: tuple[str, ...]) -> frozenset[str]:
-    return frozenset().union(*sentences_of(persona))
+def words_of_persona(persona: tuple[str, ...], units: Units = ENGLISH) -> frozenset[str]:
+    return frozenset().union(*sentences_of(persona, units))
 
 
 def _weight(words: Iterable[str], rarity: Mapping[str, float]) -> float:
     return math.fsum(rarity.get(word, 1.0) for word in words)
 
 
-def _of_persona(score: Callable[[Reply, tuple[str, ...], Mapping[str, float]], float]) -> Callable[[Answers], Rows]:
+def _of_persona(score: Callable[[Reply, tuple[str, ...], Choices], float]) -> Callable[[Answers], Rows]:
     """Statistics of a mean over the replies whose persona has words."""
     return lambda answers: [
-        (score(reply, reply.persona, answers.rarity), 1)
-        if reply.persona and words_of_persona(reply.persona)
+        (score(reply, reply.persona, answers.choices), 1)
+        if reply.persona and words_of_persona(reply.persona, answers.choices.units)
         else (0, 0)
         for reply in answers.replies
     ]
 
 
 @_of_persona
-def persona_f1(reply: Reply, persona: tuple[str, ...], rarity: Mapping[str, float]) -> float:
+def persona_f1(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
     """F1 between the words of the response and of the persona, each once and weighted by `rarity_of`.
 
     After the knowledge F1 of Lian et al., "Learning to Select Knowledge for Response Generation in Dialog Systems"
     (IJCAI 2019), who leave stop words out instead of weighting.
     """
-    said, known = words_of(reply.response), words_of_persona(persona)
-    return f_measure(_weight(said & known, rarity), _weight(said, rarity), _weight(known, rarity))
+    said, known = words_of(reply.response, choices.units), words_of_persona(persona, choices.units)
+    return f_measure(
+        _weight(said & known, choices.rarity), _weight(said, choices.rarity), _weight(known, choices.rarity)
+    )
 
 
 @_of_persona
-def persona_recall(reply: Reply, persona: tuple[str, ...], rarity: Mapping[str, float]) -> float:
+def persona_recall(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
     """The share of the persona's words, by weight, that the response has: the recall in `persona_f1`."""
-    known = words_of_persona(persona)
-    return _weight(words_of(reply.response) & known, rarity) / _weight(known, rarity)
+    known = words_of_persona(persona, choices.units)
+    return _weight(words_of(reply.response, choices.units) & known, choices.rarity) / _weight(known, choices.rarity)
 
 
 @_of_persona
-def persona_coverage(reply: Reply, persona: tuple[str, ...], rarity: Mapping[str, float]) -> float:
+def persona_coverage(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
     """Persona coverage of Song et al. (IJCAI 2019): the mean weight of the words that the response shares with a sentence
     of the persona, for the sentence where it is greatest; 0 without a shared word."""
-    said = words_of(reply.response)
-    return max(_weight(shared, rarity) / len(shared) if (shared := said & s) else 0.0 for s in sentences_of(persona))
+    said, sentences = words_of(reply.response, choices.units), sentences_of(persona, choices.units)
+    return max(_weight(shared, choices.rarity) / len(shared) if (shared := said & s) else 0.0 for s in sentences)
 
 
 _COMMON = 60  # words; in a small corpus a tenth of all
@@ -122,9 +126,9 @@ def swap_accuracy(answers: Answers) -> Rows:
     ]
 
 
-def swap_details(answers: Answers, sums: Array) -> dict[str, Any]:
+def swap_details(replies: Sequence[Reply], sums: Array) -> dict[str, Any]:
     """How many other personas there were (one number, or the fewest and the most), and for how many replies."""
-    sizes = {len(reply.other_persona_nll) for reply in answers.replies if reply.other_persona_nll}
+    sizes = {len(reply.other_persona_nll) for reply in replies if reply.other_persona_nll}
     return {"others": [min(sizes), max(sizes)] if len(sizes) > 1 else sizes.pop(), "replies": int(sums[1])}
 
 
@@ -153,7 +157,7 @@ def self_repetition(answers: Answers) -> Rows:
     rows: list[tuple[float, float]] = [(0, 0)] * len(answers.replies)
     for index in sorted(range(len(rows)), key=lambda index: answers.replies[index].turn):
         reply = answers.replies[index]
-        words, before = normalize_answer(reply.response).split(), used.get(reply.dialogue_id)
+        words, before = answers.choices.units.words(reply.response), used.get(reply.dialogue_id)
         bigrams = list(pairwise(words))
         if before is not None:
             rows[index] = (sum(bigram in before for bigram in bigrams), len(bigrams))

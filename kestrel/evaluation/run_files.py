@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from kestrel.adapter.source import find_local_adapter
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.evaluation.provenance import check_provenance
+from kestrel.generation.files import split_and_system
 
 
 def runs_of(settings: Settings) -> list[Path]:
@@ -44,6 +47,19 @@ def files_to_score(settings: Settings, again: str) -> list[Path]:
                     f"note: {settings.model.adapter} is not on this machine, so whether it made these is not checked",
                     file=sys.stderr,
                 )
-        check_provenance(run, adapter, made, f"python generate.py {again if own else f'--config {run}/config.yaml'}")
+        command = f"python generate.py {again if own else f'--config {run}/config.yaml'}"
+        check_provenance(run, adapter, made, command, settings.generation.model_dump() if own else {})
         files += made
     return files
+
+
+def output_folder(settings: Settings, beside: Path, paths: Sequence[Path]) -> Path:
+    """Where the report goes: evaluation, comparison, or of files that are named evaluation-NAMES, which is theirs alone."""
+    options = settings.evaluation
+    if options.output:
+        return Path(options.output)
+    if not options.generations:
+        return beside / ("comparison" if options.compare else "evaluation")
+    names = list(dict.fromkeys(split_and_system(path)[1] for path in paths))
+    more = [] if len(names) < 4 else [f"and-{len(names) - 3}-more"]
+    return beside / re.sub(r"[^\w@.+-]+", "_", "-".join(["evaluation", *names[:3], *more]))[:120]

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from kestrel.dialogue import Turn
-from kestrel.evaluation.generations import System
 from kestrel.evaluation.metric_table import DETAILED, METRICS, Metric
-from kestrel.evaluation.metrics import Array
+from kestrel.evaluation.metrics import Answers, References
 from kestrel.evaluation.persona import common_words, words_of, words_of_persona
+from kestrel.evaluation.resampling import Array
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.systems import System
+from kestrel.evaluation.units import Units, boundaries
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class SampleDialogue:
 def sortable_metrics(evaluation: Evaluation) -> list[Metric]:
     """Scores of which every shown system has one for a single dialogue; `DETAILED` is the first."""
     shown = [evaluation.systems[name] for name in evaluation.of_kind("system", "base")]
-    found = [m for m in METRICS if m.better and m.statistics and all(m.name in system.statistics for system in shown)]
+    if any(len(system.sums[DETAILED.name]) != evaluation.metrics["n_dialogues"] for system in shown):
+        return [DETAILED]  # there are so many dialogues that their sums were not kept one by one
+    found = [m for m in METRICS if m.better and m.statistics and all(m.name in system.sums for system in shown)]
     return sorted(found, key=lambda metric: metric is not DETAILED)
 
 
@@ -94,7 +98,7 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
         chosen = dict.fromkeys(list(extreme)[: 2 * count // 3], "extreme")
         others = [name for name in names if name not in chosen]
         chosen |= dict.fromkeys(random.Random(seed).sample(others, count - len(chosen)), "random")
-    common = common_words(evaluation.rarity)
+    common = common_words(evaluation.choices.rarity)
     places = {name: place for place, name in enumerate(members)}
     leading = scores[DETAILED.name][shown[0]]
     return [
@@ -105,8 +109,9 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
 
 def _by_dialogue(metric: Metric, system: System, members: Mapping[str, list[int]]) -> Array:
     """One system's score of each dialogue."""
-    statistics = system.statistics[metric.name]
-    return metric.score(np.array([statistics[indices].sum(axis=0) for indices in members.values()]))
+    if metric is DETAILED:
+        return np.array([100 * system.detail[indices].mean() for indices in members.values()])
+    return metric.score(system.sums[metric.name])
 
 
 def _dialogue(
@@ -120,14 +125,17 @@ def _dialogue(
 ) -> SampleDialogue:
     contexts = evaluation.systems["gold"].replies
     persona = contexts[indices[0]].persona or ()
-    known = words_of_persona(persona) - common
+    units = evaluation.choices.units
+    known = words_of_persona(persona, units) - common
     exchanges, seen = [], 0
     for i in indices:
         history = contexts[i].history or ()
         turns = history[seen if len(history) >= seen else 0 :]
         seen = len(history) + 1
         responses = tuple(_response(evaluation, system, i, known) for system in evaluation.of_kind("system", "base"))
-        exchanges.append(Exchange(turns, contexts[i].reference, _pieces(contexts[i].reference, known), responses))
+        exchanges.append(
+            Exchange(turns, contexts[i].reference, _pieces(contexts[i].reference, known, units), responses)
+        )
     own = {
         metric: {system: float(values[place]) for system, values in by_system.items() if np.isfinite(values[place])}
         for metric, by_system in scores.items()
@@ -136,13 +144,19 @@ def _dialogue(
 
 
 def _response(evaluation: Evaluation, system: str, i: int, known: frozenset[str]) -> Response:
-    reply, statistics = evaluation.systems[system].replies[i], evaluation.systems[system].statistics
-    flags = [m.flag for m in METRICS if m.flag and m.name in statistics and statistics[m.name][i, 0]]
+    chosen = evaluation.systems[system]
+    reply = chosen.replies[i]
+    answers = Answers([reply], References([reply], evaluation.choices))
+    flagged = [m for m in METRICS if m.flag and m.statistics and m.name in chosen.sums]
+    flags = [m.flag for m in flagged if m.statistics and m.statistics(answers)[0][0]]
     if reply.stopped_by == "length":
         flags.append("cut by length")
-    score = float(100 * statistics[DETAILED.name][i, 0])
-    return Response(system, reply.response, _pieces(reply.response, known), score, tuple(flags))
+    score = float(100 * chosen.detail[i])
+    return Response(
+        system, reply.response, _pieces(reply.response, known, evaluation.choices.units), score, tuple(flags)
+    )
 
 
-def _pieces(text: str, known: frozenset[str]) -> tuple[tuple[str, bool], ...]:
-    return tuple((piece, bool(words_of(piece) & known)) for piece in re.split(r"([\w'’-]+)", text) if piece)
+def _pieces(text: str, known: frozenset[str], units: Units) -> tuple[tuple[str, bool], ...]:
+    pieces = re.split(r"([\w'’-]+)", text) if units.english else boundaries(text)
+    return tuple((piece, bool(words_of(piece, units) & known)) for piece in pieces if piece)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel import __version__
 from kestrel.config import settings
-from kestrel.evaluation.bootstrap import PAIRED_TEST, Bootstrap, point_scores, total
 from kestrel.evaluation.breakdown import breakdowns
-from kestrel.evaluation.comparisons import best_trivial, paired_tests, verdicts
-from kestrel.evaluation.generations import Generations, Reply, System
-from kestrel.evaluation.metric_table import DETAILED, METRICS
-from kestrel.evaluation.metrics import NORMALIZERS, Answers, Array, answers_of
+from kestrel.evaluation.comparisons import best_trivial, paired_tests
+from kestrel.evaluation.generations import Generations, Reply
+from kestrel.evaluation.metric_table import BY_NAME, DETAILED, METRICS
+from kestrel.evaluation.metrics import Choices
 from kestrel.evaluation.persona import rarity_of
+from kestrel.evaluation.resampling import TEST, Dialogues, pseudo_values
 from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders, spread_over_seeds
-from kestrel.evaluation.trivial_systems import trivial_replies
+from kestrel.evaluation.systems import Answered, System, score, system_of
+from kestrel.evaluation.trivial_systems import trivial_systems
+from kestrel.evaluation.units import choose_units
+from kestrel.evaluation.verdicts import verdicts
 from kestrel.evaluation.writing import writing_notes
 
 if TYPE_CHECKING:
     from kestrel.evaluation.consistency import NliModel
-
-_FEW_DIALOGUES = 30
 
 
 @dataclass
@@ -35,24 +35,23 @@ class Evaluation:
     Attributes:
         metrics: what metrics.json holds.
         systems: the rows of the table, in its order, all with N replies to the same contexts.
-        further: replies with the persona in another order, which have no row in the table, by their file's system.
-        rarity: weights of words, of `persona.rarity_of`.
+        choices: how their texts were compared.
+        further: files with the persona in another order, which have no row in the table.
     """
 
     metrics: dict[str, Any]
     systems: dict[str, System]
-    further: dict[str, list[Reply]] = field(default_factory=dict)
-    rarity: dict[str, float] = field(default_factory=dict)
+    choices: Choices
+    further: dict[str, System] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> list[str]:
         """Names of the systems that are one of: system (a file), base (its untuned model), trivial, gold."""
         return [name for name, system in self.systems.items() if system.kind in kinds]
 
-    def texts(self, further: bool = False) -> dict[str, list[tuple[str, str]]]:
-        """(response, reference) of each reply as BLEU and ROUGE-L saw them, by system; with `further`, of those too."""
-        normalize = NORMALIZERS[self.metrics["normalization"]]
-        replies = {name: system.replies for name, system in self.systems.items()} | (self.further if further else {})
-        return {name: [(normalize(r.response), normalize(r.reference)) for r in rows] for name, rows in replies.items()}
+    def texts(self, system: System) -> list[tuple[str, str]]:
+        """(response, reference) of each reply as BLEU and ROUGE-L saw them."""
+        normalize = self.choices.normalize
+        return [(normalize(reply.response), normalize(reply.reference)) for reply in system.replies]
 
 
 def evaluate_files(
@@ -73,81 +72,53 @@ def evaluate_files(
     first, further = separate_orders(files)
     first = sorted(first, key=lambda file: {"adapter": 0, "base": 2}.get(file.group, 1))
     contexts = _fullest_contexts(first)
-    systems, left_out = _all_systems(first, contexts, seed, search, nli)
-    rarity = rarity_of(search or [reply.reference for reply in contexts])
-    answers_in = partial(answers_of, normalization=options.normalization, stemmer=options.stemmer, rarity=rarity)
-    answers = {name: answers_in(system.replies) for name, system in systems.items()}
-    for name, system in systems.items():
-        system.statistics = statistics_of(answers[name])
-    statistics = {name: system.statistics for name, system in systems.items()}
-    bootstrap = Bootstrap(statistics, [reply.dialogue_id for reply in contexts], options.resamples, seed)
-    paired = paired_tests(bootstrap, systems)
+    sizes = {len(reply.references) for reply in contexts}
+    units = choose_units((text for reply in contexts for text in reply.references), options.tokenize)
+    rarity = rarity_of(search or [reply.reference for reply in contexts], units)
+    several = sizes.pop() if len(sizes) == 1 else -1
+    choices = Choices(units, options.normalization, options.stemmer, several, rarity)
+
+    trivial, left_out = trivial_systems(contexts, seed, search, units)
+    gold = Answered(contexts, [reply.reference for reply in contexts])
+    systems = {file.system: system_of(file) for file in first} | trivial
+    systems["gold"] = System("gold", "the references themselves", gold)
+    if nli:
+        for system in systems.values():
+            system.replies = nli.judge(system.replies)
+    other_orders = {file.system: system_of(file) for others in further.values() for file in others}
+    dialogues = Dialogues([reply.dialogue_id for reply in contexts], options.resamples, seed)
+    score(systems | other_orders, dialogues, choices)
+
+    paired = paired_tests(systems, dialogues)
     orders = {}
     for file in (file for file in first if file.system in further):
-        others = further[file.system]
-        points = [point_scores(statistics_of(answers_in(other.replies))) for other in others]
-        orders[file.system] = spread_over_orders(file, others, [bootstrap.point[file.system], *points])
-    rival = best_trivial(bootstrap, systems, DETAILED)
+        named = [file.system, *(other.system for other in further[file.system])]
+        points = [(systems | other_orders)[name].point for name in named]
+        orders[file.system] = spread_over_orders(file, further[file.system], points)
+    seeds, no_seeds = spread_over_seeds(first, systems)
+    rival = best_trivial(systems, DETAILED)
     shown = [*(file.system for file in first), *([rival] if rival else [])]
-    metrics = _header(first, contexts, options, seed) | {
+    metrics = _header(first, dialogues, choices, options, seed) | {
         "inputs": [
             {"system": file.system, "file": str(file.path), "sha256": file.sha256, "replies": len(file.replies)}
             for file in files
         ],
-        "systems": {
-            name: {"kind": system.kind, "made_by": system.made_by}
-            | _entry(name, answers[name], system.statistics, bootstrap, options.stemmer)
-            for name, system in systems.items()
-        },
+        "systems": _entries(systems, dialogues, choices),
         "persona_orders": orders,
-        "groups": spread_over_seeds({file.system: file.seed_group for file in first}, bootstrap.point),
-        "paired_test": PAIRED_TEST,
+        "groups": seeds,
+        "paired_test": TEST,
         "paired": paired,
-        "verdicts": [*verdicts(systems, paired), *order_verdicts(orders, systems)],
-        **breakdowns(contexts, {name: statistics[name][DETAILED.name] for name in shown}, bootstrap),
+        "verdicts": [*verdicts(systems, paired, dialogues.count), *order_verdicts(orders, systems)],
+        **breakdowns(contexts, {name: systems[name].detail for name in shown}, dialogues, units),
     }
-    metrics["notes"] = [*notes, *_file_notes(first), *left_out, *writing_notes(first, options.normalization)]
-    if metrics["n_dialogues"] == 1:
-        metrics["notes"].append("WARNING: one dialogue gives no intervals and no tests.")
-    elif metrics["n_dialogues"] < _FEW_DIALOGUES:
+    metrics["notes"] = [*notes, *_file_notes(first), *left_out, *no_seeds, *writing_notes(first, options.normalization)]
+    if units.tokenizer != "13a" or not units.english:
+        words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
         metrics["notes"].append(
-            f"WARNING: intervals from {metrics['n_dialogues']} dialogues are too narrow; take them as a hint only."
+            f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
+            "script of the references; --evaluation.tokenize 13a scores as for English."
         )
-    other_orders = {f.system: f.replies for group in further.values() for f in group}
-    return Evaluation(metrics, systems, other_orders, rarity)
-
-
-def _all_systems(
-    files: Sequence[Generations],
-    contexts: Sequence[Reply],
-    seed: int,
-    search: Sequence[str] | None,
-    nli: NliModel | None,
-) -> tuple[dict[str, System], list[str]]:
-    """The rows of the table, and what could not be made, and why."""
-    systems = {
-        file.system: System(
-            kind="base" if file.group == "base" else "system",
-            made_by=str(file.path),
-            replies=file.replies,
-            folder=file.path.resolve().parent,
-            group=file.seed_group,
-        )
-        for file in files
-    }
-    trivial, notes = trivial_replies(contexts, seed, search)
-    gold = [reply.with_response(reply.reference) for reply in contexts]
-    systems |= trivial | {"gold": System("gold", "the references themselves", gold)}
-    if nli:
-        for system in systems.values():
-            system.replies = nli.judge(system.replies)
-    return systems, notes
-
-
-def statistics_of(answers: Answers) -> dict[str, Array]:
-    """Statistics by metric, shape (N, K), of the metrics for which the replies have what is needed."""
-    computed = {metric.name: metric.compute_statistics(answers) for metric in METRICS}
-    return {name: array for name, array in computed.items() if array is not None}
+    return Evaluation(metrics, systems, choices, other_orders)
 
 
 def _fullest_contexts(files: Sequence[Generations]) -> list[Reply]:
@@ -161,40 +132,45 @@ def _fullest_contexts(files: Sequence[Generations]) -> list[Reply]:
 
 
 def _header(
-    files: Sequence[Generations], contexts: Sequence[Reply], options: settings.Evaluation, seed: int
+    files: Sequence[Generations], dialogues: Dialogues, choices: Choices, options: settings.Evaluation, seed: int
 ) -> dict[str, Any]:
     """What was scored, and how."""
     split = next((file.split for file in files if file.split), None)
-    dialogues = len({reply.dialogue_id for reply in contexts})
     signature = {
-        "kestrel": __version__, "split": split or "unknown", "replies": len(contexts), "dialogues": dialogues,
-        "norm": options.normalization, "bootstrap": "dialogues", "resamples": options.resamples, "seed": seed,
+        "kestrel": __version__, "split": split or "unknown", "replies": len(files[0].replies),
+        "dialogues": dialogues.count, "norm": choices.normalization, "bootstrap": "dialogues", "resamples": options.resamples, "seed": seed,
     }  # fmt: skip
     signature |= {"nli": options.nli} if options.nli else {}
     return {
         "signature": "|".join(f"{key}:{value}" for key, value in signature.items()),
         "split": split,
-        "n_replies": len(contexts),
-        "n_dialogues": dialogues,
-        "normalization": options.normalization,
+        "n_replies": len(files[0].replies),
+        "n_dialogues": dialogues.count,
+        "normalization": choices.normalization,
     }
 
 
-def _entry(
-    name: str, answers: Answers, statistics: Mapping[str, Array], bootstrap: Bootstrap, stemmer: bool
-) -> dict[str, Any]:
-    """One system's scores as metrics.json has them."""
-    entry: dict[str, Any] = {"ci95": {}}
-    for metric in METRICS:
-        if metric.overall:
-            metric.write(entry, metric.overall(answers), None, {})
-        elif metric.name in statistics:
-            details = metric.details(answers, total(statistics[metric.name])) if metric.details else {}
-            if metric.signature:
-                details["signature"] = metric.signature(stemmer)
-            interval = bootstrap.interval(bootstrap.draws[name][metric.name])
-            metric.write(entry, bootstrap.point[name][metric.name], interval, details)
-    return entry
+def _entries(systems: Mapping[str, System], dialogues: Dialogues, choices: Choices) -> dict[str, Any]:
+    """Each system's scores as metrics.json has them."""
+    pseudo = {
+        (n, key): pseudo_values(sums, BY_NAME[key].score) for n, s in systems.items() for key, sums in s.sums.items()
+    }
+    intervals = dialogues.intervals(pseudo, {(n, key): systems[n].point[key] for n, key in pseudo})
+    entries: dict[str, Any] = {}
+    for name, system in systems.items():
+        entry: dict[str, Any] = {"kind": system.kind, "made_by": system.made_by, "ci95": {}}
+        for metric in METRICS:
+            if metric.overall:
+                texts = (choices.normalize(text) for text in system.responses)
+                metric.write(entry, metric.overall(texts, choices.units), None, {})
+            elif metric.name in system.sums:
+                details = metric.details(system.replies, system.totals[metric.name]) if metric.details else {}
+                if metric.signature:
+                    details["signature"] = metric.signature(choices)
+                interval = metric.clipped(intervals[name, metric.name])
+                metric.write(entry, system.point[metric.name], interval, details)
+        entries[name] = entry
+    return entries
 
 
 def _file_notes(files: Sequence[Generations]) -> list[str]:
@@ -221,8 +197,8 @@ def write_responses(folder: Path, evaluation: Evaluation) -> None:
     is reference.txt; it is also what the row gold answers.
     """
     folder.mkdir()
-    for name, pairs in evaluation.texts(further=True).items():
-        if name == "gold":
-            name = "reference"
+    for name, system in (evaluation.systems | evaluation.further).items():
+        name = "reference" if name == "gold" else name
         safe = re.sub(r"[^\w@.+-]+", "_", name)
-        (folder / f"{safe}.txt").write_text("".join(f"{response}\n" for response, _ in pairs), encoding="utf-8")
+        with (folder / f"{safe}.txt").open("w", encoding="utf-8") as file:
+            file.writelines(f"{response}\n" for response, _ in evaluation.texts(system))

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.generations import Generations, System
+from kestrel.evaluation.generations import Generations
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
+from kestrel.evaluation.provenance import same_experiment
+from kestrel.evaluation.systems import System
 
 SPREAD_METRICS = tuple(metric for metric in METRICS if metric.spread)
 
@@ -35,14 +37,18 @@ def spread_of_scores(points: Sequence[Mapping[str, float]]) -> dict[str, dict[st
     return spreads
 
 
-def spread_over_seeds(groups: Mapping[str, str], point: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The spread over the seeds of each system that has several; `groups` has the group of each file."""
-    several = [group for group, count in Counter(groups.values()).items() if count > 1]
-    members = {group: [name for name in groups if groups[name] == group] for group in several}
-    return {
-        group: {"members": names} | spread_of_scores([point[name] for name in names])
-        for group, names in members.items()
-    }
+def spread_over_seeds(files: Sequence[Generations], systems: Mapping[str, System]) -> tuple[dict[str, Any], list[str]]:
+    """The spread over the seeds of each system that has several, and why some files of one name are no seeds."""
+    spreads: dict[str, Any] = {}
+    notes = []
+    for group, count in Counter(file.seed_group for file in files).items():
+        members = [file for file in files if file.seed_group == group]
+        names = [file.system for file in members]
+        if count > 1 and same_experiment(members):
+            spreads[group] = {"members": names} | spread_of_scores([systems[name].point for name in names])
+        elif count > 1:
+            notes.append(f"{', '.join(names)} differ in more than the seed, so no spread over seeds is shown.")
+    return spreads, notes
 
 
 def separate_orders(files: Sequence[Generations]) -> tuple[list[Generations], dict[str, list[Generations]]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kestrel.evaluation.metric_table import BY_NAME, DETAILED, METRICS, Column, Metric
 from kestrel.evaluation.spread import SPREAD_METRICS
+from kestrel.evaluation.verdicts import WORSE
 
 WIDTH = 100  # columns of the terminal
 NONE = "–"  # a cell without a value
@@ -103,14 +104,15 @@ def paired_table(metrics: Mapping[str, Any]) -> Table:
             signed(test["difference"]),
             f"[{signed(test['ci95'][0])}, {signed(test['ci95'][1])}]" if test["ci95"] else NONE,
             number(test["p_value"], ".4f"),
+            number(test["p_holm"], ".4f"),
         )
         for test in metrics["paired"]
     )
     legend = (
         f"p: {metrics['paired_test']}. The best trivial system is chosen by metric on these very replies. "
-        "No correction for the number of comparisons."
+        "p (Holm): adjusted for all tests of this table."
     )
-    columns = ("Pair", "Metric", "Difference", "95% interval", "p")
+    columns = ("Pair", "Metric", "Difference", "95% interval", "p", "p (Holm)")
     return Table("Paired differences", columns, rows, legend, detail=True)
 
 
@@ -249,12 +251,16 @@ def as_text(table: Table, kinds: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """What evaluate.py prints: the tables, the verdicts in words, and the notes."""
+def summary(metrics: Mapping[str, Any], color: bool = False) -> str:
+    """What evaluate.py prints: the tables, the verdicts in words (what got worse in red), and the notes."""
     kinds = {name: entry["kind"] for name, entry in metrics["systems"].items()}
     parts = [metrics["signature"], *(as_text(table, kinds) for table in all_tables(metrics) if not table.detail)]
     for heading, lines in (("", metrics["verdicts"]), ("Notes", metrics["notes"])):
         wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+        if color:
+            wrapped = [
+                f"\033[31m{text}\033[0m" if WORSE in line else text for line, text in zip(lines, wrapped, strict=True)
+            ]
         if wrapped:
             parts.append("\n".join(([heading] if heading else []) + wrapped))
     return "\n\n".join(parts)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kestrel.data.dataset import load_split
-from kestrel.evaluation.generations import Reply, System
-from kestrel.evaluation.metrics import normalize_answer
+from kestrel.evaluation.generations import Reply
+from kestrel.evaluation.systems import Answered, System
+from kestrel.evaluation.units import ENGLISH, Units
 from kestrel.runtime.manifest import read_manifest
 
 TRIVIAL = {
@@ -29,10 +30,11 @@ _MOST_REFERENCES = 10_000  # in the search for a constant: the third digit of a 
 _MOST_CANDIDATES = 2_000
 _VOCABULARY = 300
 _LONGEST = 40
+Split = Callable[[str], list[str]]
 
 
-def trivial_replies(
-    replies: Sequence[Reply], seed: int, search: Sequence[str] | None
+def trivial_systems(
+    replies: Sequence[Reply], seed: int, search: Sequence[str] | None, units: Units = ENGLISH
 ) -> tuple[dict[str, System], list[str]]:
     """The trivial systems' answers to the contexts of `replies`.
 
@@ -48,8 +50,7 @@ def trivial_replies(
     notes: list[str] = []
 
     def add(name: str, responses: Iterable[str], more: str = "") -> None:
-        answered = [reply.with_response(text) for reply, text in zip(replies, responses, strict=True)]
-        systems[name] = System("trivial", TRIVIAL[name] + more, answered)
+        systems[name] = System("trivial", TRIVIAL[name] + more, Answered(replies, list(responses)))
 
     generator = random.Random(seed)
     if replies[0].history is None:
@@ -71,7 +72,7 @@ def trivial_replies(
     half = set(random.Random(seed).sample(dialogues, len(dialogues))[: len(dialogues) // 2])
     halves = [[r.reference for r in replies if (r.dialogue_id in half) == own] for own in (False, True)]
     for name, best in (("constant_reply", best_constant), ("constant_words", best_words)):
-        found = [best(texts) for texts in (halves if search is None else [search])]
+        found = [best(texts, units.words) for texts in (halves if search is None else [search])]
         where = ", found for each half of the dialogues in the other half" if search is None else ""
         add(
             name,
@@ -107,16 +108,20 @@ def _word_counts(texts: Sequence[str], words: Sequence[str]) -> tuple[NDArray[np
     return counts, np.array([len(text.split()) for text in texts], dtype=np.float64)
 
 
-def _sample(texts: Sequence[str]) -> list[str]:
-    """Evenly spaced normalized texts, `_MOST_REFERENCES` at most."""
+def _sample(texts: Sequence[str], split: Split) -> list[str]:
+    """Evenly spaced texts, `_MOST_REFERENCES` at most, as words between spaces."""
     step = max(1, len(texts) / _MOST_REFERENCES)
-    return [normalize_answer(texts[int(i * step)]) for i in range(int(len(texts) / step))]
+    return [" ".join(split(texts[int(i * step)])) for i in range(int(len(texts) / step))]
 
 
-def best_constant(references: Sequence[str]) -> str:
-    """The one among the references (the most frequent 2,000 wordings) with the best mean F1 against all of them."""
-    gold = _sample(references)
-    written = {normalize_answer(text): text for text in reversed(references)}
+def best_constant(references: Sequence[str], split: Split = ENGLISH.words) -> str:
+    """The one among the references (the most frequent 2,000 wordings) with the best mean F1 against all of them.
+
+    Args:
+        split: a text into the words that F1 compares.
+    """
+    gold = _sample(references, split)
+    written = {" ".join(split(text)): text for text in reversed(references)}
     candidates = [text for text, _ in Counter(gold).most_common(_MOST_CANDIDATES) if text]
     words = sorted({word for text in candidates for word in text.split()})
     counts, lengths = _word_counts(gold, words)
@@ -130,9 +135,9 @@ def best_constant(references: Sequence[str]) -> str:
     return written[max(candidates, key=mean_f1)] if candidates else references[0]
 
 
-def best_words(references: Sequence[str]) -> str:
+def best_words(references: Sequence[str], split: Split = ENGLISH.words) -> str:
     """Words that together have the best mean F1 against the references, found greedily; their order means nothing."""
-    gold = _sample(references)
+    gold = _sample(references, split)
     frequent = [word for word, _ in Counter(word for text in gold for word in text.split()).most_common(_VOCABULARY)]
     counts, lengths = _word_counts(gold, frequent)
     chosen: list[int] = []

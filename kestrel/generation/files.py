@@ -31,7 +31,7 @@ def order_in_name(name: str) -> tuple[str, int]:
 
 def split_and_system(path: Path) -> tuple[str | None, str]:
     """Split and system of a file: SPLIT.SYSTEM.jsonl, else no split and the name without its ending."""
-    stem = path.name.removesuffix(".jsonl").removesuffix(".json")
+    stem = re.sub(r"(\.hyp)?\.txt$|\.hyp$|\.jsonl?$", "", path.name)
     split, dot, system = stem.partition(".")
     return (split, system) if dot and system and split in SPLITS else (None, stem)
 

@@ -65,6 +65,7 @@ def run_script(
     writes: bool = True,
     together: bool = False,
     unused: Mapping[str, str] = MappingProxyType({}),
+    presets: Mapping[str, dict[str, Any]] | None = None,
 ) -> int:
     """Runs a script: settings, lock, steps.
 
@@ -77,6 +78,8 @@ def run_script(
         writes: whether it writes to the run folder, which it then locks, unless its flag --dry-run is given.
         together: whether several processes share the work. In other scripts only the first process does anything.
         unused: keys that it would ignore though a user may expect otherwise, and what to do instead. They are refused.
+        presets: by dotted key, what stands for the YAML file where there is none and that key is given. Such a call
+            belongs to no run, and locks no folder.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
@@ -87,7 +90,7 @@ def run_script(
     stderr, run_dir = sys.stderr, None
     try:
         with on_signals(exit_now):
-            arguments, settings, origin = _read_command_line(name, doc, argv, options, unused)
+            arguments, settings, origin = _read_command_line(name, doc, argv, options, unused, presets or {})
             from kestrel.config.resolve import describe
 
             run_dir = settings.run_dir
@@ -96,7 +99,7 @@ def run_script(
                     print(describe(settings, origin), end="", flush=True)
                 return 0
             _quieten_libraries()
-            locks = writes and not getattr(arguments, "dry_run", False)
+            locks = writes and arguments.config is not None and not getattr(arguments, "dry_run", False)
             folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
             with distributed.only_first_prints(), folder:
                 if together and (warning := distributed.launch_warning()):
@@ -119,7 +122,12 @@ def run_script(
 
 
 def _read_command_line(
-    name: str, doc: str, argv: Sequence[str] | None, options: Options, unused: Mapping[str, str]
+    name: str,
+    doc: str,
+    argv: Sequence[str] | None,
+    options: Options,
+    unused: Mapping[str, str],
+    presets: Mapping[str, dict[str, Any]],
 ) -> tuple[argparse.Namespace, Settings, dict[str, str]]:
     """The script's own options, the settings, and where each of them comes from."""
     from kestrel.config.keys import all_keys
@@ -135,9 +143,12 @@ def _read_command_line(
     keys = all_keys()
     overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
     flags = ["config", "print-config", "debug", "help", "help-all", *(flag.lstrip("-") for flag, _ in options)]
-    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused)
-    words = ["--config", arguments.config]
+    preset = next((tree for dotted, tree in presets.items() if dotted in overrides), None)
+    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused, preset)
+    words = ["--config", str(arguments.config)]
     for dotted, given in overrides.items():
+        if dotted.startswith(("evaluation.", "hub.")):
+            continue  # of the script that is running
         words += [f"--{dotted}", *(given if isinstance(given, list) else [given])]
     arguments.again = shlex.join(words)
     return arguments, settings, origin

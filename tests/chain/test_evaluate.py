@@ -45,7 +45,8 @@ def test_schema_of_metrics_json(scored):
     pairs = {(test["system"], test["against"]) for test in metrics["paired"]}
     assert ("adapter", "base") in pairs and any(name.startswith(("c", "r")) for _, name in pairs)
     assert all(
-        set(test) == {"system", "against", "metric", "difference", "ci95", "p_value"} for test in metrics["paired"]
+        set(test) == {"system", "against", "metric", "difference", "ci95", "p_value", "p_holm"}
+        for test in metrics["paired"]
     )
 
 
@@ -85,17 +86,27 @@ def test_a_system_that_beats_nothing_is_said_not_to(tmp_path, capsys):
 
 
 def test_a_generation_file_of_another_tool(tmp_path, capsys):
+    """It is scored beside the run, or without any; the run's own evaluation stays as it is."""
     config = make_run(tmp_path)
-    rows = [{"reference": f"i like {n} dogs .", "response": f"i like {n + n % 2} dogs ."} for n in range(40)]
+    assert main(["--config", str(config), "--evaluation.resamples", "100"]) == 0
+    own = (tmp_path / "run" / "evaluation" / "metrics.json").read_bytes()
+    rows = [{"label": f"i like {n} dogs .", "prediction": f"i like {n + n % 2} dogs ."} for n in range(40)]
     theirs = write_rows(tmp_path / "theirs.jsonl", rows)
-    assert main(["--config", str(config), "--evaluation.generations", str(theirs)]) == 0
+    capsys.readouterr()
+    options = ["--evaluation.generations", str(theirs), "--evaluation.resamples", "100"]
+    assert main(["--config", str(config), *options]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    metrics = read_metrics(config)
+    assert (tmp_path / "run" / "evaluation" / "metrics.json").read_bytes() == own
+    metrics = read_metrics(config, "evaluation-theirs")
     assert (metrics["split"], metrics["n_dialogues"]) == (None, 40)
     assert set(metrics["systems"]) == {"theirs", "random_reply", "constant_reply", "constant_words", "gold"}
     assert "Each row counts as a dialogue of its own" in printed and "perplexity" in printed
     assert "copy_partner is left out" in printed and "random_persona is left out" in printed
     assert metrics["by_reply"] == [] and metrics["by_length"]
+    assert main(options) == 0 and main([*options, "--evaluation.output", str(tmp_path / "chosen")]) == 0
+    for folder in (tmp_path / "evaluation-theirs", tmp_path / "chosen"):
+        assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["systems"] == metrics["systems"]
+    assert main([]) == 2 and "--config: needs a YAML file" in capsys.readouterr().err
 
 
 def test_constants_are_searched_in_training_data_of_the_same_corpus(tmp_path, capsys):
@@ -131,7 +142,7 @@ def test_seeds_are_summarized(tmp_path, capsys):
     files[1] = write_rows(files[1].with_name("test.adapter-seed2.jsonl"), rows)
     options = ["--config", str(configs[0]), "--evaluation.generations", *map(str, files)]
     assert main([*options, "--evaluation.resamples", "100"]) == 0
-    metrics = read_metrics(configs[0])
+    metrics = read_metrics(configs[0], "evaluation-adapter-adapter-seed2")
     (group,) = metrics["groups"].values()
     scores = [metrics["systems"][name]["bleu"]["score"] for name in group["members"]]
     assert len(scores) == 2 and group["bleu"]["mean"] == pytest.approx(sum(scores) / 2)
@@ -209,7 +220,7 @@ def test_persona_orders_are_kept_apart_from_systems(scored, tmp_path, capsys):
         for order in (1, 2):  # each file alone gives the same scores
             alone = [*options, "--evaluation.generations", str(folder / f"test.{name}-order{order}.jsonl")]
             assert main([*alone, "--evaluation.samples", "0"]) == 0
-            entry = read_metrics(config)["systems"][f"{name}-order{order}"]
+            entry = read_metrics(config, f"evaluation-{name}-order{order}")["systems"][f"{name}-order{order}"]
             expected = [entry[key]["score"] for key in ("bleu", "rouge_l", "f1")] + [entry["perplexity"]["token"]]
             values = [spread[key]["values"][order] for key in ("bleu", "rouge_l", "f1", "perplexity.token")]
             assert values == pytest.approx(expected, rel=1e-12)

@@ -98,7 +98,8 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
     [
         ([row(), row(turn=3, reference=None)], 2, "reference: Field required"),
         ([row(reference="  ")], 1, "reference is empty"),
-        ([row(reference=["a", "b"])], 1, "reference: Input should be a valid string"),
+        ([row(reference=["a", 7])], 1, "reference: Input should be a valid string"),
+        ([row(reference=["a", ""])], 1, "reference is empty"),
         ([row(response=7)], 1, "response: Input should be a valid string"),
         ([row(), row()], 2, "dialogue 'd1', turn 1 is in line 1 already"),
         ([row(), row(turn=3, persona=None)], 2, "persona is missing, other rows have it"),
@@ -113,7 +114,7 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
         ([row(candidate_nll=[1.0])], 1, "candidate_nll.0: Input should be a valid list"),
         ([row(candidate_nll=[[1.0]])], 1, "candidate_nll.0.1: Field required"),
         ([row(stopped_by="tired")], 1, "stopped_by: Input should be 'eos', 'length' or 'stop_string'"),
-        ([row(history="hi")], 1, "history: Input should be a valid list"),
+        ([row(history=7)], 1, "history: Input should be a valid list"),
         ([row(history=["hi", ["self", "hi"]])], 1, "history.1.speaker: Input should be 'partner' or 'self'"),
         (
             [row(history=[{"speaker": "bob", "text": "hi"}])],
@@ -121,7 +122,7 @@ def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
             "history.0.speaker: Input should be 'partner' or 'self'",
         ),
         ([row(history=[{"speaker": "self"}])], 1, "history.0.text: Input should be a valid string"),
-        ([row(persona="i like dogs .")], 1, "persona: Input should be a valid list"),
+        ([row(persona=7)], 1, "persona: Input should be a valid list"),
         ([row(turn=-1)], 1, "turn: Input should be greater than or equal to 0"),
         ([row(dialogue_id=1.5)], 1, "dialogue_id: Input should be a valid string"),
         ([row(), "{"], 2, "not JSON"),

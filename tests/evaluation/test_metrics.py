@@ -14,22 +14,24 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from kestrel.dialogue import Turn
-from kestrel.evaluation.bootstrap import point_scores, total
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metric_table import BY_NAME, METRICS
 from kestrel.evaluation.metrics import (
-    answers_of,
+    Answers,
+    Choices,
+    References,
     bleu,
     bleu_details,
     bleu_signature,
     distinct,
     f1_score,
-    normalize_answer,
     rank,
     rouge_l,
     rouge_signature,
 )
-from kestrel.evaluation.scoring import statistics_of
+from kestrel.evaluation.resampling import Dialogues
+from kestrel.evaluation.systems import System, score
+from kestrel.evaluation.units import ENGLISH, normalize_answer
 from kestrel.evaluation.writing import CONVENTIONS, writing_gap
 
 # What real replies are made of: repeated words, tokenized and natural punctuation, capitals, articles, entities, no text.
@@ -49,12 +51,16 @@ def replies(pairs, **fields):
     ]
 
 
-def statistics(rows, normalization="raw", stemmer=False):
-    return statistics_of(answers_of(rows, normalization, stemmer))
+def scored(rows, normalization="raw", stemmer=False, units=ENGLISH):
+    sizes = {len(row.references) for row in rows}
+    choices = Choices(units, normalization, stemmer, sizes.pop() if len(sizes) == 1 else -1)
+    system = System("system", "", rows)
+    score({"s": system}, Dialogues([row.dialogue_id for row in rows], 100, 0), choices)
+    return system
 
 
-def scores(rows, normalization="raw", stemmer=False):
-    return point_scores(statistics(rows, normalization, stemmer))
+def scores(rows, normalization="raw", stemmer=False, units=ENGLISH):
+    return scored(rows, normalization, stemmer, units).point
 
 
 @pytest.mark.parametrize(
@@ -97,17 +103,41 @@ def test_normalize_answer_treats_all_ascii_punctuation_alike():
 @example([("", "<skipped>")])
 @settings(max_examples=60, deadline=None)
 def test_bleu_is_sacrebleus(pairs):
-    answers = answers_of(replies(pairs), "raw", stemmer=False)
-    columns = statistics_of(answers)
+    system = scored(replies(pairs))
     for name, lowercase in (("bleu", False), ("bleu_lc", True)):
         metric = sacrebleu.BLEU(lowercase=lowercase, force=True)
         expected = metric.corpus_score([h for h, _ in pairs], [[r for _, r in pairs]])
-        assert point_scores(columns)[name] == expected.score
-        details = bleu_details(answers, total(columns[name]))
+        assert system.point[name] == expected.score
+        details = bleu_details(system.replies, system.totals[name])
         assert list(details.values()) == [expected.precisions, expected.bp, expected.sys_len, expected.ref_len]
-        assert bleu_signature(lowercase) == str(metric.get_signature())
+        assert bleu_signature(Choices(), lowercase) == str(metric.get_signature())
     if expected.ref_len:  # sacreBLEU drops the word <skipped>
-        assert point_scores(columns)["length_ratio"] == expected.sys_len / expected.ref_len
+        assert system.point["length_ratio"] == expected.sys_len / expected.ref_len
+
+
+def several(pairs):
+    """Replies with one to three references."""
+    texts = [reference for _, reference in pairs]
+    more = [tuple(texts[: i % 3]) for i in range(len(pairs))]
+    return [replace(reply, other_references=others) for reply, others in zip(replies(pairs), more, strict=True)]
+
+
+@given(PAIRS.filter(lambda pairs: len(pairs) > 2))
+@settings(max_examples=30, deadline=None)
+def test_several_references_are_those_of_the_libraries(pairs):
+    rows = several(pairs)
+    ours, responses = scores(rows), [row.response for row in rows]
+    streams = [list(stream) for stream in itertools.zip_longest(*(row.references for row in rows))]
+    metric = sacrebleu.BLEU(force=True)
+    assert ours["bleu"] == metric.corpus_score(responses, streams).score
+    assert bleu_signature(Choices(references=-1)) == str(metric.get_signature())
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    best = [scorer.score_multi(row.references, row.response)["rougeL"].fmeasure for row in rows]
+    assert ours["rouge_l"] == pytest.approx(100 * np.mean(best))
+    assert ours["f1"] == pytest.approx(
+        100 * np.mean([max(f1_score(r.response, t) for t in r.references) for r in rows])
+    )
+    assert "best of var" in rouge_signature(Choices(references=-1)) and "best of" not in rouge_signature(Choices())
 
 
 def test_bleu_of_the_sacrebleu_command(tmp_path):
@@ -139,7 +169,7 @@ def test_rouge_l_is_rouge_scores(pairs):
         ours = scores(replies(pairs), stemmer=stemmer)["rouge_l"]
         assert ours == pytest.approx(100 * sum(expected) / len(pairs), abs=1e-9)
         assert ours == scores(replies(pairs), stemmer=not stemmer)["rouge_l_other"]
-        assert f"stemmer:{'yes' if stemmer else 'no'}" in rouge_signature(stemmer)
+        assert f"stemmer:{'yes' if stemmer else 'no'}" in rouge_signature(Choices(stemmer=stemmer))
 
 
 def test_normalization_is_applied_to_both_sides():
@@ -199,7 +229,7 @@ def test_shares_of_replies():
 
 
 def test_what_the_rows_do_not_have_is_not_scored():
-    bare = set(statistics(replies([("x", "y")])))
+    bare = set(scores(replies([("x", "y")])))
     assert {metric.name for metric in METRICS if metric.statistics and not metric.needs} == bare
 
 
@@ -211,15 +241,16 @@ def test_every_score_is_within_its_range_and_many_corpora_at_once_score_as_each(
         "reference_tokens": 2, "candidate_nll": ((3.0, 2),), "other_persona_nll": (2.0, 3.0), "nli": (-1,),
     }  # fmt: skip
     weights = np.random.default_rng(seed).integers(0, 4, size=(5, len(pairs)))
-    for name, rows in statistics(replies(pairs, **fields)).items():
-        metric = BY_NAME[name]
-        sums = weights @ rows
+    rows = replies(pairs, **fields)
+    answers = Answers(rows, References(rows, Choices()))
+    for metric in (metric for metric in METRICS if metric.statistics):
+        sums = weights @ np.array(metric.statistics(answers), dtype=float)
         together = metric.score(sums)
         alone = [metric.score(row[None])[0] for row in sums]
-        assert np.array_equal(alone, together, equal_nan=True), name
+        assert np.array_equal(alone, together, equal_nan=True), metric.name
         low, high = metric.range
-        assert all(low <= score <= high + 1e-9 for score in together[np.isfinite(together)]), name
-    assert set(statistics(replies(pairs, **fields))) == {metric.name for metric in METRICS if metric.statistics}
+        assert all(low <= score <= high + 1e-9 for score in together[np.isfinite(together)]), metric.name
+    assert set(scores(rows)) == {metric.name for metric in METRICS if metric.statistics}
 
 
 def test_entries_of_the_table_are_whole():

@@ -14,12 +14,12 @@ from make_tokenizers import wordpiece
 from scripts import make_run, read_metrics, script
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.bootstrap import point_scores
 from kestrel.evaluation.consistency import NliModel
 from kestrel.evaluation.generations import Reply
-from kestrel.evaluation.metrics import answers_of, rank
+from kestrel.evaluation.metrics import Choices, rank
 from kestrel.evaluation.persona import rarity_of
-from kestrel.evaluation.scoring import statistics_of
+from kestrel.evaluation.resampling import Dialogues
+from kestrel.evaluation.systems import System, score
 
 PERSONA = ("i have two dogs .", "i love blue cars .")
 TRAINING = ["i have i", "i love love"]
@@ -31,7 +31,9 @@ def reply(response: str, dialogue: str = "d", turn: int = 1, **more) -> Reply:
 
 
 def scores(*replies: Reply) -> dict[str, float]:
-    return point_scores(statistics_of(answers_of(replies, "raw", False, rarity_of(TRAINING))))
+    system = System("system", "", replies)
+    score({"s": system}, Dialogues([r.dialogue_id for r in replies], 100, 0), Choices(rarity=rarity_of(TRAINING)))
+    return system.point
 
 
 def test_words_shared_with_the_persona_by_hand():

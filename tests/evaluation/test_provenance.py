@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kestrel.errors import KestrelError
-from kestrel.evaluation.provenance import check_provenance
+from kestrel.evaluation.generations import Generations
+from kestrel.evaluation.provenance import check_provenance, difference_notes, same_experiment
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import identity_of, sha256_of, write_manifest
 
@@ -26,7 +28,11 @@ def run(tmp_path: Path) -> Path:
     facts = {}
     for system in ("adapter", "base"):
         write_json(folder / f"test.{system}.jsonl", {"response": system})
-        made_from = {"dataset": identities["dataset"], "system": system}
+        made_from = {
+            "dataset": identities["dataset"],
+            "system": system,
+            "generation": {"num_beams": 1, "split": "test"},
+        }
         if system == "adapter":
             made_from["adapter"] = identities["adapter"]
         facts[f"test.{system}.jsonl"] = {"sha256": sha256_of(folder / f"test.{system}.jsonl"), "made_from": made_from}
@@ -34,9 +40,10 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _check(run: Path) -> None:
+def _check(run: Path, **decoding: object) -> None:
     files = sorted((run / "generations").glob("*.jsonl"))
-    check_provenance(run, run / "adapter", files, "python generate.py --config c.yaml")
+    asked = {"num_beams": 1, "split": "test"} | decoding
+    check_provenance(run, run / "adapter", files, "python generate.py --config c.yaml", asked)
 
 
 def test_a_run_that_fits_is_accepted_also_after_the_same_artifact_was_made_again(run: Path) -> None:
@@ -51,7 +58,7 @@ def test_another_artifact_is_refused_but_the_base_does_not_depend_on_the_adapter
     with pytest.raises(KestrelError, match=rf"another {kind} .* python generate\.py"):
         _check(run)
     if kind == "adapter":
-        check_provenance(run, run / "adapter", [run / "generations" / "test.base.jsonl"], "generate")
+        check_provenance(run, run / "adapter", [run / "generations" / "test.base.jsonl"], "generate", {})
 
 
 def test_an_edited_file_is_refused_and_one_from_elsewhere_must_be_named(run: Path) -> None:
@@ -72,11 +79,46 @@ def _add_order(run: Path, **changes: object) -> None:
     write_manifest(folder, "generations", settings={}, made_from={}, generations=facts)
 
 
-def test_another_order_of_the_persona_must_differ_in_nothing_else(run: Path) -> None:
+def test_files_of_a_run_must_differ_in_nothing_but_system_and_order(run: Path) -> None:
     _add_order(run)
     _check(run)
-    _add_order(run, generation={"max_new_tokens": 3})
-    with pytest.raises(
-        KestrelError, match=r"base-order2.* other settings .* --generation\.persona_orders 3, or delete"
-    ):
+    _add_order(run, prompt_sha256="x", generation={"num_beams": 3, "split": "test"})
+    with pytest.raises(KestrelError, match=r"base-order2.*num_beams 3, and now it is 1; .*persona_orders 3, or delete"):
         _check(run)
+    _add_order(run, dataset="other")
+    with pytest.raises(KestrelError, match=r"base-order2.* another dataset"):
+        _check(run)
+
+
+def test_the_settings_of_the_call_must_be_those_of_the_files(run: Path) -> None:
+    with pytest.raises(
+        KestrelError, match=r"test\.adapter\.jsonl was generated with generation\.num_beams 1, and now it is 4"
+    ):
+        _check(run, num_beams=4)
+
+
+def test_files_from_several_runs_are_compared_with_a_warning_and_averaged_only_as_seeds(
+    run: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run / "generations", other / "generations")
+    facts = read_json(other / "generations" / "manifest.json", "")["generations"]
+
+    def pair(**changes: object) -> list[Generations]:
+        made_from = facts["test.adapter.jsonl"]["made_from"] | changes
+        entry = {"sha256": facts["test.adapter.jsonl"]["sha256"], "made_from": made_from}
+        write_manifest(other / "generations", "generations", {}, {}, generations={"test.adapter.jsonl": entry})
+        return [
+            Generations(name, "test", folder / "generations" / "test.adapter.jsonl", entry["sha256"], [])
+            for name, folder in (("one", run), ("two", other))
+        ]
+
+    for changes, alike in (
+        ({"seed": 7, "adapter": "of another seed"}, True),
+        ({"generation": {"num_beams": 4}}, False),
+    ):
+        files = pair(**changes)
+        assert same_experiment(files) == alike
+        assert [note.split(" that too: ")[1] for note in difference_notes(files)] == (
+            [] if alike else ["generation.num_beams (one: 1; two: 4)."]
+        )

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kestrel.dialogue import Turn
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import f1_score
-from kestrel.evaluation.trivial_systems import TRIVIAL, best_constant, best_words, trivial_replies
+from kestrel.evaluation.trivial_systems import TRIVIAL, best_constant, best_words, trivial_systems
 
 WORDS = ["i", "am", "you", "like", "dogs", "cats", "the", "a", ".", "and", "fun"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(" ".join)
@@ -27,7 +27,7 @@ def mean_f1(response: str, references: list[str]) -> float:
 
 
 def test_each_answers_as_it_says():
-    made, notes = trivial_replies(CONTEXTS, seed=0, search=["i am fine", "i am fine", "you too"])
+    made, notes = trivial_systems(CONTEXTS, seed=0, search=["i am fine", "i am fine", "you too"])
     assert list(made) == list(TRIVIAL) and not notes
     for system, replies in ((name, system.replies) for name, system in made.items()):
         assert [(r.key, r.reference) for r in replies] == [(c.key, c.reference) for c in CONTEXTS], system
@@ -46,7 +46,8 @@ def test_each_answers_as_it_says():
 
 
 def test_seed_decides_the_draws():
-    first, again, other = (trivial_replies(CONTEXTS, seed, ["a b"])[0] for seed in (1, 1, 2))
+    made = [trivial_systems(CONTEXTS, seed, ["a b"])[0] for seed in (1, 1, 2)]
+    first, again, other = ({name: list(system.responses) for name, system in systems.items()} for systems in made)
     assert first == again
     assert first["random_reply"] != other["random_reply"] and first["random_persona"] != other["random_persona"]
 
@@ -54,7 +55,7 @@ def test_seed_decides_the_draws():
 def test_constants_have_not_seen_what_they_are_scored_on():
     """Without another split, every word of a constant comes from the other half of the dialogues."""
     contexts = [context(d, t, f"only{d} here{d}") for d in range(12) for t in (1, 3, 5)]
-    made, _ = trivial_replies(contexts, seed=0, search=None)
+    made, _ = trivial_systems(contexts, seed=0, search=None)
     for system in ("constant_reply", "constant_words"):
         halves: dict[str, set[str]] = {}
         for reply in made[system].replies:
@@ -67,10 +68,10 @@ def test_constants_have_not_seen_what_they_are_scored_on():
 
 def test_what_cannot_be_made_is_told():
     bare = [context(0, t, "hello you", persona=None, history=None) for t in (1, 3)]
-    made, notes = trivial_replies(bare, seed=0, search=None)
+    made, notes = trivial_systems(bare, seed=0, search=None)
     assert made == {}
     assert [note.split()[0] for note in notes] == ["copy_partner", "random_persona", "random_reply", "constant_reply"]
-    made, _ = trivial_replies([context(d, 0, "hello", history=()) for d in range(2)], seed=0, search=["x"])
+    made, _ = trivial_systems([context(d, 0, "hello", history=()) for d in range(2)], seed=0, search=["x"])
     assert {reply.response for reply in made["copy_partner"].replies} == {""}  # an opening reply has nothing to copy
 
 

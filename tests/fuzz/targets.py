@@ -132,7 +132,7 @@ def artifacts(data: bytes) -> None:
         lambda: checkpoints.choose("auto", run, MEANING, "train"),
         lambda: checkpoints.choose(str(artifact), run, MEANING, "train"),
         lambda: callbacks.evaluations_without_progress(checkpoints.log_history(artifact)),
-        lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate"),
+        lambda: check_provenance(run, artifact, [run / "generations" / "test.adapter.jsonl"], "generate", {}),
         lambda: GenerationsFile(run / "generations" / "test.adapter.jsonl", "adapter", 0, {}).is_up_to_date(),
         lambda: read_log(log),
     ]

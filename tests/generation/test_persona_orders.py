@@ -18,8 +18,9 @@ from kestrel.data.dataset import _row
 from kestrel.dialogue import Dialogue, Turn, reordered
 from kestrel.errors import KestrelError
 from kestrel.evaluation.alignment import align
-from kestrel.evaluation.generations import Generations, Reply, System, read_generations
+from kestrel.evaluation.generations import Generations, Reply, read_generations
 from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders
+from kestrel.evaluation.systems import System
 from kestrel.generation.answers import answer, questions_of
 from kestrel.generation.files import name_in_order, order_in_name
 from kestrel.model.loss import attach_token_nll
