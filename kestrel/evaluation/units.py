@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
@@ -26,16 +27,10 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _BOUNDARY = regex.compile(r"\b", regex.V1 | regex.WORD)
 _IN_WORDS = regex.compile(r"[^\p{Punctuation}\p{Separator}\p{Other}\s]", regex.V1)
 
-_SPACELESS = {
-    "THAI",
-    "LAO",
-    "KHMER",
-    "MYANMAR",
-    "TIBETAN",
-    "TAI",
-    "JAVANESE",
-    "BALINESE",
-}  # besides Chinese and Japanese
+_PAIRED = regex.compile(r"([\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{TaiTham}]+)")  # alphabets without spaces
+_CLUSTER = regex.compile(r"\X")
+# Scripts without spaces, besides those of Chinese and Japanese.
+_SPACELESS = frozenset(["THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "TAI", "JAVANESE", "BALINESE"])
 _ASCII_MARKS = {"LATIN", "CYRILLIC", "GREEK", "HEBREW", "GEORGIAN"}  # scripts whose commas and full stops 13a knows
 _SHARE = 0.1  # of the letters, from which on a script without spaces decides
 _FOREIGN_SHARE = 0.005  # of the letters that are not a to z, up to which a text counts as English
@@ -151,10 +146,20 @@ def normalize_answer(text: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def unicode_words(text: str) -> list[str]:
-    """What stands between the word boundaries of UAX #29, less spaces and punctuation; of a text without words, its
-    marks. Lower case."""
-    pieces = boundaries(text.lower())
-    return [piece.strip() for piece in pieces if _IN_WORDS.search(piece)] or list("".join(text.split()))
+    """What stands between the word boundaries of UAX #29, less spaces and punctuation, in lower case.
+
+    Alphabets without spaces have a boundary at every letter, and two texts share most letters by chance: of these, each
+    pair of neighbours is a word. A text of punctuation alone consists of its marks.
+    """
+    words: list[str] = []
+    for piece in _PAIRED.split(text.lower()):
+        letters = _CLUSTER.findall(piece) if _PAIRED.match(piece) else []
+        words += [one + two for one, two in pairwise(letters)] if len(letters) > 1 else _between_boundaries(piece)
+    return words or list("".join(text.split()))
+
+
+def _between_boundaries(text: str) -> list[str]:
+    return [piece.strip() for piece in boundaries(text) if _IN_WORDS.search(piece)]
 
 
 def boundaries(text: str) -> list[str]:
