@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tokenizers import wordpiece
 from scripts import make_run, read_metrics, script
@@ -55,6 +55,7 @@ def test_persona_scores_of_extremes():
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 50), st.integers(1, 9)), min_size=1, max_size=12), st.floats(0.1, 50))
+@settings(deadline=None)
 def test_ranks_agree_with_sorting(candidates, nll):
     row = reply("x", reference_nll=nll, reference_tokens=4, candidate_nll=tuple(candidates))
     place = 1 + sum(other / tokens <= nll / 4 for other, tokens in candidates)
