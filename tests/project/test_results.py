@@ -107,7 +107,7 @@ def test_the_page_is_filled_from_the_record(work: Path, monkeypatch: pytest.Monk
     other_seed = json.loads(json.dumps(next(line for line in lines if line["arm"] == "original")))
     with open(work / "record.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(other_seed | {"seed": 2}) + "\n")
-    for cached in (fill_results.record, fill_results.bootstrap):
+    for cached in (fill_results.record, fill_results.sums):
         cached.cache_clear()
     try:
         filled = fill_results.blocks()
