@@ -53,7 +53,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
         if not folder.is_dir():
             raise KestrelError(f"there is no adapter in {folder}; train it with: {command}")
         manifest = read_adapter(folder, expected, remedy, remedy)
-        check_weights(folder, adapter_config(folder).r)
+        check_weights(folder, adapter_config(folder))
         if settings.training.init_adapter is None:  # else the shape is that adapter's
             recorded = _compared(manifest["settings"].get("lora"))
             require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
@@ -67,7 +67,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
     else:
         manifest = _read_foreign(folder)
         _check_base_name(settings, folder, manifest["made_from"]["base"])
-    check_weights(folder, adapter_config(folder).r)
+    check_weights(folder, adapter_config(folder))
     for line in differences({"lora": _compared(manifest["settings"].get("lora"))}, {"lora": ours}):
         print(f"note: {name}: {line}; the adapter's own value is used", file=sys.stderr)
     return folder, manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,13 @@ from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import unique_keys
 
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 _RANK_AT = {"A": 0, "B": 1}  # dimension of lora_A and lora_B, also of embeddings
 
 
-def check_weights(folder: Path, rank: int) -> None:
+def check_weights(folder: Path, config: LoraConfig) -> None:
     """Refuses weights that the configuration does not describe, after reading no more than the file.
 
     peft allocates what the configuration asks for before it compares shapes: gigabytes for a rank of 60,000.
@@ -27,13 +30,13 @@ def check_weights(folder: Path, rank: int) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = folder / WEIGHTS
+    path, ranks = folder / WEIGHTS, {config.r, *config.rank_pattern.values()}
     try:
         for name, entry in _header(path).items():
             part = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
             shape = entry["shape"]
-            if part and (len(shape) != 2 or shape[_RANK_AT[part[1]]] != rank):
-                raise KestrelError(f"{path}: {name} has shape {shape}, which does not fit rank {rank} of {CONFIG}")
+            if part and (len(shape) != 2 or shape[_RANK_AT[part[1]]] not in ranks):
+                raise KestrelError(f"{path}: {name} has shape {shape}, which does not fit rank {config.r} of {CONFIG}")
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  the file is no dict
                 if not torch.isfinite(file.get_tensor(name)).all():

@@ -103,6 +103,15 @@ def test_three_ways_to_end(prompt):
     assert (by_length.tokens, by_length.stopped_by) == (12, "length")
 
 
+def test_each_of_several_end_tokens_ends_it():
+    both = Prompt(make_tokenizer(), "plain", 256)
+    both.ends_also_at([4, END])
+    tokens = both.tokenizer(" i have a dog .")["input_ids"]
+    for beams in (1, 2):
+        answer = said(both, [*tokens, 4], num_beams=beams)
+        assert (answer.text, answer.stopped_by, answer.tokens) == ("i have a dog .", "eos", len(tokens) + 1)
+
+
 def test_the_first_of_several_stop_strings_ends_it(prompt):
     answer = said(prompt, prompt.tokenizer("noSTOPmore")["input_ids"], stop_strings=["more", "STOP"])
     assert (answer.text, answer.stopped_by) == ("no", "stop_string")
