@@ -34,9 +34,10 @@ def check_vocabulary(settings: Model, prompt: Prompt) -> None:
         return  # what loads the base says what is wrong
     vocabulary = prompt.tokenizer.get_vocab()
     unused = prompt.control_ids - {prompt.end_id, *prompt.identity()["canary_ids"]}
-    if beyond := [token for token, index in vocabulary.items() if index >= known and index not in unused]:
+    beyond = [(index, token) for token, index in vocabulary.items() if index >= known and index not in unused]
+    if beyond:
         raise KestrelError(
-            f"the tokenizer of {settings.name} has {max(vocabulary.values()) + 1:,} tokens, such as {beyond[0]!r}, and the "
+            f"the tokenizer of {settings.name} has {max(vocabulary.values()) + 1:,} tokens, such as {min(beyond)[1]!r}, and the "
             f"model's embedding has {known:,} rows; use the tokenizer that belongs to the model, or resize the embedding "
             "and save both"
         )
