@@ -78,6 +78,7 @@ def test_the_serving_commands_are_those_of_the_merged_model() -> None:
         ("docs/scaling.md", "fill_scaling", "make performance"),
         ("docs/hardware.md", "fill_hardware", "make performance"),
         ("docs/reliability.md", "fill_reliability", "python docs/fill_reliability.py"),
+        ("docs/metrics.md", "fill_significance", "python docs/fill_significance.py"),
     ],
 )
 def test_generated_tables_are_current(name: str, program: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
