@@ -27,7 +27,7 @@ def commands_of(text: str) -> list[str]:
 
 COMMANDS = sorted({command for text in PAGES.values() for command in commands_of(text)})
 # One of our scripts, alone or in several processes. The launcher's own options are not checked.
-SCRIPT = r"(?:python|torchrun\b.*?|accelerate launch\b.*?) (\w+\.py --config.*)"
+SCRIPT = r"(?:python|torchrun\b.*?|accelerate launch\b.*?) (\w+\.py --(?:config|evaluation\.generations).*)"
 TOOL = r"python ((?:quickstart|benchmarks|docs|tools)/\w+\.py)"
 SERVING = serving_commands("merged", "bfloat16").splitlines()
 
