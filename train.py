@@ -57,10 +57,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     rows, validation_rows = (load_split(folder, split, preprocess) for split in ("train", "validation"))
     lengths, chosen = lengths_of(rows), settings.training
     steps = steps_of_run(lengths, chosen.batch_size, chosen.epochs, chosen.max_steps, settings.seed)
-    print(
-        f"{len(rows):,} dialogues, {int(lengths.sum()):,} tokens; {len(steps):,} steps of up to {chosen.batch_size} "
-        "dialogues"
-    )
+    amount = f"{len(rows):,} dialogues, {int(lengths.sum()):,} tokens"
+    print(f"{amount}; {len(steps):,} steps of up to {chosen.batch_size} dialogues")
     dialogues = passes.Dialogues(lengths, objective.tokens_in_loss(rows), steps)
     if options.dry_run:
         dry_run.report(settings, config, dialogues, sharded)
@@ -74,9 +72,8 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         lambda: checkpoints.choose(chosen.resume, run / "checkpoints", fingerprint, restart)
     )
     fingerprint |= {"history": history} if history else {}
-    patience = chosen.early_stopping
-    if resume and patience and callbacks.evaluations_without_progress(checkpoints.log_history(resume)) >= patience:
-        steps = steps[: checkpoints.step_of(resume)]  # it had stopped early: no step is left
+    if resume and callbacks.had_stopped_early(checkpoints.log_history(resume), chosen.early_stopping):
+        steps = steps[: checkpoints.step_of(resume)]
 
     passes.limit_gpu_memory(settings)
     plan = passes.plan_passes(settings, config, dialogues, resume, sharded)

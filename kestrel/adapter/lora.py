@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from kestrel.adapter.source import CONFIG, WEIGHTS, lora_of, read_config, repair_advice, require_files
 from kestrel.config.settings import Lora
 from kestrel.errors import KestrelError
+from kestrel.model.defaults import default_layers
 from kestrel.model.quantization import linear_layers
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    targets = default_layers(model.config.model_type) if lora.target_modules == "auto" else lora.target_modules
     # Before peft wraps some of them.
     names = ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=targets,
         # GPT-2's layers are transposed (Conv1D). In 4 bit they no longer are, but the adapter is for both.
         fan_in_fan_out=hasattr(sys.modules[type(model).__module__], "Conv1D"),
         task_type="CAUSAL_LM",
@@ -50,7 +52,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise KestrelError(
-            f"lora.target_modules {lora.target_modules} does not fit this model ({error}); its linear layers are {names}"
+            f"lora.target_modules {targets} does not fit this model ({error}); its linear layers are {names}"
         ) from None
     if hasattr(model.get_output_embeddings(), "lora_A") and model.config.tie_word_embeddings:
         raise KestrelError(

@@ -14,6 +14,8 @@ from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha25
 
 # What may differ between the files of one run, and between seeds of one experiment.
 _OWN = ("system", "adapter", "persona_order", "seed")
+# Settings of generation that say what is answered and scored, not how.
+_SCOPE = ("max_dialogues", "other_personas", "candidates")
 
 
 def check_provenance(
@@ -49,7 +51,9 @@ def check_provenance(
         for kind, identity in current.items():
             if facts["made_from"].get(kind, identity) != identity:  # the base was made from no adapter
                 raise KestrelError(f"{file} was generated from another {kind} than the run has now; {remedy}")
-        if asked := _differences({"made": facts["made_from"].get("generation", {}), "asked": dict(decoding)}):
+        made = facts["made_from"].get("generation", {})
+        how = {"made": made, "asked": decoding}
+        if asked := _differences({kind: _without(values, _SCOPE) for kind, values in how.items()}):
             key, values = next(iter(asked.items()))
             raise KestrelError(
                 f"{file} was generated with generation.{key} {values['made']}, and now it is {values['asked']}; {remedy}, "
@@ -61,6 +65,10 @@ def check_provenance(
                 f"{file} was generated with another {next(iter(others))} than {files[0].name}, with which it would be "
                 f"compared; {remedy}"
             )
+
+
+def _without(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def experiment_of(file: Generations) -> dict[str, Any]:

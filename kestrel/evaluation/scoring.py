@@ -20,7 +20,7 @@ from kestrel.evaluation.resampling import TEST, Dialogues, pseudo_values
 from kestrel.evaluation.spread import order_verdicts, separate_orders, spread_over_orders, spread_over_seeds
 from kestrel.evaluation.systems import Answered, System, score, system_of
 from kestrel.evaluation.trivial_systems import trivial_systems
-from kestrel.evaluation.units import choose_units
+from kestrel.evaluation.units import Units, choose_units
 from kestrel.evaluation.verdicts import verdicts
 from kestrel.evaluation.writing import writing_notes
 
@@ -112,13 +112,18 @@ def evaluate_files(
         **breakdowns(contexts, {name: systems[name].detail for name in shown}, dialogues, units),
     }
     metrics["notes"] = [*notes, *_file_notes(first), *left_out, *no_seeds, *writing_notes(first, options.normalization)]
-    if units.tokenizer != "13a" or not units.english:
-        words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
-        metrics["notes"].append(
-            f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
-            "script of the references; --evaluation.tokenize 13a scores as for English."
-        )
+    metrics["notes"] += _notes_on_units(units)
     return Evaluation(metrics, systems, choices, other_orders)
+
+
+def _notes_on_units(units: Units) -> list[str]:
+    if units.tokenizer == "13a" and units.english:
+        return []
+    words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
+    return [
+        f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
+        "script of the references; --evaluation.tokenize 13a scores as for English."
+    ]
 
 
 def _fullest_contexts(files: Sequence[Generations]) -> list[Reply]:

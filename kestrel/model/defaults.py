@@ -54,9 +54,7 @@ def settings_for(settings: Settings, config: Mapping[str, Any]) -> Settings:
     """
     lora, quantization = settings.lora, settings.quantization
     if lora.target_modules == "auto":
-        # As the original project did for Falcon; elsewhere attention and MLP have many names.
-        targets = ["query_key_value"] if config.get("model_type") == "falcon" else "all-linear"
-        lora = lora.model_copy(update={"target_modules": targets})
+        lora = lora.model_copy(update={"target_modules": default_layers(config.get("model_type"))})
     if saved := saved_quantization(config):
         found = {
             "bits": 4,
@@ -77,6 +75,11 @@ def settings_for(settings: Settings, config: Mapping[str, Any]) -> Settings:
             )
         quantization = quantization.model_copy(update=found)
     return settings.model_copy(update={"lora": lora, "quantization": quantization})
+
+
+def default_layers(model_type: str | None) -> list[str] | str:
+    """lora.target_modules for auto: as the original project did for Falcon; elsewhere attention and MLP have many names."""
+    return ["query_key_value"] if model_type == "falcon" else "all-linear"
 
 
 def saved_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

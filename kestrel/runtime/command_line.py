@@ -113,12 +113,18 @@ def run_script(
             distributed.leave_process_group()
             return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
-        status, message = _verdict(error, run_dir)
-        if text := distributed.failure_to_report(message):
-            if "--debug" in (sys.argv if argv is None else argv) and not isinstance(error, UsageError):
-                traceback.print_exc(file=stderr)
-            print(f"{name}: {text}", file=stderr, flush=True)
-        return status
+        debug = "--debug" in (sys.argv if argv is None else argv)
+        return _failed(name, error, run_dir, debug, stderr)
+
+
+def _failed(name: str, error: BaseException, run_dir: str | None, debug: bool, stderr: Any) -> int:
+    """Says why a script failed; with debug by a traceback too. Returns the exit status."""
+    status, message = _verdict(error, run_dir)
+    if text := distributed.failure_to_report(message):
+        if debug and not isinstance(error, UsageError):
+            traceback.print_exception(error, file=stderr)
+        print(f"{name}: {text}", file=stderr, flush=True)
+    return status
 
 
 def _read_command_line(

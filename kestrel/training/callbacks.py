@@ -143,6 +143,11 @@ def evaluations_without_progress(log_history: Sequence[dict[str, Any]]) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
+def had_stopped_early(log_history: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether no step is left, because that many evaluations made no progress; None or 0: training never stops early."""
+    return bool(patience) and evaluations_without_progress(log_history) >= int(patience or 0)
+
+
 class EarlyStopping(TrainerCallback):
     """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too."""
 

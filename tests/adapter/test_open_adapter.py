@@ -56,9 +56,9 @@ OTHER = {"base_model_name_or_path": "other/model"}
         (OTHER, [], "if that is a copy of other/model, add --hub.base_model other/model"),
         (OTHER, NAMED, "--model.name other/model"),
         ({"modules_to_save": ["lm_head"]}, NAMED, "modules_to_save"),
-        ({"target_modules": ["no_such_layer"]}, NAMED, "does not load onto this base"),
+        ({"target_modules": ["no_such_layer"]}, NAMED, "query_key_value"),
         ({"target_modules": ["dense"]}, NAMED, "other layers than this base has"),
-        ({"r": 8}, NAMED, "does not fit rank 8"),
+        ({"r": 8}, NAMED, "rank 8"),
     ],
 )
 def test_one_that_does_not_fit_is_refused_with_what_to_do(

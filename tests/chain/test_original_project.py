@@ -37,7 +37,8 @@ def test_one_table_has_both_adapters(evaluated: Experiment, hub: Hub, tmp_path: 
     more = ["--evaluation.generations", *map(str, files), "--evaluation.resamples", "100"]
     done = run("evaluate.py", "--config", CONFIG, *smaller, *more, hub=hub, home=tmp_path / "home", token=None)
     assert done.status == 0, done.said
-    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    (written,) = (tmp_path / "run").glob("evaluation-*/metrics.json")
+    metrics = json.loads(written.read_text())
     scored = [name for name, entry in metrics["systems"].items() if entry["kind"] == "system"]
     assert len(scored) == 2 and metrics["n_replies"] > 0
     ours, original = map(rows_in, files)

@@ -78,7 +78,7 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
     given = {metric["name"]: metric for metric in result["metrics"]}
     for name, key in (("BLEU", "bleu"), ("ROUGE-L", "rouge_l"), ("F1", "f1")):
         assert given[name]["value"] == pytest.approx(scores[key]["score"], abs=1e-4)
-        assert given[name]["args"]["ci95"] == pytest.approx(scores[key]["ci95"], abs=1e-4)
+        assert given[name]["args"]["ci95"] == (scores[key]["ci95"] or [])  # none below six dialogues
         assert given[name]["args"]["signature"] == scores[key]["signature"]
         trivial = {n: e[key]["score"] for n, e in metrics["systems"].items() if e["kind"] == "trivial"}
         assert trivial and given[name]["args"]["trivial_systems"] == pytest.approx(trivial, abs=1e-4)

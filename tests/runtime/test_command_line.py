@@ -72,7 +72,7 @@ def config(tmp_path: Path) -> str:
         (MINIMAL + "seed: 2024-01-01\n", ["a.yaml:6: seed: expected integer, found '2024-01-01'"]),
         (MINIMAL + "training: {learning_rate: '2e-4'}\n",
          ["a.yaml:6: training.learning_rate: expected number, found '2e-4'"]),
-        (MINIMAL + "lora:\n  target_modules:\n    - a\n    - 7\n", ["a.yaml:7: lora.target_modules: expected list of text or all-linear, found 7"]),
+        (MINIMAL + "lora:\n  target_modules:\n    - a\n    - 7\n", ["a.yaml:7: lora.target_modules: expected list of text or auto|all-linear, found 7"]),
         (MINIMAL + "prompt:\n  max_length: 5\n",
          ["a.yaml:7: prompt.max_length: input should be greater than or equal to 16, found 5"]),
         (MINIMAL + "seed: !!python/name:os.getcwd x\n", ["a.yaml:6: not valid YAML"]),

@@ -71,5 +71,5 @@ def test_nothing_writes_past_the_streams_that_make_text_visible() -> None:
         "kestrel/interrupts.py": {"os.write"},  # a constant
         "kestrel/runtime/output.py": {"os.write", "steer", "TextIOWrapper.write"},
         "kestrel/data/dataset.py": {"steer"},  # colours of --show
-        "kestrel/chat/terminal.py": {"steer"},  # answers that are drawn over
+        "kestrel/chat/view.py": {"steer"},  # answers that are drawn over
     }
