@@ -121,8 +121,10 @@ def _notes_on_units(units: Units) -> list[str]:
         return []
     words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
     return [
-        f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
-        "script of the references; --evaluation.tokenize 13a scores as for English."
+        (
+            f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
+            "script of the references; --evaluation.tokenize 13a scores as for English."
+        )
     ]
 
 

@@ -163,7 +163,7 @@ def choose(
 def is_extended(recorded: dict[str, Any], fingerprint: dict[str, Any], step: int) -> bool:
     """Whether a run had finished at a checkpoint's step, and this one is the same with more steps."""
     before, now = recorded.get("training"), fingerprint.get("training")
-    if not isinstance(before, dict) or not before.get("steps") == step < now["steps"]:
+    if not isinstance(before, dict) or now is None or not before.get("steps") == step < now["steps"]:
         return False
     return {**recorded, "training": before | {key: now[key] for key in EXTENDABLE}} == fingerprint
 
