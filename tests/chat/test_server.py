@@ -274,7 +274,8 @@ def test_controls_change_the_answers(page):
     put("temperature", "2")
     assert len({answer_to_the_same() for _ in range(4)}) > 1
     put("top_k", "1")
-    assert answer_to_the_same().startswith(likeliest)
+    again = answer_to_the_same()  # with the likeliest token each time, whatever length the page has taken over by now
+    assert again and (again.startswith(likeliest) or likeliest.startswith(again))
 
 
 def test_page_says_what_is_wrong(page):

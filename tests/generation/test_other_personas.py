@@ -74,6 +74,6 @@ def test_generate_and_evaluate_with_other_personas(trained, tmp_path, capsys):
     systems = read_metrics(tmp_path / "config.yaml")["systems"]
     for name in ("adapter", "base"):
         assert 0 <= systems[name]["swap_accuracy"] <= 1 and systems[name]["swap_accuracy_others"] == 2
-        assert systems[name]["ci95"] is None, "no interval below six dialogues"
+        assert systems[name]["ci95"]["persona_gain"] is None, "no interval below six dialogues"
     assert script("generate").main([*arguments, "--generation.other_personas", "999"]) == 1
     assert "generation.other_personas is 999, but dialogue" in capsys.readouterr().err
