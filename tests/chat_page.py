@@ -14,6 +14,9 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent
 PERSONA = ["i have a dog .", "i live in rome ."]
+AS_PERSONA = ["--persona", *PERSONA]
+GREEDY = ["--generation.do_sample", "false"]
+LONG = [*GREEDY, "--prompt.max_length", "2000"]  # so that no conversation of these tests is cut
 # The contrast between the text of an element, named by its selector, and the ground behind it, as WCAG 2 defines it.
 CONTRAST = """
     const shade = color => {

@@ -23,7 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
-from hub_server import Hub, serving
+from hub_server import serving
+from hub_state import Hub
 from make_models import AdaptedModels, write_base, write_config, write_corpus
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Experiment
-from hub_server import TOKEN, Hub
+from hub_state import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO, BASE = "tester/persona-lora", "tiny/falcon"

@@ -56,7 +56,7 @@ def open_utf8(path: Path) -> Iterator[IO[bytes]]:
         zlib.error,
         lzma.LZMAError,
         zipfile.BadZipFile,
-        NotImplementedError,
+        NotImplementedError,  # zipfile: a way of packing that Python does not read
         UnicodeError,
     ) as error:
         raise KestrelError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error

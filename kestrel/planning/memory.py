@@ -127,7 +127,12 @@ class Estimator:
         try:
             with _as_on_a_cpu() if self.on_cpu else _as_on_a_gpu():
                 kept, peak = _run_on_shapes(model, shape)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # operators that read values
+        except (
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # of operators that read values, or have no form on the meta device
             raise CannotEstimate(
                 f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
                 "training.tokens_per_step and training.recompute"

@@ -9,7 +9,8 @@ import pytest
 from children import small_disk
 from conftest import Experiment
 from given_adapters import NAMED, arguments, as_peft_saves, change
-from hub_server import Hub, serving
+from hub_server import serving
+from hub_state import Hub
 from publishing_runs import ROOT, run, stopped_at_a_large_file
 from safetensors.torch import load_file, save_file
 from scripts import script

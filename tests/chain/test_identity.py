@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from hub_server import Hub, serving
+from hub_server import serving
+from hub_state import Hub
 from make_models import write_base, write_config, write_corpus
 from scripts import snapshot
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from conftest import Experiment
-from hub_server import Hub
+from hub_state import Hub
 from publishing_runs import run
 from scripts import rows_in
 

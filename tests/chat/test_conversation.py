@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 import subprocess
 import sys
@@ -13,12 +12,13 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
+from chat_page import AS_PERSONA
 from hypothesis import given
 from make_models import make_tokenizer
+from scripts import rows_in
 
 import chat
 import preprocess
-import train
 from kestrel.adapter.load import load_model
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.sampling import change_setting
@@ -39,28 +39,6 @@ from kestrel.runtime.output import visible
 from kestrel.runtime.run_folder import locked_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
-GREEDY = ["--generation.do_sample", "false"]
-
-
-@pytest.fixture
-def talk(trained, monkeypatch, capsys):
-    """Types lines into chat.py and returns what it printed."""
-
-    def typed(*lines: str, more: list[str] | None = None, status: int = 0) -> str:
-        stdin = io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")))
-        monkeypatch.setattr(sys, "stdin", stdin)
-        options = PERSONA if more is None else more
-        decides = any(option.startswith("--generation.") for option in options)
-        assert chat.main(trained.arguments(*options, *([] if decides else GREEDY))) == status
-        printed = capsys.readouterr()
-        return printed.out if status == 0 else printed.err
-
-    return typed
-
-
-def saved(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def printable(text: str) -> str:
@@ -116,7 +94,7 @@ def test_answers_are_those_of_generate(talk, trained, tmp_path):
     """Adapter and base, replayed by the batched decoding over the same prompts."""
     file = tmp_path / "said.jsonl"
     printed = talk("hi ! do you have a pet ?", "/compare what do you eat ?", "/system base", "why ?", f"/save {file}")
-    (row,) = saved(file)
+    (row,) = rows_in(file)
     assert row["persona"] == ["i have a dog .", "i live in rome ."]
     replies = [turn for turn in row["turns"] if turn["speaker"] == "self"]
     assert [turn["system"] for turn in replies] == ["adapter", "adapter", "base"]
@@ -144,7 +122,7 @@ def test_undo_and_reset_leave_no_trace(talk, tmp_path):
     talk("hi !", f"/save {one}")
     talk("hi !", "what is that ?", "/undo", f"/save {two}")
     talk("where are you ?", "/reset", "hi !", f"/save {three}")
-    assert saved(one)[0]["turns"] == saved(two)[0]["turns"] == saved(three)[0]["turns"]
+    assert rows_in(one)[0]["turns"] == rows_in(two)[0]["turns"] == rows_in(three)[0]["turns"]
     assert "nothing to take back" in talk("/undo")
 
 
@@ -159,7 +137,7 @@ def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
     source = ["--run_dir", str(run), "--data.source", str(file), "--data.validation_fraction", "0.2"]
     assert preprocess.main(trained.arguments(*source, "--data.test_fraction", "0.2")) == 0
     read = [row for split in ("train", "validation", "test") for row in load_split(run / "dataset", split, "")]
-    ids = {row["dialogue_id"]: row for row in saved(file)}
+    ids = {row["dialogue_id"]: row for row in rows_in(file)}
     assert {row["dialogue_id"] for row in read} == set(ids) and len(read) == 12
     for row in read:
         assert row["persona"] == ids[row["dialogue_id"]]["persona"]
@@ -187,7 +165,7 @@ def test_paths_are_taken_as_people_type_them(talk, tmp_path, monkeypatch):
     lines = ["/persona ~/someone.txt", "hi !", '/save "my talk.jsonl"', "/save ~/other.jsonl", "/system BASE"]
     printed = talk(*lines)
     assert "persona:\n  i have a cat ." in printed and "(base answers)" in printed
-    assert saved(tmp_path / "my talk.jsonl") == saved(tmp_path / "other.jsonl")
+    assert rows_in(tmp_path / "my talk.jsonl") == rows_in(tmp_path / "other.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my talk.jsonl", "other.jsonl", "someone.txt"]
 
 
@@ -195,9 +173,9 @@ def test_set_has_the_effect_of_the_options(talk, tmp_path):
     files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
     talk("/set temperature 3", "/set max_new_tokens=5", "hi !", "and ?", f"/save {files[0]}")
     options = ["--generation.do_sample", "--generation.temperature", "3", "--generation.max_new_tokens", "5"]
-    talk("hi !", "and ?", f"/save {files[1]}", more=[*PERSONA, *options])
+    talk("hi !", "and ?", f"/save {files[1]}", more=[*AS_PERSONA, *options])
     talk("hi !", "and ?", f"/save {files[2]}")
-    one, two, three = (saved(Path(file))[0]["turns"] for file in files)
+    one, two, three = (rows_in(Path(file))[0]["turns"] for file in files)
     assert one == two != three
 
 
@@ -260,10 +238,10 @@ def test_run_folder_is_neither_locked_nor_changed(talk, trained):
 
 def test_base_needs_no_adapter(prepared, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi !\n/compare\n/system adapter\n"))
-    assert chat.main(prepared.arguments(*PERSONA, "--generation.systems", "base")) == 0
+    assert chat.main(prepared.arguments(*AS_PERSONA, "--generation.systems", "base")) == 0
     printed = capsys.readouterr().out
     assert "base> " in printed and "no adapter is loaded" in printed and "/system takes base" in printed
-    assert chat.main(prepared.arguments(*PERSONA)) == 1
+    assert chat.main(prepared.arguments(*AS_PERSONA)) == 1
     said = capsys.readouterr().err
     assert "there is no adapter" in said and "--generation.systems base" in said
 
@@ -272,8 +250,8 @@ def test_seed_decides_the_samples(talk, tmp_path):
     said = []
     for number, seed in enumerate(["1", "1", "2"]):
         file = tmp_path / f"{number}.jsonl"
-        talk("hi !", "and ?", f"/save {file}", more=[*PERSONA, "--generation.do_sample", "--seed", seed])
-        said.append(saved(file)[0]["turns"])
+        talk("hi !", "and ?", f"/save {file}", more=[*AS_PERSONA, "--generation.do_sample", "--seed", seed])
+        said.append(rows_in(file)[0]["turns"])
     assert said[0] == said[1] != said[2]
 
 
@@ -282,7 +260,7 @@ def test_seed_decides_the_samples(talk, tmp_path):
     [
         (["--host", "0.0.0.0"], 2, "--host: needs --web"),
         (["--web", "--port", "70000"], 2, "--port: expected 0"),
-        ([*PERSONA, "--dialogue", "x"], 2, "--dialogue: --persona already gives the persona"),
+        ([*AS_PERSONA, "--dialogue", "x"], 2, "--dialogue: --persona already gives the persona"),
         (["--persona", "nobody.txt"], 1, "nobody.txt: No such file"),
         (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
         (["--dialogue", "x"], 1, "test has no dialogue 'x'; its ids are test-0"),
@@ -301,79 +279,8 @@ def test_missing_package_and_interpreter_are_named(tmp_path):
     for name in ("pydantic", "torch"):
         blocked = f"import sys; sys.modules[{name!r}] = None; sys.argv = sys.argv[1:]; import runpy; "
         command = [sys.executable, "-c", f"{blocked}runpy.run_path('chat.py', run_name='__main__')", "chat.py"]
-        command += ["--config", "configs/quickstart.yaml", *PERSONA]
+        command += ["--config", "configs/quickstart.yaml", *AS_PERSONA]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert f"the package {name} is not installed for {sys.executable}" in done.stderr
         assert ".venv/bin/python" in done.stderr
-
-
-# -- changing, saving, other personas ----------------------------------------------------------------------------------
-
-
-def test_turns_are_answered_again_changed_and_continued(talk, tmp_path):
-    files = [tmp_path / f"{name}.jsonl" for name in "abcde"]
-    short = [*PERSONA, "--generation.max_new_tokens", "2"]
-    printed = talk(
-        "hi !", "and ?", "/set max_new_tokens 2", "/retry", "/tokens", f"/save {files[0]}", "/set max_new_tokens 12",
-        "/continue", f"/save {files[1]}", "/edit what do you eat ?", f"/save {files[2]}", "/edit 2 i am fine .", "/history",
-        f"/save {files[3]}", "/edit 9 x", "/continue", more=[*short, "--generation.do_sample", "--generation.top_k", "1"],
-    )  # fmt: skip
-    cut, whole, changed, own = (saved(file)[0]["turns"] for file in files[:4])
-    assert [turn["text"] for turn in cut[::2]] == ["hi !", "and ?"] and cut[3]["stopped_by"] == "length"
-    assert "(cut at max_new_tokens; /continue goes on)" in printed and re.search(
-        r"of at most [\d,]+ tokens, answer \d+\)", printed
-    )
-    assert (
-        whole[:3] == cut[:3]
-        and whole[3]["text"].startswith(cut[3]["text"])
-        and len(whole[3]["text"]) > len(cut[3]["text"])
-    )
-    assert changed[:2] == cut[:2] and changed[2]["text"] == "what do you eat ?" and len(changed) == 4
-    assert [turn["text"] for turn in own] == ["hi !", "i am fine ."] and "  2 adapter> i am fine ." in printed
-    assert "name a turn from 1 to 2" in printed
-    loaded = talk(
-        f"/load {files[1]}", "more ?", f"/save {files[1]}", "/load nothing.jsonl", more=["--load", str(files[3])]
-    )
-    assert "1 you> hi !\n  2 adapter> i am fine ." in loaded and "nothing.jsonl holds no conversation" in loaded
-    assert saved(files[1])[0]["turns"][:4] == whole and len(saved(files[1])[0]["turns"]) == 6
-    assert "the likeliest answer stays the same" in talk("hi !", "/retry") and "nothing was said yet" in talk("/retry")
-
-
-def test_answers_are_sampled_unless_something_else_is_asked_for(talk):
-    assert "Answers: sampled, temperature 0.7, top_p 0.9, at most 9 tokens;" in talk(
-        more=[*PERSONA, "--generation.max_new_tokens", "9"]
-    )
-    assert "Answers: the likeliest tokens" in talk(more=[*PERSONA, "--generation.num_beams", "1"])
-
-
-def test_personas_are_saved_by_name_and_dialogues_are_chosen(talk, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    printed = talk(
-        "/keep me",
-        "/keep no/name",
-        "/persona i am other .|",
-        "/dialogue test-2",
-        "/persona me",
-        "/dialogue x",
-        "/dialogue",
-    )
-    assert (tmp_path / "kestrel" / "personas" / "me.txt").read_text() == "i have a dog .\ni live in rome .\n"
-    row = next(row for row in load_split(trained.run / "dataset", "test", "") if row["dialogue_id"] == "test-2")
-    assert "persona:\n  " + "\n  ".join(row["persona"]) in printed and "'no/name' is no name" in printed
-    assert (
-        printed.count("persona:\n  i have a dog .\n  i live in rome .\n") == 2 and "test has no dialogue 'x'" in printed
-    )
-    assert "persona:\n  i have a dog ." in talk(more=["--persona", "me"])
-
-
-def test_another_adapter_answers(talk, trained, prepared, tmp_path, capsys):
-    other = tmp_path / "run"
-    assert train.main([*prepared.copy_to(other), "--training.max_steps", "2"]) == 0
-    capsys.readouterr()
-    file = tmp_path / "x.jsonl"
-    printed = talk("hi !", f"/adapter {other / 'adapter'}", "/reset", "hi !", f"/save {file}", "/adapter nowhere")
-    assert "(proven: it computes what the trained adapter did" in printed and "no such folder" in printed
-    alone = tmp_path / "y.jsonl"
-    talk("hi !", f"/save {alone}", more=[*PERSONA, *GREEDY, "--model.adapter", str(other / "adapter")])
-    assert saved(file)[0]["turns"] == saved(alone)[0]["turns"]

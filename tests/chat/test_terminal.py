@@ -16,14 +16,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from chat_page import AS_PERSONA, GREEDY
 from hypothesis import given
 
 from kestrel.chat.view import side_by_side
 from kestrel.runtime.output import visible
 
 ROOT = Path(__file__).resolve().parents[2]
-PERSONA = ["--persona", "i have a dog .", "i live in rome ."]
-GREEDY = ["--generation.do_sample", "false"]
 ENDLESS = [
     *GREEDY,
     "--generation.max_new_tokens",
@@ -72,7 +71,7 @@ class Terminal:
 
 
 def test_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
-    at = Terminal(trained.arguments(*PERSONA, *GREEDY))
+    at = Terminal(trained.arguments(*AS_PERSONA, *GREEDY))
     at.until("you> ")
     at.type("\x1b[200~hi !\nany pets ?\x1b[201~\n")
     at.until("adapter> .*you> ")
@@ -90,7 +89,7 @@ def test_pasted_lines_are_one_message_and_columns_grow(trained, tmp_path):
 
 @pytest.mark.parametrize("speaking", [True, False])
 def test_sigterm_ends_it_at_once(speaking, trained):
-    at = Terminal(trained.arguments(*PERSONA, *ENDLESS))
+    at = Terminal(trained.arguments(*AS_PERSONA, *ENDLESS))
     at.until("you> ")
     if speaking:
         at.type("hi !\n")
@@ -103,7 +102,7 @@ def test_sigterm_ends_it_at_once(speaking, trained):
 
 
 def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(trained, tmp_path):
-    command = [sys.executable, "chat.py", *trained.arguments(*PERSONA, *ENDLESS)]
+    command = [sys.executable, "chat.py", *trained.arguments(*AS_PERSONA, *ENDLESS)]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"}, bufsize=0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conftest import Experiment
-from hub_server import TOKEN, USER, Fault, Hub
+from hub_state import TOKEN, USER, Fault, Hub
 from publishing_runs import ROOT, run
 
 PROGRAM = f"""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Experiment
-from hub_server import TOKEN, Hub
+from hub_state import TOKEN, Hub
 from publishing_runs import BASE, REPO, ROOT, published, publishing, run
 
 import publish

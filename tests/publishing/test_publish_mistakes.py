@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Experiment
-from hub_server import USER, Hub
+from hub_state import USER, Hub
 from publishing_runs import REPO, end, published, publishing, run, start, stopped_at_a_large_file
 
 import generate
