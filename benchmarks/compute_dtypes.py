@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from benchmarks import machine
 from benchmarks.options import at_least_one, command_of, parser_of, told
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import write_json
-from kestrel.runtime.manifest import git_commit, library_versions
 
 _ALLOWED = 0.01
 
@@ -99,12 +97,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['dtype']}: losses {row['apart']:.3%} from {rows[0]['dtype']}'s; the last {row['losses'][-1]:.4f}"
             )
         record = {
-            "command": command_of("compute_dtypes.py", argv),
-            "device": machine.device_name(),
+            **machine.facts_of_a_measurement(command_of("compute_dtypes.py", argv)),
             "card": os.environ.get("KESTREL_CARD"),
-            "versions": library_versions(),
-            "commit": git_commit(),
-            "date": datetime.now(tz=UTC).date().isoformat(),
             "rows": rows,
         }
         if options.output:

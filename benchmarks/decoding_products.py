@@ -12,7 +12,6 @@ import argparse
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +26,6 @@ from benchmarks.options import command_of
 from kestrel.model.dense_weights import dense_weights
 from kestrel.model.kernels import cards
 from kestrel.runtime.atomic import write_json
-from kestrel.runtime.manifest import git_commit, library_versions
 
 _SHAPES = {
     "Falcon's up": (4544, 18176),
@@ -75,12 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             print(f"{name}, {count} rows: fused {row['fused_ms']:.3f} ms, dense {row['dense_ms']:.3f} ms", flush=True)
     record = {
-        "command": command_of("decoding_products.py", argv),
-        "device": machine.device_name(),
+        **machine.facts_of_a_measurement(command_of("decoding_products.py", argv)),
         "dtype": str(dtype),
-        "versions": library_versions(),
-        "commit": git_commit(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
         "rows": rows,
     }
     if options.output:

@@ -16,16 +16,15 @@ import json
 import re
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine
 from benchmarks.falcon_7b_shape import write_tokenizer
 from benchmarks.profiles import PROFILES, System, arguments, read_dialogues, script, write_dialogues
 from kestrel.runtime.atomic import write_json
-from kestrel.runtime.manifest import git_commit, library_versions
 
 _ALLOWED = 0.1
 
@@ -78,11 +77,10 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"config": row["config"], "estimate_gib": estimate, "measured_gib": peak})
             print(f"{row['config']}: estimate {estimate:.2f} GiB, measured {peak:.2f}, {estimate / peak - 1:+.1%}")
     record = {
-        "command": "python benchmarks/estimates.py --measured benchmarks/results/train-gpu.json --text FILE",
-        "device": f"measured on {measured['device']}",
-        "versions": library_versions(),
-        "commit": git_commit(),
-        "date": datetime.now(tz=UTC).date().isoformat(),
+        **machine.facts_of_a_measurement(
+            "python benchmarks/estimates.py --measured benchmarks/results/train-gpu.json --text FILE",
+            device=f"measured on {measured['device']}",
+        ),
         "rows": rows,
     }
     if options.output:

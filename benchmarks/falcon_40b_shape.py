@@ -8,7 +8,6 @@ tokenizer is that of falcon_7b_shape.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.falcon_7b_shape import write_tokenizer
+from benchmarks.falcon_7b_shape import write_folder
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 8192,
@@ -77,18 +76,7 @@ def write_weights(folder: Path, layers: int, seed: int, **shape: Any) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", type=Path, nargs="*", default=[ROOT / "quickstart" / "dialogues" / "train.jsonl"])
-    options = parser.parse_args(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
-    lines = (line for path in options.text for line in path.read_text(encoding="utf-8").splitlines())
-    write_tokenizer(options.output, lines)
-    size = write_weights(options.output, options.layers, options.seed, **SHAPE)
-    print(f"wrote {options.output}: {size / 1e9:.1f} GB")
-    return 0
+    return write_folder(__doc__, 60, lambda *given: f"{write_weights(*given, **SHAPE) / 1e9:.1f} GB", argv)
 
 
 if __name__ == "__main__":

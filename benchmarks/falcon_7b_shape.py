@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -91,20 +91,32 @@ def write_weights(folder: Path, layers: int, seed: int, **shape: int) -> int:
     return total
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_folder(
+    doc: str | None, layers: int, weights: Callable[[Path, int, int], str], argv: list[str] | None = None
+) -> int:
+    """The program of a shape: reads the options, writes tokenizer and weights.
+
+    Args:
+        doc: of the program, for --help.
+        layers: of the real model.
+        weights: writes them, for a folder, a number of layers and a seed; returns how many, in words.
+        argv: of the program.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", type=Path, nargs="*", default=[ROOT / "quickstart" / "dialogues" / "train.jsonl"])
-    arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(
-        arguments.output, (line for path in arguments.text for line in path.read_text(encoding="utf-8").splitlines())
-    )
-    total = write_weights(arguments.output, arguments.layers, arguments.seed)
-    print(f"wrote {arguments.output}: {total:,} parameters")
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = (line for path in options.text for line in path.read_text(encoding="utf-8").splitlines())
+    write_tokenizer(options.output, lines)
+    print(f"wrote {options.output}: {weights(options.output, options.layers, options.seed)}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return write_folder(__doc__, 32, lambda *given: f"{write_weights(*given):,} parameters", argv)
 
 
 if __name__ == "__main__":

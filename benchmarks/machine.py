@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 
 from kestrel.errors import KestrelError
 from kestrel.model import base
+from kestrel.runtime.manifest import git_commit, library_versions
 
 device_name = base.device_name
 
@@ -20,6 +22,22 @@ def synchronize() -> None:
     """Waits until the GPU, if there is one, has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def facts_of_a_measurement(command: str, device: str | None = None) -> dict[str, Any]:
+    """What a record says of where its figures come from.
+
+    Args:
+        command: that prints them.
+        device: where they were measured; None: here.
+    """
+    return {
+        "command": command,
+        "device": device or device_name(),
+        "versions": library_versions(),
+        "commit": git_commit(),
+        "date": datetime.now(tz=UTC).date().isoformat(),
+    }
 
 
 def compute_dtype() -> str:
