@@ -51,7 +51,9 @@ def _with_repeated_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 def use_fused_kernels(model_type: str) -> None:
     """Selects the fused attention kernels that suit dialogues, for the rest of the process."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if cards.is_before_ampere():  # it has no flash attention; a newer card with KESTREL_CARD has
+    # A card before Ampere has no flash attention, and one that KESTREL_CARD limits to it must not use it. CPUs, for which
+    # the switch holds too, do.
+    if torch.cuda.is_available() and cards.is_before_ampere():
         torch.backends.cuda.enable_flash_sdp(False)
     if model_type == "falcon":
         F.scaled_dot_product_attention = _with_repeated_heads
