@@ -18,7 +18,7 @@ _LONGEST_NAME = 18
 _TITLES = {
     "scores": "Scores with 95% intervals (0–100; perplexity per token)",
     "ranking": "Rank of the reference among the candidates, by likelihood",
-    "persona": "Persona: words shared with it, how much the model reads it, consistency; questions and repetition",
+    "persona": "What the replies say of the persona; questions and repetition",
     "properties": "Other conventions, and what the replies are like",
     "perplexity": "Perplexity of the references: three units, not comparable with each other",
 }
