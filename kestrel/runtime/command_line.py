@@ -25,7 +25,7 @@ from kestrel.errors import Interrupted, KestrelError, UsageError
 from kestrel.runtime import distributed
 from kestrel.runtime.output import prepare_output
 from kestrel.runtime.run_folder import link_dataset, locked_run_folder
-from kestrel.runtime.signals import INTERRUPTED, exit_now, on_signals
+from kestrel.runtime.signals import INTERRUPTED, exit_now, ignore_signal, on_signals
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -88,33 +88,34 @@ def run_script(
         return 0
     prepare_output()
     stderr, run_dir = sys.stderr, None
-    try:
-        with on_signals(exit_now):
-            arguments, settings, origin = _read_command_line(name, doc, argv, options, unused, presets or {})
-            from kestrel.config.resolve import describe
+    with on_signals(ignore_signal):  # while a failure is reported: the launcher ends the other processes with SIGTERM
+        try:
+            with on_signals(exit_now):
+                arguments, settings, origin = _read_command_line(name, doc, argv, options, unused, presets or {})
+                from kestrel.config.resolve import describe
 
-            run_dir = settings.run_dir
-            if arguments.print_config:
-                if distributed.is_first():
-                    print(describe(settings, origin), end="", flush=True)
+                run_dir = settings.run_dir
+                if arguments.print_config:
+                    if distributed.is_first():
+                        print(describe(settings, origin), end="", flush=True)
+                    return 0
+                _quieten_libraries()
+                locks = writes and arguments.config is not None and not getattr(arguments, "dry_run", False)
+                folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
+                with distributed.only_first_prints(), folder:
+                    if together and (warning := distributed.launch_warning()):
+                        print(f"warning: {warning}", file=sys.stderr)
+                    if locks and settings.data.dataset is not None and distributed.is_first():
+                        link_dataset(Path(run_dir), settings.dataset_dir)
+                    steps(settings, arguments)
+                    following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
+                    if following is not None and not settings.evaluation.generations:
+                        print(f"\nnext: python {following} {arguments.again}")
+                distributed.leave_process_group()
                 return 0
-            _quieten_libraries()
-            locks = writes and arguments.config is not None and not getattr(arguments, "dry_run", False)
-            folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
-            with distributed.only_first_prints(), folder:
-                if together and (warning := distributed.launch_warning()):
-                    print(f"warning: {warning}", file=sys.stderr)
-                if locks and settings.data.dataset is not None and distributed.is_first():
-                    link_dataset(Path(run_dir), settings.dataset_dir)
-                steps(settings, arguments)
-                following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
-                if following is not None and not settings.evaluation.generations:
-                    print(f"\nnext: python {following} {arguments.again}")
-            distributed.leave_process_group()
-            return 0
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
-        debug = "--debug" in (sys.argv if argv is None else argv)
-        return _failed(name, error, run_dir, debug, stderr)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
+            debug = "--debug" in (sys.argv if argv is None else argv)
+            return _failed(name, error, run_dir, debug, stderr)
 
 
 def _failed(name: str, error: BaseException, run_dir: str | None, debug: bool, stderr: Any) -> int:

@@ -39,6 +39,10 @@ def raise_interrupted(number: int, frame: object = None) -> None:
     raise Interrupted(number, INTERRUPTED)
 
 
+def ignore_signal(number: int, frame: object = None) -> None:
+    """Signal handler while a process that is ending anyway says why."""
+
+
 @contextmanager
 def on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handles SIGINT and SIGTERM while the block runs, in the main thread.
