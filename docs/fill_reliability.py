@@ -23,11 +23,12 @@ COLUMNS = {
 
 
 def results(report: dict[str, Any], columns: dict[str, str]) -> str:
-    """A row for each script, and the command, machine, versions and commit."""
+    """A row for each stage, and the command, machine, versions and commit."""
     rows = []
     for name, counts in report["results"].items():
-        script = f"{name.partition(' ')[2]}.py" if " " in name else "all"
-        rows.append([script, *(str(counts[key]) for key in ("trials", "survived", *columns.values()))])
+        rows.append(
+            [name.partition(" ")[2] or "all", *(str(counts[key]) for key in ("trials", "survived", *columns.values()))]
+        )
     machine, versions = report["machine"], report["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "peft", "datasets"))
     origin = (

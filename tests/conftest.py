@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +21,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from experiment import Experiment
 from hub_server import serving
 from hub_state import Hub
 from make_models import AdaptedModels, write_base, write_config, write_corpus
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A config and what it names."""
-
-    config: Path
-    run: Path
-    base: Path
-    source: Path
-
-    def arguments(self, *more: str) -> list[str]:
-        return ["--config", str(self.config), *more]
-
-    def copy_to(self, run: Path) -> list[str]:
-        """Arguments for the same experiment in another run folder, which begins as a copy of this one."""
-        shutil.copytree(self.run, run)
-        return self.arguments("--run_dir", str(run))
 
 
 @pytest.fixture(scope="session")

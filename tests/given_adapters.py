@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conftest import Experiment
+from experiment import Experiment
 from publishing_runs import BASE
 
 from kestrel.runtime.atomic import read_json, write_json

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import Experiment
+from experiment import Experiment
 from hub_state import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parent.parent

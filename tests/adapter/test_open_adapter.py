@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from children import small_disk
-from conftest import Experiment
+from experiment import Experiment
 from given_adapters import NAMED, arguments, as_peft_saves, change
 from hub_server import serving
 from hub_state import Hub

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Experiment
+from experiment import Experiment
 from given_adapters import NAMED, arguments, as_peft_saves, change
 from safetensors.torch import load_file, save_file
 

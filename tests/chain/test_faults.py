@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from children import python, start
-from conftest import Experiment
+from experiment import Experiment
 from make_models import make_tokenizer, write_base
 from scripts import script, snapshot
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from conftest import Experiment
+from experiment import Experiment
 from hub_state import Hub
 from publishing_runs import run
 from scripts import rows_in

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import Experiment
+from experiment import Experiment
 from make_models import write_base
 from scripts import die_after, script, worsen
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import python
-from conftest import Experiment
+from experiment import Experiment
 
 import generate
 import preprocess

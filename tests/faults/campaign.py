@@ -1,10 +1,10 @@
-"""Kills the four scripts at random moments, runs the same command again, and compares with a run left in peace.
+"""Kills scripts at random moments, runs the same command again, and compares with a run left in peace.
 
     python tests/faults/campaign.py --trials 100
     python tests/faults/campaign.py --trials 100 --faults signal            SIGINT and SIGTERM instead of SIGKILL
     python tests/faults/campaign.py --trials 100 --faults damage            a damaged file instead
     python tests/faults/campaign.py --trials 100 --faults disk              a disk that fails; needs a C compiler
-    python tests/faults/campaign.py --script train --trials 1 --seed 4711   one trial that failed, once more
+    python tests/faults/campaign.py --stages train --trials 1 --seed 4711   one trial that failed, once more
 
 A trial kills one script one to three times, each time at a random moment of its measured duration or just before a
 random operation on the files of its run folder, and lets it finish in the end. With `damage` a trial flips a bit in a
@@ -37,8 +37,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from faults.damage import make_begun
 from faults.damage import trial as damaged
-from faults.forks import SCRIPTS, Ended, Forks, Moment
-from faults.runs import Failure, SmallRun, Stage
+from faults.forks import Ended, Forks, Moment
+from faults.runs import PLANS, THE_CHAIN, Failure, SmallRun, Stage
 from make_models import write_base, write_corpus
 
 from benchmarks.machine import device_name
@@ -57,8 +57,11 @@ def draw_kill(draw: random.Random, stage: Stage) -> Moment:
 
 
 def draw_signal(draw: random.Random, stage: Stage) -> Moment:
-    """A moment of SIGINT or SIGTERM, in a third of the cases followed by a second one."""
-    number = draw.choice((signal.SIGINT, signal.SIGTERM))
+    """A moment of SIGINT or SIGTERM, in a third of the cases followed by a second one.
+
+    A conversation gets no SIGINT: its first one stops an answer, as it should, and what is said after it is another.
+    """
+    number = signal.SIGTERM if stage.plan.script == "chat" else draw.choice((signal.SIGINT, signal.SIGTERM))
     again = draw.uniform(0, 0.3) if draw.random() < 1 / 3 else None
     return Moment(number, seconds=draw.uniform(0, 1.05 * stage.seconds), again=again)
 
@@ -137,33 +140,32 @@ def hits_of(kind: str) -> str:
     return "refused_with_a_message" if kind == "damage" else "interruptions_that_hit"  # damage may change nothing
 
 
-def options() -> argparse.Namespace:
+def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="campaign.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over faults and scripts")
+    parser.add_argument("--trials", type=int, default=10, metavar="N", help="in all, spread over faults and stages")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first trial of each kind")
-    parser.add_argument("--script", choices=(*SCRIPTS, "all"), default="all")
+    parser.add_argument("--stages", nargs="+", choices=list(PLANS), default=list(PLANS), help="default: all")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=["kill"], help="default: kill")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where the result is written")
     return parser.parse_args()
 
 
 def attempts_of(chosen: argparse.Namespace, small: SmallRun) -> dict[str, Callable[[int], list[Ended]]]:
-    """A trial for each kind of fault and each script, by name; each takes a seed."""
-    scripts = SCRIPTS if chosen.script == "all" else (chosen.script,)
+    """A trial for each kind of fault and each stage, by name; each takes a seed."""
     attempts = {
-        f"{fault} {script}": partial(disk_trial, small, small.stages[script])
+        f"{fault} {stage}": partial(disk_trial, small, small.stages[stage])
         if fault == "disk"
-        else partial(trial, small, small.stages[script], fault == "signal")
+        else partial(trial, small, small.stages[stage], fault == "signal")
         for fault in chosen.faults
-        for script in (scripts if fault != "damage" else ())
+        for stage in (chosen.stages if fault != "damage" else ())
     }
     return attempts | ({"damage": partial(damaged, small)} if "damage" in chosen.faults else {})
 
 
 def main() -> int:
-    chosen = options()
+    chosen = command_line()
     began = time.monotonic()
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
@@ -174,7 +176,9 @@ def main() -> int:
         write_corpus(work / "corpus", dialogues=32, candidates=True, test=80)
         # A stop by a signal logs a line, which would change the means of the lines that follow.
         every = "1" if "signal" in chosen.faults else "2"
-        small = SmallRun(Forks(work), work, ["--training.max_steps", "12", "--training.logging_steps", every])
+        options = ["--training.max_steps", "12", "--training.logging_steps", every]
+        names = (*chosen.stages, *(THE_CHAIN if "damage" in chosen.faults else ()))
+        small = SmallRun(Forks(work), work, options, names)
         if "damage" in chosen.faults:
             make_begun(small)
         attempts = attempts_of(chosen, small)

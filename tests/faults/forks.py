@@ -26,7 +26,7 @@ from tqdm import tqdm
 from kestrel.runtime.manifest import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("preprocess", "train", "generate", "evaluate", "publish")
+SCRIPTS = ("preprocess", "train", "generate", "evaluate", "publish", "chat")
 _LIMIT = 300.0  # seconds; what takes longer hangs
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
@@ -58,10 +58,13 @@ class Ended:
 
 
 class Forks:
-    """Starts scripts by forking this process, which must not start threads; their output goes to the folder `work`."""
+    """Starts scripts by forking this process, which must not start threads; their output goes to the folder `work`.
+
+    What is typed into a script is in the file `typed` there.
+    """
 
     def __init__(self, work: Path):
-        self._work = work
+        self._work, self.typed = work, work / "typed.txt"
         self._scripts = {name: script(name) for name in SCRIPTS}
         git_commit()  # which forks then know
         # tqdm's own lock is a semaphore that all forks share: one that is killed with it would stop the others.
@@ -125,6 +128,7 @@ class Forks:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the moment before run_script handles it is no trial's
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(os.open(self.typed, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.chdir(ROOT)

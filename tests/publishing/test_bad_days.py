@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import Experiment
+from experiment import Experiment
 from hub_state import TOKEN, USER, Fault, Hub
 from publishing_runs import ROOT, run
 

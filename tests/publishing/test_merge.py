@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import small_disk
-from conftest import Experiment
+from experiment import Experiment
 
 import publish
 from kestrel.publishing import merge

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Experiment
+from experiment import Experiment
 from hub_state import TOKEN, Hub
 from publishing_runs import BASE, REPO, ROOT, published, publishing, run
 

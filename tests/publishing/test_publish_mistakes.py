@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Experiment
+from experiment import Experiment
 from hub_state import USER, Hub
 from publishing_runs import REPO, end, published, publishing, run, start, stopped_at_a_large_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from children import small_disk
-from conftest import Experiment
+from experiment import Experiment
 from scripts import script, snapshot
 
 from kestrel.data.dataset import load_split
