@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -229,11 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         "killed": lambda: killed(bench),
         "answers": lambda: answers(bench),
     }
-    from benchmarks.machine import device_name
-    from kestrel.runtime.manifest import library_versions
+    from benchmarks.machine import device_name, facts_of_a_measurement
 
     record: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
-    record |= {"device": f"2 x {device_name()}", "versions": library_versions()}
+    record |= facts_of_a_measurement(shlex.join(["python", *sys.argv]), f"2 x {device_name()}")
     for name, measure in measurements.items():
         if options.only and name not in options.only:
             continue

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from kestrel.model.kernels.cards import SHARED_MEMORY
 
 RECORDS = (
-    "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "two-cards.json", "generate-gpu.json",
+    "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "two-cards.json", "compute-dtypes.json",
     "train-cpu.json",
 )  # fmt: skip
 COMPILED = {
@@ -42,20 +42,26 @@ def results_of(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def other_dtypes(record: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """Lines of a record of benchmarks/compute_dtypes.py, by type and attention; those that bfloat16 is compared with aside."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for model, runs in record.get("models", {}).items():
+        for run in runs:
+            if run["dtype"] != "bfloat16":
+                attention = f"torch's, under `KESTREL_CARD={run['card']}`" if run["card"] else "Triton"
+                line = f"{model}: {len(run['losses'])} steps, losses on average {run['apart']:.2%} from bfloat16's"
+                found.setdefault((run["dtype"], attention), []).append(line)
+    return found
+
+
 def tried() -> str:
     rows = []
     for name in RECORDS:
-        path = ROOT / "benchmarks" / "results" / name
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = results_of(record)
-        if found:
-            on_gpu = "NVIDIA" in record["device"]
-            kind = record.get("compute_dtype", "bfloat16")
-            attention = "Triton" if on_gpu else "torch"
-            made = f"`benchmarks/results/{name}`" + (f", {record['date']}" if record.get("date") else "")
-            rows.append([record["device"], kind, attention, "<br>".join(found), made])
+        record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+        attention = "Triton" if "NVIDIA" in record["device"] else "torch"
+        made = f"`benchmarks/results/{name}`" + (f", {record['date']}" if record.get("date") else "")
+        lines = {(record.get("compute_dtype", "bfloat16"), attention): results_of(record), **other_dtypes(record)}
+        rows += [[record["device"], *kind, "<br>".join(found), made] for kind, found in lines.items() if found]
     return table(["card", "type", "attention", "what ran", "record"], rows)
 
 
