@@ -12,7 +12,7 @@ from typing import Any, Literal
 from kestrel.data.persona_file import Persona
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.runtime.atomic import write_atomically
+from kestrel.runtime.atomic import clear_leftovers_of, write_atomically
 
 System = Literal["adapter", "base"]
 _GREETING = Turn("partner", "hi !")  # turns alternate, so it stands between a card's examples and its first message
@@ -154,6 +154,7 @@ def save(conversation: Conversation, path: Path) -> int:
     row = conversation.as_row()
     kept = [line for line, other in _rows(path) if other.get("dialogue_id") != row["dialogue_id"]]
     try:
+        clear_leftovers_of(path)
         with write_atomically(path) as file:
             file.writelines(f"{line}\n" for line in [*kept, json.dumps(row, ensure_ascii=False)])
     except OSError as error:

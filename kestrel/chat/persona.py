@@ -11,7 +11,7 @@ from kestrel.config.settings import Settings
 from kestrel.data.persona_file import Persona, read_persona, sentences_of
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
-from kestrel.runtime.atomic import write_atomically
+from kestrel.runtime.atomic import clear_leftovers_of, write_atomically
 
 
 def persona_from_option(values: list[str]) -> Persona:
@@ -52,6 +52,7 @@ def save_persona(name: str, persona: tuple[str, ...]) -> Path:
     path = _folder() / f"{name}.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers_of(path)
         with write_atomically(path) as file:
             file.writelines(f"{sentence}\n" for sentence in persona)
     except OSError as error:
