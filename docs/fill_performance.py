@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from blocks import ROOT, fill_page, table
@@ -48,7 +49,28 @@ def training(record: Record) -> str:
         "peak GiB",
         "utilisation",
     ]
-    return table(head, rows) + "\n" + where(record)
+    fewest, most = min(row["steps"] for row in timed), max(row["steps"] for row in timed)
+    steps = f"{most}" if fewest == most else f"{fewest} to {most}"
+    data = "the 200 dialogues gone through five times" if record["dialogues"] == 1000 else "200 dialogues"
+    once = f"\nEach row is a single run of {steps} steps over {data}, not a median of several."
+    return table(head, rows) + "\n" + once + where(record)
+
+
+def repeated(records: list[Record]) -> str:
+    """What the rows that were measured more than once gave, on the same kind of card."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        for row in record["rows"]:
+            if "epoch_seconds" in row:
+                found.setdefault((row["name"], record["device"]), []).append(row["useful_tokens_per_second"])
+    rows = [
+        [name, device, str(len(rates)), f"{median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f})"]
+        for (name, device), rates in found.items()
+        if len(rates) > 1
+    ]
+    commits = ", ".join(dict.fromkeys(record["commit"][:10] for record in records))
+    head = ["system", "card", "runs", "useful tokens/s: median (range)"]
+    return table(head, rows) + f"\n\nOn other days, with the code of {commits}."
 
 
 def waterfall(record: Record) -> str:
@@ -62,7 +84,7 @@ def waterfall(record: Record) -> str:
         if "tokens_per_second" in row
     ]  # fmt: skip
     rate = (
-        f"\nA product of two 8192 × 8192 matrices ran at {record['matrix_flops'] / 1e12:,.0f} TFLOP/s before these rows, "
+        f"\nEach row is a single run. A product of two 8192 × 8192 matrices ran at {record['matrix_flops'] / 1e12:,.0f} TFLOP/s before these rows, "
         "which utilisation is counted against."
     )
     return (
@@ -93,7 +115,7 @@ def generation(record: Record) -> str:
         for row in record["rows"]
     ]
     head = [f"{record['replies']:,} replies of {record['new_tokens']} tokens", "s", "replies/s", "peak GiB"]
-    return table(head, rows) + "\n" + where(record)
+    return table(head, rows) + "\n\nEach row is a single run." + where(record)
 
 
 def estimates(record: Record) -> str:
@@ -138,6 +160,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "training on a GPU, for longer": ("train-gpu-longer.json", training),
     "training on a GPU, today": ("train-gpu-today.json", training),
     "training on a smaller GPU": ("train-gpu-h100.json", training),
+    "how runs vary": ("train-gpu*.json", repeated),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
     "layers": ("layers-h100.json", layers),

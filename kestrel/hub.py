@@ -9,9 +9,10 @@ import functools
 import importlib
 import os
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 
 from kestrel.errors import KestrelError
 
-SILENCE = 120.0  # seconds in which nothing of a request moves
+SILENCE = 60.0  # seconds in which nothing of a request moves, where the client sets no limit
+_silences: list[float] = []  # when requests ended without an answer, since the last answer
 
 
 @contextmanager
@@ -29,10 +31,11 @@ def plain_hub_errors(what: str) -> Iterator[None]:
 
     _lose_patience()
     absent = "the Hub cannot be reached, and the client's cache does not have it"
+    silent = "the Hub stopped answering; run the same command again"
     if _network_is_forbidden():
-        absent = "HF_HUB_OFFLINE forbids the network, and the client's cache does not have it; unset it"
+        silent = absent = "HF_HUB_OFFLINE forbids the network, and the client's cache does not have it; unset it"
     sentences: dict[type[Exception], str] = {  # subclasses come first
-        errors.OfflineModeIsEnabled: absent,
+        errors.OfflineModeIsEnabled: silent,
         errors.LocalEntryNotFoundError: absent,
         errors.IncompleteSnapshotError: absent,
         errors.GatedRepoError: "access is restricted; ask for it on the Hub and log in: hf auth login",
@@ -70,15 +73,17 @@ def plain_hub_errors(what: str) -> Iterator[None]:
 
 @functools.cache
 def _lose_patience() -> None:
-    """Lets a request end that the Hub never answers; the client (huggingface_hub 2.4) would wait for ever."""
+    """Lets requests end that nobody answers. The client (huggingface_hub 2.4) would wait for ever for some, and for others
+    six times a minute for each file."""
     import huggingface_hub
     from huggingface_hub.utils import _http
 
     if hasattr(_http, "default_client_factory"):  # absent before huggingface_hub 1
 
         def client() -> Any:
-            made = _http.default_client_factory()
+            made: Any = _http.default_client_factory()
             made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], _limit_silence]}
+            made.send = _giving_up(made.send)
             return made
 
         huggingface_hub.set_client_factory(client)
@@ -89,14 +94,40 @@ def _limit_silence(request: Any) -> None:
     request.extensions["timeout"] = {name: seconds or SILENCE for name, seconds in limits.items()}
 
 
+def _giving_up(send: Callable[..., Any]) -> Callable[..., Any]:
+    """A client's `send` that leaves the client to its cache once two requests in a row were not answered."""
+
+    def send_or_give_up(request: Any, **how: Any) -> Any:
+        began = time.monotonic()
+        try:
+            answer = send(request, **how)
+        except _timeouts():
+            if any(began >= ended for ended in _silences):
+                _use_cache(f"{request.url.scheme}://{request.url.netloc.decode()} does not answer")
+            _silences.append(time.monotonic())
+            raise
+        _silences.clear()
+        return answer
+
+    return send_or_give_up
+
+
 def _network_is_forbidden() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
 
 
+def _http_libraries() -> list[Any]:
+    """The client's: httpx up to huggingface_hub 1, httpx2 since 2."""
+    return [importlib.import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]
+
+
+def _timeouts() -> tuple[type[Exception], ...]:
+    return tuple(library.TimeoutException for library in _http_libraries())
+
+
 def _broken_connections() -> tuple[type[Exception], ...]:
-    """What a lost connection raises: errors of httpx up to huggingface_hub 1, of httpx2 since 2, or wrapped ones."""
-    libraries = [importlib.import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]
-    return (ConnectionError, RuntimeError, *(library.HTTPError for library in libraries))
+    """What a lost connection raises: errors of the HTTP library, or wrapped ones."""
+    return (ConnectionError, RuntimeError, *(library.HTTPError for library in _http_libraries()))
 
 
 def first_line(error: BaseException) -> str:
@@ -112,9 +143,17 @@ def use_cache_without_network() -> None:
     """
     from huggingface_hub import constants
 
+    _lose_patience()
     if not constants.HF_HUB_OFFLINE and (reason := _silent(constants.ENDPOINT)):
+        _use_cache(f"{constants.ENDPOINT} cannot be reached ({reason})")
+
+
+def _use_cache(why: str) -> None:
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
         constants.HF_HUB_OFFLINE = True
-        print(f"{constants.ENDPOINT} cannot be reached ({reason}): only its cache is used", file=sys.stderr)
+        print(f"{why}: only the Hub's cache on this machine is used", file=sys.stderr)
 
 
 def _silent(url: str) -> str | None:
@@ -141,7 +180,7 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
         use_cache_without_network()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, *_broken_connections()) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
             raise
         if is_local:

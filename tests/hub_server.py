@@ -139,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault.how == "truncate":
             self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\nETag: "x"\r\n\r\n{')
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while fault.how == "stall" and fault.times and time.monotonic() < until:
             time.sleep(0.05)
         self.close_connection = True

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from kestrel.data.persona_file import Persona
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
-from kestrel.runtime.atomic import clear_leftovers_of, write_atomically
+from kestrel.runtime.atomic import clear_leftovers_of, open_regular, write_atomically
 
 System = Literal["adapter", "base"]
 _GREETING = Turn("partner", "hi !")  # turns alternate, so it stands between a card's examples and its first message
@@ -113,10 +113,15 @@ def _of_row(row: dict[str, Any]) -> Conversation:
     return conversation
 
 
+def _text_of(path: Path) -> str:
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of a file of dialogues that are not blank, and what they hold; [] if it does not exist."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = _text_of(path).splitlines() if path.exists() else []
         rows = [(line, json.loads(line)) for line in lines if line.strip()]
         if not all(isinstance(row, dict) and "turns" in row for _, row in rows):
             raise ValueError

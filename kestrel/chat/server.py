@@ -26,6 +26,7 @@ _POLICY = (
     "frame-ancestors 'none'; base-uri 'none'"
 )
 _COOKIE = "kestrel_token"
+_LONGEST_BODY = 2**20  # bytes: a persona and a message
 # All that the page requests. Gradio (6.31) has more routes, among them uploads and files, which the page does not need.
 _ROUTES = re.compile(
     r"/(|config|theme\.css|favicon\.ico|manifest\.json|pwa_icon(/\d+)?|(assets|static|svelte)/.+"
@@ -105,8 +106,11 @@ def build_application(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a web socket, which the page does not open
+            await send({"type": "websocket.close"})
             return
         given = dict(scope["headers"])
         status = refusal(scope["path"], given)
@@ -157,8 +161,12 @@ def _with_policy(send: Any) -> Any:
 
 
 def refusal(path: str, headers: dict[bytes, bytes]) -> int | None:
-    """The status that refuses a request for another route or from another site; None lets it through."""
+    """The status that refuses a request for another route, from another site or with a large body; None lets it through."""
     origin = headers.get(b"origin")
     if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
         return 403
-    return None if _ROUTES.fullmatch(path) else 404
+    if not _ROUTES.fullmatch(path):
+        return 404
+    if b"transfer-encoding" in headers:
+        return 411
+    return 413 if int(headers.get(b"content-length", b"0")) > _LONGEST_BODY else None

@@ -31,11 +31,15 @@ _PATHS = (
     "run_dir",
     "data.source",
     "data.dataset",
+    "prompt.chat_template",
     "model.name",
     "model.adapter",
     "training.init_adapter",
     "training.resume",
+    "evaluation.output",
+    "evaluation.nli",
 )  # or ids and words
+_LISTS_OF_PATHS = ("data.persona", "evaluation.generations", "evaluation.compare", "evaluation.judgements")
 
 # Options of the launchers, which users may put after the script's name.
 _LAUNCHERS = {
@@ -238,11 +242,11 @@ def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], No
 def _unusable_paths(settings: Settings) -> Iterator[tuple[str, str]]:
     """Paths that exist but are no file or folder, or that the file system cannot have: (dotted key, what is wrong)."""
     given: list[tuple[str, str | None]] = [(key, operator.attrgetter(key)(settings)) for key in _PATHS]
-    given += [("evaluation.generations", path) for path in settings.evaluation.generations]
+    given += [(key, path) for key in _LISTS_OF_PATHS for path in operator.attrgetter(key)(settings)]
     for key, path in given:
         if path is None:
             continue
-        if any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        if key != "data.persona" and any(len(os.fsencode(part)) > 255 for part in path.split("/")):
             yield key, f"{path[:60]}… names a file or folder of more than 255 bytes"
             continue
         try:

@@ -18,11 +18,12 @@ from typing import Any
 
 from kestrel.dialogue import Turn
 from kestrel.errors import KestrelError
+from kestrel.runtime.atomic import open_regular
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LARGEST = 2**26  # bytes of a file
 _KEYWORDS = (b"ccv3", b"chara")  # of the text in a picture: the form V3, and the forms before it
-_SPEAKER = re.compile(r"^\s*(\{\{user\}\}|\{\{char\}\})\s*:", re.IGNORECASE | re.MULTILINE)
+_SPEAKER = re.compile(r"^[ \t]*(\{\{user\}\}|\{\{char\}\})[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_persona(path: Path) -> Persona:
         KestrelError: the file cannot be read, or holds no persona.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
             raise KestrelError(f"{path}: more than {_LARGEST >> 20} MiB; not a persona")
@@ -88,7 +89,7 @@ def sentences_of(lines: list[str], where: str) -> tuple[str, ...]:
 
 def _in_picture(content: bytes, path: Path) -> str:
     """The card's JSON from the text chunks of a PNG file, where it is in Base64."""
-    found = dict(_text_chunks(content))
+    found = {keyword: text for keyword, text in _text_chunks(content) if keyword in _KEYWORDS}
     for keyword in _KEYWORDS:
         if keyword in found:
             return base64.b64decode(found[keyword], validate=False).decode("utf-8")

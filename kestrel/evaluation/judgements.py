@@ -22,7 +22,7 @@ from kestrel.evaluation.metric_table import METRICS
 from kestrel.evaluation.resampling import Array
 from kestrel.evaluation.scoring import Evaluation
 from kestrel.evaluation.systems import statistics_of
-from kestrel.runtime.atomic import read_json
+from kestrel.runtime.atomic import open_regular, read_json
 
 CHOICES = ("left", "right", "tie")
 FEWEST_DIALOGUES = 6  # a sign test on fewer cannot be significant
@@ -58,7 +58,8 @@ def read_judgements(path: Path, key: Mapping[str, Any]) -> list[Judgement]:
         KestrelError: naming the file and what it holds instead.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise KestrelError(f"evaluation.judgements: {path} cannot be read ({error})") from error
     try:

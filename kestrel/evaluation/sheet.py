@@ -78,5 +78,11 @@ def _as_csv(sheet: str, items: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     for item in items:
         history = "\n".join(f"{turn['speaker']}: {turn['text']}" for turn in item["history"])
-        writer.writerow({**item, "sheet": sheet, "persona": "\n".join(item["persona"]), "history": history})
+        texts = {**item, "sheet": sheet, "persona": "\n".join(item["persona"]), "history": history}
+        writer.writerow({column: _as_text(text) for column, text in texts.items()})
     return out.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula: https://owasp.org/www-community/attacks/CSV_Injection"""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

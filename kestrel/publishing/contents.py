@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kestrel.adapter.source import CONFIG, PROMPT
+from kestrel.adapter.source import CONFIG, PROMPT, WEIGHTS
 from kestrel.config.resolve import describe
 from kestrel.config.settings import Settings, is_hub_id
 from kestrel.errors import KestrelError
@@ -63,11 +63,11 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
         files["metrics.json"] = _json(records.metrics)
     public = public_settings(settings, base)
     files["config.yaml"] = describe(public, {}).encode()
-    for name, content in files.items():
-        if name.endswith((".json", ".jinja", ".yaml")):
-            _refuse_private_text(name, content)
     is_falcon = config.get("model_type") == "falcon"
     files[CARD] = model_card(public, records, datasets_on_hub(settings), is_falcon, example_prompt(prompt)).encode()
+    for name, content in files.items():
+        if name != WEIGHTS:
+            _refuse_private_text(name, content)
     return files
 
 
@@ -107,24 +107,33 @@ def _is_local(name: str) -> bool:
 
 
 def public_settings(settings: Settings, base: str) -> Settings:
-    """The settings as others can use them: the base by its id on the Hub, no path of this machine."""
-    source = settings.data.source
+    """The settings as others can use them: the base by its id on the Hub, no path of this machine, nobody's name or persona."""
+    source, begun = settings.data.source, settings.training.init_adapter
+    name = Path(source).name if _is_local(source) else source
+    data = {"source": name, "dataset": None, "self": None, "persona": []}
     template = settings.prompt.chat_template and "chat_template.jinja"  # of the adapter's tokenizer
+    training = {"resume": "auto", "init_adapter": begun and (Path(begun).name if _is_local(begun) else begun)}
+    local = {key: [] for key in ("generations", "compare", "extra_metrics", "judgements")} | {
+        "output": None,
+        "nli": None,
+    }
     return settings.model_copy(
         update={
             "run_dir": f"runs/{Path(settings.run_dir).name}",
-            "data": settings.data.model_copy(update={"source": Path(source).name if _is_local(source) else source}),
+            "data": settings.data.model_copy(update=data),
             "prompt": settings.prompt.model_copy(update={"chat_template": template}),
             "model": settings.model.model_copy(update={"name": base, "adapter": None}),
-            "training": settings.training.model_copy(update={"resume": "auto"}),
-            "evaluation": settings.evaluation.model_copy(update={"generations": [], "extra_metrics": []}),
+            "training": settings.training.model_copy(update=training),
+            "evaluation": settings.evaluation.model_copy(update=local),
         }
     )
 
 
 def _refuse_private_text(name: str, text: bytes) -> None:
     """The last check: nothing that is published names this machine's folders or the Hub's token."""
-    tokens = [os.environ.get(key, "") for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    from huggingface_hub import get_token
+
+    tokens = [get_token(), *map(os.environ.get, ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))]
     if any(token and token.encode() in text for token in tokens):
         raise KestrelError(f"{name} contains the Hub's token; remove it from the settings")
     for path in {str(Path.home()), os.getcwd()}:

@@ -88,10 +88,12 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
             f"the logits of adapter and merged model differ by {difference:.2%}, and {same} of {len(contexts)} greedy "
             "answers are the same"
         )
-        readme = render("merged.md", example=example_prompt(prompt), proof=proof, commands=serving_commands(".", dtype))
-        (target / "README.md").write_text(f"{readme}\n", encoding="utf-8")
         if for_ollama := modelfile(prompt, settings.generation):
             (target / "Modelfile").write_text(for_ollama, encoding="utf-8")
+        commands = serving_commands(".", dtype)
+        example = example_prompt(prompt)
+        readme = render("merged.md", example=example, proof=proof, commands=commands, for_ollama=bool(for_ollama))
+        (target / "README.md").write_text(f"{readme}\n", encoding="utf-8")
         write_manifest(
             target,
             _KIND,

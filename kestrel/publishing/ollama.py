@@ -15,7 +15,8 @@ _PERSONA, _USER, _REPLY = ("qpersona0", "qpersona1"), ("quser0", "quser1"), ("qr
 
 
 def modelfile(prompt: Prompt, generation: Generation) -> str | None:
-    """The Modelfile beside a merged model, for `model.gguf` in the same folder; None for the original prompt.
+    """The Modelfile beside a merged model, for `model.gguf` in the same folder; None for the original prompt, and for a chat
+    template whose texts Ollama would read as its own commands.
 
     Every conversation is rendered as in training: the tests compare the two texts.
     """
@@ -27,6 +28,8 @@ def modelfile(prompt: Prompt, generation: Generation) -> str | None:
     segments = prompt.segments(Dialogue("template", _PERSONA, tuple(turns)))
     text = "".join(segment.text for segment in segments)
     lead = next(segment.text for segment in segments if _REPLY[0] in segment.text).partition(_REPLY[0])[0]
+    if '"""' in text or "{{" in text:
+        return None
     head, rest = _split(text, _PERSONA[0])
     between, rest = _split(rest, _PERSONA[1])
     first, rest = _split(rest, _USER[0])

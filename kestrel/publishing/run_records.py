@@ -42,8 +42,14 @@ def read_adapter_files(folder: Path, digests: Mapping[str, str], remedy: str) ->
                 raise KestrelError(f"{folder} holds {listed}; only files of train.py are published, move others away")
             for name in own:
                 with open(os.open(name, flags, dir_fd=handle), "rb") as file:
-                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    status = os.fstat(file.fileno())
+                    if not stat.S_ISREG(status.st_mode):
                         raise KestrelError(f"{folder / name} is not a regular file; {remedy}")
+                    if status.st_nlink > 1:
+                        raise KestrelError(
+                            f"{folder / name} is a hard link: it has another name too, which could be a file that is not to "
+                            "be published; copy the run folder with cp -r and publish the copy"
+                        )
                     files[name] = file.read()
         finally:
             os.close(handle)

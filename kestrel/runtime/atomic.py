@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -138,17 +140,28 @@ def write_json(path: Path, value: Any) -> None:
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of a JSON file, in which another reader must not find another value; ValueError for a key given twice."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    value: dict[str, Any] = {}
+    for name, given in pairs:
+        if name in value:
+            raise ValueError(f"{name!r} is given twice")
+        value[name] = given
     return value
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A file to read; OSError for what is none. Reading a pipe could wait for ever, and a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(descriptor, "rb")
 
 
 def read_json(path: Path, remedy: str) -> Any:
     """Reads JSON that one of the scripts wrote; a KestrelError with the remedy if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        with open_regular(path) as file:
+            return json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         problem = "does not exist"
     except OSError as error:
