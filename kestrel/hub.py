@@ -67,6 +67,8 @@ def plain_hub_errors(what: str) -> Iterator[None]:
             sentence += advice.get(status or 0, "run the same command again")
         raise KestrelError(f"{what}: {sentence}") from None
     except _broken_connections() as error:
+        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            raise KestrelError(f"{what}: {silent}") from None
         failed = f"the connection failed ({first_line(error.__cause__ or error)})"
         raise KestrelError(f"{what}: {failed}; run the same command again, what arrived is kept") from None
 
@@ -144,14 +146,20 @@ def use_cache_without_network() -> None:
     from huggingface_hub import constants
 
     _lose_patience()
-    if not constants.HF_HUB_OFFLINE and (reason := _silent(constants.ENDPOINT)):
+    if not _uses_cache() and (reason := _silent(constants.ENDPOINT)):
         _use_cache(f"{constants.ENDPOINT} cannot be reached ({reason})")
+
+
+def _uses_cache() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _use_cache(why: str) -> None:
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE:
+    if not _uses_cache():
         constants.HF_HUB_OFFLINE = True
         print(f"{why}: only the Hub's cache on this machine is used", file=sys.stderr)
 
@@ -180,13 +188,21 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
         use_cache_without_network()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, *_broken_connections()) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not have been imported
+    except Exception as error:  # some are of libraries that are not imported before they are needed
+        kinds: tuple[type[Exception], ...] = (
+            OSError, ValueError, KeyError, ImportError, SafetensorError, *_broken_connections()
+        )  # fmt: skip
+        # OutOfMemoryError is torch's, which need not have been imported, and a RuntimeError.
+        if not isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError":
             raise
         if is_local:
             advice = "the folder exists but cannot be used"
         elif _network_is_forbidden():
             advice = "it is no local folder and HF_HUB_OFFLINE forbids the network"
+        elif _uses_cache():
+            advice = (
+                "it is no local folder, and the Hub, which does not answer, is needed for what its cache here lacks"
+            )
         else:
             advice = "it is no local folder; as a Hub id it needs the network, and a token if it is gated"
         raise KestrelError(f"cannot load the {what} of {key} {name!r}: {advice} ({first_line(error)})") from error

@@ -1,7 +1,7 @@
 """A Hugging Face Hub on loopback, strict: what its client (huggingface_hub 2.4) may not ask is an error that tests see.
 
-Models only, one user, everything in memory. Large files go by LFS (batch, PUT, verify) and come whole by a redirect; xet
-must be switched off in the client (HF_HUB_DISABLE_XET=1).
+Models, and data sets to be read; one user, everything in memory. Large files go by LFS (batch, PUT, verify) and come whole by
+a redirect; xet must be switched off in the client (HF_HUB_DISABLE_XET=1).
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Handler(BaseHTTPRequestHandler):
         (r"POST /api/repos/create", "create"),
         (r"POST /api/validate-yaml", "validate"),
         (rf"GET /api/(?P<kind>models|datasets)/{_ID}(/revision/{_REVISION})?", "info"),
-        (rf"GET /api/models/{_ID}/tree/{_REVISION}(?P<under>/.+)?", "tree"),
+        (rf"GET /api/(?:models|datasets)/{_ID}/tree/{_REVISION}(?P<under>/.+)?", "tree"),
         (rf"POST /api/models/{_ID}/preupload/{_REVISION}", "preupload"),
         (rf"POST /api/models/{_ID}/commit/{_REVISION}", "commit"),
         (rf"POST /{_ID}\.git/info/lfs/objects/batch", "batch"),
         (r"PUT /lfs/(?P<oid>[0-9a-f]{64})", "upload"),
         (r"POST /lfs/verify", "verify"),
         (r"(GET|HEAD) /cdn/(?P<oid>[0-9a-f]{64})", "download"),
-        (rf"(GET|HEAD) /{_ID}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
+        (rf"(GET|HEAD) (?:/datasets)?/{_ID}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
     )
 
     def handle_any(self) -> None:

@@ -7,16 +7,17 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kestrel.adapter.source import CONFIG, WEIGHTS, lora_of, read_config, repair_advice, require_files
 from kestrel.config.settings import Lora
 from kestrel.errors import KestrelError
 from kestrel.model.defaults import default_layers
 from kestrel.model.quantization import linear_layers
+from kestrel.prompt.limits import limited
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -71,8 +72,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = N
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    require_files(str(folder), {path.name for path in folder.iterdir()})  # peft would unpickle adapter_model.bin
+    require_files(
+        str(folder), {path.name for path in folder.iterdir() if path.is_file()}
+    )  # peft would unpickle adapter_model.bin
     config = adapter_config(folder)
+    _try_patterns(config, model, folder)
     try:
         if dropout is not None:
             config.lora_dropout = dropout
@@ -91,12 +95,45 @@ def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = N
     return adapted
 
 
+def _try_patterns(config: LoraConfig, model: PreTrainedModel, folder: Path) -> None:
+    """Matches the configuration's patterns once as peft will, within limits: a pattern can be written to take for ever."""
+    names = [name for name, _ in model.named_modules()]
+    whole = [given for given in (config.target_modules, config.exclude_modules) if isinstance(given, str)]
+    within = config.layers_pattern or []
+    patterns = [
+        *whole,
+        *(rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)),
+        *(rf".*\.{each}\.(\d+)\." for each in ([within] if isinstance(within, str) else within)),
+    ]
+    if patterns:
+        limited(
+            lambda: str(sum(bool(re.match(p, n)) for p in patterns for n in names)), f"a pattern in {folder / CONFIG}"
+        )
+
+
 # Fields of peft's configuration that decide what an adapter computes, and that are read as peft reads them.
 _READ = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora",
 )  # fmt: skip
 _ABOUT = {"base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping"}
+
+
+class _Further(BaseModel):
+    """The forms of the fields of `_READ` that are no settings of ours."""
+
+    model_config = ConfigDict(strict=True)
+    target_modules: Annotated[list[str], Field(max_length=10_000)] | str  # peft compares each name with all others
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=2**16)]] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] | None = None
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
 # How weights began does not matter once they are trained, unless the base was changed too (PiSSA, OLoRA, LoftQ).
 _INITIAL = (True, False, "gaussian", "orthogonal")
 
@@ -130,6 +167,7 @@ def adapter_config(folder: Path) -> LoraConfig:
             re.compile(targets)
             lora["target_modules"] = "all-linear"
         Lora.model_validate(lora)
+        _Further.model_validate(given)
         return LoraConfig(**{name: given[name] for name in _READ if name in given}, task_type="CAUSAL_LM")
     except ValidationError as error:
         where = error.errors()[0]

@@ -106,7 +106,7 @@ def _read_foreign(folder: Path) -> dict[str, Any]:
     if (folder / PROMPT).exists():
         raise KestrelError(f"{folder} holds a Kestrel adapter without its {MANIFEST}; {repair_advice(folder)}")
     adapter_config(folder)
-    require_files(str(folder), {path.name for path in folder.iterdir()})
+    require_files(str(folder), {path.name for path in folder.iterdir() if path.is_file()})
     return foreign_manifest(folder)
 
 

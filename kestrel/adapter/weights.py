@@ -13,10 +13,11 @@ from kestrel.adapter.source import CONFIG, WEIGHTS, repair_advice
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import unique_keys
 
-_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_LONGEST_HEADER = 2**24  # bytes, enough for 100,000 tensors
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_TYPES = ("F64", "F32", "F16", "BF16")  # that LoRA can be trained or used in; the file format has others
 _RANK_AT = {"A": 0, "B": 1}  # dimension of lora_A and lora_B, also of embeddings
 
 
@@ -35,13 +36,15 @@ def check_weights(folder: Path, config: LoraConfig) -> None:
         for name, entry in _header(path).items():
             part = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
             shape = entry["shape"]
+            if entry["dtype"] not in _TYPES:
+                raise KestrelError(f"{path}: {name} is of type {entry['dtype']}; an adapter's are {', '.join(_TYPES)}")
             if part and (len(shape) != 2 or shape[_RANK_AT[part[1]]] not in ranks):
                 raise KestrelError(f"{path}: {name} has shape {shape}, which does not fit rank {config.r} of {CONFIG}")
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  the file is no dict
                 if not torch.isfinite(file.get_tensor(name)).all():
                     raise KestrelError(f"{path}: {name} holds values that are not finite; the adapter is useless")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise KestrelError(f"{path} is damaged ({error}); {repair_advice(folder)}") from None
 
 
@@ -51,6 +54,8 @@ def _header(path: Path) -> dict[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
             raise ValueError(f"a header of {length:,} bytes")
-        header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=unique_keys)
+        header: Any = json.loads(file.read(length), object_pairs_hook=unique_keys)
+    if not isinstance(header, dict):
+        raise TypeError("a header that is no object")
     header.pop("__metadata__", None)
     return header

@@ -110,10 +110,10 @@ def public_settings(settings: Settings, base: str) -> Settings:
     """The settings as others can use them: the base by its id on the Hub, no path of this machine, nobody's name or persona."""
     source, begun = settings.data.source, settings.training.init_adapter
     name = Path(source).name if _is_local(source) else source
-    data = {"source": name, "dataset": None, "self": None, "persona": []}
+    data: dict[str, Any] = {"source": name, "dataset": None, "self": None, "persona": []}
     template = settings.prompt.chat_template and "chat_template.jinja"  # of the adapter's tokenizer
     training = {"resume": "auto", "init_adapter": begun and (Path(begun).name if _is_local(begun) else begun)}
-    local = {key: [] for key in ("generations", "compare", "extra_metrics", "judgements")} | {
+    local: dict[str, Any] = {key: [] for key in ("generations", "compare", "extra_metrics", "judgements")} | {
         "output": None,
         "nli": None,
     }

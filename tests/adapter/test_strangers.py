@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 import time
@@ -52,6 +53,16 @@ def written_twice(folder: Path) -> None:
     weights_of(folder).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def in_float8(folder: Path) -> None:
+    tensors = load_file(weights_of(folder))
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}, weights_of(folder))
+
+
+def a_pipe(folder: Path) -> None:
+    weights_of(folder).unlink()
+    os.mkfifo(weights_of(folder))
+
+
 def key_twice(folder: Path) -> None:
     path = folder / "adapter_config.json"
     path.write_text(path.read_text().replace("{", '{"r": 1000000,', 1))
@@ -64,14 +75,26 @@ SPOILT: dict[str, tuple[Spoil, str]] = {
     "not finite": (not_finite, "holds values that are not finite"),
     "a tensor twice": (written_twice, "is given twice"),
     "a key twice": (key_twice, "adapter_config.json is damaged ('r' is given twice)"),
+    "a type that no adapter has": (in_float8, "is of type F8_E4M3; an adapter's are"),
+    "a pattern without end": (
+        lambda folder: change(folder, target_modules="^(([a-z._0-9])+.)+[A-Z]([a-z])+$"),
+        "a pattern in",
+    ),
+    "a pattern of ranks": (lambda folder: change(folder, rank_pattern={"h": 10**6}), "rank_pattern: Input should be less"),
+    "a crowd of names": (lambda folder: change(folder, target_modules=["m"] * 10**5), "at most 10000 items"),
+    "many tensors": (lambda folder: weights_of(folder).write_bytes(struct.pack("<Q", 10**8)), "a header of 100,000,000"),
+    "a pipe": (a_pipe, "has no adapter_model.safetensors at its top"),
     "half a file": (lambda folder: weights_of(folder).write_bytes(b"\xff" * 30), "a header of"),
     "a module to import": (lambda folder: change(folder, megatron_config={"a": 1}, megatron_core="os"), "megatron_con"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_an_adapter_that_is_not_what_it_says_is_refused(trained: Experiment, tmp_path: Path, capsys, how: str) -> None:
+def test_an_adapter_that_is_not_what_it_says_is_refused(
+    trained: Experiment, tmp_path: Path, capsys, monkeypatch, how: str
+) -> None:
     spoil, message = SPOILT[how]
+    monkeypatch.setattr(limits, "SECONDS", 1.0)
     elsewhere = as_peft_saves(trained, tmp_path / "elsewhere")
     spoil(elsewhere)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

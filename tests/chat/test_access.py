@@ -53,6 +53,22 @@ def test_requests_from_elsewhere_and_other_routes_are_refused(served, path, head
         urllib.request.urlopen(urllib.request.Request(f"{served.url}{path}", headers=headers))
 
 
+def test_a_large_body_is_refused_before_it_is_read_and_so_is_a_web_socket(served):
+    def status(*headers: tuple[str, str], path: str = "/gradio_api/queue/join", method: str = "POST") -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)
+        connection.putrequest(method, path)
+        for name, value in headers:
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection.getresponse().status
+
+    assert status(("Content-Length", str(10**8))) == 413
+    assert status(("Transfer-Encoding", "chunked")) == 411
+    upgrade = (("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"))
+    key = ("Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
+    assert status(*upgrade, key, ("Origin", "http://elsewhere.example"), path="/", method="GET") == 403
+
+
 def test_only_this_machine_is_served(served, trained, capsys):
     assert "everybody" not in served.printed
     with socket.socket() as outside:

@@ -178,10 +178,12 @@ def test_paths_that_no_script_could_use_are_refused_by_key(tmp_path: Path) -> No
     path.write_text("run_dir: r\ndata: {source: s}\nmodel: {name: m}\n")
     os.mkfifo(pipe)
     file.touch()
-    for key in ("run_dir", "data.source", "model.name", "model.adapter", "training.resume"):
+    one = ("run_dir", "data.source", "model.name", "model.adapter", "training.resume", "prompt.chat_template")
+    for key in (*one, "evaluation.output", "evaluation.nli"):
         for bad in (pipe, "/dev/zero", f"folder/{'ü' * 200}"):
             assert f"--{key}: {str(bad)[:20]}" in refused(path, **{key: str(bad)})
-    assert "--evaluation.generations: " in refused(path, evaluation__generations=[str(pipe)])
+    for key in ("evaluation.generations", "evaluation.judgements", "evaluation.compare", "data.persona"):
+        assert f"--{key}: {pipe} is a pipe" in refused(path, **{key: [str(pipe)]})
     assert f"--run_dir: {file} is a file" in refused(path, run_dir=str(file))
     assert f"--run_dir: {file / 'run'} is below a file" in refused(path, run_dir=str(file / "run"))
     assert "a pipe to which nobody writes" in refused(pipe)

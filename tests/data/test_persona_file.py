@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import struct
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -83,6 +85,21 @@ def test_what_is_no_persona_is_refused(content: bytes, says: str, tmp_path: Path
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(KestrelError, match=says):
         read_persona(tmp_path / "x")
+
+
+def test_no_file_keeps_a_reader_waiting(tmp_path: Path) -> None:
+    """A pipe, a device, a card of line breaks, a picture of a million chunks."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(KestrelError, match="not a regular file"):
+            read_persona(path)
+    began = time.process_time()
+    (tmp_path / "breaks").write_text(json.dumps({**FIELDS, "mes_example": "\n" * 200_000 + "{{user}}" * 9999}))
+    assert read_persona(tmp_path / "breaks").examples == ()
+    (tmp_path / "chunks").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0tEXt\0\0\0\0" * 500_000)
+    with pytest.raises(KestrelError, match="a picture without a character card"):
+        read_persona(tmp_path / "chunks")
+    assert time.process_time() - began < 5
 
 
 @given(st.sampled_from(list(forms().values())), st.integers(0, 10**6), st.binary(max_size=4))

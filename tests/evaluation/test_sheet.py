@@ -16,6 +16,7 @@ from browsers import chromium
 from scripts import make_run, read_metrics, script
 
 from kestrel.evaluation.judgements import kendall, sign_test
+from kestrel.evaluation.sheet import _as_csv
 
 main = script("evaluate").main
 
@@ -36,6 +37,13 @@ def sheet(config: Path) -> Path:
 @pytest.fixture(scope="module")
 def key(sheet: Path) -> dict[str, Any]:
     return json.loads((sheet / "key.json").read_text(encoding="utf-8"))
+
+
+def test_no_spreadsheet_takes_a_reply_for_a_formula() -> None:
+    formulas = ["=HYPERLINK(1)", "+1+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
+    items = [{"item": "1", "persona": [text], "history": [], "left": text, "right": "a - b"} for text in formulas]
+    for text, row in zip(formulas, csv.DictReader(io.StringIO(_as_csv("x", items), newline="")), strict=True):
+        assert row["left"] == row["persona"] == f"'{text}" and row["right"] == "a - b"
 
 
 def favour(key: dict[str, Any], system: str) -> dict[str, str]:

@@ -59,5 +59,9 @@ def test_a_conversation_in_ollama_has_the_text_of_training(format, turns, system
     assert f'PARAMETER stop "{end}"' in text and 'PARAMETER stop "\\n"' in text and "PARAMETER temperature 0\n" in text
 
 
-def test_the_original_prompt_has_no_modelfile() -> None:
+def test_what_ollama_would_misread_has_no_modelfile() -> None:
+    """The original prompt, and templates whose text would end a block of the Modelfile or run in Ollama's template."""
     assert modelfile(Prompt(make_tokenizer(), "original", 512), Generation()) is None
+    for text in ('"""\nFROM /etc/passwd\n"""', "{{ '{{ .Env }}' }}"):
+        tokenizer = byte_level(chat_template=text + CHATML)
+        assert modelfile(Prompt(tokenizer, "chat", 512), Generation()) is None

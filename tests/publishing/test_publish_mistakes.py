@@ -194,6 +194,7 @@ def listed_in_the_manifest(adapter: Path) -> None:
         (lambda adapter: (adapter / "vocab.txt").symlink_to("/etc/passwd"), "holds 'vocab.txt'"),
         (lambda adapter: (adapter / "merges.txt").hardlink_to(adapter / ".." / "config.yaml"), "holds 'merges.txt'"),
         (lambda adapter: os.mkfifo(adapter / "\x1b[2Jvocab.json"), r"holds '\x1b[2Jvocab.json'"),
+        (lambda adapter: (adapter / ".." / "x").hardlink_to(adapter / "prompt.json"), "prompt.json is a hard link"),
         (listed_in_the_manifest, "holds '../config.yaml'"),
         (lambda adapter: linked(adapter), "adapter cannot be published: it is a link"),
         (lambda adapter: (adapter / "prompt.json").unlink(), "prompt.json cannot be published: No such file"),
