@@ -7,10 +7,11 @@ between dialogues and between replies, as it does for models. Each trial draws d
 code. Reported, for each number of dialogues:
 
 - false alarms: two equal systems are called different at p < 0.05, where each dialogue's two answers change places by
-  chance; by the exchange test and by the paired bootstrap that it replaces;
-- power: the same for a system that is a little better;
+  chance; by the exchange test and by the more usual paired bootstrap;
+- power: the same for a system that is a little better. A test that raises more false alarms than it says notices more for
+  that reason alone, so power is also told at the p-value below which 5% of the equal systems are;
 - coverage: how often the 95% interval holds the population's score, or difference of scores; by the studentized bootstrap
-  and by the percentiles that it replaces.
+  and by the more usual percentiles.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,13 @@ from kestrel.evaluation import resampling
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metric_table import BY_NAME
 from kestrel.evaluation.metrics import Choices
-from kestrel.evaluation.resampling import Array, Dialogues, pseudo_values
+from kestrel.evaluation.resampling import Array, Dialogues, draw_with_replacement, pseudo_values
 from kestrel.evaluation.systems import System, score
 
 METRICS = ("f1", "bleu")
 COUNTS = (2, 3, 5, 6, 10, 20, 50, 100, 1000)
-_RESAMPLES = 399
+LEVEL = 0.05
+_DRAWS = 999
 
 
 def damaged(text: str, kept: float, words: list[str], draw: random.Random) -> str:
@@ -72,55 +75,75 @@ def population(text: str, seed: int) -> dict[str, dict[str, Array]]:
     return {name: {metric: system.sums[metric] for metric in METRICS} for name, system in systems.items()}
 
 
-def old_methods(first: Array, second: Array, compute: resampling.Score, seed: int) -> tuple[bool, list[float]]:
-    """Whether the paired bootstrap rejects, shifted to no difference, and the percentile interval of the difference."""
+def usual_methods(first: Array, second: Array, compute: resampling.Score, seed: int) -> tuple[float, list[float]]:
+    """The p-value of the paired bootstrap, shifted to no difference, and the percentile interval of the difference."""
     count = len(first)
-    picks = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
-    drawn = compute(picks @ first.astype(float)) - compute(picks @ second.astype(float))
+    picks = draw_with_replacement(np.random.default_rng(seed), _DRAWS, count).astype(np.float64)
+    drawn = compute(picks @ first) - compute(picks @ second)
     observed = (compute(first.sum(0)[None]) - compute(second.sum(0)[None]))[0]
-    p_value = ((np.abs(drawn - observed) >= abs(observed)).sum() + 1) / (_RESAMPLES + 1)
-    return p_value < 0.05, list(np.percentile(drawn, [2.5, 97.5]))
+    p_value = ((np.abs(drawn - observed) >= abs(observed)).sum() + 1) / (_DRAWS + 1)
+    return float(p_value), list(np.percentile(drawn, [2.5, 97.5]))
 
 
-def trial(sums: dict[str, dict[str, Array]], metric: str, count: int, seed: int) -> dict[str, bool | None]:
-    """One sample of dialogues: what each method says, and whether its interval holds the truth."""
+def trial(sums: dict[str, dict[str, Array]], metric: str, count: int, seed: int) -> dict[str, float | None]:
+    """One sample of dialogues: the p-values of equal systems and of a better one, and whether intervals hold the truth."""
     generator = np.random.default_rng(seed)
     compute = BY_NAME[metric].score
     chosen = generator.integers(0, len(sums["one"][metric]), size=count)
     one, two, better = (sums[name][metric][chosen] for name in ("one", "two", "better"))
     swap = generator.integers(0, 2, size=(count, 1), dtype=bool)
     equal = np.where(swap, two, one), np.where(swap, one, two)
-    dialogues = Dialogues([str(number) for number in range(count)], _RESAMPLES, seed)
-    p_values = dialogues.p_values({"false alarms": (*equal, compute), "power": (better, one, compute)})
+    dialogues = Dialogues([str(number) for number in range(count)], _DRAWS, seed)
+    found: dict[str, float | None] = {}
+    found |= dialogues.p_values({"equal": (*equal, compute), "better": (better, one, compute)})
     points = {name: compute(rows.sum(0)[None])[0] for name, rows in (("better", better), ("one", one))}
     truth = {name: compute(sums[name][metric].sum(0)[None])[0] for name in ("better", "one")}
     pseudo = {name: pseudo_values(rows, compute) for name, rows in (("better", better), ("one", one))}
-    pseudo["difference"] = pseudo["better"] - pseudo["one"]
-    for values in (points, truth):
+    for values in (points, truth, pseudo):
         values["difference"] = values["better"] - values["one"]
-    intervals = dialogues.intervals(pseudo, points)
-    found: dict[str, bool | None] = {name: p is not None and p < 0.05 for name, p in p_values.items()}
     for name, key in (("one", "coverage"), ("difference", "coverage of differences")):
-        interval = intervals[name]
-        found[key] = None if interval is None else bool(interval[0] <= truth[name] <= interval[1])
-    found["false alarms of the paired bootstrap"], _ = old_methods(*equal, compute, seed)
-    found["power of the paired bootstrap"], (low, high) = old_methods(better, one, compute, seed)
-    found["coverage of differences by percentiles"] = bool(low <= truth["difference"] <= high)
+        interval = dialogues.intervals({name: pseudo[name]}, points, symmetric=name == "difference")[name]
+        found[key] = None if interval is None else interval[0] <= truth[name] <= interval[1]
+    found["equal, paired bootstrap"], _ = usual_methods(*equal, compute, seed)
+    found["better, paired bootstrap"], (low, high) = usual_methods(better, one, compute, seed)
+    found["coverage of differences by percentiles"] = low <= truth["difference"] <= high
     return found
 
 
-def simulated(text: str, trials: int, seed: int) -> list[dict[str, Any]]:
-    """A row for each metric and number of dialogues, with the share of the trials by what was counted."""
+def power_at(level: float, equal: Array, better: Array) -> float:
+    """The power of a test whose real rate of false alarms is `level`, from its p-values; ties at the limit are split."""
+    limit = np.sort(equal)[int(level * len(equal))]
+    missing = (level - (equal < limit).mean()) / (equal == limit).mean()
+    return float((better < limit).mean() + missing * (better == limit).mean())
+
+
+def summed_up(trials: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """The share of the trials in which each thing was so; None where nothing is said of so few dialogues."""
+    row: dict[str, float | None] = {}
+    for test in ("", ", paired bootstrap"):
+        equal, better = (
+            np.array([1.0 if (p := found[f"{kind}{test}"]) is None else p for found in trials])
+            for kind in ("equal", "better")
+        )
+        row[f"false alarms{test}"] = float((equal < LEVEL).mean())
+        row[f"power{test}"] = float((better < LEVEL).mean())
+        row[f"power at equal false alarms{test}"] = None if (equal == 1).all() else power_at(LEVEL, equal, better)
+    for key in ("coverage", "coverage of differences", "coverage of differences by percentiles"):
+        held = [value for found in trials if (value := found[key]) is not None]
+        row[key] = float(np.mean(held)) if held else None
+    return row
+
+
+def simulated(text: str, trials: int, seed: int, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each metric and number of dialogues."""
     sums = population(text, seed)
-    resampling.EXCHANGES = _RESAMPLES  # enough for a decision at 5%, and many trials
+    resampling.EXCHANGES = _DRAWS  # enough for a decision at 5%, and many trials
     rows = []
     for metric in METRICS:
-        for count in COUNTS:
-            samples = trials // 6 if metric == "bleu" else trials  # sacreBLEU takes most of the time
-            done = [trial(sums, metric, count, seed + number) for number in range(samples)]
-            shares = {key: [bool(row[key]) for row in done if row[key] is not None] for key in done[0]}
-            row = {key: float(np.mean(values)) if values else None for key, values in shares.items()}
-            rows.append({"metric": metric, "dialogues": count, "trials": samples} | row)
+        for count in counts:
+            done = [trial(sums, metric, count, seed + number) for number in range(trials)]
+            row = summed_up(done)
+            rows.append({"metric": metric, "dialogues": count, "trials": trials} | row)
             shown = ", ".join(f"{key} {value:.1%}" for key, value in row.items() if value is not None)
             print(f"{metric}, {count:,} dialogues: {shown}", flush=True)
     return rows
@@ -133,7 +156,10 @@ def main(argv: list[str] | None = None) -> int:
         "--trials",
         type=at_least_one,
         default=4000,
-        help="samples for each number of dialogues (4,000); a sixth for BLEU",
+        help="samples for each number of dialogues (4,000)",
+    )
+    parser.add_argument(
+        "--dialogues", type=at_least_one, nargs="+", default=COUNTS, help="how many, each in turn (2 to 1,000)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the population and the samples (0)")
     options = parser.parse_args(argv)
@@ -145,7 +171,7 @@ def measured(options: argparse.Namespace, command: str) -> int:
     from kestrel.runtime.atomic import write_json
     from kestrel.runtime.manifest import git_commit, library_versions
 
-    rows = simulated(options.text, options.trials, options.seed)
+    rows = simulated(options.text, options.trials, options.seed, options.dialogues)
     if options.output:
         record = {"command": command, "versions": library_versions(), "commit": git_commit(), "seed": options.seed}
         record["date"] = datetime.now(tz=UTC).date().isoformat()

@@ -44,7 +44,7 @@ def paired_tests(systems: Mapping[str, System], dialogues: Dialogues) -> list[di
     sums = {i: (systems[a].sums[m.name], systems[b].sums[m.name], m.score) for i, (a, b, m) in enumerate(pairs)}
     differences = {i: systems[a].point[m.name] - systems[b].point[m.name] for i, (a, b, m) in enumerate(pairs)}
     pseudo = {i: pseudo_values(one, score) - pseudo_values(two, score) for i, (one, two, score) in sums.items()}
-    intervals, p_values = dialogues.intervals(pseudo, differences), dialogues.p_values(sums)
+    intervals, p_values = dialogues.intervals(pseudo, differences, symmetric=True), dialogues.p_values(sums)
     adjusted = holm([p_values[i] for i in sums])
     return [
         {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -37,6 +37,16 @@ SPEAKER_TAG = re.compile(
 )
 
 
+class Rarity(dict[str, float]):
+    """The weight of each word; a word that is not among them weighs 1."""
+
+    def __missing__(self, word: str) -> float:
+        return 1.0
+
+    def total(self, words: Iterable[str]) -> float:
+        return math.fsum(map(self.__getitem__, words))
+
+
 @dataclass(frozen=True)
 class Choices:
     """What decides how texts are compared.
@@ -45,14 +55,14 @@ class Choices:
         normalization: of the texts that BLEU and ROUGE-L compare, `evaluation.normalization`.
         stemmer: whether the headline ROUGE-L stems, which only English does.
         references: of each reply; -1 where replies have different numbers of them.
-        rarity: the weight of a word in scores of persona; words that it lacks weigh 1.
+        rarity: the weight of a word in scores of persona.
     """
 
     units: Units = ENGLISH
     normalization: str = "raw"
     stemmer: bool = False
     references: int = 1
-    rarity: Mapping[str, float] = field(default_factory=dict)
+    rarity: Rarity = field(default_factory=Rarity)
 
     def normalize(self, text: str) -> str:
         return NORMALIZERS[self.normalization](text)
@@ -83,9 +93,9 @@ class References:
         return self.bleu if lower else _bleu(self.choices, True, self.texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
-    """One system's answers to N contexts, as every metric sees them."""
+    """One system's answers to N contexts, as every metric sees them. Equal to itself alone, so that it can be a key."""
 
     replies: Sequence[Reply]
     references: References
@@ -135,8 +145,17 @@ def bits(sums: Array) -> Array:
 
 
 def bleu(sums: Array) -> Array:
-    """Corpus BLEU, 0-100, by sacreBLEU, from sums of `bleu_statistics`."""
-    return np.array([_bleu_score(row).score for row in sums])
+    """Corpus BLEU, 0-100, from sums of sacreBLEU's statistics: lengths, matches and n-grams.
+
+    One corpus has sacreBLEU's own score, to the last digit. Many, as resampling has them, have its formula at once.
+    """
+    if len(sums) == 1:
+        return np.array([_bleu_score(sums[0]).score])
+    matches, grams = sums[:, 2:6], sums[:, 6:10]
+    smoothed = np.where(matches > 0, matches, 0.5 ** np.cumsum(matches == 0, axis=1))  # its smoothing "exp"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.minimum(0, 1 - sums[:, 1] / sums[:, 0]) + np.log(100 * smoothed / grams).mean(axis=1)
+    return np.where((grams > 0).all(axis=1) & (matches > 0).any(axis=1), np.exp(logs), 0.0)
 
 
 def _bleu_score(sums: Array) -> BLEUScore:
@@ -292,7 +311,6 @@ def distinct(responses: Iterable[str], n: int, units: Units = ENGLISH) -> float:
     different: set[tuple[str, ...]] = set()
     count = 0
     for words in map(units.tokens, responses):
-        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-        different.update(grams)
-        count += len(grams)
+        different.update(zip(*(words[i:] for i in range(n)), strict=False))
+        count += max(0, len(words) - n + 1)
     return len(different) / count if count else 0.0

@@ -8,27 +8,27 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from kestrel.evaluation.generations import Reply
-from kestrel.evaluation.metrics import Answers, Choices, Rows, f_measure
+from kestrel.evaluation.metrics import Answers, Rarity, Rows, f_measure
 from kestrel.evaluation.resampling import Array
 from kestrel.evaluation.units import ENGLISH, Units
 
 _QUESTION_MARK = re.compile("[?？؟՞፧⁇⁈⳺⸮꘏꛷]")
 
 
-def rarity_of(replies: Iterable[str], units: Units = ENGLISH) -> dict[str, float]:
+def rarity_of(replies: Iterable[str], units: Units = ENGLISH) -> Rarity:
     """The weight of each word that occurs n times in the replies: 1 / (1 + ln(1 + n)).
 
     The weights of Song et al., "Exploiting Persona Information for Diverse Generation of Conversational Responses"
     (IJCAI 2019), who take n from a general frequency list.
     """
     counts = Counter(word for reply in replies for word in units.words(reply))
-    return {word: 1 / (1 + math.log1p(count)) for word, count in counts.items()}
+    return Rarity({word: 1 / (1 + math.log1p(count)) for word, count in counts.items()})
 
 
 @lru_cache(maxsize=1 << 18)
@@ -48,46 +48,44 @@ def words_of_persona(persona: tuple[str, ...], units: Units = ENGLISH) -> frozen
     return frozenset().union(*sentences_of(persona, units))
 
 
-def _weight(words: Iterable[str], rarity: Mapping[str, float]) -> float:
-    return math.fsum(rarity.get(word, 1.0) for word in words)
+@lru_cache(maxsize=1)
+def _weights(answers: Answers) -> list[tuple[float, float, float]]:
+    """Of the words that each response shares with its persona, of the response's, and of the persona's, each word once."""
+    units, rarity = answers.choices.units, answers.choices.rarity
+    of_persona: dict[frozenset[str], float] = {}
+    rows = []
+    for reply in answers.replies:
+        said, known = words_of(reply.response, units), words_of_persona(reply.persona or (), units)
+        if known not in of_persona:
+            of_persona[known] = rarity.total(known)
+        rows.append((rarity.total(said & known), rarity.total(said), of_persona[known]))
+    return rows
 
 
-def _of_persona(score: Callable[[Reply, tuple[str, ...], Choices], float]) -> Callable[[Answers], Rows]:
-    """Statistics of a mean over the replies whose persona has words."""
-    return lambda answers: [
-        (score(reply, reply.persona, answers.choices), 1)
-        if reply.persona and words_of_persona(reply.persona, answers.choices.units)
-        else (0, 0)
-        for reply in answers.replies
-    ]
-
-
-@_of_persona
-def persona_f1(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
+def persona_f1(answers: Answers) -> Rows:
     """F1 between the words of the response and of the persona, each once and weighted by `rarity_of`.
 
     After the knowledge F1 of Lian et al., "Learning to Select Knowledge for Response Generation in Dialog Systems"
-    (IJCAI 2019), who leave stop words out instead of weighting.
+    (IJCAI 2019), who leave stop words out instead of weighting. Replies whose persona has no words do not count.
     """
-    said, known = words_of(reply.response, choices.units), words_of_persona(persona, choices.units)
-    return f_measure(
-        _weight(said & known, choices.rarity), _weight(said, choices.rarity), _weight(known, choices.rarity)
-    )
+    return [(f_measure(*weights), 1) if weights[2] else (0, 0) for weights in _weights(answers)]
 
 
-@_of_persona
-def persona_recall(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
+def persona_recall(answers: Answers) -> Rows:
     """The share of the persona's words, by weight, that the response has: the recall in `persona_f1`."""
-    known = words_of_persona(persona, choices.units)
-    return _weight(words_of(reply.response, choices.units) & known, choices.rarity) / _weight(known, choices.rarity)
+    return [(shared / known, 1) if known else (0, 0) for shared, _, known in _weights(answers)]
 
 
-@_of_persona
-def persona_coverage(reply: Reply, persona: tuple[str, ...], choices: Choices) -> float:
+def persona_coverage(answers: Answers) -> Rows:
     """Persona coverage of Song et al. (IJCAI 2019): the mean weight of the words that the response shares with a sentence
     of the persona, for the sentence where it is greatest; 0 without a shared word."""
-    said, sentences = words_of(reply.response, choices.units), sentences_of(persona, choices.units)
-    return max(_weight(shared, choices.rarity) / len(shared) if (shared := said & s) else 0.0 for s in sentences)
+    units, rarity = answers.choices.units, answers.choices.rarity
+    rows: list[tuple[float, float]] = []
+    for reply in answers.replies:
+        said, sentences = words_of(reply.response, units), sentences_of(reply.persona or (), units)
+        shares = [rarity.total(shared) / len(shared) for sentence in sentences if (shared := said & sentence)]
+        rows.append((max(shares, default=0.0), 1) if sentences else (0, 0))
+    return rows
 
 
 _COMMON = 60  # words; in a small corpus a tenth of all

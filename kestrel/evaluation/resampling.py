@@ -1,9 +1,10 @@
 """How sure the scores are: the interval of each, and tests of two systems on the same replies.
 
 Replies of one dialogue share persona, topic and partner, so they are not independent. Whole dialogues are therefore what
-is drawn and exchanged (Field and Welsh 2007). Both methods hold for few dialogues, as `benchmarks/statistics.py` shows:
+is drawn and exchanged (Field and Welsh 2007). Both methods hold for few dialogues, as `benchmarks/significance.py` shows:
 
-- intervals: studentized bootstrap (Efron and Tibshirani 1993, chapter 12) of the jackknife's pseudo-values;
+- intervals: studentized bootstrap (Efron and Tibshirani 1993, chapter 12) of the jackknife's pseudo-values, that of a
+  difference with equal distances on both sides (Hall 1988): alike systems differ about as far in either direction;
 - tests: the dialogues of two systems are exchanged at random (Noreen 1989; Yeh 2000 for BLEU), which for a mean is to
   flip the sign of a dialogue's difference. Up to 14 dialogues, all exchanges are made, and the p-value is exact.
 """
@@ -69,12 +70,15 @@ class Dialogues:
         np.add.at(sums, self.members if places is None else self.members[places], statistics)
         return sums
 
-    def intervals(self, pseudo: Mapping[Key, Array], points: Mapping[Key, float]) -> dict[Key, list[float] | None]:
+    def intervals(
+        self, pseudo: Mapping[Key, Array], points: Mapping[Key, float], symmetric: bool = False
+    ) -> dict[Key, list[float] | None]:
         """95% intervals of scores; None where there are too few dialogues, or a score is not finite without one of them.
 
         Args:
             pseudo: `pseudo_values` by key, shape (D,); of a difference, their differences.
             points: the score by key.
+            symmetric: around the score, as fits a difference; else each end has half of the error.
         """
         intervals: dict[Key, list[float] | None] = dict.fromkeys(pseudo)
         keys = [key for key, values in pseudo.items() if np.isfinite(values).all() and np.isfinite(points[key])]
@@ -84,7 +88,7 @@ class Dialogues:
         deviations = values - values.mean(axis=0)
         generator, count = np.random.default_rng(self._seed), self.groups
         drawn = _drawn(
-            lambda rows: generator.multinomial(count, np.full(count, 1 / count), size=rows),
+            lambda rows: draw_with_replacement(generator, rows, count),
             np.concatenate([deviations, deviations**2], axis=1), self._resamples,
         ) / count  # fmt: skip
         means, squares = np.split(drawn, 2, axis=1)
@@ -92,9 +96,12 @@ class Dialogues:
         error = np.sqrt((deviations**2).mean(axis=0) / (count - 1))
         for column, key in enumerate(keys):
             varied = spread[:, column] > 1e-9 * error[column]  # a resample of equal dialogues has no error of its own
-            low, high = (0.0, 0.0)
-            if varied.any():
-                low, high = np.quantile(means[varied, column] / spread[varied, column], [0.025, 0.975])
+            ratios = means[varied, column] / spread[varied, column] if varied.any() else np.zeros(1)
+            if symmetric:
+                high = np.quantile(np.abs(ratios), 0.95)
+                low = -high
+            else:
+                low, high = np.quantile(ratios, [0.025, 0.975])
             intervals[key] = [float(points[key] - high * error[column]), float(points[key] - low * error[column])]
         return intervals
 
@@ -128,6 +135,12 @@ class Dialogues:
         return p_values
 
 
+def draw_with_replacement(generator: np.random.Generator, rows: int, count: int) -> NDArray[np.int64]:
+    """How often each of `count` things is drawn in each of as many draws of them, shape (rows, count)."""
+    picks = generator.integers(0, count, size=(rows, count)) + count * np.arange(rows)[:, None]
+    return np.bincount(picks.ravel(), minlength=rows * count).reshape(rows, count)
+
+
 def _drawn(weights: Callable[[int], NDArray[Any]], columns: Array, count: int) -> Array:
     """Sums of columns (D, C) under `count` drawn weights of D dialogues, shape (count, C)."""
     sums = np.empty((count, columns.shape[1]))
@@ -143,8 +156,9 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 def pseudo_values(sums: Array, score: Score) -> Array:
     """The jackknife's (Tukey 1958), shape (D,), from sums over dialogues (D, K): their mean is the score without its bias."""
     total = sums.sum(axis=0)
+    whole, *without = score(np.concatenate([total[None], total - sums]))
     with np.errstate(invalid="ignore"):
-        return len(sums) * score(total[None])[0] - (len(sums) - 1) * score(total - sums)
+        return len(sums) * whole - (len(sums) - 1) * np.array(without)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -64,16 +64,30 @@ def test_the_score_without_a_dialogue_is_the_library_s():
 
 
 def test_intervals_are_those_of_a_direct_studentized_bootstrap(monkeypatch):
-    monkeypatch.setattr(resampling, "_CHUNK", 70)  # drawn in pieces
+    monkeypatch.setattr(resampling, "_CHUNK", 12 * 70)  # drawn in pieces
     values, count = np.random.default_rng(0).gamma(2.0, size=12), 12
     dialogues = Dialogues([f"d{i}" for i in range(count)], 150, seed=3)
     interval = dialogues.intervals({"x": values}, {"x": 7.0})["x"]
-    picks = np.random.default_rng(3).multinomial(count, [1 / count] * count, size=150)
-    samples = [np.repeat(values, pick) for pick in picks]
+    generator = np.random.default_rng(3)
+    samples = [values[generator.integers(0, count, size=count)] for _ in range(150)]
     t = [(sample.mean() - values.mean()) / (sample.std(ddof=1) / count**0.5) for sample in samples]
     error = values.std(ddof=1) / count**0.5
     low, high = np.quantile(t, [0.025, 0.975])
     assert interval == pytest.approx([7 - high * error, 7 - low * error])
+    half = np.quantile(np.abs(t), 0.95) * error
+    assert dialogues.intervals({"x": values}, {"x": 7.0}, symmetric=True)["x"] == pytest.approx([7 - half, 7 + half])
+
+
+def test_many_corpora_have_the_score_that_sacrebleu_gives_each():
+    """Few n-grams, so that some corpora match in no order, in some, or are too short for four words."""
+    generator = np.random.default_rng(0)
+    grams = generator.integers(0, 6, size=(2000, 4))
+    matches = generator.integers(0, grams + 1)
+    sums = np.concatenate([generator.integers(0, 9, size=(2000, 2)), matches, grams], axis=1)
+    sums[sums[:, 0] == 0, 2:] = 0  # an empty corpus has no n-grams
+    expected = [metrics.bleu(row[None])[0] for row in sums]
+    np.testing.assert_allclose(metrics.bleu(sums), expected, rtol=1e-12)
+    assert 0 < np.count_nonzero(expected) < 2000
 
 
 @pytest.mark.parametrize("metric", ["bleu", "f1"])
