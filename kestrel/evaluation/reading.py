@@ -28,7 +28,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "persona": ("personas", "your_persona", "self_persona", "profile", "intervening_persona"),
     "history": ("context", "dialogue_history", "dialog_history", "conversation"),
 }  # fmt: skip
+_TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
 _HEAD = 100  # rows whose keys decide which key is which
+_OF_A_ROW = {"dialog", "response", "reference", *ALIASES["response"], *ALIASES["reference"]}
 _PERSONA = re.compile(r"your persona: *(.*)")
 
 
@@ -56,6 +58,11 @@ def raw_rows(path: Path, fields: Sequence[str], problems: Problems) -> tuple[Row
         raise KestrelError(f"{path} is a Git LFS pointer, not the replies; fetch the file itself with: git lfs pull")
     if ".hyp" in path.suffixes[-2:]:
         return _text_lines(path), True
+    if path.suffix.lower() in _TABLES:
+        raise KestrelError(
+            f"{path} is a table, and generations are JSON; write a JSON object a row, as pandas does with "
+            "frame.to_json(path, orient='records', lines=True)"
+        )
     whole = None if _is_row(_json(first), is_one_line) else _contained(_json(path.read_bytes()))
     rows = _json_lines(path, problems) if whole is None else iter(enumerate(whole, start=1))
     head = list(islice(rows, _HEAD))
@@ -82,10 +89,10 @@ def _contained(value: Any) -> list[dict[str, Any]] | None:
     """The rows in an array, in an object by their ids, or in the only list of an object; None where there are none."""
     if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
         value = [{"dialogue_id": name} | row for name, row in value.items()]
-    elif isinstance(value, dict) and "dialog" not in value:
+    elif isinstance(value, dict) and not value.keys() & _OF_A_ROW:
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        value = lists[0] if len(lists) == 1 and len(value) == 1 else None
-    if not isinstance(value, list) or not value or not all(isinstance(row, dict) for row in value):
+        value = lists[0] if len(lists) == 1 else None
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         return None
     return [_without_nulls(row) for row in value]
 

@@ -112,20 +112,25 @@ def evaluate_files(
         **breakdowns(contexts, {name: systems[name].detail for name in shown}, dialogues, units),
     }
     metrics["notes"] = [*notes, *_file_notes(first), *left_out, *no_seeds, *writing_notes(first, options.normalization)]
-    metrics["notes"] += _notes_on_units(units)
+    metrics["notes"] += _notes_on_units(units, systems["gold"])
     return Evaluation(metrics, systems, choices, other_orders)
 
 
-def _notes_on_units(units: Units) -> list[str]:
-    if units.tokenizer == "13a" and units.english:
-        return []
-    words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
-    return [
-        (
-            f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
-            "script of the references; --evaluation.tokenize 13a scores as for English."
+def _notes_on_units(units: Units, gold: System) -> list[str]:
+    notes = []
+    if not gold.point["bleu"]:
+        notes.append(
+            "WARNING: no reference has four tokens in a row, so BLEU is 0 whatever is said, the references themselves "
+            "too. Compare ROUGE-L and F1."
         )
-    ]
+    if units.tokenizer == "13a" and units.english:
+        return notes
+    words = "those of their English references" if units.english else "words of Unicode (UAX #29)"
+    notes.append(
+        f"BLEU counts the tokens of sacreBLEU's {units.tokenizer}, ROUGE-L and F1 compare {words}, which fits the "
+        "script of the references; --evaluation.tokenize 13a scores as for English."
+    )
+    return notes
 
 
 def _fullest_contexts(files: Sequence[Generations]) -> list[Reply]:

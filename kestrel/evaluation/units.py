@@ -80,7 +80,7 @@ def choose_units(references: Iterable[str], tokenize: str) -> Units:
     Args:
         tokenize: `evaluation.tokenize`. auto: 13a for Latin, Cyrillic, Greek, Hebrew and Georgian script, which have its
             punctuation, or which published scores take it for; zh; ja-mecab and ko-mecab where MeCab is installed, else
-            char; char for other scripts without spaces; intl for all others, whose punctuation 13a does not know. With
+            char; char for other scripts without spaces, and for emoji alone; intl for all others, whose punctuation 13a does not know. With
             13a by name, all words are those of English.
 
     Raises:
@@ -94,12 +94,13 @@ def choose_units(references: Iterable[str], tokenize: str) -> Units:
     letters = {character: count for character, count in characters.items() if character.isalpha()}
     total = sum(letters.values()) or 1
     foreign = sum(count for character, count in letters.items() if not character.isascii())
+    wordless = not any(character.isalnum() for character in characters)  # emoji and marks alone
     if tokenize == "auto":
-        tokenizer = _fitting_tokenizer(letters, total)
+        tokenizer = "char" if wordless else _fitting_tokenizer(letters, total)
     else:
         tokenizer = tokenize
         _tokenizer(tokenizer)
-    return Units(tokenizer, english=foreign / total <= _FOREIGN_SHARE)
+    return Units(tokenizer, english=not wordless and foreign / total <= _FOREIGN_SHARE)
 
 
 def _fitting_tokenizer(letters: dict[str, int], total: int) -> str:

@@ -33,6 +33,7 @@ def rows(response: str = "response", reference: str = "reference") -> list[dict]
         {"first": rows()[0], "second": rows()[1]},
         json.dumps({"a": rows()[0], "b": rows()[1]}),
         {"predictions": rows("hypothesis", "target")},
+        {"model": "theirs", "version": 2, "results": rows()},
         lines(rows("prediction", "label")),
         lines(rows("generated_text", "ground_truth")),
         lines([row | {"label": [row["label"]]} for row in rows("output", "label")]),
@@ -113,3 +114,7 @@ def test_what_is_no_output_is_named(tmp_path):
         read_generations(written(tmp_path / "x.jsonl", pointer))
     with pytest.raises(KestrelError, match=r"x\.json: row 2: response: Field required"):
         read_generations(written(tmp_path / "x.json", [rows()[0], {"reference": "b"}]))
+    with pytest.raises(KestrelError, match=r"x\.json has no rows"):
+        read_generations(written(tmp_path / "x.json", []))
+    with pytest.raises(KestrelError, match=r"x\.csv is a table, and generations are JSON; .*orient='records'"):
+        read_generations(written(tmp_path / "x.csv", "response,reference\na,b\n"))

@@ -70,6 +70,8 @@ def test_signatures_name_the_units():
 def test_a_tokenizer_by_name_and_the_words_of_english():
     texts = TEXTS["zh"].split("|")
     assert choose_units(texts, "char").tokenizer == "char"
+    emoji = ["😀😀🎉🎉", "👍🏽", "👨‍👩‍👧‍👦🏖️🌊", "?!"]  # without a word in them
+    assert points(emoji, emoji, choose_units(emoji, "auto")) == pytest.approx(dict.fromkeys(HEADLINES, 100))
     assert choose_units(texts, "13a") == ENGLISH
     loans = ["a naïve café owner , that is what i am today .", "we love to read and write all day long .", "yes i do ."]
     assert (

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,7 @@ from benchmarks import agreement, peers
 from benchmarks.options import command_of
 from benchmarks.profiles import PROFILES, ROOT, System
 from benchmarks.rows import row_of, table
+from benchmarks.significance import power_at
 from kestrel.errors import ProofError
 
 _ROWS: list[dict[str, Any]] = [
@@ -190,12 +192,25 @@ def test_mistakes(command: str, status: int, message: str, capsys: pytest.Captur
     assert message in said and (status == 2 or said.startswith("error: ") and said.count("\n") == 1)
 
 
+def test_false_alarms_power_and_coverage_are_counted(tmp_path: Path) -> None:
+    """Below six dialogues nothing is said, so nothing is false."""
+    corpus, output = write_corpus(tmp_path / "corpus", dialogues=24), tmp_path / "significance.json"
+    options = f"--trials 3 --dialogues 5 8 --text {corpus} --output {output}"
+    assert _status_of("significance", *options.split()) == 0
+    few, enough, *bleu = json.loads(output.read_text())["results"]
+    assert [row["metric"] for row in (few, enough, *bleu)] == ["f1", "f1", "bleu", "bleu"]
+    assert (few["false alarms"], few["power"], few["coverage"]) == (0, 0, None)
+    assert all(0 <= enough[key] <= 1 for key in enough if key not in ("metric", "dialogues", "trials"))
+    p_values = np.array([0.01, 0.02, 0.02, 0.6])
+    assert power_at(0.5, p_values, np.array([0.01, 0.02, 0.02, 0.02])) == pytest.approx((1 + 3 / 2) / 4)
+
+
 def test_preprocess_and_evaluate_are_timed(tmp_path: Path) -> None:
     assert _status_of("preprocess", "--dialogues", "50", "--output", str(tmp_path)) == 0
     record = json.loads((tmp_path / "preprocess-50.json").read_text())
     assert record["dialogues"] == 50 and record["peak_resident_bytes"] > 2**24
     assert record["command"] == "python benchmarks/preprocess.py --dialogues 50"
-    options = f"--replies 30 --systems 2 --resamples 100 --output {tmp_path / 'evaluate.json'}"
+    options = f"--replies 30 --resamples 100 --repeats 1 --output {tmp_path / 'evaluate.json'}"
     assert _status_of("evaluate", *options.split()) == 0
     record = json.loads((tmp_path / "evaluate.json").read_text())
     assert (record["replies"], record["systems"]) == (30, 2) and record["seconds"] > 0
