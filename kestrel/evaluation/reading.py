@@ -89,9 +89,12 @@ def _contained(value: Any) -> list[dict[str, Any]] | None:
     """The rows in an array, in an object by their ids, or in the only list of an object; None where there are none."""
     if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
         value = [{"dialogue_id": name} | row for name, row in value.items()]
-    elif isinstance(value, dict) and not value.keys() & _OF_A_ROW:
-        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        value = lists[0] if len(lists) == 1 else None
+    elif isinstance(value, dict):
+        lists = {
+            key: part for key, part in value.items() if isinstance(part, list) and part and isinstance(part[0], dict)
+        }
+        is_row = (value.keys() - lists.keys()) & _OF_A_ROW
+        value = next(iter(lists.values())) if len(lists) == 1 and not is_row else None
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         return None
     return [_without_nulls(row) for row in value]

@@ -247,7 +247,7 @@ def test_every_score_is_within_its_range_and_many_corpora_at_once_score_as_each(
         sums = weights @ np.array(metric.statistics(answers), dtype=float)
         together = metric.score(sums)
         alone = [metric.score(row[None])[0] for row in sums]
-        assert np.array_equal(alone, together, equal_nan=True), metric.name
+        assert np.allclose(alone, together, rtol=1e-12, atol=0, equal_nan=True), metric.name
         low, high = metric.range
         assert all(low <= score <= high + 1e-9 for score in together[np.isfinite(together)]), metric.name
     assert set(scores(rows)) == {metric.name for metric in METRICS if metric.statistics}
