@@ -72,7 +72,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
 
     if options.judgements:
         key = read_key(run_dir / "sheet")
-        votes = [vote for name in options.judgements for vote in read_judgements(Path(name), key)]
+        votes = read_judgements([Path(name) for name in options.judgements], key)
         found = evaluation.metrics["judgements"] = judged(evaluation, key, votes)
         evaluation.metrics["verdicts"].append(in_words(found))
     if options.sheet:

@@ -51,12 +51,30 @@ def read_key(folder: Path) -> dict[str, Any]:
 Judgement = tuple[str, str, str]  # judge, item, choice
 
 
-def read_judgements(path: Path, key: Mapping[str, Any]) -> list[Judgement]:
-    """The judgements in a file, JSON or CSV; rows of the CSV without a choice are not judged yet.
+def read_judgements(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Judgement]:
+    """The judgements in files, JSON or CSV; rows of the CSV without a choice are not judged yet.
 
     Raises:
-        KestrelError: naming the file and what it holds instead.
+        KestrelError: naming the file and what it holds instead, or a judge who judges an item twice.
     """
+    found: list[Judgement] = []
+    first: dict[tuple[str, str], Path] = {}  # where a judge judges an item
+    for path in paths:
+        for judge, item, choice in _judgements_in(path, key):
+            if (earlier := first.setdefault((judge, item), path)) is not path:
+                raise KestrelError(
+                    f"evaluation.judgements: {path} has item {item} by {judge!r}, who judges it in {earlier} already; name "
+                    "each file once, and give different judges different names"
+                )
+            found.append((judge, item, choice))
+    if not found:
+        raise KestrelError(
+            f"evaluation.judgements: {', '.join(map(str, paths))} has no choice yet; fill in left, right or tie"
+        )
+    return found
+
+
+def _judgements_in(path: Path, key: Mapping[str, Any]) -> list[Judgement]:
     try:
         with open_regular(path) as file:
             text = file.read().decode("utf-8-sig")
@@ -64,9 +82,11 @@ def read_judgements(path: Path, key: Mapping[str, Any]) -> list[Judgement]:
         raise KestrelError(f"evaluation.judgements: {path} cannot be read ({error})") from error
     try:
         if path.suffix.lower() == ".csv":
-            rows = [row for row in csv.DictReader(io.StringIO(text)) if row["choice"]]
+            head = text.partition("\n")[0]
+            delimiter = ";" if head.count(";") > head.count(",") else ","  # which a spreadsheet may have put instead
+            rows = [row for row in csv.DictReader(io.StringIO(text), delimiter=delimiter) if row["choice"].strip()]
             sheets = {row["sheet"] for row in rows}
-            found = [(row["judge"] or path.stem, row["item"], row["choice"]) for row in rows]
+            found = [(row["judge"] or path.stem, row["item"], row["choice"].strip().lower()) for row in rows]
         else:
             saved = json.loads(text)
             sheets = {saved["sheet"]}
@@ -130,10 +150,12 @@ def in_words(found: Mapping[str, Any]) -> str:
     if found["p_value"] is None:
         test = f"no test with fewer than {FEWEST_DIALOGUES} dialogues that one of them wins"
     else:
-        test = f"sign test over {sum(dialogues.values())} dialogues: p = {found['p_value']:.3f}"
+        p_value = "p < 0.001" if found["p_value"] < 0.001 else f"p = {found['p_value']:.3f}"
+        test = f"sign test over {sum(dialogues.values())} dialogues: {p_value}"
     agreement = "" if found["alpha"] is None else f"; Krippendorff's alpha of the judges: {found['alpha']:.2f}"
+    judges = "One judge" if len(found["judges"]) == 1 else f"{len(found['judges'])} judges"
     return (
-        f"{len(found['judges'])} judges preferred {one} {wins[one]} times and {two} {wins[two]} times in {found['items']} "
+        f"{judges} preferred {one} {wins[one]} times and {two} {wins[two]} times in {found['items']} "
         f"pairs, with {found['ties']} ties ({test}{agreement})."
     )
 

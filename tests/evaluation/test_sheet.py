@@ -73,10 +73,10 @@ def test_judgements_are_read_back(config, sheet, key, tmp_path, capsys):
     saved = {"sheet": key["sheet"], "judge": "ann", "choices": choices}
     (tmp_path / "ann.json").write_text(json.dumps(saved), encoding="utf-8")
     rows = list(csv.DictReader(io.StringIO((sheet / "sheet.csv").read_text(encoding="utf-8"))))
-    for row, choice in zip(rows, ["", "tie", "tie", *list(choices.values())[3:]], strict=True):
+    for row, choice in zip(rows, ["", "tie", " Tie", *list(choices.values())[3:]], strict=True):
         row["choice"] = choice
     with open(tmp_path / "bob.csv", "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], delimiter=";")  # as spreadsheets save it where a comma is decimal
         writer.writeheader()
         writer.writerows(rows)
     files = [str(tmp_path / name) for name in ("ann.json", "bob.csv")]
@@ -91,6 +91,10 @@ def test_judgements_are_read_back(config, sheet, key, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 judges preferred adapter 37 times and base 0 times in 20 pairs, with 2 ties" in printed
     assert "Krippendorff's alpha" in printed
+    (tmp_path / "again.json").write_text(json.dumps(saved | {"choices": {"3": "left"}}), encoding="utf-8")
+    again = [*files, str(tmp_path / "again.json")]
+    assert main(["--config", str(config), "--evaluation.resamples", "100", "--evaluation.judgements", *again]) == 1
+    assert "again.json has item 3 by 'ann', who judges it in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,7 @@ def test_judgements_are_read_back(config, sheet, key, tmp_path, capsys):
         ("a.json", '{"sheet": SHEET, "judge": "a", "choices": {"99": "tie"}}', "judges item '99', which the sheet"),
         ("a.json", '{"sheet": SHEET, "judge": "a", "choices": {"1": "both"}}', "expected left, right or tie, found 'both'"),
         ("a.csv", "item,choice\n1,left\n", "neither what the sheet's page saves nor its CSV"),
+        ("a.json", '{"sheet": SHEET, "judge": "a", "choices": {}}', "a.json has no choice yet"),
         ("none.json", None, "cannot be read"),
     ],
 )  # fmt: skip

@@ -201,7 +201,7 @@ def judgements(data: bytes) -> None:
     from kestrel.evaluation.judgements import CHOICES, read_judgements
 
     name = "judged.json" if data.lstrip()[:1] in (b"{", b"[", b"") else "judged.csv"
-    for judge, item, choice in read_judgements(_file(name, data), KEY):
+    for judge, item, choice in read_judgements([_file(name, data)], KEY):
         assert judge.encode() and item in KEY["items"] and choice in CHOICES
 
 
