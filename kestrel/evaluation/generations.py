@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -47,6 +49,30 @@ def _as_turns(history: Any) -> Any:
         speaker = known.get("speaker", known.get("role"))
         turns.append({"speaker": _ROLES.get(str(speaker), speaker), "text": known.get("text", known.get("content"))})
     return turns[::-1]
+
+
+class Likelihoods(Sequence[tuple[float, int]]):
+    """Pairs of an NLL and a number of tokens in a quarter of the memory of tuples: a reply has up to twenty of them."""
+
+    __slots__ = ("_flat",)
+
+    def __init__(self, pairs: Sequence[tuple[float, int]]) -> None:
+        self._flat = array("d", chain.from_iterable(pairs))
+
+    def __len__(self) -> int:
+        return len(self._flat) // 2
+
+    @overload
+    def __getitem__(self, place: int) -> tuple[float, int]: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[tuple[float, int], ...]: ...
+
+    def __getitem__(self, place: int | slice) -> Any:
+        return tuple(self)[place]
+
+    def __iter__(self) -> Iterator[tuple[float, int]]:
+        return zip(self._flat[::2], map(int, self._flat[1::2]), strict=True)
 
 
 Line = Annotated[str, AfterValidator(one_line)]
@@ -91,8 +117,9 @@ class Reply:
     reference_tokens: Tokens | None = None
     other_persona_nll: Annotated[tuple[Nll, ...] | None, AfterValidator(lambda values: values or None)] = None
     nli: tuple[Literal[-1, 0, 1], ...] | None = None
-    candidate_nll: Annotated[tuple[tuple[Nll, Tokens], ...] | None, AfterValidator(lambda pairs: pairs or None)] = None
-
+    candidate_nll: Annotated[
+        Sequence[tuple[Nll, Tokens]] | None, AfterValidator(lambda pairs: Likelihoods(pairs) if pairs else None)
+    ] = None
     other_references: tuple[Line, ...] = ()
 
     @property
@@ -235,7 +262,9 @@ def _checked_replies(
 
 
 def _share_context(previous: Reply, reply: Reply) -> None:
-    """Lets a reply hold the persona and turns of the one before where they are equal: a file repeats them in each row."""
+    """Lets a reply hold what the one before holds where they are equal: a file repeats dialogue and persona in each row."""
+    if previous.dialogue_id == reply.dialogue_id:
+        object.__setattr__(reply, "dialogue_id", previous.dialogue_id)
     if previous.persona == reply.persona:
         object.__setattr__(reply, "persona", previous.persona)
     if previous.history and reply.history:

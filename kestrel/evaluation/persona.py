@@ -31,19 +31,19 @@ def rarity_of(replies: Iterable[str], units: Units = ENGLISH) -> Rarity:
     return Rarity({word: 1 / (1 + math.log1p(count)) for word, count in counts.items()})
 
 
-@lru_cache(maxsize=1 << 18)
+@lru_cache(maxsize=1 << 15)
 def words_of(text: str, units: Units = ENGLISH) -> frozenset[str]:
     """The words that F1 compares, each once."""
     return frozenset(units.words(text))
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 15)
 def sentences_of(persona: tuple[str, ...], units: Units = ENGLISH) -> tuple[frozenset[str], ...]:
     """The words of each sentence that has some."""
     return tuple(words for sentence in persona if (words := words_of(sentence, units)))
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 15)
 def words_of_persona(persona: tuple[str, ...], units: Units = ENGLISH) -> frozenset[str]:
     return frozenset().union(*sentences_of(persona, units))
 

@@ -139,13 +139,13 @@ def _tokenizer(name: str) -> Any:
         raise KestrelError(f"evaluation.tokenize: {name} cannot be used here ({reason:.120}); {remedy}") from error
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(maxsize=1 << 15)
 def normalize_answer(text: str) -> str:
     """ParlAI's normalization: lower case, punctuation and articles to spaces, single spaces."""
     return " ".join(_ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower())).split())
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(maxsize=1 << 15)
 def unicode_words(text: str) -> list[str]:
     """What stands between the word boundaries of UAX #29, less spaces and punctuation, in lower case.
 
@@ -168,7 +168,7 @@ def boundaries(text: str) -> list[str]:
     return list(_BOUNDARY.split(text))
 
 
-@lru_cache(maxsize=1 << 17)
+@lru_cache(maxsize=1 << 15)
 def english_rouge_words(text: str, stemmer: bool) -> list[str]:
     from rouge_score.tokenize import tokenize
 

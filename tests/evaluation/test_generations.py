@@ -58,7 +58,7 @@ def test_every_value_arrives(tmp_path):
     first, second = file.replies
     assert first.response == "two lines"
     assert first.history == (Turn("partner", "hi there"),)
-    assert first.candidate_nll == ((4.0, 2), (5.0, 3))
+    assert tuple(first.candidate_nll) == ((4.0, 2), (5.0, 3)) and first.candidate_nll[1] == (5.0, 3)
     assert (first.reference_nll, first.reference_tokens, first.stopped_by) == (3.5, 2, "eos")
     assert (second.turn, second.line) == (3, 3)  # the blank line counts
     assert file.missing == () and not file.numbered
