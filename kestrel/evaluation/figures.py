@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kestrel.evaluation.metric_table import DETAILED, HEADLINES
+import numpy as np
+
+from kestrel.evaluation.metric_table import DETAILED, HEADLINES, Metric
 from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.spread import SPREAD_METRICS
 from kestrel.evaluation.tables import shortened
 from kestrel.runtime.training_log import draw_loss, loss_curves
 
@@ -80,7 +83,18 @@ def all_figures(evaluation: Evaluation, log: Path | None) -> list[Figure]:
 
     with matplotlib.rc_context(_STYLE):
         caption = "Scores with 95% intervals (bootstrap over dialogues). The references themselves score 100."
-        figures = [_rendered("scores", caption, _scores(evaluation))]
+        # No row of gold, whose 100 would press the others together.
+        figures = [
+            _rendered(
+                "scores", caption, _scores(evaluation, HEADLINES, evaluation.of_kind("system", "base", "trivial"))
+            )
+        ]
+        files = evaluation.of_kind("system", "base")
+        if further := [
+            m for m in SPREAD_METRICS if not m.headline and any(m.name in evaluation.systems[f].sums for f in files)
+        ]:
+            caption = "Further scores of the files, with 95% intervals (bootstrap over dialogues)."
+            figures.append(_rendered("further", caption, _scores(evaluation, further, files)))
         rivals = " and the best trivial system" if evaluation.of_kind("trivial") else ""
         for name, label, what in (
             ("by_reply", "number of the reply in its dialogue", "the number of the reply"),
@@ -127,20 +141,22 @@ def _themed(svg: str, name: str) -> str:
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-labelledby="{name}-caption">', svg)
 
 
-def _scores(evaluation: Evaluation) -> Any:
-    """A row for each system but gold, whose 100 would press the others together."""
-    names = evaluation.of_kind("system", "base", "trivial")[::-1]
-    colours = colour_names(evaluation)
-    canvas, all_axes = _canvas(len(HEADLINES) * (0.55 + 0.23 * len(names)), len(HEADLINES))
-    for axes, metric in zip(all_axes, HEADLINES, strict=True):
-        for row, name in enumerate(names):
-            score, interval = metric.read(evaluation.metrics["systems"][name])
+def _scores(evaluation: Evaluation, metrics: Sequence[Metric], names: Sequence[str]) -> Any:
+    """A part for each score, with a row for each system."""
+    colours, entries = colour_names(evaluation), evaluation.metrics["systems"]
+    canvas, all_axes = _canvas(len(metrics) * (0.55 + 0.23 * len(names)), len(metrics))
+    for axes, metric in zip(np.atleast_1d(all_axes), metrics, strict=True):
+        for row, name in enumerate(reversed(names)):
+            score, interval = metric.read(entries[name])
+            if score is None:
+                continue
             colour = COLOURS[colours[name]]
             axes.plot(interval or (score, score), [row, row], color=colour, linewidth=2.2, alpha=0.75)
             axes.plot(score, row, "o", color=colour, markersize=5)
-        axes.set_yticks(range(len(names)), [_label(name) for name in names])
+        axes.set_yticks(range(len(names)), [_label(name) for name in reversed(names)])
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_xlim(left=0)
+        if metric.range[0] == 0:
+            axes.set_xlim(left=0)
         axes.set_title(metric.label)
         axes.tick_params(length=0)
         axes.grid(axis="x", linewidth=0.8)

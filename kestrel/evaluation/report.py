@@ -12,7 +12,7 @@ from kestrel.evaluation import markdown
 from kestrel.evaluation.figures import COLOURS, Figure, all_figures, colour_names
 from kestrel.evaluation.metric_table import DETAILED, HEADLINES
 from kestrel.evaluation.sample_dialogues import SampleDialogue, sample_dialogues, sortable_metrics
-from kestrel.evaluation.scoring import Evaluation
+from kestrel.evaluation.scoring import Evaluation, file_name
 from kestrel.evaluation.tables import all_tables
 
 if TYPE_CHECKING:
@@ -38,18 +38,29 @@ def write_report(folder: Path, evaluation: Evaluation, log: Path | None, samples
 
 def as_html(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequence[SampleDialogue]) -> str:
     """The page. Text is escaped where it is put in; a policy in the page lets no other script than its own run."""
+    shown = evaluation.of_kind("system", "base")
     return _render(
         "report.html.j2",
         evaluation,
         figures,
+        check=_check(evaluation, shown[0]),
         dialogues=dialogues,
         detailed=DETAILED.label,
         sortable=sortable_metrics(evaluation),
-        shown=evaluation.of_kind("system", "base"),
+        shown=shown,
         flags=sorted({flag for dialogue in dialogues for flag in dialogue.flags}),
         colour_of=colour_names(evaluation),
         **page_parts("report.js"),
     )
+
+
+def _check(evaluation: Evaluation, system: str) -> str:
+    """A command that computes a system's BLEU again; none with several references, of which one is written."""
+    if evaluation.choices.references != 1:
+        return ""
+    tokenizer = evaluation.choices.units.tokenizer
+    named = "" if tokenizer == "13a" else f" -tok {tokenizer}"
+    return f"sacrebleu responses/reference.txt -i responses/{file_name(system)} -m bleu -w 4{named}"
 
 
 def as_markdown(evaluation: Evaluation, figures: Sequence[Figure], dialogues: Sequence[SampleDialogue]) -> str:

@@ -73,7 +73,7 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
     """At most `count` dialogues, by falling score of the first system.
 
     Where there are more, two thirds are extreme: by each score in turn the best and the worst of the first system, and
-    where it is furthest ahead of the last one and behind it. The others are drawn at random, so that the sample is
+    where it is furthest ahead of the others' mean and behind it. The others are drawn at random, so that the sample is
     not made of extremes alone.
     """
     shown = evaluation.of_kind("system", "base")
@@ -90,8 +90,8 @@ def sample_dialogues(evaluation: Evaluation, count: int, seed: int) -> list[Samp
     if len(names) > count:
         ranked: list[list[str]] = []
         for values in scores.values():
-            first, last = values[shown[0]], values[shown[-1]]
-            for key in (first, first - last) if len(shown) > 1 else (first,):
+            first, *others = (values[name] for name in shown)
+            for key in (first, first - np.mean(others, axis=0)) if others else (first,):
                 order = names[np.argsort(np.nan_to_num(key), kind="stable")]
                 ranked += [list(order[::-1]), list(order)]
         extreme = dict.fromkeys(name for rank in zip(*ranked, strict=True) for name in rank)

@@ -202,6 +202,11 @@ def _file_notes(files: Sequence[Generations]) -> list[str]:
     return notes
 
 
+def file_name(system: str) -> str:
+    """Of a system's texts in responses/."""
+    return re.sub(r"[^\w@.+-]+", "_", "reference" if system == "gold" else system) + ".txt"
+
+
 def write_responses(folder: Path, evaluation: Evaluation) -> None:
     """Writes the scored texts, one reply per line, so that any tool can score them again.
 
@@ -210,7 +215,5 @@ def write_responses(folder: Path, evaluation: Evaluation) -> None:
     """
     folder.mkdir()
     for name, system in (evaluation.systems | evaluation.further).items():
-        name = "reference" if name == "gold" else name
-        safe = re.sub(r"[^\w@.+-]+", "_", name)
-        with (folder / f"{safe}.txt").open("w", encoding="utf-8") as file:
+        with (folder / file_name(name)).open("w", encoding="utf-8") as file:
             file.writelines(f"{response}\n" for response, _ in evaluation.texts(system))

@@ -247,7 +247,7 @@ def test_markdown_holds_the_same_and_stays_text(folder, evaluation):
         assert f"| {system} |" in text
     assert "<script" not in text and "<img" not in text and "[z](" not in text
     pictures = re.findall(r"\((\w+)\.png\)", text)
-    assert set(pictures) == {"scores", "by_reply", "by_length", "lengths", "loss"}
+    assert set(pictures) == {"scores", "further", "by_reply", "by_length", "lengths", "loss"}
     assert all((folder / f"{picture}.png").stat().st_size > 1000 for picture in pictures)
 
 
@@ -280,10 +280,11 @@ def test_sample_holds_best_worst_and_others(evaluation):
 
 
 def test_without_likelihoods_log_or_dialogues(tmp_path):
-    """A bare file from elsewhere has a report too."""
-    rows = [Reply(f"row {i}", 0, f"i like {i} dogs", f"i like {i} cats", i) for i in range(5)]
+    """A bare file from elsewhere has a report too, and the command that checks its BLEU names its tokenizer."""
+    rows = [Reply(f"row {i}", 0, f"我养了{i}只狗", f"我养了{i}只猫", i) for i in range(5)]
     files = [Generations("theirs", None, Path("theirs.jsonl"), "0", rows, ("dialogue_id", "history"))]
     evaluation = evaluate_files(files, [], settings.Evaluation(resamples=100), 0, None)
     write_report(tmp_path, evaluation, tmp_path / "none", samples=0, seed=0)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "no dialogues are shown" in text and "loss-caption" not in text
+    assert "sacrebleu responses/reference.txt -i responses/theirs.txt -m bleu -w 4 -tok zh" in text
+    assert "no dialogues are shown" in text and "further-caption" not in text and "loss-caption" not in text

@@ -34,12 +34,13 @@
   const score = (dialogue, name) => dialogue.scores[metric.value][name] ?? NaN;
   const sort = () => {
     const sign = metric.selectedOptions[0].dataset.better === "lower" ? -1 : 1;
-    const other = systems.filter((name) => name !== system.value).at(-1);
+    const others = systems.filter((name) => name !== system.value);
+    const lead = (d) => sign * score(d, system.value) - Math.max(...others.map((name) => sign * score(d, name)));
     const advantage = {
       best: (d) => sign * score(d, system.value),
       worst: (d) => -sign * score(d, system.value),
-      ahead: (d) => sign * (score(d, system.value) - score(d, other)),
-      behind: (d) => -sign * (score(d, system.value) - score(d, other)),
+      ahead: lead,
+      behind: (d) => -lead(d),
       file: (d) => -d.place,
     }[order.value];
     const key = (dialogue) => (Number.isNaN(advantage(dialogue)) ? -Infinity : advantage(dialogue));
