@@ -18,7 +18,6 @@ from __future__ import annotations
 import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +43,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.trivial_systems import replies_of_other_split
     from kestrel.runtime.atomic import folder_atomically, write_json
     from kestrel.runtime.disk_space import evaluation_bytes, room_for
+    from kestrel.runtime.output import print_marked
 
     options = settings.evaluation
     nli = None
@@ -85,7 +85,8 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         write_responses(unfinished / "responses", evaluation)
         log = None if options.compare or options.generations else run_dir / "logs" / "training.jsonl"
         write_report(unfinished, evaluation, log, options.samples, settings.seed)
-    print(summary(evaluation.metrics, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    for text, is_worse in summary(evaluation.metrics):
+        print_marked(text, is_worse)
     print(f"\n{folder}/report.html shows everything; {folder}/metrics.json has the numbers")
 
 

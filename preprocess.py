@@ -12,6 +12,7 @@ from __future__ import annotations
 import kestrel.interrupts  # noqa: F401  before all others: from here on Ctrl-C is quiet
 
 import argparse
+import atexit
 import gc
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def _count(text: str) -> int:
 
 OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
 UNUSED = {"data.dataset": "a run with another's data set needs no preprocess.py; run train.py, or leave this out"}
+UNUSED_OPTIONS = {"model.adapter": "a data set does not depend on it; give it to generate.py, evaluate.py and chat.py"}
 
 
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
@@ -48,8 +50,10 @@ def preprocess(settings: Settings, options: argparse.Namespace) -> None:
     check_vocabulary(settings.model, prompt)
     for note in prompt.notes:
         print(f"note: {note}")
-    # The libraries' half a million objects stay: searching them for garbage again and again would double the time.
+    # The libraries' half a million objects stay: searching them for garbage again and again would double the time. At the
+    # end of the process they must be found again: nanobind (2.13, in Triton) would list all of its own as leaked.
     gc.freeze()
+    atexit.register(gc.unfreeze)
     target = Path(settings.run_dir) / "dataset"
     corpus = open_corpus(data)
     print(f"{data.source} is {corpus.format}, with {', '.join(corpus.splits)}")
@@ -104,7 +108,7 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS, unused=UNUSED)
+    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS, unused=UNUSED, unused_options=UNUSED_OPTIONS)
 
 
 if __name__ == "__main__":

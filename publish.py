@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("--dry-run", {"action": "store_true", "help": "show the files and the card, send nothing"}),
     ("--merge", {"metavar": "FOLDER", "help": "write the merged model to this folder instead of publishing"}),
+    (
+        "--merge-dtype",
+        {"choices": ["bfloat16", "float16", "float32"], "help": "type of the merged weights (default: bfloat16)"},
+    ),
 ]
 
 
@@ -37,10 +41,14 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
     if options.merge is not None:
         if options.dry_run:
             raise UsageError(["--merge: sends nothing, so --dry-run has no effect; leave one out"])
+        if "hub.repo_id" in options:
+            raise UsageError(["--hub.repo_id: --merge sends nothing, so it has no effect; leave one out"])
         from kestrel.publishing.merge import merge
 
-        merge(settings, Path(options.merge), options.again)
+        merge(settings, Path(options.merge), options.again, options.merge_dtype or "bfloat16")
         return
+    if options.merge_dtype is not None:
+        raise UsageError(["--merge-dtype: has no effect without --merge"])
     repo_id = checked_repo_id(settings)
 
     from kestrel.publishing.contents import base_on_hub, datasets_on_hub, files_to_publish

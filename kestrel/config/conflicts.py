@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from kestrel.config.settings import LABELS, MEMORY_FORM, SYSTEM, Settings, is_hub_id, memory_bytes
 
 
-def conflicts(settings: Settings) -> list[tuple[str, str]]:
-    """Values that are valid alone but not together: (dotted key, what is wrong)."""
-    found: list[tuple[str, str]] = []
+def conflicts(settings: Settings, options: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Values that are valid alone but not together: (dotted key, what is wrong).
+
+    Args:
+        options: keys that were given on the command line.
+    """
+    found: list[tuple[str, str]] = _without_effect(settings, options)
 
     def refuse(condition: bool, key: str, problem: str) -> None:
         if condition:
@@ -63,4 +70,31 @@ def conflicts(settings: Settings) -> list[tuple[str, str]]:
     problem = f"expected three different words, as in [Persona, Partner, You], found {chosen.labels}"
     refuse(wrong, "prompt.labels", problem)
     refuse(settings.lora.target_modules == [], "lora.target_modules", "is empty, so nothing would be trained")
+    return found
+
+
+def _without_effect(settings: Settings, options: Collection[str]) -> list[tuple[str, str]]:
+    """Keys that another key makes useless. A default is refused only as an option: config.yaml of a run has every key."""
+    found = []
+    held = settings.quantization
+    for key, default in (("type", "nf4"), ("double_quant", True)):
+        given = getattr(held, key) != default or f"quantization.{key}" in options
+        if held.bits == 16 and given:
+            found.append((f"quantization.{key}", "has no effect with quantization.bits: 16; leave one of them out"))
+    model, training, generation = settings.model, settings.training, settings.generation
+    if model.revision is not None and Path(model.name).is_dir():
+        reason = f"has no effect: model.name {model.name} is a local folder; leave it out, or set it to null"
+        found.append(("model.revision", reason))
+    if training.max_steps is not None and "training.epochs" in options:
+        reason = f"has no effect with training.max_steps: {training.max_steps}; add --training.max_steps null"
+        found.append(("training.epochs", reason))
+    if model.adapter is not None and "model.adapter" in options and "adapter" not in generation.systems:
+        found.append(("model.adapter", "has no effect without adapter in generation.systems"))
+    evaluation = settings.evaluation
+    named = "evaluation.generations" if evaluation.generations else "evaluation.compare"
+    if evaluation.generations or (evaluation.compare and settings.run_dir not in evaluation.compare):
+        if model.adapter is not None and "model.adapter" in options:
+            found.append(("model.adapter", f"has no effect with {named}, whatever made the files; leave it out"))
+        if evaluation.generations and "generation.split" in options:
+            found.append(("generation.split", f"has no effect with {named}, which names the files; leave it out"))
     return found

@@ -14,6 +14,9 @@ from kestrel.data.read_counts import ReadCounts
 from kestrel.errors import KestrelError
 from kestrel.runtime.manifest import sha256_of
 
+_MESSENGERS = ("whatsapp", "telegram", "discord", "messenger")
+_OF_SOME_FORMATS = {"self": _MESSENGERS, "session_gap": _MESSENGERS, "earlier_sessions": ("msc",)}
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -62,4 +65,14 @@ def open_corpus(settings: Data) -> Corpus:
         raise KestrelError(f"{settings.source}: the files are of different formats: {found}.")
     hashes = {path.relative_to(located.root).as_posix(): sha256_of(path) for path in formats}
     format = next(iter(formats.values()))
+    _refuse_unused(settings, format)
     return Corpus(settings.source, format, settings, list(formats), located.hub_commit | hashes, files)
+
+
+def _refuse_unused(settings: Data, format: str) -> None:
+    """Refuses what is for sources of another format, and would be ignored."""
+    for key, formats in _OF_SOME_FORMATS.items():
+        if getattr(settings, key) != Data.model_fields[key].default and format not in formats:
+            raise KestrelError(
+                f"data.{key} is for {', '.join(formats)}, and {settings.source} is {format}; leave it out"
+            )

@@ -16,6 +16,7 @@ class ReadCounts:
     Attributes:
         dropped, repaired: by reason.
         first: reason -> the first place where it happened.
+        personas_given: dialogues that got the persona of `data.persona`.
     """
 
     read: int = 0
@@ -23,6 +24,7 @@ class ReadCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     repaired: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
+    personas_given: int = 0
 
     def drop(self, reason: str, where: str) -> None:
         """Counts one dialogue that is left out."""
@@ -44,12 +46,13 @@ class ReadCounts:
         """Adds the counts of `other`, which were made after these."""
         self.read += other.read
         self.kept += other.kept
+        self.personas_given += other.personas_given
         self.dropped.update(other.dropped)
         self.repaired.update(other.repaired)
         self.first = other.first | self.first
 
     def clear(self) -> None:
-        self.read = self.kept = 0
+        self.read = self.kept = self.personas_given = 0
         for counts in (self.dropped, self.repaired, self.first):
             counts.clear()
 

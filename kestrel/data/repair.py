@@ -81,9 +81,10 @@ def repair(raw: RawDialogue, counts: ReadCounts, settings: Data) -> Dialogue | N
     counts.read += 1
     where = raw.where
     clean = partial(_clean, where=where, counts=counts, redact=settings.redact)
-    persona = _texts(raw.persona, "persona sentences", clean) or _texts(
-        given_sentences(tuple(settings.persona)), "persona sentences", clean
-    )
+    persona = _texts(raw.persona, "persona sentences", clean)
+    if settings.persona and not persona:
+        persona = _texts(given_sentences(tuple(settings.persona)), "persona sentences", clean)
+        counts.personas_given += 1
     partner_persona = _texts(raw.partner_persona, "persona sentences", clean)
 
     merged: list[RawTurn] = []

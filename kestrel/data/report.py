@@ -118,6 +118,8 @@ def as_text(
     for split, read in counts.items():
         if read.dropped or read.repaired:
             lines.append(f"\nread for {split}:\n{read.table()}")
+    if settings.data.persona and not any(read.personas_given for read in counts.values()):
+        lines.append("\ndata.persona was not used: each dialogue has a persona of its own")
     for split, personas in splitter.persona_overlap.items():
         if shared := personas["in_train"]:
             cut = "cut" in splitter.origin[split]

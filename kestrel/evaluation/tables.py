@@ -251,16 +251,15 @@ def as_text(table: Table, kinds: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def summary(metrics: Mapping[str, Any], color: bool = False) -> str:
-    """What evaluate.py prints: the tables, the verdicts in words (what got worse in red), and the notes."""
+def summary(metrics: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What evaluate.py prints: the tables, the verdicts in words, and the notes; whether each says that something got
+    worse."""
     kinds = {name: entry["kind"] for name, entry in metrics["systems"].items()}
-    parts = [metrics["signature"], *(as_text(table, kinds) for table in all_tables(metrics) if not table.detail)]
-    for heading, lines in (("", metrics["verdicts"]), ("Notes", metrics["notes"])):
-        wrapped = [textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
-        if color:
-            wrapped = [
-                f"\033[31m{text}\033[0m" if WORSE in line else text for line, text in zip(lines, wrapped, strict=True)
-            ]
-        if wrapped:
-            parts.append("\n".join(([heading] if heading else []) + wrapped))
-    return "\n\n".join(parts)
+    tables = (as_text(table, kinds) for table in all_tables(metrics) if not table.detail)
+    found = [("\n\n".join([metrics["signature"], *tables]), False)]
+    for heading, lines in (("", metrics["verdicts"]), ("\nNotes", metrics["notes"])):
+        found += [(heading, False)] if lines else []
+        for line in lines:
+            wrapped = textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            found.append((wrapped, WORSE in line))
+    return found

@@ -44,6 +44,7 @@ class ChatTemplate:
         lead: white space between a reply's prompt and its text, which the reply begins with; mostly none.
         end: what closes a reply: white space, mostly none, and a control token.
         notes: sentences about what the user may not expect.
+        takes_system: whether it writes a system message; else the persona begins the first user message.
 
     Raises:
         KestrelError: the tokenizer has no template, or it cannot be trained on.
@@ -58,8 +59,8 @@ class ChatTemplate:
             self._source = _DATE + self._source
         self.notes: list[str] = []
         self._rendered: dict[tuple[tuple[str, ...], bool], str] = {}
-        self._takes_system = self._takes_system_message()
-        if not self._takes_system:
+        self.takes_system = self._takes_system_message()
+        if not self.takes_system:
             self.notes.append(
                 "the chat template writes no system message before the first user message, so the persona begins the "
                 "first user message"
@@ -149,7 +150,7 @@ class ChatTemplate:
             (longest[:count], prompt) for count in range(1, len(longest) + 1) for prompt in (False, count % 2 == 1)
         ]
         for takes_system in (True, False):
-            self._takes_system = takes_system
+            self.takes_system = takes_system
             try:
                 self._run_all(wanted)
                 self._around(longest)
@@ -158,7 +159,7 @@ class ChatTemplate:
                     raise
             else:
                 break
-        return self._takes_system
+        return self.takes_system
 
     def _run(self, speakers: tuple[str, ...], prompt: bool) -> str:
         """The template's rendering of a dialogue with a mark for each text; `prompt`: with the beginning of a reply."""
@@ -183,7 +184,7 @@ class ChatTemplate:
             {"role": "user" if speaker == "partner" else "assistant", "content": _mark(number)}
             for number, speaker in enumerate(speakers, start=1)
         ]
-        if self._takes_system:
+        if self.takes_system:
             messages.insert(0, {"role": "system", "content": _mark(0)})
         else:
             messages[0]["content"] = f"{_mark(0)}\n\n{_mark(1)}"

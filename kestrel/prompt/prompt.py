@@ -191,6 +191,18 @@ class Prompt:
     def _system_text(self, persona: Sequence[str]) -> str:
         return "\n".join([self.system, *persona]).strip()
 
+    def messages(self, dialogue: Dialogue) -> list[dict[str, str]] | None:
+        """A dialogue that a partner begins as messages of the chat template; None in the other formats."""
+        if self._template is None:
+            return None
+        roles = {"partner": "user", "self": "assistant"}
+        messages = [{"role": roles[turn.speaker], "content": turn.text.strip()} for turn in dialogue.turns]
+        system = self._system_text(dialogue.persona)
+        if self._template.takes_system:
+            return [{"role": "system", "content": system}, *messages]
+        messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+        return messages
+
     # -- tokens --------------------------------------------------------------------------------------------------
 
     def render(self, dialogue: Dialogue) -> Rendered:

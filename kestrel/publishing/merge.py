@@ -48,10 +48,13 @@ _LIMIT = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
 _QUESTIONS = ("hi ! how are you ?", "what do you do for a living ?", "any pets ?", "where do you live ?")
 
 
-def merge(settings: Settings, folder: Path, again: str) -> None:
+def merge(settings: Settings, folder: Path, again: str, dtype: str = "bfloat16") -> None:
     """Merges, saves, loads what was saved, and proves that it answers like the adapter.
 
     The folder appears whole or not at all. model.adapter may name another adapter than the run's own.
+
+    Args:
+        dtype: of the weights that are saved; both models compute in the type of the training.
 
     Raises:
         KestrelError: no adapter, one that does not fit, or a folder that holds something else.
@@ -67,13 +70,13 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
     if manifest["kind"] == "adapter" and adapter_folder.parent.name != "snapshots":  # the Hub's cache is made of links
         read_adapter_files(adapter_folder, manifest["files"], "copy or train it again")
     weights = skeleton_of(config, settings.model.trust_remote_code).num_parameters()
-    needed = model_bytes(weights, len(prompt.tokenizer), 4 if settings.quantization.compute_dtype == "float32" else 2)
+    needed = model_bytes(weights, len(prompt.tokenizer), 4 if dtype == "float32" else 2)
     room = room_for("the merged model's files", needed, folder, "name another folder")
     with room, _advice_on_memory(needed), folder_atomically(folder) as target:
         contexts = sample_contexts(settings, prompt, again)
         adapted = load_model(settings, prompt, (adapter_folder, manifest))
         before = behaviour(adapted, prompt, contexts, settings)
-        merged = _merged(adapted, adapter_folder, settings)
+        merged = _merged(adapted, adapter_folder, settings).to(getattr(torch, dtype))
         merged.generation_config = generation_config(settings.generation, prompt)
         merged.save_pretrained(str(target), max_shard_size=_SHARD)
         prompt.tokenizer.save_pretrained(str(target))
@@ -81,8 +84,8 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         del adapted, merged
         gc.collect()
         after = behaviour(_loaded(target, settings), prompt, contexts, settings)
-        dtype = settings.quantization.compute_dtype
-        difference = relative_difference(before[0], after[0], dtype)
+        coarser = max(dtype, settings.quantization.compute_dtype, key=_LIMIT.__getitem__)
+        difference = relative_difference(before[0], after[0], coarser)
         same = sum(a == b for a, b in zip(before[1], after[1], strict=True))
         proof = (
             f"the logits of adapter and merged model differ by {difference:.2%}, and {same} of {len(contexts)} greedy "
@@ -97,7 +100,7 @@ def merge(settings: Settings, folder: Path, again: str) -> None:
         write_manifest(
             target,
             _KIND,
-            settings={"quantization": settings.quantization.model_dump()},
+            settings={"quantization": settings.quantization.model_dump(), "dtype": dtype},
             made_from={"base": base_id, "adapter": identity_of(manifest), "prompt_sha256": prompt.identity()["sha256"]},
             logits_apart=difference,
             same_answers=same,
@@ -173,17 +176,17 @@ def behaviour(
     return torch.cat(logits), [respond(model, prompt, [ids], chosen)[0].text for ids in contexts]
 
 
-def relative_difference(before: torch.Tensor, after: torch.Tensor, compute_dtype: str) -> float:
+def relative_difference(before: torch.Tensor, after: torch.Tensor, dtype: str) -> float:
     """How far the logits after merging are from those before.
 
     Raises:
-        ProofError: further than rounding explains.
+        ProofError: further than rounding to this type explains.
     """
     difference = ((after - before).norm() / before.norm()).item()
-    if not difference <= _LIMIT[compute_dtype]:
+    if not difference <= _LIMIT[dtype]:
         raise ProofError(
             f"the merged model does not compute what the adapter on its base does: their logits differ by {difference:.2%}, "
-            f"more than the {_LIMIT[compute_dtype]:.1%} that rounding explains; nothing was written"
+            f"more than the {_LIMIT[dtype]:.1%} that rounding explains; nothing was written"
         )
     return difference
 
@@ -229,7 +232,7 @@ def _transpose_back(base: PreTrainedModel, trust_remote_code: bool) -> None:
 
 
 def _loaded(folder: Path, settings: Settings) -> PreTrainedModel:
-    """The saved model, loaded as anybody would load it."""
+    """The saved model, loaded as anybody would load it, in the type of the training."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, settings.quantization.compute_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import KestrelError
 from kestrel.evaluation import markdown
+from kestrel.prompt.limits import limited
 from kestrel.prompt.prompt import Prompt
 
 EXAMPLE = Dialogue("example", ("i have two dogs.", "i work nights."), (Turn("partner", "hi ! any pets ?"),))
@@ -28,12 +29,16 @@ class PromptExample:
         pieces: its text; each piece is tokenized on its own.
         first_ids: token ids before the first piece, such as a beginning-of-sequence token.
         end_id: the token that ends a reply.
+        messages: the prompt as chat messages, where the tokenizer's own template makes the same tokens of them.
+        switches: what the template has to be called with.
     """
 
     format: str
     pieces: list[str]
     first_ids: list[int]
     end_id: int
+    messages: list[dict[str, str]] | None = None
+    switches: dict[str, bool] = field(default_factory=dict)
 
 
 def example_prompt(prompt: Prompt) -> PromptExample:
@@ -52,8 +57,25 @@ def example_prompt(prompt: Prompt) -> PromptExample:
         from_pieces = [token for piece_ids in tokenized for token in piece_ids]
         first_ids = ids[: len(ids) - len(from_pieces)]
         if first_ids + from_pieces == ids:
-            return PromptExample(prompt.format, cut, first_ids, prompt.end_id)
+            return PromptExample(prompt.format, cut, first_ids, prompt.end_id, *_as_messages(prompt, ids))
     raise KestrelError("the card's example would not be tokenized as in training; please report the tokenizer's name")
+
+
+def _as_messages(prompt: Prompt, ids: list[int]) -> tuple[list[dict[str, str]] | None, dict[str, bool]]:
+    """The messages of which `apply_chat_template` makes these tokens, and the switches that it takes; None where it makes
+    others: a template that writes today's date, or a blank that belongs to the next word."""
+    messages = prompt.messages(EXAMPLE)
+    if messages is None or "strftime_now" in prompt.tokenizer.get_chat_template():
+        return None, {}
+
+    def tokens(switches: dict[str, bool]) -> str:
+        asked = {"add_generation_prompt": True, "return_dict": False, **switches}
+        return json.dumps(prompt.tokenizer.apply_chat_template(messages, **asked))
+
+    for switches in ({}, {"enable_thinking": False}, {"thinking": False}):
+        if json.loads(limited(lambda switches=switches: tokens(switches), "the chat template")) == ids:
+            return messages, switches
+    return None, {}
 
 
 def render(template: str, **values: Any) -> str:

@@ -16,7 +16,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ _SECTIONS = {
 _NEXT = {
     "preprocess.py": "train.py", "train.py": "generate.py", "generate.py": "evaluate.py", "evaluate.py": "chat.py",
 }  # fmt: skip
+# Sections that only some scripts use; the first is named in messages.
+_USERS = {"evaluation": ("evaluate.py", "publish.py"), "hub": ("publish.py",)}
 
 _OUT_OF_MEMORY = (
     "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
@@ -66,6 +68,7 @@ def run_script(
     together: bool = False,
     unused: Mapping[str, str] = MappingProxyType({}),
     presets: Mapping[str, dict[str, Any]] | None = None,
+    unused_options: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Runs a script: settings, lock, steps.
 
@@ -80,6 +83,7 @@ def run_script(
         unused: keys that it would ignore though a user may expect otherwise, and what to do instead. They are refused.
         presets: by dotted key, what stands for the YAML file where there is none and that key is given. Such a call
             belongs to no run, and locks no folder.
+        unused_options: as `unused`, for keys that the YAML file may have because other scripts use them.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
@@ -91,7 +95,9 @@ def run_script(
     with on_signals(ignore_signal):  # while a failure is reported: the launcher ends the other processes with SIGTERM
         try:
             with on_signals(exit_now):
-                arguments, settings, origin = _read_command_line(name, doc, argv, options, unused, presets or {})
+                arguments, settings, origin = _read_command_line(
+                    name, doc, argv, options, unused, presets or {}, unused_options
+                )
                 from kestrel.config.resolve import describe
 
                 run_dir = settings.run_dir
@@ -103,6 +109,7 @@ def run_script(
                 locks = writes and arguments.config is not None and not getattr(arguments, "dry_run", False)
                 folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
                 with distributed.only_first_prints(), folder:
+                    _name_unused(name, vars(arguments))
                     if together and (warning := distributed.launch_warning()):
                         print(f"warning: {warning}", file=sys.stderr)
                     if locks and settings.data.dataset is not None and distributed.is_first():
@@ -116,6 +123,14 @@ def run_script(
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
             debug = "--debug" in (sys.argv if argv is None else argv)
             return _failed(name, error, run_dir, debug, stderr)
+
+
+def _name_unused(name: str, given: Collection[str]) -> None:
+    """Says which options are for another script: they are neither used nor in the command that is printed at the end."""
+    for dotted in given:
+        section = dotted.partition(".")[0]
+        if name not in (users := _USERS.get(section, (name,))) and dotted not in ("hub.base_model", "hub.language"):
+            print(f"note: --{dotted} is for {users[0]}; {name} does not use it", file=sys.stderr)
 
 
 def _failed(name: str, error: BaseException, run_dir: str | None, debug: bool, stderr: Any) -> int:
@@ -135,6 +150,7 @@ def _read_command_line(
     options: Options,
     unused: Mapping[str, str],
     presets: Mapping[str, dict[str, Any]],
+    unused_options: Mapping[str, str],
 ) -> tuple[argparse.Namespace, Settings, dict[str, str]]:
     """The script's own options, the settings, and where each of them comes from."""
     from kestrel.config.keys import all_keys
@@ -151,7 +167,7 @@ def _read_command_line(
     overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
     flags = ["config", "print-config", "debug", "help", "help-all", *(flag.lstrip("-") for flag, _ in options)]
     preset = next((tree for dotted, tree in presets.items() if dotted in overrides), None)
-    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused, preset)
+    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused, preset, unused_options)
     words = ["--config", str(arguments.config)]
     for dotted, given in overrides.items():
         if dotted.startswith(("evaluation.", "hub.")):

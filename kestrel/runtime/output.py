@@ -32,6 +32,15 @@ def steer(sequence: str) -> None:
         io.TextIOWrapper.write(sys.stdout, sequence)
 
 
+def print_marked(text: str, is_alarming: bool) -> None:
+    """Prints a line, in red on a terminal where it is alarming."""
+    in_color = is_alarming and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    steer("\033[31m" if in_color else "")
+    print(text, end="")
+    steer("\033[0m" if in_color else "")
+    print()
+
+
 def write_to_stderr(text: str) -> None:
     """Writes a line, also from within a signal handler, where print fails if the signal came during a print."""
     with suppress(OSError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251  what torch raises where it refuses
@@ -22,6 +21,7 @@ from kestrel.runtime import distributed
 from kestrel.runtime.disk_space import room_for, training_bytes
 from kestrel.runtime.machine import memory_peak
 from kestrel.runtime.manifest import sha256_of
+from kestrel.runtime.output import print_marked
 from kestrel.runtime.signals import on_signals
 from kestrel.runtime.training_log import plot_loss
 from kestrel.training import checkpoints
@@ -29,6 +29,7 @@ from kestrel.training.initial import Initial
 from kestrel.training.progress import StopOnSignal
 from kestrel.training.sharding import shard
 from kestrel.training.trainer import DialogueTrainer
+from kestrel.training.verdict import WORSE, verdict
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,13 +145,12 @@ def save(
     proof = save_and_prove(model, prompt, settings, run / "adapter", fingerprint, facts)
     on_gpu = torch.cuda.is_available()
     peak = (torch.cuda.max_memory_allocated() if on_gpu else memory_peak()) / 2**30
-    first = next((entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry), state.best_metric)
+    losses = [(entry["step"], entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
     print(
         f"best validation loss {state.best_metric:.4f} at step {state.best_global_step} of {state.global_step}, "
-        f"{first:.4f} at first; {facts['tokens']:,} tokens, {seconds:.0f} s in this process"
+        f"{losses[0][1]:.4f} at first; {facts['tokens']:,} tokens, {seconds:.0f} s in this process"
         f", {peak:.1f} GiB of {'GPU ' if on_gpu else ''}memory at the peak"
     )
-    if state.best_metric > first:
-        print("warning: training made it worse than it was at first; lower training.learning_rate", file=sys.stderr)
+    print_marked(words := verdict(losses, settings.training, str(log.with_name("loss.png"))), WORSE in words)
     print(f"proven: {proof}")
     print(f"wrote {run / 'adapter'}")

@@ -104,6 +104,36 @@ def test_sampling_and_beams() -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "options", "key"),
+    [
+        ("quantization: {bits: 16, type: fp4}", {}, "quantization.type"),
+        ("quantization: {bits: 16, double_quant: false}", {}, "quantization.double_quant"),
+        ("", {"quantization.bits": "16", "quantization.type": "nf4"}, "quantization.type"),
+        ("quantization: {type: nf4, double_quant: true}", {"quantization.bits": "16"}, None),
+        ("", {"model.name": ".", "model.revision": "main"}, "model.revision"),
+        ("", {"model.revision": "main"}, None),
+        ("training: {max_steps: 5}", {"training.epochs": "2"}, "training.epochs"),
+        ("training: {max_steps: 5, epochs: 2}", {}, None),
+        ("training: {epochs: 2}", {"training.max_steps": "5"}, None),
+        ("", {"model.adapter": "a/b", "generation.systems": ["base"]}, "model.adapter"),
+        ("", {"model.adapter": "a/b", "evaluation.generations": ["f"]}, "model.adapter"),
+        ("", {"model.adapter": "a/b", "evaluation.compare": ["a", "b"]}, "model.adapter"),
+        ("", {"model.adapter": "a/b", "evaluation.compare": ["r", "b"]}, None),
+        ("", {"generation.split": "train", "evaluation.generations": ["f"]}, "generation.split"),
+    ],
+)
+def test_what_another_key_makes_useless(tmp_path: Path, file: str, options: dict, key: str | None) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"run_dir: r\ndata: {{source: s}}\nmodel: {{name: m}}\n{file}\n")
+    if key is None:
+        resolve(str(path), options)
+    else:
+        with pytest.raises(UsageError, match=f"{re.escape(key)}: .*has no effect") as caught:
+            resolve(str(path), options)
+        assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
     ("dotted", "wrong"),
     [
         ("run_dir", ["", 3, None]),

@@ -1,14 +1,19 @@
 """Verdicts tell apart what training did, and what to do next."""
 
+import os
+import pty
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from children import ROOT
 
 from kestrel.evaluation.comparisons import paired_tests
 from kestrel.evaluation.generations import Reply
 from kestrel.evaluation.metrics import Choices
 from kestrel.evaluation.resampling import Dialogues
 from kestrel.evaluation.systems import Answered, System, score
-from kestrel.evaluation.tables import summary
 from kestrel.evaluation.verdicts import verdicts
 
 REFERENCES = [
@@ -71,8 +76,19 @@ def test_five_dialogues_give_no_verdict():
     assert sentence.startswith("5 dialogues are too few to tell systems apart")
 
 
-def test_what_got_worse_is_red(monkeypatch):
-    metrics = {"signature": "s", "systems": {}, "verdicts": ["a is WORSE than b.", "a beats c."], "notes": ["n"]}
-    monkeypatch.setattr("kestrel.evaluation.tables.all_tables", lambda _: [])
-    assert "\033[31ma is WORSE than b.\033[0m\na beats c." in summary(metrics, color=True)
-    assert "\033" not in summary(metrics)
+def test_what_got_worse_is_red_on_a_terminal():
+    """Through a terminal of its own: the filter that shows control characters must let ours through, and no others."""
+    program = (
+        "from kestrel.evaluation import tables; from kestrel.runtime.output import prepare_output, print_marked\n"
+        "tables.all_tables = lambda _: []; prepare_output()\n"
+        "verdicts = ['a\\x1b[2J is WORSE than b.', 'a beats c.']\n"
+        "for each in tables.summary({'signature': 's', 'systems': {}, 'verdicts': verdicts, 'notes': ['n']}):\n"
+        "    print_marked(*each)\n"
+    )
+    expected = ["s", "", "{}a\\x1b[2J is WORSE than b.{}", "a beats c.", "", "Notes", "n", ""]
+    primary, terminal = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, stdout=terminal, env=environment)
+    os.close(terminal)
+    assert os.read(primary, 10_000).decode().replace("\r", "") == "\n".join(expected).format("\033[31m", "\033[0m")
+    os.close(primary)

@@ -187,7 +187,7 @@ def evaluation(data: bytes) -> None:
     files, notes = align([read_generations(_file("test.other.jsonl", data))])
     result = evaluate_files(files, notes, Evaluation(resamples=100), 0, None)
     json.dumps(result.metrics, allow_nan=False).encode("utf-8")
-    summary(result.metrics).encode("utf-8")
+    "".join(text for text, _ in summary(result.metrics)).encode("utf-8")
     dialogues = sample_dialogues(result, 10, 0)
     as_html(result, [], dialogues).encode("utf-8")
     as_markdown(result, [], dialogues).encode("utf-8")
