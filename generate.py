@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
+    from kestrel.data.other_runs import require_dataset
     from kestrel.runtime.manifest import require_artifact
 
     run, chosen = Path(settings.run_dir), settings.generation
     preprocess, train = f"python preprocess.py {options.again}", f"python train.py {options.again}"
-    require_artifact(settings.dataset_dir, "dataset", f"make it with: {preprocess}")
+    require_dataset(settings, preprocess)
     if "adapter" in chosen.systems and settings.model.adapter is None:
         require_artifact(run / "adapter", "adapter", f"train it with: {train}")
 

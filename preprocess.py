@@ -34,7 +34,6 @@ def _count(text: str) -> int:
 
 OPTIONS = [("--show", {"type": _count, "default": 0, "metavar": "N", "help": "print the first N training dialogues"})]
 UNUSED = {"data.dataset": "a run with another's data set needs no preprocess.py; run train.py, or leave this out"}
-UNUSED_OPTIONS = {"model.adapter": "a data set does not depend on it; give it to generate.py, evaluate.py and chat.py"}
 
 
 def preprocess(settings: Settings, options: argparse.Namespace) -> None:
@@ -108,7 +107,7 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS, unused=UNUSED, unused_options=UNUSED_OPTIONS)
+    return run_script("preprocess.py", __doc__, preprocess, argv, OPTIONS, unused=UNUSED)
 
 
 if __name__ == "__main__":

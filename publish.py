@@ -42,7 +42,7 @@ def publish(settings: Settings, options: argparse.Namespace) -> None:
         if options.dry_run:
             raise UsageError(["--merge: sends nothing, so --dry-run has no effect; leave one out"])
         if "hub.repo_id" in options:
-            raise UsageError(["--hub.repo_id: --merge sends nothing, so it has no effect; leave one out"])
+            print("note: --merge sends nothing; hub.repo_id is not used", file=sys.stderr)
         from kestrel.publishing.merge import merge
 
         merge(settings, Path(options.merge), options.again, options.merge_dtype or "bfloat16")

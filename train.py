@@ -29,10 +29,10 @@ UNUSED = {"model.adapter": "train.py would ignore it; to begin from this adapter
 
 
 def train(settings: Settings, options: argparse.Namespace) -> None:
-    from kestrel.runtime.manifest import require_artifact
+    from kestrel.data.other_runs import require_dataset
 
     run, preprocess = Path(settings.run_dir), f"python preprocess.py {options.again}"
-    require_artifact(settings.dataset_dir, "dataset", f"make it with: {preprocess}")
+    require_dataset(settings, preprocess)
 
     from kestrel.batching import steps_of_run
     from kestrel.data.dataset import lengths_of, load_split, open_dataset

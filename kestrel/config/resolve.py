@@ -125,7 +125,6 @@ def resolve(
     flags: Sequence[str] = (),
     unused: Mapping[str, str] = MappingProxyType({}),
     preset: dict[str, Any] | None = None,
-    unused_options: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Settings, dict[str, str]]:
     """Validated settings from a YAML file and command-line options, and the origin of each value that is no default.
 
@@ -136,7 +135,6 @@ def resolve(
         flags: names of the options that are not keys.
         unused: keys that the script would ignore, and why that is refused.
         preset: what stands for the file where there is none.
-        unused_options: as `unused`, for keys that the file may have because other scripts use them.
 
     Raises:
         UsageError: with every problem found, each with its file and line or its option.
@@ -166,7 +164,6 @@ def resolve(
     try:
         settings = Settings.model_validate(tree)
         ignored = [(key, why) for key, why in unused.items() if operator.attrgetter(key)(settings) is not None]
-        ignored += [(key, why) for key, why in unused_options.items() if overrides.get(key) not in (None, "null")]
         for dotted, message in [*conflicts(settings, overrides), *ignored, *_unusable_paths(settings)]:
             report(dotted, message)
     except ValidationError as error:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 import threading
@@ -45,8 +46,14 @@ _SECTIONS = {
 _NEXT = {
     "preprocess.py": "train.py", "train.py": "generate.py", "generate.py": "evaluate.py", "evaluate.py": "chat.py",
 }  # fmt: skip
-# Sections that only some scripts use; the first is named in messages.
-_USERS = {"evaluation": ("evaluate.py", "publish.py"), "hub": ("publish.py",)}
+# Sections and keys that only some scripts use; the first is named in messages. hub.base_model says what an adapter fits.
+_USERS = {
+    "evaluation": ("evaluate.py", "publish.py"),
+    "hub": ("publish.py",),
+    "hub.language": ("publish.py", "evaluate.py"),
+    "hub.base_model": tuple(_SECTIONS),
+    "model.adapter": ("generate.py", "train.py", "evaluate.py", "publish.py", "chat.py"),
+}
 
 _OUT_OF_MEMORY = (
     "out of memory; in order of effect: lower training.tokens_per_step or generation.tokens_per_step, set "
@@ -68,7 +75,6 @@ def run_script(
     together: bool = False,
     unused: Mapping[str, str] = MappingProxyType({}),
     presets: Mapping[str, dict[str, Any]] | None = None,
-    unused_options: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Runs a script: settings, lock, steps.
 
@@ -83,7 +89,6 @@ def run_script(
         unused: keys that it would ignore though a user may expect otherwise, and what to do instead. They are refused.
         presets: by dotted key, what stands for the YAML file where there is none and that key is given. Such a call
             belongs to no run, and locks no folder.
-        unused_options: as `unused`, for keys that the YAML file may have because other scripts use them.
 
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
@@ -95,9 +100,7 @@ def run_script(
     with on_signals(ignore_signal):  # while a failure is reported: the launcher ends the other processes with SIGTERM
         try:
             with on_signals(exit_now):
-                arguments, settings, origin = _read_command_line(
-                    name, doc, argv, options, unused, presets or {}, unused_options
-                )
+                arguments, settings, origin = _read_command_line(name, doc, argv, options, unused, presets or {})
                 from kestrel.config.resolve import describe
 
                 run_dir = settings.run_dir
@@ -116,6 +119,8 @@ def run_script(
                         link_dataset(Path(run_dir), settings.dataset_dir)
                     steps(settings, arguments)
                     following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
+                    if following == "train.py" and settings.model.adapter is not None:
+                        following = "generate.py"
                     if following is not None and not settings.evaluation.generations:
                         print(f"\nnext: python {following} {arguments.again}")
                 distributed.leave_process_group()
@@ -128,8 +133,8 @@ def run_script(
 def _name_unused(name: str, given: Collection[str]) -> None:
     """Says which options are for another script: they are neither used nor in the command that is printed at the end."""
     for dotted in given:
-        section = dotted.partition(".")[0]
-        if name not in (users := _USERS.get(section, (name,))) and dotted not in ("hub.base_model", "hub.language"):
+        users = _USERS.get(dotted) or _USERS.get(dotted.partition(".")[0], (name,))
+        if name not in users:
             print(f"note: --{dotted} is for {users[0]}; {name} does not use it", file=sys.stderr)
 
 
@@ -150,7 +155,6 @@ def _read_command_line(
     options: Options,
     unused: Mapping[str, str],
     presets: Mapping[str, dict[str, Any]],
-    unused_options: Mapping[str, str],
 ) -> tuple[argparse.Namespace, Settings, dict[str, str]]:
     """The script's own options, the settings, and where each of them comes from."""
     from kestrel.config.keys import all_keys
@@ -167,7 +171,7 @@ def _read_command_line(
     overrides = {dotted: given for dotted, given in vars(arguments).items() if dotted in keys}
     flags = ["config", "print-config", "debug", "help", "help-all", *(flag.lstrip("-") for flag, _ in options)]
     preset = next((tree for dotted, tree in presets.items() if dotted in overrides), None)
-    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused, preset, unused_options)
+    settings, origin = resolve(arguments.config, overrides, unknown, flags, unused, preset)
     words = ["--config", str(arguments.config)]
     for dotted, given in overrides.items():
         if dotted.startswith(("evaluation.", "hub.")):
@@ -182,10 +186,11 @@ def _parser(name: str, doc: str, options: Options, sections: Sequence[str]) -> a
     from kestrel.config.keys import all_keys
     from kestrel.config.settings import Settings
 
+    width = min(118, shutil.get_terminal_size((118, 24)).columns)
     parser = argparse.ArgumentParser(
         prog=name,
         description=textwrap.dedent(doc),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
         usage=f"python {name} --config configs/NAME.yaml [--section.key VALUE ...] [--print-config] [--help]",
         allow_abbrev=False,
         exit_on_error=False,

@@ -1,4 +1,5 @@
-"""docs/tasks.md and the notebook are true: their commands run, on fewer dialogues and steps than the quickstart's."""
+"""The pages are true: the commands of docs/tasks.md, those of other pages, and the notebook run, on fewer dialogues and
+steps than the quickstart's."""
 
 from __future__ import annotations
 
@@ -18,10 +19,25 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     line for block in BLOCKS for line in commands_in(block) if re.match(r"python \w+\.py .*quickstart\.yaml", line)
 ]
+# Of the other pages and for other configs, what needs no Hub, no model and no file that is not there; tests/chain,
+# tests/publishing, tests/evaluation and test_docs.py run the others. Run after the page's own, with its config.
+ELSEWHERE = r"you/.*persona(?!.*--dry-run)|my-|mine\.jsonl|wandb|mistral|falcon-7b-original|roberta|\.csv|runs/a |share-250|--show"
+OTHERS = sorted(
+    {
+        re.sub(r"configs/[\w.-]+\.yaml", "configs/quickstart.yaml", line)
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for line in commands_in(block)
+        if re.match(r"python \w+\.py .*--config", line) and not re.search(ELSEWHERE, line)
+    }
+    - {*COMMANDS},
+    reverse=True,  # train, publish, generate, evaluate: publish.py wants the evaluation of the newest answers
+)
 
 
 def test_most_commands_are_for_the_quickstart() -> None:
     assert len(COMMANDS) >= 15 and len({command.split()[1] for command in COMMANDS}) == 6
+    assert len(OTHERS) >= 6
 
 
 @pytest.fixture
@@ -45,7 +61,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commands_run_in_the_order_of_the_page(small: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: "/quit")
-    for command in COMMANDS:
+    for command in [*COMMANDS, *OTHERS]:
         # tests/chat has the page; of the loop, one turn is enough.
         if "--web" not in command and not re.search("runs/rate(?!1e-3)", command):
             assert run(command) == 0, (command, capsys.readouterr().err)

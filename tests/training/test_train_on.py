@@ -110,6 +110,14 @@ def test_runs_share_a_data_set(prepared, tmp_path, capsys):
     other = prepared.run / "dataset"
     shared = ["--data.dataset", str(other), "--seed", "5", "--training.max_steps", "2"]
     arguments = [*prepared.arguments("--run_dir", str(tmp_path / "run")), *shared]
+    beside, seed = prepared.arguments("--run_dir", str(prepared.run.parent / "beside")), ["--seed", "5"]
+    for script_of, more, is_named in (
+        (train, seed, True),
+        (script("generate"), [], True),
+        (train, ["--prompt.max_length", "99"], False),
+    ):
+        assert script_of.main([*beside, *more]) == 1
+        assert (f"add --data.dataset {other}\n" in capsys.readouterr().err) == is_named
     assert preprocess.main(arguments) == 2
     assert "data.dataset: a run with another's data set needs no preprocess.py" in capsys.readouterr().err
     assert train.main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
