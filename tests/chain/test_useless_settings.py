@@ -13,10 +13,10 @@ def test_an_option_for_another_script_is_refused_or_named(prepared, tmp_path, ca
     assert "--model.adapter: train.py would ignore it" in capsys.readouterr().err
     assert publish.main([*copied, "--merge", str(tmp_path / "m"), "--hub.repo_id", "a/b"]) == 1
     assert "note: --merge sends nothing; hub.repo_id is not used\n" in capsys.readouterr().err
-    refused = ["--data.self", "Ann", "--evaluation.stemmer", "--hub.private", "no", "--hub.language", "de"]
+    refused = ["--data.self", "Ann", "--evaluation.stemmer", "--hub.private", "no"]
     assert preprocess.main([*copied, *refused]) == 1
     said = capsys.readouterr().err
-    assert "data.self is for whatsapp, telegram, discord, messenger, and " in said and "hub.language" not in said
+    assert "data.self is for whatsapp, telegram, discord, messenger, and " in said
     assert "note: --evaluation.stemmer is for evaluate.py; preprocess.py does not use it\n" in said
     assert "note: --hub.private is for publish.py; preprocess.py does not use it\n" in said
     assert preprocess.main([*copied, "--data.persona", "i am ana .", "--model.adapter", "a/b"]) == 0
