@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
         print(f"{path} is up to date")
     if not (missing := [file for file in files if file.path not in up_to_date]):
         return
-    size = answers_bytes(rows, chosen.max_new_tokens, len(missing))
-    require_room("generations", size, run / "generations")
+    require_room("generations", answers_bytes(rows, chosen.max_new_tokens, len(missing)), run / "generations")
     model = load_model(settings, prompt, adapter)
     check_context(model, max((spans[-1][0] for spans in rows["reply_spans"]), default=0), chosen.max_new_tokens)
     for file in missing:
@@ -87,13 +87,13 @@ def write_file(model: Any, prompt: Prompt, rows: Dataset, settings: Settings, fi
 
     began, chosen = time.monotonic(), settings.generation
     room = room_for("generations", answers_bytes(rows, chosen.max_new_tokens, 1), file.path.parent)
-    with room, tqdm(total=len(rows), desc=file.label, unit=" dialogues", disable=None) as bar:
-        shards = write_answers(model, prompt, rows, chosen, settings.seed, file)
-        if done := next(shards):
-            print(f"{file.label}: resuming after {done} dialogues")
-        bar.update(done)
-        for done in shards:
-            bar.update(done - bar.n)
+    replies = [0, *accumulate(sum(turn["speaker"] == "self" for turn in turns) for turns in rows["turns"])]
+    with room, tqdm(total=replies[-1], desc=file.label, unit=" replies", disable=None) as bar:
+        shards = write_answers(model, prompt, rows, chosen, settings.seed, file, bar.update)
+        for number, done in enumerate(shards):
+            bar.update(replies[done] - bar.n)  # of other processes, or left out
+            if done and not number:
+                print(f"{file.label}: resuming after {done} dialogues")
     if distributed.is_first():
         file.record(settings)
         print(f"wrote {file.path} in {time.monotonic() - began:.0f} s")

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +131,7 @@ def answer(
     seed: int,
     others: Sequence[Sequence[Persona]] = (),
     budget: Budget | None = None,
+    on_end: Callable[[int], object] = int,
 ) -> list[dict[str, Any]]:
     """Answers every question of some dialogues.
 
@@ -139,6 +140,7 @@ def answer(
         by_dialogue: from `questions_of`.
         others: for each dialogue, the personas of other dialogues under which its references are scored too.
         budget: of earlier dialogues; None: made for these.
+        on_end: called with how many more answers have ended.
 
     Returns:
         Generation rows in the same order.
@@ -165,10 +167,11 @@ def answer(
         if prefixes is None:
             responses, mine = respond_with_library(model, prompt, requests, settings, budget), candidates
         else:
-            responses = respond_from_prefixes(model, prompt, prefixes, requests, settings, budget)
+            responses = respond_from_prefixes(model, prompt, prefixes, requests, settings, budget, on_end)
             mine = [(index, ids) for index, ids in candidates if prefixes.holds(requests[index].sequence)]
         for index, response in responses:
             answers[index] |= response.as_row()
+            on_end(prefixes is None)
         continuations = [Continuation(requests[index].sequence, requests[index].ids, ids) for index, ids in mine]
         nll = continuation_nll(model, prefixes, continuations, budget)
         for (index, _), pair in zip(mine, nll, strict=True):
@@ -232,6 +235,7 @@ def write_answers(
     settings: Generation,
     seed: int,
     file: GenerationsFile,
+    on_end: Callable[[int], object] = int,
 ) -> Iterator[int]:
     """Answers a split into a JSONL file, which appears when it is complete.
 
@@ -241,6 +245,7 @@ def write_answers(
 
     Args:
         seed: of sampling and of the persona's order.
+        on_end: called with how many more answers of this process have ended.
 
     Yields:
         Dialogues done: first those of an earlier call, then the count after each shard, or after one shard per process.
@@ -263,7 +268,7 @@ def write_answers(
             if mine < len(ends) - 1:
                 rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
                 questions, swapped = questions_of(rows, prompt, seed, file.order), others[ends[mine] : ends[mine + 1]]
-                answers = answer(model, prompt, questions, settings, seed, swapped, budget)
+                answers = answer(model, prompt, questions, settings, seed, swapped, budget, on_end)
                 shard = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in answers)
             for end, lines in zip(ends[1:], distributed.gather_to_first(shard), strict=False):
                 with open(partial, "a", encoding="utf-8") as growing:

@@ -6,7 +6,7 @@ a sample.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ def decode(
     end_ids: Collection[int],
     draws: np.ndarray | None = None,
     stops: StopStrings | None = None,
+    on_end: Callable[[int], object] = int,
 ) -> list[list[int]]:
     """Continues each context, greedily or by its draws.
 
@@ -47,6 +48,7 @@ def decode(
         settings: without beams.
         end_ids: tokens that end a row.
         draws: float64 (rows, max_new_tokens) in [0, 1), where settings.do_sample.
+        on_end: called with how many more rows have ended.
 
     Returns:
         Token ids of each row; those after its end mean nothing.
@@ -59,6 +61,7 @@ def decode(
     active = torch.arange(len(contexts), device=device)  # index of the context of each row that is left
     ends, ended = torch.tensor(sorted(end_ids)), torch.zeros(len(contexts), dtype=torch.bool)
     last = torch.tensor([context[-1] for context in contexts], device=device)
+    running = len(contexts)
     for done in range(1, settings.max_new_tokens + 1):
         logits = causal_lm(input_ids=last[:, None], use_cache=True, **rows.inputs(done - 1, 1)).logits[:, -1]
         last = choose(logits, done - 1)
@@ -72,7 +75,9 @@ def decode(
             for row in (~ended).nonzero()[:, 0].tolist():
                 ended[row] = stops.are_in(recent[row].tolist())
         left = (~ended).nonzero()[:, 0]
-        if len(left) == 0:
+        on_end(running - len(left))
+        running = len(left)
+        if running == 0:
             break
         if len(left) <= _DROP_BELOW * len(ended):
             ended = ended[left]
@@ -80,6 +85,7 @@ def decode(
             active, last = active[left], last[left]
             rows.keep(left)
             choose.keep(left)
+    on_end(running)
     return tokens.tolist()
 
 

@@ -140,8 +140,10 @@ def respond_from_prefixes(
     requests: Sequence[Request],
     settings: Generation,
     budget: Budget | None = None,
+    on_end: Callable[[int], object] = int,
 ) -> Iterator[tuple[int, Response]]:
-    """Answers the requests whose sequence is among the prefixes, in batches of similar length, the longest first.
+    """Answers the requests whose sequence is among the prefixes, in batches of similar length, the longest first. As answers end, `on_end` is
+    called with how many.
 
     Yields:
         Index in `requests`, and the response.
@@ -165,7 +167,7 @@ def respond_from_prefixes(
         if settings.do_sample:
             draws = np.stack([np.random.default_rng(r.seed).random(settings.max_new_tokens) for r in batch])
         copies = prefixes.copy_rows([(r.sequence, len(r.ids) - 1) for r in batch], settings.max_new_tokens)
-        return decode(model, copies, [r.ids for r in batch], settings, prompt.end_ids, draws, stops)
+        return decode(model, copies, [r.ids for r in batch], settings, prompt.end_ids, draws, stops, on_end)
 
     for indices, rows in allowed.in_batches(mine, fitting, run):
         for index, row in zip(indices, rows, strict=True):
