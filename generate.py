@@ -109,8 +109,7 @@ def report_left_out(rows: Dataset, path: Path, candidates: bool) -> None:
     if unanswered:
         print(f"  {unanswered:,} {of_all} are left out: the exchange alone is longer than prompt.max_length")
     if candidates and unscored:
-        reason = "one of their candidates spells a control token"
-        print(f"  {unscored:,} {of_all} have no candidate_nll and do not count in hits@1: {reason}")
+        print(f"  {unscored:,} {of_all} do not count in hits@1: a candidate spells a control token (no candidate_nll)")
 
 
 def main(argv: list[str] | None = None) -> int:

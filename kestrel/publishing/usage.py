@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ def _as_messages(prompt: Prompt, ids: list[int]) -> tuple[list[dict[str, str]] |
     if messages is None or "strftime_now" in prompt.tokenizer.get_chat_template():
         return None, {}
 
-    def tokens(switches: dict[str, bool]) -> str:
+    def tokens(switches: dict[str, Any]) -> str:
         asked = {"add_generation_prompt": True, "return_dict": False, **switches}
         return json.dumps(prompt.tokenizer.apply_chat_template(messages, **asked))
 
     for switches in ({}, {"enable_thinking": False}, {"thinking": False}):
-        if json.loads(limited(lambda switches=switches: tokens(switches), "the chat template")) == ids:
+        if json.loads(limited(partial(tokens, switches), "the chat template")) == ids:
             return messages, switches
     return None, {}
 
