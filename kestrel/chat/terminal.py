@@ -42,7 +42,7 @@ HELP = """\
 /save FILE                  add the conversation to a file of JSON lines, which preprocess.py reads
 /load FILE [ID]             go on with the last conversation of such a file, or with one of them
 /help                       this list
-/quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, and a second Ctrl-C leaves
+/quit                       leave, as Ctrl-D does; Ctrl-C stops an answer, a second one leaves
 To begin a message with a slash, type two."""
 
 FindPersona = Callable[[str | None], Persona]  # by the id of a dialogue

@@ -9,11 +9,7 @@ from kestrel.config.settings import LABELS, MEMORY_FORM, SYSTEM, Settings, is_hu
 
 
 def conflicts(settings: Settings, options: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Values that are valid alone but not together: (dotted key, what is wrong).
-
-    Args:
-        options: keys that were given on the command line.
-    """
+    """Values that are valid alone but not together: (dotted key, what is wrong). `options` were given on the command line."""
     found: list[tuple[str, str]] = _without_effect(settings, options)
 
     def refuse(condition: bool, key: str, problem: str) -> None:

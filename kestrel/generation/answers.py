@@ -133,7 +133,7 @@ def answer(
     budget: Budget | None = None,
     on_end: Callable[[int], object] = int,
 ) -> list[dict[str, Any]]:
-    """Answers every question of some dialogues.
+    """Answers every question of some dialogues; returns generation rows in the same order.
 
     Args:
         model: prepared by `loss.attach_token_nll`.
@@ -141,9 +141,6 @@ def answer(
         others: for each dialogue, the personas of other dialogues under which its references are scored too.
         budget: of earlier dialogues; None: made for these.
         on_end: called with how many more answers have ended.
-
-    Returns:
-        Generation rows in the same order.
     """
     questions = [question for dialogue in by_dialogue for question in dialogue]
     answers = [question_row(question.dialogue, question.turn) for question in questions]

@@ -118,16 +118,21 @@ def run_script(
                     if locks and settings.data.dataset is not None and distributed.is_first():
                         link_dataset(Path(run_dir), settings.dataset_dir)
                     steps(settings, arguments)
-                    following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
-                    if following == "train.py" and settings.model.adapter is not None:
-                        following = "generate.py"
-                    if following is not None and not settings.evaluation.generations:
+                    if following := _following(name, settings, arguments):
                         print(f"\nnext: python {following} {arguments.again}")
                 distributed.leave_process_group()
                 return 0
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
             debug = "--debug" in (sys.argv if argv is None else argv)
             return _failed(name, error, run_dir, debug, stderr)
+
+
+def _following(name: str, settings: Settings, arguments: argparse.Namespace) -> str | None:
+    """The script that comes next; None where nothing does."""
+    if settings.evaluation.generations:
+        return None
+    following = name if getattr(arguments, "dry_run", False) else _NEXT.get(name)
+    return "generate.py" if following == "train.py" and settings.model.adapter is not None else following
 
 
 def _name_unused(name: str, given: Collection[str]) -> None:
