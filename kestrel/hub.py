@@ -22,6 +22,7 @@ from kestrel.errors import KestrelError
 
 SILENCE = 60.0  # seconds in which nothing of a request moves, where the client sets no limit
 _silences: list[float] = []  # when requests ended without an answer, since the last answer
+_POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes
 
 
 @contextmanager
@@ -178,6 +179,22 @@ def _silent(url: str) -> str | None:
     return None
 
 
+def refuse_pointers(folder: Path, key: str) -> None:
+    """Refuses a folder that was cloned without Git LFS, where small files of text stand for the large ones.
+
+    Raises:
+        KestrelError: naming one of them, and the command that fetches them.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_file() and path.stat().st_size < _LONGEST_POINTER:
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise KestrelError(
+                        f"{key} {folder}: {path.name} is a Git LFS pointer, not the file itself; fetch the files with: "
+                        f"cd {folder} && git lfs pull"
+                    )
+
+
 @contextmanager
 def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Iterator[None]:
     """Turns the libraries' many errors for a missing or unreachable model into one sentence."""
@@ -195,7 +212,9 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
         # OutOfMemoryError is torch's, which need not have been imported, and a RuntimeError.
         if not isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError":
             raise
-        if is_local:
+        if "custom code" in str(error):
+            advice = "it comes with Python code of its own; read that, then set model.trust_remote_code: true"
+        elif is_local:
             advice = "the folder exists but cannot be used"
         elif _network_is_forbidden():
             advice = "it is no local folder and HF_HUB_OFFLINE forbids the network"

@@ -72,25 +72,30 @@ def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = N
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    require_files(
-        str(folder), {path.name for path in folder.iterdir() if path.is_file()}
-    )  # peft would unpickle adapter_model.bin
-    config = adapter_config(folder)
+    # peft would unpickle adapter_model.bin
+    require_files(str(folder), {path.name for path in folder.iterdir() if path.is_file()})
+    config, copies = adapter_config(folder), _copies_of_weights(model, folder / WEIGHTS)
     _try_patterns(config, model, folder)
+    kept = {module: module.weight for module in copies.values()}
     try:
         if dropout is not None:
             config.lora_dropout = dropout
-        adapted = PeftModel.from_pretrained(
-            model, str(folder), config=config, is_trainable=dropout is not None, low_cpu_mem_usage=True
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), config=config, is_trainable=dropout is not None, low_cpu_mem_usage=True
+            )
         with safe_open(folder / WEIGHTS, "pt") as file:
             # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
             unmatched = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  sizes and names that do not fit raise many types
-        raise KestrelError(f"the adapter in {folder} does not load onto this base: {error}") from None
-    if unmatched:
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise KestrelError(f"the adapter in {folder} does not load onto this base: {reason}") from None
+    for module, weight in kept.items():
+        module.weight = weight  # peft replaces it by the copy, of another type
+    if unmatched := unmatched - copies.keys():
         raise KestrelError(f"the adapter in {folder} is for other layers than this base has, such as {min(unmatched)}")
     return adapted
 
@@ -109,6 +114,32 @@ def _try_patterns(config: LoraConfig, model: PreTrainedModel, folder: Path) -> N
         limited(
             lambda: str(sum(bool(re.match(p, n)) for p in patterns for n in names)), f"a pattern in {folder / CONFIG}"
         )
+
+
+def _copies_of_weights(model: PreTrainedModel, path: Path) -> dict[str, torch.nn.Module]:
+    """The base's own embedding and head, which peft saves with an adapter that adapts them: name -> their module.
+
+    Raises:
+        KestrelError: they are other ones, as where tokens were added or the embedding was trained.
+    """
+    from safetensors import safe_open
+
+    copies: dict[str, torch.nn.Module] = {}
+    modules = dict(model.named_modules())
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  the file is no dict
+            if "lora_" in key:
+                continue
+            name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            module = modules.get(name.removesuffix(".weight"))
+            own, held = getattr(module, "weight", None), file.get_tensor(key)
+            if module is None or own is None or own.shape != held.shape or not torch.equal(held.to(own), own):
+                raise KestrelError(
+                    f"{path} holds {name} of shape {list(held.shape)}, and the base has another, as where tokens were added "
+                    "or the embedding was trained too. Merge it with peft and use the result as model.name"
+                )
+            copies[key] = module
+    return copies
 
 
 # Fields of peft's configuration that decide what an adapter computes, and that are read as peft reads them.
@@ -154,6 +185,8 @@ def adapter_config(folder: Path) -> LoraConfig:
     for name in sorted(given.keys() - _ABOUT - {*_READ}):
         # Another version of peft may have fields that this one does not have; unset, they mean nothing.
         if given[name] == defaults.get(name) or (name not in defaults and not given[name]):
+            continue
+        if name == "task_type" and given[name] is None:  # who made it left that open
             continue
         if name != "init_lora_weights" or given[name] not in _INITIAL:
             raise KestrelError(

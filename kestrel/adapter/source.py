@@ -11,7 +11,7 @@ from typing import Any
 
 from kestrel.config.settings import is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.hub import plain_hub_errors, use_cache_without_network
+from kestrel.hub import plain_hub_errors, refuse_pointers, use_cache_without_network
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
@@ -36,6 +36,7 @@ def find_adapter(name: str) -> Path:
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise KestrelError(f"model.adapter {name}: there is no {CONFIG} in that folder; {_suggestion(folder)}")
+        refuse_pointers(folder, "model.adapter")
         return folder
     if is_hub_id(name.partition("@")[0]):
         return download_adapter(name)
@@ -58,8 +59,8 @@ def find_local_adapter(name: str) -> Path | None:
 
 
 def _suggestion(folder: Path) -> str:
-    if (folder / "adapter" / CONFIG).is_file():
-        return f"did you mean {folder / 'adapter'}?"
+    if found := sorted(folder.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime):  # a run's, or a checkpoint
+        return f"did you mean {found[-1].parent}?"
     if (folder / "model.safetensors").is_file() or list(folder.glob("model-*.safetensors")):
         return "it holds a whole model, which belongs in model.name"
     return "name a run's adapter folder, or one that PEFT saved"
@@ -171,7 +172,7 @@ def require_files(where: str, files: set[str]) -> None:
         if needed not in files:
             raise KestrelError(
                 f"{where} has no {needed} at its top; only PEFT adapters in safetensors are read, no pickles and no "
-                "subfolders"
+                "subfolders; load another one with peft, and save it again with save_pretrained"
             )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,8 @@ import torch
 from kestrel.config.settings import Model, Settings, memory_bytes
 from kestrel.errors import KestrelError
 from kestrel.hub import plain_loading_errors
-from kestrel.model.defaults import check_vocabulary, saved_quantization, settings_for
+from kestrel.model.defaults import check_vocabulary, refuse_other_kinds, saved_quantization, settings_for
+from kestrel.model.files import require_weights
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import (
     Audit,
@@ -66,6 +70,8 @@ def load_config(settings: Model) -> PretrainedConfig:
     """The architecture of the base model."""
     from transformers import AutoConfig
 
+    if Path(settings.name).is_dir() and not (Path(settings.name) / "config.json").is_file():
+        raise KestrelError(f"model.name {settings.name} holds no config.json; copy the whole folder of the model")
     with plain_loading_errors("configuration", settings.name):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -98,12 +104,13 @@ def open_base(settings: Settings, prompt: Prompt) -> tuple[Settings, PretrainedC
     """The settings with what they leave to the base, and its architecture. Checks what can be checked without weights.
 
     Raises:
-        KestrelError: an adapter's files beside the base's, a tokenizer with more tokens than the base knows, or another
-            quantization than the settings ask for.
+        KestrelError: an adapter's files beside the base's, a tokenizer with more tokens than the base knows, a model of
+            another kind, or another quantization than the settings ask for.
     """
     check_vocabulary(settings.model, prompt)
     _refuse_adapter_files(settings.model)
     config = load_config(settings.model)
+    refuse_other_kinds(settings.model, config.to_dict())
     resolved = settings_for(settings, config.to_dict())
     if resolved.quantization != settings.quantization:
         held = resolved.quantization
@@ -135,15 +142,6 @@ def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _require_weights(name: str, parameters: int) -> None:
-    """Refuses a local configuration for which memory would be taken that its weights do not need."""
-    size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
-    if Path(name).is_dir() and parameters > 8 * size > 0:
-        raise KestrelError(
-            f"model.name {name}: config.json describes {parameters:,} parameters, and the weights are {size:,} bytes"
-        )
-
-
 def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrainedModel, Audit]:
     """The frozen base on this process's device, quantized as asked and audited.
 
@@ -165,7 +163,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     config = load_config(chosen)
     refuse_overflow(config, wanted.compute_dtype)
     skeleton = skeleton_of(config, chosen.trust_remote_code)
-    _require_weights(chosen.name, skeleton.num_parameters())
+    require_weights(chosen.name, skeleton.num_parameters())
     use_fused_kernels(config.model_type)
     if to_be_sharded and saved_quantization(config.to_dict()):
         raise KestrelError(
@@ -185,9 +183,8 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     )
     # transformers (5.23) would have a repository without safetensors converted by a service on the Hub, unasked.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    with plain_loading_errors("weights", chosen.name), quantizable_layers(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # of a base saved in 4 bit
-        model = AutoModelForCausalLM.from_pretrained(
+    with plain_loading_errors("weights", chosen.name), quantizable_layers(), _without_the_librarys_report():
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             chosen.name,
             revision=chosen.revision,
             trust_remote_code=chosen.trust_remote_code,
@@ -195,7 +192,10 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
             dtype=dtype,
             device_map={"": str(place)},
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are reported
+            output_loading_info=True,
         )
+    _require_whole(chosen.name, config.model_type, loaded)
     if saved_quantization(config.to_dict()):
         compute_in(model, dtype)
     report = audit(model, skeleton, wanted)
@@ -203,6 +203,57 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     model.requires_grad_(False)
     model.eval()
     return model, report
+
+
+@contextmanager
+def _without_the_librarys_report() -> Iterator[None]:
+    """While weights load: `_require_whole` says what is wrong with them."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # of a base saved in 4 bit
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _require_whole(name: str, model_type: str, loaded: Mapping[str, Any]) -> None:
+    """Refuses a base of which a part would begin at random, as transformers has it; says what was left out."""
+    unknown = sorted(loaded["unexpected_keys"])
+    if missing := sorted(loaded["missing_keys"]):
+        instead = f"; they hold {unknown[0]}, which no {model_type} model has" if unknown else ""
+        raise KestrelError(
+            f"the files of model.name {name} lack {len(missing)} of the model's weights, such as {missing[0]}{instead}. Copy "
+            "the folder again from where it was made, or save the model again with save_pretrained"
+        )
+    for weight, found, expected in sorted(loaded["mismatched_keys"]):
+        raise KestrelError(
+            f"the files of model.name {name} hold {weight} of shape {list(found)}, and its config.json asks for "
+            f"{list(expected)}; take both from the same model"
+        )
+    if unknown:
+        print(
+            f"note: {len(unknown)} weights in the files of {name} have no place in a {model_type} model and are left out, "
+            f"such as {unknown[0]}"
+        )
+
+
+def note_on_untrained_end(model: PreTrainedModel, prompt: Prompt) -> str | None:
+    """A sentence where the head's row of the end token is one that the base's training never reached, else None.
+
+    Such rows are zero, or alike for all such tokens. LoRA on other layers does not change them.
+    """
+    weight = model.get_output_embeddings().weight
+    row = weight[prompt.end_id]
+    if bool(row.any()) and int((weight[:, : min(64, len(row))] == row[:64]).all(dim=1).sum()) == 1:
+        return None
+    return (
+        f"the base was never trained on {prompt.tokenizer.convert_ids_to_tokens(prompt.end_id)}, which ends each reply here, as "
+        "base models whose tokenizer has an instruct model's template; replies may not end. Use the instruct model, or "
+        "prompt.format: plain"
+    )
 
 
 def _room_for_whole(size: int, settings: Settings) -> torch.device:

@@ -43,6 +43,31 @@ def check_vocabulary(settings: Model, prompt: Prompt) -> None:
         )
 
 
+def refuse_other_kinds(settings: Model, config: Mapping[str, Any]) -> None:
+    """Refuses what is no causal language model of text alone.
+
+    Args:
+        config: the base's config.json.
+
+    Raises:
+        KestrelError: naming what it is.
+    """
+    kind, made_as = config.get("model_type"), config.get("architectures") or []
+    senses = [
+        part.removesuffix("_config") for part in config if part in ("vision_config", "audio_config") and config[part]
+    ]
+    if config.get("is_encoder_decoder") or (made_as and all(name.endswith("ForMaskedLM") for name in made_as)):
+        raise KestrelError(
+            f"model.name {settings.name} is a {kind} model, which does not write a text from left to right; name a causal "
+            "language model, such as Llama, Qwen or Falcon"
+        )
+    if senses:
+        raise KestrelError(
+            f"model.name {settings.name} is a {kind} model with {' and '.join(senses)}, and Kestrel trains models of text "
+            "alone; docs/faq.md shows how to save its language model as one"
+        )
+
+
 def settings_for(settings: Settings, config: Mapping[str, Any]) -> Settings:
     """The settings with what they leave to the base.
 

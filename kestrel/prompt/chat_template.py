@@ -54,7 +54,13 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise KestrelError(f"prompt.format is chat, but the tokenizer has no chat template; {_WAYS_OUT}")
         self._tokenizer = tokenizer
-        self._source = tokenizer.get_chat_template()
+        try:
+            self._source = tokenizer.get_chat_template()
+        except ValueError:  # of several templates none is the default
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise KestrelError(
+                f"the tokenizer has several chat templates ({names}) and no default; {_WAYS_OUT}"
+            ) from None
         if "strftime_now" in self._source:
             self._source = _DATE + self._source
         self.notes: list[str] = []

@@ -133,7 +133,7 @@ class Prompt:
                 "prompt.format: chat would use it"
             )
         # The beginning-of-text token where this tokenizer adds one; a chat template writes its own.
-        bos = [] if self._template else tokenizer("")["input_ids"][:1]
+        bos = [] if self._template else tokenizer("a")["input_ids"][:1]
         self._beginning = [token for token in bos if token == tokenizer.bos_token_id]
         self._end = Segment(self._template.end if self._template else str(tokenizer.eos_token), "end")
         pieces = self._parts.pieces(self.segments(_CANARY))

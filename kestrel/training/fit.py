@@ -13,7 +13,7 @@ from kestrel.adapter.lora import add_lora, load_adapter
 from kestrel.adapter.proof import prove_loaded, save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
-from kestrel.model.base import check_context, device, device_name, load_base
+from kestrel.model.base import check_context, device, device_name, load_base, note_on_untrained_end
 from kestrel.model.loss import attach_token_nll, collate, prove_layers, prove_loss
 from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
@@ -62,6 +62,8 @@ def load_trainable(
     base, audit = load_base(settings, to_be_sharded=sharded)
     check_context(base, longest)
     print(f"base: {audit.line()}")
+    if untrained := note_on_untrained_end(base, prompt):
+        print(f"note: {untrained}")
     if initial is None:
         model = add_lora(base, settings.lora, settings.seed)
     else:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from kestrel.adapter.lora import add_lora, load_adapter
 from kestrel.config.settings import Lora, Quantization
+from kestrel.errors import KestrelError
 from kestrel.model.base import load_base
 from kestrel.publishing.merge import _merged
 
@@ -38,7 +39,7 @@ def test_it_computes_what_peft_computes(form: str, tmp_path: Path) -> None:
     settings = settings_of(base, quantization=Quantization(bits=16, compute_dtype="float32"))
     config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", init_lora_weights=False, **FORMS[form])
     theirs = get_peft_model(load_base(settings)[0], config)
-    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    theirs.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(load_base(settings)[0], tmp_path / "adapter")
     assert torch.equal(logits(ours), logits(theirs))
     merged = _merged(ours, tmp_path / "adapter", settings)
@@ -46,6 +47,19 @@ def test_it_computes_what_peft_computes(form: str, tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_with_an_embedding_of_its_own_is_refused(tmp_path: Path) -> None:
+    """PEFT saves it where tokens were added, and its own way out is to resize the base first."""
+    base = write_base(tmp_path / "base", "qwen2")
+    settings = settings_of(base, quantization=Quantization(bits=16, compute_dtype="float32"))
+    model = make_model("qwen2")
+    model.resize_token_embeddings(400)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=True
+    )
+    with pytest.raises(KestrelError, match=r"of shape \[400, 64\], .* Merge it with peft"):
+        load_adapter(load_base(settings)[0], tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("bits", [4, 16])
