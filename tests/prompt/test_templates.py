@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import make_tokenizers as make
 import pytest
+from make_models import make_model
 from make_templates import LIKE
 from transformers import PreTrainedTokenizerFast
 
+from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
+from kestrel.generation.respond import respond
 from kestrel.prompt.prompt import Prompt
 
 TEXTS = ["hi ! how are you ?", "great , and you ?", "i have 2 dogs .", "nice", "bye", "see you"]
@@ -54,6 +58,40 @@ def test_templates_are_served(model: str, kind: str, with_bos: bool) -> None:
             said = rendered.input_ids[start : end - 1]
             assert prompt.end_ids.isdisjoint(said)
             assert kind == "WordPiece" or prompt.reply_text(said) == text
+
+
+@cache
+def tiny_model(kind: str) -> Any:
+    made = TOKENIZERS[kind]()
+    made.add_tokens([str(number) for number in range(99990, 99999)])  # room for each template's special tokens
+    return make_model("llama", hidden=16, layers=1, tokenizer=made).eval()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("model", [*LIKE, "plain", "original"])
+def test_generation_stops_where_training_ended(model: str, kind: str) -> None:
+    """A model that says a reply as it was trained, and would go on, through the scripts' own generation."""
+    format: Any = model if model in ("plain", "original") else "chat"
+    prompt = prompt_like(model, kind, True) if format == "chat" else Prompt(TOKENIZERS[kind](), format, 10**5)
+    rendered = prompt.render(DIALOGUES[0])
+    start, end = rendered.reply_spans[-1]
+    trained = rendered.input_ids[start:end]
+    assert prompt.end_ids >= {rendered.input_ids[end - 1] for _, end in rendered.reply_spans}
+    left = iter(trained)
+
+    def say(module: Any, given: Any, options: dict[str, Any], output: Any) -> None:
+        if options["input_ids"].shape[1] == 1 and (token := next(left, None)) is not None:
+            output.logits[:, -1, token] = 1e9
+
+    causal_lm = tiny_model(kind)
+    hook = causal_lm.register_forward_hook(say, with_kwargs=True)
+    try:
+        settings = Generation(max_new_tokens=len(trained) + 3, stop_strings=[])
+        (response,) = respond(causal_lm, prompt, [rendered.input_ids[:start]], settings)
+    finally:
+        hook.remove()
+    assert (response.stopped_by, response.tokens) == ("eos", len(trained))
+    assert kind == "WordPiece" or response.text == TEXTS[5]
 
 
 @pytest.mark.parametrize("model", LIKE)
