@@ -62,7 +62,7 @@ def fields() -> str:
     texts = ["\\n".join([*(f"your persona: {text}" for text in PERSONA), SAID[0]]), *SAID[2::2]]
     pairs = zip(texts, SAID[1::2], DISTRACTORS, strict=True)
     lines = [f"text:{text}\tlabels:{reply}\tlabel_candidates:{'|'.join(wrong)}" for text, reply, wrong in pairs]
-    return "\n".join(lines) + "\tepisode_done:True\n"
+    return "id:convai2\t" + "\n".join(lines) + "\tepisode_done:True\n"
 
 
 def openai() -> list[dict[str, str]]:

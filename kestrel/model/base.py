@@ -169,7 +169,6 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
         raise KestrelError(
             f"{chosen.name} is saved in 4 bit and cannot be sharded; name the model that it was made from"
         )
-    skeleton = skeleton_of(config, chosen.trust_remote_code)
     place = _room_for_whole(expected_footprint_bytes(skeleton, wanted), settings) if to_be_sharded else device()
     quantization = (
         BitsAndBytesConfig(

@@ -24,6 +24,7 @@ STAMPS = [
     "20/6/2017 8:28 p. m. - {}", "1/14/23, 7:02\u202fPM - {}", "[01-29-2018, 23:33:00] {}", "2018/07/28 10:13 - {}",
     "[31/12/2019, 2:14:40 a.m.] {}", "[07.03.26, 21:22:39] {}", "03.08.21, 12:30 - {}", "31.12.2023 klo 22.05 - {}",
     "[2023/12/31 下午10:05:07] {}", "2023. 12. 31. 22:05 - {}", "31/12/2023 à 22:05 - {}", "\u200e[31/12/23, 22:05:07] {}",
+    "31.12.23 г., 22:05 ч. - {}", "22:05, 31/12/2023 - {}", "[22:05:07 31/12/2023] {}",
     "[٣١\u200f/١٢\u200f/٢٠٢٣، ١٠:٠٥:٠٧ م] {}",
 ]  # fmt: skip
 
@@ -189,6 +190,9 @@ def test_messages_that_cannot_be_learned_are_counted_with_their_place(tmp_path: 
     _, counts = read(write(tmp_path, "\n".join(map(json.dumps, rows))))
     assert counts.dropped == {messages.TOOLS: 2, messages.NOT_TEXT: 1, messages.UNKNOWN_ROLE: 1, messages.UNFIT: 2}
     assert counts.first[messages.UNKNOWN_ROLE].endswith("data.x:5, messages[6], by 'moderator'")
+    unwanted = [SYSTEM, *openai()[:1], {**openai()[1], "weight": 0}]
+    _, counts = read(write(tmp_path, json.dumps({"messages": unwanted})))
+    assert counts.repaired == {"replies learned although their weight is 0": 1}
     with pytest.raises(KestrelError, match="yields no dialogue .*it calls tools"):
         read(write(tmp_path, json.dumps(rows[1])))
 

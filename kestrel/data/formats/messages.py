@@ -65,6 +65,8 @@ def _dialogue(row: Row, dialogue_id: str, counts: ReadCounts) -> RawDialogue | N
             return None
         if role in _SPEAKERS:
             turns.append(RawTurn(_SPEAKERS[role], content))
+            if role == "self" and message.values.get("weight") == 0:
+                counts.repair("replies learned although their weight is 0", message.where)
         elif turns:
             counts.repair("system messages left out: after the first turn", message.where)
         else:

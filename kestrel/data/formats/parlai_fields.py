@@ -17,7 +17,8 @@ COLUMNS: list[set[str]] = []  # lines of fields instead
 
 def matches(start: str) -> bool:
     """Whether a file that starts so has this form."""
-    return start.startswith("text:") and ("\tlabels:" in start or "\tepisode_done:" in start)
+    fields = {field.partition(":")[0] for field in start.split("\n", 1)[0].rstrip().split("\t") if ":" in field}
+    return "text" in fields and not fields.isdisjoint({"labels", "eval_labels", "episode_done"})
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:

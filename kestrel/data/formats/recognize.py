@@ -81,6 +81,9 @@ _REFUSED: list[tuple[set[str], str]] = [
         {"from", "value"},
         'this is one conversation as a list; put {"conversations": [...]} around it, and bring several.',
     ),
+    ({"AuthorID", "Content"}, "this is a Discord channel as a table; export it as JSON."),
+    ({"user", "text", "ts"}, "this is an export of Slack; write its messages as `messages`, or as a table."),
+    ({"is_user", "mes"}, "this is a chat of SillyTavern; write its messages as `messages`."),
     ({"mapping", "title"}, "this is an account's export of ChatGPT; write its messages as `messages`."),
     ({"interlocutor_id", "persona"}, "these are the personas of RealPersonaChat; set data.source to its dialogues."),
     ({"text"}, "this is a text for each row, without turns; write the turns as `messages` or `turns`."),
@@ -137,10 +140,14 @@ def _first_row(file: SourceFile, must_exist: bool) -> Row | None:
         row = next(file.rows(), None)
         if row is None:
             raise KestrelError(f"{file.path}: the file has no rows.")
-    except KestrelError:
-        if must_exist:
-            raise
-        return None
+    except KestrelError as error:
+        if not must_exist:
+            return None
+        if file_type(file.path) == "text":
+            raise KestrelError(
+                f"{error} If this is no table, it is in no format that docs/your-own-data.md names."
+            ) from None
+        raise
     return row
 
 

@@ -23,12 +23,11 @@ from kestrel.errors import KestrelError
 COLUMNS: list[set[str]] = []  # lines instead
 
 _MARKS = "[\u200e\u200f\u202a-\u202e]*"
-_BEGINNING = re.compile(
-    rf"{_MARKS}\[?(\d{{1,4}})[./-]\s?(\d{{1,2}})[./-]\s?(\d{{1,4}})\.?[,،]?\s+(?:[^\W\d]+\s?)??"
-    r"((?:[^\W\d]{2}\s?)?\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:\s?[ap]\.?\s?m\.?|\s[صم])?)"
-    rf"(?:\]|\s[-\u2013])\s{_MARKS}(.*)",
-    re.IGNORECASE | re.DOTALL,
-)
+_DATE = r"(\d{1,4})[./-]\s?(\d{1,2})[./-]\s?(\d{1,4})\.?(?:\s[^\W\d]\.)?"  # Bulgarian writes "г." after the year
+_CLOCK = r"((?:[^\W\d]{2}\s?)?\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:\s?[ap]\.?\s?m\.?|\s[صم])?)(?:\s[^\W\d]\.)?"
+_REST = rf"(?:\]|\s[-\u2013])\s{_MARKS}(.*)"
+_DATE_FIRST = re.compile(rf"{_MARKS}\[?{_DATE}[,،]?\s+(?:[^\W\d]+\s?)??{_CLOCK}{_REST}", re.IGNORECASE | re.DOTALL)
+_TIME_FIRST = re.compile(rf"{_MARKS}\[?{_CLOCK},?\s+{_DATE}{_REST}", re.IGNORECASE | re.DOTALL)  # Vietnamese
 _NAMED = re.compile(r"([^:\n]{1,80}?): ?(.*)", re.DOTALL)
 _ORDERS = {"day first": (2, 1, 0), "month first": (2, 0, 1), "year first": (0, 1, 2)}
 _AFTERNOON = re.compile(r"p|下午|午後|오후|م", re.IGNORECASE)
@@ -55,7 +54,7 @@ class _Entry(NamedTuple):
 
 def matches(start: str) -> bool:
     """Whether a file that starts so is an export: its first line has a time."""
-    return _BEGINNING.match(start.split("\n", 1)[0].replace("\u200f", "")) is not None
+    return _beginning(start.split("\n", 1)[0].replace("\u200f", ""), "") is not None
 
 
 def read(file: SourceFile) -> Iterator[RawDialogue]:
@@ -85,16 +84,27 @@ def _entries(file: SourceFile) -> Iterator[_Entry]:
     entry: _Entry | None = None
     for number, line in lines_without_ends(file.path):
         line = line.replace("\u200f", "")  # Arabic and Hebrew dates are full of this mark
-        begins = _BEGINNING.fullmatch(line)
+        begins = _beginning(line, f"{file.path}:{number}")
         if begins:
             if entry:
                 yield entry
-            date = (int(begins[1]), int(begins[2]), int(begins[3]))
-            entry = _Entry(date, begins[4], begins[5], f"{file.path}:{number}")
+            entry = begins
         elif entry:
             entry = entry._replace(text=f"{entry.text}\n{line}")
     if entry:
         yield entry
+
+
+def _beginning(line: str, where: str) -> _Entry | None:
+    """The message that begins with a line, or None where it goes on with another."""
+    if found := _DATE_FIRST.fullmatch(line):
+        *numbers, clock, text = found.groups()
+    elif found := _TIME_FIRST.fullmatch(line):
+        clock, *numbers, text = found.groups()
+    else:
+        return None
+    year, month, day = map(int, numbers)  # in the phone's order
+    return _Entry((year, month, day), clock, text, where)
 
 
 def _order(dates: list[tuple[int, int, int]], file: SourceFile) -> str:
