@@ -43,6 +43,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.trivial_systems import replies_of_other_split
     from kestrel.runtime.atomic import folder_atomically, write_json
     from kestrel.runtime.disk_space import evaluation_bytes, room_for
+    from kestrel.runtime.manifest import with_own_hash
     from kestrel.runtime.output import print_marked
 
     options = settings.evaluation
@@ -81,7 +82,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     folder = output_folder(settings, run_dir, paths)
     needed = evaluation_bytes([file.path for file in files])
     with room_for("scores and report", needed, folder.parent), folder_atomically(folder) as unfinished:
-        write_json(unfinished / "metrics.json", evaluation.metrics)
+        write_json(unfinished / "metrics.json", with_own_hash(evaluation.metrics))
         write_responses(unfinished / "responses", evaluation)
         log = None if options.compare or options.generations else run_dir / "logs" / "training.jsonl"
         write_report(unfinished, evaluation, log, options.samples, settings.seed)

@@ -110,7 +110,8 @@ def blocks(events: Events) -> gr.Blocks:
 def _personas(events: Events, persona: gr.Textbox) -> None:
     """Saved personas to choose from, a name to save one under, and another adapter; for the user of this machine."""
     with gr.Accordion("Saved personas and adapters", open=False, visible=events.is_private):
-        saved = gr.Dropdown(saved_personas(), value=None, label="Take a saved persona", elem_id="saved")
+        names = saved_personas() if events.is_private else []  # also of what is not visible, the page has the names
+        saved = gr.Dropdown(names, value=None, label="Take a saved persona", elem_id="saved")
         name = gr.Textbox(label="Save the persona under this name (Enter)", elem_id="keep")
         adapter = gr.Textbox(label="Answer by another adapter: folder or Hub id (Enter)", elem_id="adapter-name")
     if events.is_private:

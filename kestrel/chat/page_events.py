@@ -40,11 +40,13 @@ class Session:
 
 @contextmanager
 def errors_on_page() -> Iterator[None]:
-    """Shows a KestrelError as a message on the page."""
+    """Shows what went wrong as a message on the page. Gradio (6.31) would take markup in it for markup."""
     try:
         yield
     except KestrelError as error:
-        raise gr.Error(str(error), print_exception=False) from None
+        raise gr.Error(html.escape(str(error)), print_exception=False) from None
+    except Exception as error:  # noqa: BLE001  whatever a request of no page of ours brings, nothing of it is logged
+        raise gr.Error(f"unexpected {type(error).__name__}", print_exception=False) from None
 
 
 def generation_settings(
@@ -157,9 +159,10 @@ class Events:
         """
         if self.model.is_busy:
             gr.Info("The model answers somebody else; your answer comes after that.")
+        with errors_on_page():
+            settings = generation_settings(self.settings, *controls)
         conversation, message, stop = session.conversation, exchange.message, threading.Event()
         session.stop, session.undone = stop, False
-        settings = generation_settings(self.settings, *controls)
         answers = self.model.stream_exchange(exchange, context, compare, settings, stop, begun)
         failed = _idle_box(value=message) if before is None else _idle_box()
         try:
@@ -174,7 +177,7 @@ class Events:
         except Exception as error:  # noqa: BLE001  of many types, and the page must stay usable
             conversation.exchanges[:] = conversation.exchanges if before is None else before
             yield [failed, "", *self.columns(session)]
-            raise gr.Error(f"The model failed to answer: {error}", print_exception=False) from None
+            raise gr.Error(f"The model failed to answer: {html.escape(str(error))}", print_exception=False) from None
         finally:
             session.stop = None
         box = _idle_box()
@@ -237,7 +240,7 @@ class Events:
     def use_adapter(self, name: str) -> None:
         """Answers by another adapter, on every open page."""
         with errors_on_page():
-            gr.Info(self.model.use_adapter(name.strip()))
+            gr.Info(html.escape(self.model.use_adapter(name.strip())))
 
     def export(self, session: Session) -> str:
         with errors_on_page():

@@ -219,7 +219,10 @@ def _explain(problem: Any, keys: dict[str, Key], report: Callable[[str, str], No
     """One pydantic error in the words of the settings."""
     parts = [str(part) for part in problem["loc"]]
     dotted = next((name for name in _ancestors(".".join(parts)) if name in keys), ".".join(parts))
-    value = repr(problem["input"])
+    try:
+        value = repr(problem["input"])
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        value = "a number of thousands of digits"
     found = f"found {value}" if len(value) <= 200 else f"found {value[:60]}… ({len(value):,} characters)"
     if problem["type"] == "extra_forbidden":
         if parts[0] in keys:  # `training.epochs: 1` for a section with a key
@@ -280,7 +283,7 @@ def _read(config: str) -> str:
     except ValueError as error:  # a zero byte in the name
         raise UsageError([f"{config!r}: {error}"]) from None
     except OSError as error:
-        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        siblings = [str(p) for p in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []
         reason = (error.strerror or "unreadable").lower()
         raise UsageError([f"{config}: {reason}{_nearest(config, siblings)}"]) from None
 

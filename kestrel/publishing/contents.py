@@ -67,7 +67,7 @@ def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:
     files[CARD] = model_card(public, records, datasets_on_hub(settings), is_falcon, example_prompt(prompt)).encode()
     for name, content in files.items():
         if name != WEIGHTS:
-            _refuse_private_text(name, content)
+            refuse_private_text(name, content)
     return files
 
 
@@ -129,7 +129,7 @@ def public_settings(settings: Settings, base: str) -> Settings:
     )
 
 
-def _refuse_private_text(name: str, text: bytes) -> None:
+def refuse_private_text(name: str, text: bytes) -> None:
     """The last check: nothing that is published names this machine's folders or the Hub's token."""
     from huggingface_hub import get_token
 

@@ -17,7 +17,7 @@ from kestrel.data.dataset import open_dataset
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import read_json
-from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, require_equal
+from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, require_equal, with_own_hash
 
 _METRICS = ("signature", "split", "n_replies", "n_dialogues", "normalization", "paired_test", "paired", "verdicts")
 
@@ -129,6 +129,8 @@ def _evaluation_of(
         }
     except (KeyError, TypeError) as error:
         raise KestrelError(f"{path} is damaged or scores no adapter ({error}); {remedy}") from None
+    if metrics != with_own_hash(metrics):
+        raise KestrelError(f"{path} was edited, or is of an earlier version: its own sha256 does not match; {remedy}")
     if made_from is None:
         raise KestrelError(f"{path} scores answers that generate.py has replaced or removed since; {remedy}")
     if made_from.get("adapter") not in identities:

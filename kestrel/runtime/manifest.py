@@ -90,7 +90,7 @@ def write_manifest(folder: Path, kind: str, settings: dict[str, Any], made_from:
 
 
 def with_own_hash(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with the hash of its other entries."""
+    """The manifest, or metrics.json, with the hash of its other entries."""
     rest = {key: value for key, value in manifest.items() if key != _OWN_HASH}
     return {**rest, _OWN_HASH: sha256_of_json(rest)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import zipfile
@@ -206,9 +205,3 @@ def test_the_hubs_token_is_written_nowhere(prepared: Experiment, tmp_path):
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 30
     assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
-
-
-def test_the_tests_that_security_md_names_exist():
-    root = Path(__file__).resolve().parents[2]
-    named = set(re.findall(r"`(tests/[\w/.]+)`", (root / "SECURITY.md").read_text(encoding="utf-8")))
-    assert len(named) > 8 and [name for name in named if not (root / name).is_file()] == []

@@ -78,14 +78,16 @@ def test_only_this_machine_is_served(served, trained, capsys):
     assert f"cannot listen at 127.0.0.1, port {served.port}" in capsys.readouterr().err
 
 
-def test_an_open_host_wants_the_token_that_was_printed_and_keeps_it_out_of_the_address(trained, browser):
+def test_an_open_host_wants_the_token_that_was_printed_and_keeps_it_out_of_the_address(trained, browser, tmp_path):
     def status(path: str, **headers: str) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.getheader("Set-Cookie") or answer.read().decode(errors="replace")
 
-    with Served(trained.arguments(*LONG), "--host", "0.0.0.0") as server:
+    (tmp_path / "kestrel" / "personas").mkdir(parents=True)
+    (tmp_path / "kestrel" / "personas" / "hidden-one.txt").write_text("i am saved .")
+    with Served(trained.arguments(*LONG), "--host", "0.0.0.0", XDG_CONFIG_HOME=str(tmp_path)) as server:
         assert server.process.stdout and len(server.token) > 20
         assert "nothing is encrypted" in server.process.stdout.readline()
         wrong = f"{server.token[:-1]}_"
@@ -97,7 +99,10 @@ def test_an_open_host_wants_the_token_that_was_printed_and_keeps_it_out_of_the_a
         assert given == 303 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
         assert status("/", Cookie=cookie.partition(";")[0])[0] == 200
         assert status("/", Cookie=cookie.partition(";")[0], Origin="http://elsewhere.example")[0] == 403
+        shown = status("/config", Cookie=cookie.partition(";")[0])[1]
+        assert "elem_id" in shown and "hidden-one" not in shown
         page = Page(browser, f"{server.url}?token={server.token}")
+        assert not page.find("#adapter-name") and not page.find("#saved")
         page.say("hi !")
         assert len(page.answers()) == 1 and "token" not in browser.current_url
 

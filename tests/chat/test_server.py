@@ -261,4 +261,12 @@ def test_text_stays_text(page):
     assert page.messages() == [ATTACK] and page.messages("base") == [ATTACK]
     assert page.browser.title == "Kestrel"
     assert not page.find(".message-content :is(img, script, a, b, i, thinking, iframe)")
+    label = (
+        "return [...document.querySelectorAll('button')].find(e => e.textContent.includes('Saved personas')).click()"
+    )
+    page.browser.execute_script(label)
+    name = page.find("#adapter-name textarea, #adapter-name input")[0]
+    page.until(name.is_displayed)
+    name.send_keys("<b>an</b> <img src=x>adapter\n")
+    page.toast("model.adapter <b>an</b> <img src=x>adapter: no such folder")
     assert not [entry for entry in page.browser.get_log("browser") if entry["level"] == "SEVERE"]

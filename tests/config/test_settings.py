@@ -217,10 +217,19 @@ def test_paths_that_no_script_could_use_are_refused_by_key(tmp_path: Path) -> No
     assert f"--run_dir: {file} is a file" in refused(path, run_dir=str(file))
     assert f"--run_dir: {file / 'run'} is below a file" in refused(path, run_dir=str(file / "run"))
     assert "a pipe to which nobody writes" in refused(pipe)
+    assert "file name too long" in refused(Path("/".join("x" * 2500)))
 
 
 @pytest.mark.parametrize(
-    "text", ["a: x\n" * 2_000_000, "- a\n" * 20_000, "[" + "a," * 130_000, 'a: "' + "\\x41" * 60_000, "{" * 5_000]
+    "text",
+    [
+        "seed: 0x" + "f" * 5000,
+        "a: x\n" * 2_000_000,
+        "- a\n" * 20_000,
+        "[" + "a," * 130_000,
+        'a: "' + "\\x41" * 60_000,
+        "{" * 5_000,
+    ],
 )
 def test_files_that_are_no_experiment_are_refused_at_once(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.yaml"

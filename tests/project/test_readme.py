@@ -103,6 +103,19 @@ def test_the_readme_is_short_and_its_index_finds_every_page() -> None:
     assert {name for name in PAGES if name not in ("README.md", "quickstart/README.md")} <= linked
 
 
+def test_the_tests_that_pages_name_exist() -> None:
+    """Files, and in SECURITY.md for each threat the tests in them."""
+    named = {name for text in PAGES.values() for name in re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", text)}
+    defined = {
+        f"{path.relative_to(ROOT).as_posix()}{found}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for found in ["", *(f"::{test}" for test in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))]
+    }
+    assert len(named) > 30 and named <= defined
+    threats = re.findall(r"^\|.*\|$", PAGES["SECURITY.md"].partition("## What holds")[2], re.MULTILINE)[2:]
+    assert threats and all("::test_" in row.rpartition(" | ")[2] for row in threats)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[name]):

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 from experiment import Experiment
 from hub_state import USER, Hub
-from publishing_runs import REPO, end, published, publishing, run, start, stopped_at_a_large_file
+from huggingface_hub import constants
+from publishing_runs import BASE, REPO, end, published, publishing, run, start, stopped_at_a_large_file
 
 import generate
 import publish
+from kestrel.config.resolve import describe, resolve
 from kestrel.errors import KestrelError
+from kestrel.publishing.contents import public_settings, refuse_private_text
 from kestrel.publishing.run_records import read_adapter_files
 from kestrel.runtime.atomic import read_json, write_json
 from kestrel.runtime.manifest import sha256_of, with_own_hash
@@ -162,7 +165,9 @@ def test_adapter_that_was_tried_out_from_the_hub_can_be_published_again(
     assert done.status == 0 and "no commit was made" in done.said, done.said
 
 
-def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment, tmp_path: Path, capsys) -> None:
+def test_an_evaluation_of_answers_that_are_gone_or_edited_is_refused(
+    evaluated: Experiment, tmp_path: Path, capsys
+) -> None:
     run_dir = tmp_path / "run"
     given = publishing(evaluated, "--run_dir", str(run_dir), "--dry-run")
     shutil.copytree(evaluated.run, run_dir)
@@ -170,9 +175,38 @@ def test_an_evaluation_of_answers_that_are_gone_is_refused(evaluated: Experiment
     assert generate.main(evaluated.arguments("--run_dir", str(run_dir), *fewer)) == 0
     assert publish.main(given) == 1
     assert "has replaced or removed since; delete" in capsys.readouterr().err
+    metrics = read_json(run_dir / "evaluation" / "metrics.json", "")
+    metrics["systems"]["adapter"]["bleu"]["score"] += 10
+    write_json(run_dir / "evaluation" / "metrics.json", metrics)
+    assert publish.main(given) == 1
+    assert "metrics.json was edited" in capsys.readouterr().err
     (run_dir / "evaluation" / "metrics.json").write_text(json.dumps({"systems": {}}))
     assert publish.main(given) == 1
     assert "metrics.json is damaged or scores no adapter" in capsys.readouterr().err
+
+
+def test_settings_are_published_without_paths_names_and_personas(
+    evaluated: Experiment, tmp_path: Path, monkeypatch
+) -> None:
+    given = {
+        "data": {"source": "/mnt/a", "dataset": "/mnt/b", "self": "Ann Example", "persona": ["i am Ann."]},
+        "training": {"init_adapter": "/mnt/c", "resume": "/mnt/d"},
+        "evaluation": {"nli": "/mnt/e", "output": "/mnt/f"}
+        | {name: ["/mnt/g"] for name in ("generations", "compare", "judgements", "extra_metrics")},
+        "model": {"adapter": "/mnt/h"},
+        "prompt": {"chat_template": "/mnt/i"},
+    }
+    settings, _ = resolve(str(evaluated.config), {})
+    changed = {name: getattr(settings, name).model_copy(update=values) for name, values in given.items()}
+    settings = settings.model_copy(update={"run_dir": "/mnt/j", **changed})
+    public = describe(public_settings(settings, BASE), {})
+    assert "/mnt" not in public and "Ann" not in public and str(evaluated.base) not in public
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("hf_OfALogin0000000000")
+    with pytest.raises(KestrelError, match="contains the Hub's token"):
+        refuse_private_text("README.md", b"the token hf_OfALogin0000000000")
+    with pytest.raises(KestrelError, match="names a folder of this machine"):
+        refuse_private_text("README.md", f"in '{Path.cwd()}/runs'".encode())
 
 
 def linked(path: Path) -> None:
