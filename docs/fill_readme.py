@@ -111,7 +111,7 @@ def settings_table() -> str:
 def excerpt(output: str) -> str:
     """The lines of the quickstart's output that say what was achieved: 15 at most."""
     lines = output.splitlines()
-    kept = [line for line in lines if line.startswith(("best validation loss", "proven: saved"))]
+    kept = [line for line in lines if line.startswith(("best validation loss", "it learned", "proven: saved"))]
     scores = lines.index(next(line for line in lines if line.startswith("Scores with 95% intervals")))
     kept += [line for line in lines[scores : scores + 12] if line]
     return "\n".join(kept + [line for line in lines if line.startswith("adapter beats base")])

@@ -73,10 +73,13 @@ def expected(folder: Path, adapter: Path | None, tokenizer: Any, texts: list[str
 
 
 def served(model: Path, adapter: Path | None, texts: list[str]) -> list[str]:
-    """Greedy answers of llama.cpp's server."""
+    """Greedy answers of llama.cpp's server, with as many threads as torch has."""
+    import torch
+
     library: Any = importlib.import_module("xllamacpp")
     parameters = library.CommonParams()
     parameters.model.path, parameters.n_ctx, parameters.warmup = str(model), 2048, False
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
     if adapter is not None:
         given = library.CommonAdapterLoraInfo()
         given.path, given.scale = str(adapter), 1.0

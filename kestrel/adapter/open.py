@@ -21,7 +21,7 @@ from kestrel.adapter.source import (
     require_files,
 )
 from kestrel.adapter.weights import check_weights
-from kestrel.config.settings import Settings, is_hub_id
+from kestrel.config.settings import DECISIVE_TRAINING_SETTINGS, Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime.atomic import read_json
@@ -57,6 +57,7 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
         if settings.training.init_adapter is None:  # else the shape is that adapter's
             recorded = _compared(manifest["settings"].get("lora"))
             require_equal(f"the adapter in {folder}", {"lora": recorded}, {"lora": ours}, remedy)
+        _name_other_training(settings, manifest, command)
         return folder, manifest
     folder = find_adapter(name)
     if is_made_by_kestrel(folder):
@@ -71,6 +72,15 @@ def open_adapter(settings: Settings, prompt: Prompt, base: dict[str, Any], comma
     for line in differences({"lora": _compared(manifest["settings"].get("lora"))}, {"lora": ours}):
         print(f"note: {name}: {line}; the adapter's own value is used", file=sys.stderr)
     return folder, manifest
+
+
+def _name_other_training(settings: Settings, manifest: dict[str, Any], command: str) -> None:
+    """Says which settings of the training are not those that the run's adapter was trained with."""
+    now = settings.training.model_dump(include=DECISIVE_TRAINING_SETTINGS)
+    recorded = manifest["settings"].get("training")
+    then = {key: recorded.get(key, value) for key, value in now.items()} if isinstance(recorded, dict) else now
+    for line in differences({"training": then}, {"training": now}, "this run was trained with {}, not {}"):
+        print(f"note: {line}; to train it again: {command} --training.resume never", file=sys.stderr)
 
 
 def read_adapter(folder: Path, expected: dict[str, Any], if_other: str, if_damaged: str) -> dict[str, Any]:

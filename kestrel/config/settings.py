@@ -37,6 +37,10 @@ Prose = Annotated[str, Field(max_length=4095), AfterValidator(lambda text: _with
 Place = Annotated[Text, AfterValidator(os.path.expanduser)]
 SYSTEM = "You are the following person. Answer as this person would."
 LABELS = ("Persona", "Partner", "You")
+# Of training.*, what shapes the weights. A resumed run and a published adapter must agree in these; others may change.
+DECISIVE_TRAINING_SETTINGS = {
+    "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
+}  # fmt: skip
 MEMORY_FORM = "an amount of memory such as 24GiB"
 # The names that transformers' Trainer knows (5.23); a test compares them.
 Tracker = Literal[

@@ -15,7 +15,7 @@ from typing import Any
 
 from kestrel.adapter.source import CONFIG, PROMPT, WEIGHTS
 from kestrel.config.resolve import describe
-from kestrel.config.settings import Settings, is_hub_id
+from kestrel.config.settings import DECISIVE_TRAINING_SETTINGS, Settings, is_hub_id
 from kestrel.errors import KestrelError
 from kestrel.model.defaults import settings_for
 from kestrel.prompt.load import load_prompt
@@ -31,7 +31,6 @@ from kestrel.runtime.manifest import (
     require_equal,
     with_own_hash,
 )
-from kestrel.training.checkpoints import DECISIVE_TRAINING_SETTINGS
 
 
 def files_to_publish(settings: Settings, again: str) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from kestrel.adapter.compute_dtype import with_compute_dtype
 from kestrel.adapter.source import find_adapter
-from kestrel.config.settings import Settings
+from kestrel.config.settings import DECISIVE_TRAINING_SETTINGS, Settings
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, read_manifest, require_equal
@@ -25,10 +25,6 @@ from kestrel.training.schedule import EXTENDABLE
 KIND = "checkpoint"
 _STATE = "trainer_state.json"
 _SKIPPED = "this checkpoint is skipped"
-# Of training.*, what shapes the weights. A resumed run and a published adapter must agree in these; others may change.
-DECISIVE_TRAINING_SETTINGS = {
-    "batch_size", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "max_grad_norm", "optimizer",
-}  # fmt: skip
 
 
 def with_recorded_dtype(settings: Settings, planned: bool) -> Settings:

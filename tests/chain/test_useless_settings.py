@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import generate
 import preprocess
 import publish
 import train
@@ -24,3 +25,12 @@ def test_an_option_for_another_script_is_refused_or_named(prepared, tmp_path, ca
     assert "\ndata.persona was not used: each dialogue has a persona of its own\n" in said.out
     assert "note: --model.adapter is for generate.py; preprocess.py does not use it\n" in said.err
     assert "\nnext: python generate.py " in said.out, "train.py refuses it"
+
+
+def test_an_adapter_of_other_settings_is_named(evaluated, tmp_path, capsys) -> None:
+    arguments = evaluated.copy_to(tmp_path / "run")
+    for more, says in (["--training.learning_rate", "0.5"], "0.01, not 0.5"), (["--training.evaluations", "2"], ""):
+        capsys.readouterr()
+        assert generate.main([*arguments, *more]) == 0
+        note = f"note: training.learning_rate: this run was trained with {says}; to train it again: python train.py --config"
+        assert (note in capsys.readouterr().err) == bool(says)
