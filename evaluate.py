@@ -39,12 +39,11 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     from kestrel.evaluation.run_files import files_to_score, output_folder, runs_of
     from kestrel.evaluation.scoring import evaluate_files, write_responses
     from kestrel.evaluation.sheet import write_sheet
-    from kestrel.evaluation.tables import summary
+    from kestrel.evaluation.tables import print_summary
     from kestrel.evaluation.trivial_systems import replies_of_other_split
     from kestrel.runtime.atomic import folder_atomically, write_json
     from kestrel.runtime.disk_space import evaluation_bytes, room_for
     from kestrel.runtime.manifest import with_own_hash
-    from kestrel.runtime.output import print_marked
 
     options = settings.evaluation
     nli = None
@@ -86,8 +85,7 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
         write_responses(unfinished / "responses", evaluation)
         log = None if options.compare or options.generations else run_dir / "logs" / "training.jsonl"
         write_report(unfinished, evaluation, log, options.samples, settings.seed)
-    for text, is_worse in summary(evaluation.metrics):
-        print_marked(text, is_worse)
+    print_summary(evaluation.metrics)
     print(f"\n{folder}/report.html shows everything; {folder}/metrics.json has the numbers")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from kestrel.evaluation.metric_table import BY_NAME, DETAILED, METRICS, Column, Metric
 from kestrel.evaluation.spread import SPREAD_METRICS
 from kestrel.evaluation.verdicts import WORSE
+from kestrel.runtime.output import print_marked
 
 WIDTH = 100  # columns of the terminal
 NONE = "–"  # a cell without a value
@@ -263,3 +264,9 @@ def summary(metrics: Mapping[str, Any]) -> list[tuple[str, bool]]:
             wrapped = textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
             found.append((wrapped, WORSE in line))
     return found
+
+
+def print_summary(metrics: Mapping[str, Any]) -> None:
+    """Prints `summary`; what got worse is red on a terminal."""
+    for text, is_worse in summary(metrics):
+        print_marked(text, is_worse)

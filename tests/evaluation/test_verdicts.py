@@ -79,11 +79,10 @@ def test_five_dialogues_give_no_verdict():
 def test_what_got_worse_is_red_on_a_terminal():
     """Through a terminal of its own: the filter that shows control characters must let ours through, and no others."""
     program = (
-        "from kestrel.evaluation import tables; from kestrel.runtime.output import prepare_output, print_marked\n"
+        "from kestrel.evaluation import tables; from kestrel.runtime.output import prepare_output\n"
         "tables.all_tables = lambda _: []; prepare_output()\n"
         "verdicts = ['a\\x1b[2J is WORSE than b.', 'a beats c.']\n"
-        "for each in tables.summary({'signature': 's', 'systems': {}, 'verdicts': verdicts, 'notes': ['n']}):\n"
-        "    print_marked(*each)\n"
+        "tables.print_summary({'signature': 's', 'systems': {}, 'verdicts': verdicts, 'notes': ['n']})\n"
     )
     expected = ["s", "", "{}a\\x1b[2J is WORSE than b.{}", "a beats c.", "", "Notes", "n", ""]
     primary, terminal = pty.openpty()
