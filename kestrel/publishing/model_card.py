@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.evaluation.metric_table import HEADLINES, METRICS
@@ -50,19 +52,24 @@ def model_card(
         tags=["lora", "persona", "dialogue", "kestrel"],
         base_model_relation="adapter",
     )
-    body = render(
-        "card.md",
-        name=name,
-        repo_id=repo_id,
-        base=settings.model.name,
-        data_name=settings.data.source,
-        is_falcon=is_falcon,
-        example=example,
-        scores=scores_table(metrics) if metrics else None,
-        headlines=HEADLINES,
-        records=records,
-        **records.adapter["settings"],
-    )
+    try:
+        body = render(
+            "card.md",
+            name=name,
+            repo_id=repo_id,
+            base=settings.model.name,
+            data_name=settings.data.source,
+            is_falcon=is_falcon,
+            example=example,
+            scores=scores_table(metrics) if metrics else None,
+            headlines=HEADLINES,
+            records=records,
+            **records.adapter["settings"],
+        )
+    except (TypeError, ValueError, TemplateError) as error:
+        raise KestrelError(
+            f"the adapter's manifest lacks what the card says, or has it in another form ({error})"
+        ) from None
     content = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
     check_metadata(content)
     return content

@@ -59,7 +59,7 @@ def test_published_and_loaded_back_it_gives_the_same_tokens(evaluated: Experimen
     shutil.rmtree(fresh / "generations")
     hub.endpoint = "http://127.0.0.1:9"
     done = run("generate.py", *arguments, "--generation.max_dialogues", "1", hub=hub, home=tmp_path / "home")
-    assert done.status == 0 and "only its cache is used" in done.said, done.said
+    assert done.status == 0 and "cache on this machine is used" in done.said, done.said
 
 
 def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
@@ -89,13 +89,24 @@ def test_card_says_what_manifests_and_metrics_say(evaluated: Experiment, hub: Hu
     manifest = json.loads((evaluated.run / "adapter" / "manifest.json").read_text())
     assert f"{manifest['trainable_parameters']:,} trained parameters" in card and manifest["git_commit"][:7] in shown
     facts = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE))
-    assert facts["hardware"].startswith("1 × ") and facts["energy"] == "not measured"
+    assert facts["hardware"].startswith("1 × ") and facts["energy"] == "not recorded"
     dataset = json.loads((evaluated.run / "dataset" / "manifest.json").read_text())
     assert dataset["made_from"]["source"] and manifest["made_from"]["dataset"] in facts["data"]
     for name, digest in dataset["made_from"]["source"].items():
         assert facts[f"sha256 of {name}"] == digest
     assert data["base_model_relation"] == "adapter" and "Answers: greedy search; at most 8 tokens" in card
     assert all(escape(verdict) in card for verdict in metrics["verdicts"])
+
+
+def test_the_card_says_what_was_trained_before(evaluated: Experiment, tmp_path: Path, capsys) -> None:
+    shutil.copytree(evaluated.run, tmp_path / "run")
+    manifest = read_json(tmp_path / "run" / "adapter" / "manifest.json", "")
+    before = {"history": [{"steps": 1234, "learning_rate": 5e-4}], "init_adapter": {"sha256": "a" * 64}}
+    write_json(tmp_path / "run" / "adapter" / "manifest.json", with_own_hash({**manifest, **before}))
+    assert publish.main(publishing(evaluated, "--run_dir", str(tmp_path / "run"), "--dry-run")) == 0
+    card = capsys.readouterr().out
+    assert "| before it was trained on | 1,234 steps in all, learning rate 0.0005 |" in card
+    assert f"| begun from | another adapter, sha256 of its weights {'a' * 64} |" in card
 
 
 def test_usage_of_the_card_gives_the_answer_of_this_project(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
@@ -156,17 +167,22 @@ def test_dry_run_shows_all_and_sends_nothing(evaluated: Experiment, hub: Hub, tm
 
 
 @pytest.mark.parametrize(
-    ("key", "message"), [("prompt_sha256", "scores another adapter"), ("dataset", "was trained on another data set")]
+    ("key", "message"),
+    [
+        ("prompt_sha256", "scores another adapter"),
+        ("dataset", "was trained on another data set"),
+        ("tokens", "lacks what the card says"),
+    ],
 )
 def test_evaluation_or_dataset_of_another_adapter_is_refused(
     evaluated: Experiment, tmp_path: Path, capsys, key: str, message: str
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(evaluated.run, copy)
-    if key == "dataset":
+    if key != "prompt_sha256":
         shutil.rmtree(copy / "evaluation")
     manifest = read_json(copy / "adapter" / "manifest.json", "")
-    manifest["made_from"][key] = "0" * 64
+    (manifest if key == "tokens" else manifest["made_from"])[key] = "0" * 64
     write_json(copy / "adapter" / "manifest.json", with_own_hash(manifest))
     assert publish.main(publishing(evaluated, "--run_dir", str(copy), "--dry-run")) == 1
     assert message in capsys.readouterr().err
