@@ -194,6 +194,8 @@ class Terminal:
         before, last = list(self.conversation.exchanges), self.conversation.exchanges.pop()
         try:
             self._answer(last, context, False, begun)
+            if self.conversation.exchanges[-1].reply == last.reply:
+                print("(the answer had ended; nothing was added)")
         finally:
             if len(self.conversation.exchanges) < len(before):
                 self.conversation.exchanges[:] = before

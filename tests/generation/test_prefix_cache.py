@@ -63,11 +63,15 @@ def test_rows_are_those_of_the_plain_way(models, prompt, architecture, as_base, 
     assert any(question.span is None for questions in asked for question in questions)
     chosen = Generation(max_new_tokens=12, candidates=True)
     disabled = model.disable_adapter() if as_base else torch.no_grad()
+    ended: list[list[int]] = [[], []]  # answers, as a progress bar hears of them
     with disabled:
-        large = answer(model, prompt, asked, chosen, 0)
+        large = answer(model, prompt, asked, chosen, 0, on_end=ended[0].append)
         small = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 130}), 0)
         monkeypatch.setattr("kestrel.generation.answers.decodes_from_prefixes", lambda *_: False)
-        plain = answer(model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 1}), 0)
+        plain = answer(
+            model, prompt, asked, chosen.model_copy(update={"tokens_per_step": 1}), 0, on_end=ended[1].append
+        )
+    assert [sum(counts) for counts in ended] == [len(large)] * 2 and min(map(len, ended)) > 2
     for expected, *found in zip(plain, large, small, strict=True):
         for row in found:
             assert row.keys() == expected.keys()
