@@ -166,8 +166,8 @@ def _scores(evaluation: Evaluation, metrics: Sequence[Metric], names: Sequence[s
 
 
 def _lines(label: str, bins: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Any:
-    canvas, axes = _canvas(3.0)
     systems = list(bins[0]["systems"])
+    canvas, axes = _canvas(3.0 + _legend_below(len(systems)))
     for i, system in enumerate(systems):
         entries = [row["systems"][system] for row in bins]
         places = [x + 0.12 * (i - (len(systems) - 1) / 2) for x in range(len(bins))]
@@ -191,7 +191,7 @@ def _lengths(evaluation: Evaluation) -> Any:
     lengths = {name: [len(tokens(text)) for text in evaluation.systems[name].responses] for name in shown}
     # The axis ends just after 99% of the references; the last bin holds all longer replies.
     last = max(10, sorted(lengths["gold"])[int(0.99 * (len(lengths["gold"]) - 1))] + 5)
-    canvas, axes = _canvas(2.8)
+    canvas, axes = _canvas(2.8 + _legend_below(len(shown)))
     for i, name in enumerate(shown):
         counts = Counter(min(length, last) for length in lengths[name])
         heights = [100 * counts[n] / len(lengths[name]) for n in range(last + 1)]
@@ -204,11 +204,20 @@ def _lengths(evaluation: Evaluation) -> Any:
     return canvas
 
 
+def _legend_below(entries: int) -> float:
+    """The height of a legend below the axes, where it would cover the lines; 0 where it would not."""
+    return 0.12 * entries if entries > 3 else 0.0
+
+
 def _style(axes: Any) -> None:
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.legend(loc="best", labelcolor=COLOURS["ink"], fontsize=9.5)
+    style = {"labelcolor": COLOURS["ink"], "fontsize": 9.5}
+    if _legend_below(len(axes.get_legend_handles_labels()[1])):
+        axes.figure.legend(loc="outside lower center", ncols=2, **style)
+    else:
+        axes.legend(loc="best", **style)
 
 
 def _label(name: str) -> str:
