@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,7 +41,8 @@ def _corpus_bleu(pairs: Pairs) -> float:
     from nltk.translate.bleu_score import corpus_bleu
 
     references, responses = [[reference.split()] for _, reference in pairs], [response.split() for response, _ in pairs]
-    return float(100 * corpus_bleu(references, responses))
+    with warnings.catch_warnings(action="ignore"):  # it says at length that a score of 0 is one
+        return float(100 * corpus_bleu(references, responses))
 
 
 def _of_library(name: str, key: str, **options: Any) -> Callable[[Pairs], float]:
