@@ -71,12 +71,15 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         KestrelError: the address does not exist, or the port is taken.
     """
+    if not 0 <= port < 2**16:  # the system would take another one
+        raise KestrelError(f"cannot listen at {host}, port {port}: ports end at 65535; give another --port")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        advice = "give another --port" if error.errno == errno.EADDRINUSE else "give another --host"
-        raise KestrelError(f"cannot listen at {host}, port {port} ({error.strerror or error}); {advice}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no host can have
+        advice = "give another --port" if getattr(error, "errno", None) == errno.EADDRINUSE else "give another --host"
+        reason = getattr(error, "strerror", None) or error
+        raise KestrelError(f"cannot listen at {host}, port {port} ({reason}); {advice}") from None
 
 
 def is_loopback(host: str) -> bool:

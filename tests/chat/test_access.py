@@ -14,7 +14,8 @@ from browsers import requested
 from chat_page import AS_PERSONA, LONG, Page, Served
 
 import chat
-from kestrel.chat.server import is_loopback
+from kestrel.chat.server import is_loopback, listen
+from kestrel.errors import KestrelError
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,12 @@ from kestrel.chat.server import is_loopback
 )
 def test_which_hosts_are_loopback(host, alone):
     assert is_loopback(host) is alone
+
+
+@pytest.mark.parametrize(("host", "port", "advice"), [("a..b\udc9b", 0, "--host"), ("127.0.0.1", 70000, "--port")])
+def test_an_address_that_is_none_is_refused(host, port, advice):
+    with pytest.raises(KestrelError, match=f"give another {advice}"):
+        listen(host, port)
 
 
 def test_no_request_leaves_this_machine(browser, served):
