@@ -65,14 +65,13 @@ def open_corpus(settings: Data) -> Corpus:
         raise KestrelError(f"{settings.source}: the files are of different formats: {found}.")
     hashes = {path.relative_to(located.root).as_posix(): sha256_of(path) for path in formats}
     format = next(iter(formats.values()))
-    _refuse_unused(settings, format)
     return Corpus(settings.source, format, settings, list(formats), located.hub_commit | hashes, files)
 
 
-def _refuse_unused(settings: Data, format: str) -> None:
-    """Refuses what is for sources of another format, and would be ignored."""
-    for key, formats in _OF_SOME_FORMATS.items():
-        if getattr(settings, key) != Data.model_fields[key].default and format not in formats:
-            raise KestrelError(
-                f"data.{key} is for {', '.join(formats)}, and {settings.source} is {format}; leave it out"
-            )
+def unused_settings(corpus: Corpus) -> list[str]:
+    """A sentence for each setting that is for sources of another format."""
+    return [
+        f"data.{key} was not used: it is for {', '.join(formats)}, and the source is {corpus.format}"
+        for key, formats in _OF_SOME_FORMATS.items()
+        if getattr(corpus.settings, key) != Data.model_fields[key].default and corpus.format not in formats
+    ]

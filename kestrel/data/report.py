@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kestrel.config.settings import Settings
+from kestrel.data.corpus import unused_settings
 from kestrel.data.read_counts import ReadCounts
 from kestrel.data.spelling import Spelling, described
 from kestrel.data.splits import Splitter
@@ -118,6 +119,7 @@ def as_text(
     for split, read in counts.items():
         if read.dropped or read.repaired:
             lines.append(f"\nread for {split}:\n{read.table()}")
+    lines += [f"\n{sentence}" for sentence in unused_settings(splitter.corpus)]
     if settings.data.persona and not any(read.personas_given for read in counts.values()):
         lines.append("\ndata.persona was not used: each dialogue has a persona of its own")
     for split, personas in splitter.persona_overlap.items():

@@ -53,6 +53,10 @@ _USERS = {
     "hub.language": ("publish.py", "evaluate.py"),
     "hub.base_model": tuple(_SECTIONS),
     "model.adapter": ("generate.py", "train.py", "evaluate.py", "publish.py", "chat.py"),
+    **{
+        f"generation.{key}": ("generate.py", "preprocess.py", "train.py", "evaluate.py", "publish.py")
+        for key in ("max_dialogues", "references", "candidates", "other_personas", "persona_orders")
+    },
 }
 
 _OUT_OF_MEMORY = (
@@ -168,7 +172,7 @@ def _read_command_line(
     try:
         with distributed.only_first_prints():  # --help
             everything = "--help-all" in (sys.argv if argv is None else argv)
-            parser = _parser(name, doc, options, () if everything else _SECTIONS.get(name, ()))
+            parser = _parser(name, doc, options, () if everything else _SECTIONS.get(name, ()), unused)
             arguments, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UsageError([str(error)]) from None
@@ -186,8 +190,10 @@ def _read_command_line(
     return arguments, settings, origin
 
 
-def _parser(name: str, doc: str, options: Options, sections: Sequence[str]) -> argparse.ArgumentParser:
-    """Takes every key; --help shows those of the given sections, or all where none is given."""
+def _parser(
+    name: str, doc: str, options: Options, sections: Sequence[str], unused: Collection[str]
+) -> argparse.ArgumentParser:
+    """Takes every key; --help shows those of the given sections but the unused ones, or all where no section is given."""
     from kestrel.config.keys import all_keys
     from kestrel.config.settings import Settings
 
@@ -210,7 +216,7 @@ def _parser(name: str, doc: str, options: Options, sections: Sequence[str]) -> a
     groups: dict[str, Any] = {}
     for key in all_keys().values():
         section = key.dotted.rpartition(".")[0]
-        is_shown = not (section and sections) or section in sections
+        is_shown = not (section and sections) or (section in sections and key.dotted not in unused)
         if section not in groups:
             description = Settings.model_fields[section].annotation.__doc__ if section else None
             title = (section or "experiment", description) if is_shown else ()
