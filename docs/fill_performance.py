@@ -145,14 +145,20 @@ def preprocessing(records: list[Record]) -> str:
     return table(head, rows) + "\n" + where({**last, "device": last["machine"]["processor"]})
 
 
-def scoring(record: Record) -> str:
+def scoring(records: list[Record]) -> str:
     """The time and memory of evaluate.py."""
-    row = [
-        f"{record['replies']:,}", f"{record['dialogues']:,}", str(record["systems"]), f"{record['resamples']:,}",
-        f"{record['seconds']:.1f}", f"{record['peak_bytes'] / 2**20:,.0f}",
+    ordered = sorted(records, key=lambda row: row["replies"])
+    rows = [
+        [
+            f"{row['replies']:,}", f"{row['dialogues']:,}", str(row["systems"]), f"{row['resamples']:,}",
+            f"{row['seconds']:,.1f}", f"{row['processor_seconds']:,.1f}", f"{row['load']:.1f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+        ]
+        for row in ordered
     ]  # fmt: skip
-    head = ["replies of each system", "dialogues", "systems", "resamples", "s", "peak MiB"]
-    return table(head, [row]) + "\n" + where(record)
+    head = ["replies of each system", "dialogues", "systems", "resamples", "s", "processor s", "load", "peak MiB"]
+    told = f"The quickest of {' and '.join(str(len(record['runs'])) for record in ordered)} runs; load: of the whole machine."
+    return table(head, rows, numeric=True) + f"\n\n{told}\n" + "\n".join(where(record) for record in ordered)
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -166,7 +172,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "layers": ("layers-h100.json", layers),
     "estimates": ("estimates.json", estimates),
     "generation": ("generate-gpu.json", generation),
-    "scoring": ("evaluate.json", scoring),
+    "scoring": ("evaluate*.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
 }
 
