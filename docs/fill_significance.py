@@ -13,9 +13,11 @@ from blocks import ROOT, fill_page, table
 RECORD = ROOT / "benchmarks" / "results" / "significance.json"
 COLUMNS = {
     "false alarms": "false alarms",
-    "false alarms of the paired bootstrap": "paired bootstrap",
+    "false alarms, paired bootstrap": "paired bootstrap",
     "power": "power",
-    "power of the paired bootstrap": "paired bootstrap",
+    "power, paired bootstrap": "paired bootstrap",
+    "power at equal false alarms": "power at 5% false alarms",
+    "power at equal false alarms, paired bootstrap": "paired bootstrap",
     "coverage": "coverage of a score",
     "coverage of differences": "of a difference",
     "coverage of differences by percentiles": "by percentiles",
@@ -28,15 +30,13 @@ def blocks() -> dict[str, str]:
         [
             {"f1": "F1", "bleu": "BLEU"}[row["metric"]],
             f"{row['dialogues']:,}",
-            f"{row['trials']:,}",
             *("none" if row[key] is None else f"{row[key]:.1%}" for key in COLUMNS),
         ]
         for row in record["results"]
     ]
-    made = f"`{record['command']}`, seed {record['seed']}, {record['date']}."
-    return {
-        "significance": table(["score", "dialogues", "trials", *COLUMNS.values()], rows, numeric=True) + f"\n\n{made}"
-    }
+    trials = record["results"][0]["trials"]
+    made = f"`{record['command']}`, {trials:,} samples a row, seed {record['seed']}, {record['date']}."
+    return {"significance": table(["score", "dialogues", *COLUMNS.values()], rows, numeric=True) + f"\n\n{made}"}
 
 
 def main() -> int:

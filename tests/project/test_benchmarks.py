@@ -192,8 +192,8 @@ def test_mistakes(command: str, status: int, message: str, capsys: pytest.Captur
     assert message in said and (status == 2 or said.startswith("error: ") and said.count("\n") == 1)
 
 
-def test_false_alarms_power_and_coverage_are_counted(tmp_path: Path) -> None:
-    """Below six dialogues nothing is said, so nothing is false."""
+def test_false_alarms_power_and_coverage_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that the docs' table can be filled from; below six dialogues nothing is said, so nothing is false."""
     corpus, output = write_corpus(tmp_path / "corpus", dialogues=24), tmp_path / "significance.json"
     options = f"--trials 3 --dialogues 5 8 --text {corpus} --output {output}"
     assert _status_of("significance", *options.split()) == 0
@@ -203,6 +203,10 @@ def test_false_alarms_power_and_coverage_are_counted(tmp_path: Path) -> None:
     assert all(0 <= enough[key] <= 1 for key in enough if key not in ("metric", "dialogues", "trials"))
     p_values = np.array([0.01, 0.02, 0.02, 0.6])
     assert power_at(0.5, p_values, np.array([0.01, 0.02, 0.02, 0.02])) == pytest.approx((1 + 3 / 2) / 4)
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    page = importlib.import_module("fill_significance")
+    monkeypatch.setattr(page, "RECORD", output)
+    assert page.blocks()["significance"].count(" none ") == 6
 
 
 def test_preprocess_and_evaluate_are_timed(tmp_path: Path) -> None:
