@@ -31,7 +31,12 @@ def files_to_score(settings: Settings, again: str) -> list[Path]:
     if settings.evaluation.generations:
         return [Path(name) for name in settings.evaluation.generations]
     files: list[Path] = []
-    for run in runs_of(settings):
+    runs = runs_of(settings)
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise KestrelError(
+            f"evaluation.compare names a run twice ({', '.join(map(str, runs))}); name different run folders"
+        )
+    for run in runs:
         own = run == Path(settings.run_dir)
         made = sorted((run / "generations").glob(f"{settings.generation.split}.*.jsonl"))
         if not made:

@@ -177,6 +177,8 @@ def test_runs_are_compared(tmp_path, capsys):
     assert main([*options, *map(str, runs)]) == 1
     assert f"--config {runs[1]}/config.yaml" in capsys.readouterr().err
     assert main([*options, str(runs[0])]) == 2
+    assert main([*options, str(runs[0]), f"{runs[0]}/../{runs[0].name}"]) == 1
+    assert "evaluation.compare names a run twice" in capsys.readouterr().err
     assert main([*options, str(runs[0]), str(tmp_path / "nowhere")]) == 1
     assert "nowhere/generations has no generations of split test" in capsys.readouterr().err
 
