@@ -214,6 +214,8 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
             raise
         if "custom code" in str(error):
             advice = "it comes with Python code of its own; read that, then set model.trust_remote_code: true"
+        elif "tiktoken" in str(error).lower() or "sentencepiece" in str(error).lower():
+            advice = "a library that reads its kind of tokenizer is missing: pip install sentencepiece tiktoken"
         elif is_local:
             advice = "the folder exists but cannot be used"
         elif _network_is_forbidden():

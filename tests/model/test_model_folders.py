@@ -63,6 +63,11 @@ def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def sentencepiece_only(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    change(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+
+
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "no head": (lambda f: weights(f, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"}),
                 "lack 1 of the model's weights, such as lm_head.weight"),
@@ -78,6 +83,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a file": (cut_off, "is damaged or cut off"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "no tokenizer": (without_tokenizer, "holds no tokenizer .* copy its files"),
+    "SentencePiece's file alone": (sentencepiece_only, "pip install sentencepiece"),
     "an encoder": (lambda f: change(f / "config.json", architectures=["LlamaForMaskedLM"]), "from left to right"),
     "encoder and decoder": (lambda f: change(f / "config.json", is_encoder_decoder=True), "from left to right"),
     "images": (lambda f: change(f / "config.json", vision_config={"a": 1}), "with vision, .* docs/faq.md"),
