@@ -132,6 +132,7 @@ class Runner:
         options = arguments_of(arm, seed, run, self.shared)
         if self.max_steps:
             options["training.max_steps"] = str(self.max_steps)
+            del options["training.epochs"]
         options["data.source"] = str(self.work / ("turns" if arm.recipe == "original" else "dialogues"))
         training: dict[str, Any] = {}
         self._script("preprocess", arm.config, options, device)
