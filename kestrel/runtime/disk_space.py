@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # What a disk that fails, or can only be read, is called: by the system, by safetensors and by torch (2.13).
-_BROKEN = ("Input/output error", "Read-only file system", "iostream error")
+_BROKEN = ("Input/output error", "Read-only file system", "iostream error", "unexpected pos")
 _FULL = 2**20  # bytes; if less is free when a write fails, the disk is full
 # Bytes of Arrow per byte of source: 1.0 to 8.0 over the formats of Persona-Chat, most where both sides are learned.
 _DATASET_FACTOR = 8
@@ -51,13 +51,13 @@ def room_for(what: str, needed: int, folder: Path, alternative: str = _ALTERNATI
     except Exception as error:
         if isinstance(error, KestrelError):
             raise
+        if _is_full(error, folder):
+            advice = _needed_and_free(what, needed, folder, alternative)
+            raise KestrelError(f"the disk is full; what was finished is kept. {advice}") from error
         if any(words in str(error) for words in _BROKEN):
             broken = f"{what} could not be written below {folder} ({str(error).splitlines()[0]}); check the disk"
             raise KestrelError(f"{broken}, and run the same command again; what was finished is kept") from error
-        if not _is_full(error, folder):
-            raise
-        advice = _needed_and_free(what, needed, folder, alternative)
-        raise KestrelError(f"the disk is full; what was finished is kept. {advice}") from error
+        raise
 
 
 def require_room(what: str, needed: int, folder: Path, alternative: str = _ALTERNATIVE) -> None:

@@ -102,7 +102,7 @@ def trial(small: SmallRun, seed: int) -> list[Ended]:
 
 
 def _judge(small: SmallRun, stage: Stage, target: Target, path: Path, ended: Ended) -> None:
-    if ended.status not in (0, 1, 2) or "unexpected" in ended.said:
+    if ended.status not in (0, 1, 2) or ".py: unexpected " in ended.said:
         raise Failure(f"status {ended.status}:\n{ended.said}")
     if target.is_input:
         return
