@@ -40,7 +40,7 @@ from kestrel.evaluation.systems import System, score
 METRICS = ("f1", "bleu")
 COUNTS = (2, 3, 5, 6, 10, 20, 50, 100, 1000)
 LEVEL = 0.05
-_DRAWS = 999
+_DRAWS = 999  # enough for a decision at 5%, so that there is time for many trials
 
 
 def damaged(text: str, kept: float, words: list[str], draw: random.Random) -> str:
@@ -95,7 +95,7 @@ def trial(sums: dict[str, dict[str, Array]], metric: str, count: int, seed: int)
     equal = np.where(swap, two, one), np.where(swap, one, two)
     dialogues = Dialogues([str(number) for number in range(count)], _DRAWS, seed)
     found: dict[str, float | None] = {}
-    found |= dialogues.p_values({"equal": (*equal, compute), "better": (better, one, compute)})
+    found |= dialogues.p_values({"equal": (*equal, compute), "better": (better, one, compute)}, _DRAWS)
     points = {name: compute(rows.sum(0)[None])[0] for name, rows in (("better", better), ("one", one))}
     truth = {name: compute(sums[name][metric].sum(0)[None])[0] for name in ("better", "one")}
     pseudo = {name: pseudo_values(rows, compute) for name, rows in (("better", better), ("one", one))}
@@ -137,7 +137,6 @@ def summed_up(trials: list[dict[str, float | None]]) -> dict[str, float | None]:
 def simulated(text: str, trials: int, seed: int, counts: Sequence[int]) -> list[dict[str, Any]]:
     """A row for each metric and number of dialogues."""
     sums = population(text, seed)
-    resampling.EXCHANGES = _DRAWS  # enough for a decision at 5%, and many trials
     rows = []
     for metric in METRICS:
         for count in counts:

@@ -105,16 +105,19 @@ class Dialogues:
             intervals[key] = [float(points[key] - high * error[column]), float(points[key] - low * error[column])]
         return intervals
 
-    def p_values(self, pairs: Mapping[Key, tuple[Array, Array, Score]]) -> dict[Key, float | None]:
+    def p_values(
+        self, pairs: Mapping[Key, tuple[Array, Array, Score]], exchanges: int = EXCHANGES
+    ) -> dict[Key, float | None]:
         """Two-sided p-values of the differences of pairs, by exchanging their dialogues; None with too few dialogues.
 
         Args:
             pairs: sums over dialogues of both systems, shapes (D, K), and the score of such sums.
+            exchanges: drawn where there are too many to make them all.
         """
         if self.count < FEWEST or not pairs:
             return dict.fromkeys(pairs)
         exact = self.groups <= _EXACT
-        count = 2**self.groups if exact else EXCHANGES
+        count = 2**self.groups if exact else exchanges
         generator, made = np.random.default_rng(self._seed), iter(range(count))
 
         def weights(rows: int) -> NDArray[Any]:

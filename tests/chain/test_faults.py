@@ -123,9 +123,9 @@ FAULTS: dict[str, tuple[Callable[[Desk], object], str, int, list[str]]] = {
         lambda d: d.add("--model.name", "no/such/model"), "train", 1, ["model.name 'no/such/model'"],
     ),
     "model folder without a configuration": (
-        lambda d: (d.other_base() / "config.json").unlink(), "train", 1, ["model.name", "cannot"],
+        lambda d: (d.other_base() / "config.json").unlink(), "train", 1, ["model.name", "holds no config.json", "copy the whole folder"],
     ),
-    "model weights cut short": (weights_truncated, "train", 1, ["cannot load the weights of model.name"]),
+    "model weights cut short": (weights_truncated, "train", 1, ["model.safetensors is damaged or cut off", "copy or download it again"]),
     "layers that the model does not have": (
         lambda d: (d.remove("checkpoints"), d.add("--lora.target_modules", "q_proj")), "train", 1,
         ["lora.target_modules", "query_key_value"],
