@@ -20,7 +20,7 @@ def test_kills_signals_and_damaged_files_at_random(tmp_path: Path) -> None:
         "--stages",
         *THE_CHAIN,
         "--trials",
-        "27",
+        "22",
         "--seed",
         str(seed),
         "--output",
