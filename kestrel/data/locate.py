@@ -36,8 +36,8 @@ class Located(NamedTuple):
 def locate(source: str, revision: str | None) -> Located:
     """Finds the files of a source.
 
-    One file is the train split, whatever its name, unless it is a JSON object with a list for each split. In a folder,
-    the split is in the files' names (train*, valid*, dev*, test*; or such a word in the name or in that of a folder).
+    One file is the train split, whatever its name, unless it is a JSON object with a list for each of several splits. In a
+    folder, the split is in the files' names (train*, valid*, dev*, test*; or such a word in the name or in that of a folder).
 
     Raises:
         KestrelError: the source does not exist, or several of its files could be one split.
@@ -50,9 +50,15 @@ def locate(source: str, revision: str | None) -> Located:
     if path.exists() and not path.is_file():
         raise KestrelError(f"{source}: expected a file or a folder; this is a pipe or a device.")
     if path.exists():
-        by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in sections(path)}
-        files = {split: by_split[split] for split in SPLITS if split in by_split}
-        return Located(files or {"train": [SourceFile(path)]}, path.parent, {})
+        named = sections(path)
+        by_split = {SECTIONS[section]: [SourceFile(path, section)] for section in named}
+        if len(by_split) < len(named):
+            raise KestrelError(f"{source}: two of its keys ({', '.join(named)}) are one split; join their lists.")
+        if len(by_split) < 2:
+            return Located({"train": next(iter(by_split.values()), [SourceFile(path)])}, path.parent, {})
+        if "train" not in by_split:
+            raise KestrelError(f"{source}: no train split: its keys are {', '.join(named)}; a list 'train' is needed.")
+        return Located({split: by_split[split] for split in SPLITS if split in by_split}, path.parent, {})
     if path.suffix in (*SUFFIXES, *PACKED) or not is_hub_id(source) or path.parent.exists():
         raise KestrelError(f"{source}: no such file, folder or hub id (owner/name).{_suggestion(path)}")
     return _download(source, revision)

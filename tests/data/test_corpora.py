@@ -110,6 +110,10 @@ def test_hub_json_has_its_own_splits(tmp_path: Path) -> None:
     source = write(tmp_path, json.dumps({"train": rows * 3, "valid": rows}, indent=1))
     assert open_corpus(Data(source=source)).splits == ("train", "validation")
     assert [len(read(source, split=split)[0]) for split in ("train", "validation")] == [3, 1]
+    assert open_corpus(Data(source=write(tmp_path, json.dumps({"valid": rows * 3})))).splits == ("train",)
+    for keys, says in ((("valid", "test"), "no train split"), (("train", "valid", "dev"), "are one split")):
+        with pytest.raises(KestrelError, match=says):
+            open_corpus(Data(source=write(tmp_path, json.dumps(dict.fromkeys(keys, rows)))))
 
 
 def test_histories_that_contradict_each_other_drop_the_dialogue(tmp_path: Path) -> None:
