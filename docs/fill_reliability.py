@@ -22,20 +22,29 @@ COLUMNS = {
 }
 
 
-def results(report: dict[str, Any], columns: dict[str, str]) -> str:
-    """A row for each stage, and the command, machine, versions and commit."""
+def results(reports: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A row for each stage with its sums over the reports, and the commands, machine, versions and commits."""
     rows = []
-    for name, counts in report["results"].items():
-        rows.append(
-            [name.partition(" ")[2] or "all", *(str(counts[key]) for key in ("trials", "survived", *columns.values()))]
+    for name in reports[0]["results"]:
+        counts = [report["results"][name] for report in reports if name in report["results"]]
+        sums = [
+            sum(count[key] for count in counts)
+            for key in ("trials", "survived", "interruptions_that_hit")
+            if key in counts[0]
+        ]
+        most = [str(max(count[key] for count in counts)) for key in columns.values() if key != "interruptions_that_hit"]
+        rows.append([name.partition(" ")[2] or "all", *map(str, sums), *most])
+    origins = []
+    for report in reports:
+        machine, versions = report["machine"], report["versions"]
+        named = ", ".join(
+            f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "peft", "datasets")
         )
-    machine, versions = report["machine"], report["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "peft", "datasets"))
-    origin = (
-        f"`{report['command']}` on {machine['processor']}, {machine['cores']} cores; {named}; commit "
-        f"{(report['git_commit'] or '')[:10]}, {report['date']}; {report['seconds'] / 60:.0f} min."
-    )
-    return table(["", "trials", "survived", *columns], rows, numeric=True) + f"\n\n{origin}"
+        origins.append(
+            f"`{report['command']}` on {machine['processor']}, {machine['cores']} cores; {named}; commit "
+            f"{(report['git_commit'] or '')[:10]}, {report['date']}; {report['seconds'] / 60:.0f} min."
+        )
+    return table(["", "trials", "survived", *columns], rows, numeric=True) + "\n\n" + "\n\n".join(origins)
 
 
 def fuzzing(runs: list[dict[str, Any]]) -> str:
@@ -56,7 +65,7 @@ def fuzzing(runs: list[dict[str, Any]]) -> str:
 def blocks() -> dict[str, str]:
     """The content of each block."""
     tables = {
-        name: results(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")), columns)
+        name: results([json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{name}*.json"))], columns)
         for name, columns in COLUMNS.items()
     }
     return tables | {"fuzzing": fuzzing(json.loads(FUZZING.read_text(encoding="utf-8"))["runs"])}
