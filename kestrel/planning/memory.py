@@ -128,11 +128,11 @@ class Estimator:
             with _as_on_a_cpu() if self.on_cpu else _as_on_a_gpu():
                 kept, peak = _run_on_shapes(model, shape)
         except (
-            NotImplementedError,
-            RuntimeError,
+            NotImplementedError,  # torch: an operator that has no form on the meta device
+            RuntimeError,  # and the others: an operator that reads values, which are not there
             TypeError,
             ValueError,
-        ) as error:  # of operators that read values, or have no form on the meta device
+        ) as error:
             raise CannotEstimate(
                 f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
                 "training.tokens_per_step and training.recompute"
