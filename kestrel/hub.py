@@ -30,7 +30,7 @@ def plain_hub_errors(what: str) -> Iterator[None]:
     """Turns the client's errors into one sentence that says what was looked for (`what`) and what to do."""
     from huggingface_hub import errors
 
-    _lose_patience()
+    _bound_waiting()
     absent = "the Hub cannot be reached, and the client's cache does not have it"
     silent = "the Hub stopped answering; run the same command again"
     if _network_is_forbidden():
@@ -75,7 +75,7 @@ def plain_hub_errors(what: str) -> Iterator[None]:
 
 
 @functools.cache
-def _lose_patience() -> None:
+def _bound_waiting() -> None:
     """Lets requests end that nobody answers. The client (huggingface_hub 2.4) would wait for ever for some, and for others
     six times a minute for each file."""
     import huggingface_hub
@@ -86,7 +86,7 @@ def _lose_patience() -> None:
         def client() -> Any:
             made: Any = _http.default_client_factory()
             made.event_hooks = {**made.event_hooks, "request": [*made.event_hooks["request"], _limit_silence]}
-            made.send = _giving_up(made.send)
+            made.send = _falling_back_to_the_cache(made.send)
             return made
 
         huggingface_hub.set_client_factory(client)
@@ -97,10 +97,10 @@ def _limit_silence(request: Any) -> None:
     request.extensions["timeout"] = {name: seconds or SILENCE for name, seconds in limits.items()}
 
 
-def _giving_up(send: Callable[..., Any]) -> Callable[..., Any]:
+def _falling_back_to_the_cache(send: Callable[..., Any]) -> Callable[..., Any]:
     """A client's `send` that leaves the client to its cache once two requests in a row were not answered."""
 
-    def send_or_give_up(request: Any, **how: Any) -> Any:
+    def send_or_fall_back(request: Any, **how: Any) -> Any:
         began = time.monotonic()
         try:
             answer = send(request, **how)
@@ -112,7 +112,7 @@ def _giving_up(send: Callable[..., Any]) -> Callable[..., Any]:
         _silences.clear()
         return answer
 
-    return send_or_give_up
+    return send_or_fall_back
 
 
 def _network_is_forbidden() -> bool:
@@ -146,7 +146,7 @@ def use_cache_without_network() -> None:
     """
     from huggingface_hub import constants
 
-    _lose_patience()
+    _bound_waiting()
     if not _uses_cache() and (reason := _silent(constants.ENDPOINT)):
         _use_cache(f"{constants.ENDPOINT} cannot be reached ({reason})")
 
