@@ -221,7 +221,7 @@ def print_plan(settings: Settings, plan: Plan) -> None:
         return
     needed, memory = f"{plan.estimate.needed / GIB:.1f}", f"{plan.memory / GIB:.1f}"
     passes = f"passes of up to {plan.tokens_per_step:,} tokens, recompute {plan.recompute}"
-    print(f"{passes}: about {needed} of {memory} GiB")
+    print(f"{passes}: about {needed} of {memory} GiB of memory")
     if not plan.fits:
         changes = remedies(settings, plan.recompute, settings.training.tokens_per_step != "auto")
         print(f"warning: training needs about {needed} GiB and has {memory}; {changes}", file=sys.stderr)
