@@ -153,6 +153,7 @@ def save(
         f"{losses[0][1]:.4f} at first; {facts['tokens']:,} tokens, {seconds:.0f} s in this process"
         f", {peak:.1f} GiB of {'GPU ' if on_gpu else ''}memory at the peak"
     )
-    print_marked(words := verdict(losses, settings.training, str(log.with_name("loss.png"))), WORSE in words)
+    if losses[0][0] == 0 and len(losses) > 1:  # else begun by a version that did not evaluate before the first step
+        print_marked(words := verdict(losses, settings.training, str(log.with_name("loss.png"))), WORSE in words)
     print(f"proven: {proof}")
     print(f"wrote {run / 'adapter'}")
