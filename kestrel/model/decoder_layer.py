@@ -181,14 +181,14 @@ class DecoderLayer(torch.autograd.Function):
                 y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
             else:
                 before = layer.up.forward(_rows(normed, wanted), seed + 2)
-                y = layer.down.forward(layer.activate(before), seed + 3, onto=_rows(flat, wanted, copied=True))
-            y = layer.output.forward(merged, seed + 1, onto=y)
+                y = layer.down.forward(layer.activate(before), seed + 3, plus=_rows(flat, wanted))
+            y = layer.output.forward(merged, seed + 1, plus=y)
         else:
-            middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted, copied=True), layer.output_norm)
+            middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
             del normed, merged
             normed, _ = layer.mlp_norm.forward(middle)
             before = layer.up.forward(normed, seed + 2)
-            y, by_mlp = _added(layer.down, layer.activate(before), seed + 3, middle.clone(), layer.down_norm)
+            y, by_mlp = _added(layer.down, layer.activate(before), seed + 3, middle, layer.down_norm)
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
         keeps_middle = layer.recompute != "full"
         ctx.save_for_backward(
@@ -223,8 +223,7 @@ class DecoderLayer(torch.autograd.Function):
                 del some, grad_some
         else:
             if middle is None:
-                copied = _rows(flat, wanted, copied=True)
-                middle, made = _added(layer.output, merged, seed + 1, copied, layer.output_norm)
+                middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
             mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
             grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, seed)
             del mlp_normed
@@ -281,12 +280,12 @@ def _mlp_backward(
     return grad_normed, [*of_up, *of_down]
 
 
-def _added(group: Group, x: Tensor, seed: int, onto: Tensor, norm_after: _Norm | None) -> tuple[Tensor, Tensor | None]:
-    """`onto`, with what a group makes of x added to it in place; and that, where it is normed first."""
+def _added(group: Group, x: Tensor, seed: int, plus: Tensor, norm_after: _Norm | None) -> tuple[Tensor, Tensor | None]:
+    """What a group makes of x, normed where a norm follows, plus `plus`; and what it makes, where that is normed."""
     if norm_after is None:
-        return group.forward(x, seed, onto=onto), None
+        return group.forward(x, seed, plus=plus), None
     made = group.forward(x, seed)
-    return onto.add_(norm_after.forward(made)[0]), made
+    return norm_after.forward(made)[0].add_(plus), made
 
 
 def _before_norm(norm_after: _Norm | None, grad: Tensor, made: Tensor | None) -> Tensor:
@@ -296,11 +295,9 @@ def _before_norm(norm_after: _Norm | None, grad: Tensor, made: Tensor | None) ->
     return norm_after.backward(grad, made, norm_after.forward(made)[1], torch.zeros_like(grad))
 
 
-def _rows(x: Tensor, wanted: Tensor | None, copied: bool = False) -> Tensor:
-    """The wanted rows; all of them as they are, unless a copy is needed to write to."""
-    if wanted is not None:
-        return x.index_select(0, wanted)
-    return x.clone() if copied else x
+def _rows(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """The wanted rows; all of them as they are."""
+    return x if wanted is None else x.index_select(0, wanted)
 
 
 def _all_rows(x: Tensor, wanted: Tensor | None, count: int) -> Tensor:

@@ -133,21 +133,43 @@ class Group:
             yield self._a[update.ranks], update.a.detach(), update.scaling
             yield self._b[update.columns, update.ranks], update.b.detach(), 1.0
 
-    def forward(self, x: Tensor, seed: int, onto: Tensor | None = None, repeats: Repeats | None = None) -> Tensor:
+    def forward(self, x: Tensor, seed: int, plus: Tensor | None = None, repeats: Repeats | None = None) -> Tensor:
         """The outputs side by side, (tokens, outputs).
 
         Args:
             x: (tokens, inputs).
             seed: of the dropout mask.
-            onto: (tokens, outputs), which the result is added to in place.
-            repeats: which rows of x are equal, so that the frozen weights need multiply them once; without `onto`.
+            plus: (tokens, outputs), which is added to the result.
+            repeats: which rows of x are equal, so that the frozen weights need multiply them once; without `plus`.
         """
-        y = self._product(x, onto) if repeats is None else repeats.spread(self._product(repeats.distinct(x), None))
+        narrow = bool(self.updates) and x.dtype != torch.float32
+        if narrow and plus is not None:  # last: it may be far larger than the update, which rounding would then lose
+            return self.forward(x, seed, repeats=repeats).add_(plus)
+        if narrow and repeats is None and self._switch.training:
+            return self._update_first(x, seed)
+        y = self._product(x, plus) if repeats is None else repeats.spread(self._product(repeats.distinct(x), None))
         if self.updates:
             y.addmm_(project(x, self._a, self._p(), seed), self._b.t())
         return y
 
-    def _product(self, x: Tensor, onto: Tensor | None) -> Tensor:
+    def _update_first(self, x: Tensor, seed: int) -> Tensor:
+        """As `forward`, with the sums in an order in which 16 bits keep the update.
+
+        A sum that is rounded already stays as it is when less than half a unit of its last place is added, and in the first
+        steps of training most of an update is less than that. So the update comes first, then the frozen product, which is
+        added to it before both are rounded, and last the bias. Outside training the order is that of PEFT's layers, which
+        make the answers: likelihoods are those of what an adapter computes there.
+        """
+        y = project(x, self._a, self._p(), seed) @ self._b.t()
+        if self._apart:
+            for weight, columns in zip(self._weights, self._columns, strict=True):
+                y[:, columns].addmm_(x, weight.dense(x.dtype).t())
+        else:
+            y.addmm_(x, self._dense(x.dtype).t())
+        bias = self._bias(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def _product(self, x: Tensor, plus: Tensor | None) -> Tensor:
         if self._apart:
             y = x.new_empty(len(x), self._shape[0])
             for weight, bias, columns in zip(self._weights, self._biases, self._columns, strict=True):
@@ -159,8 +181,8 @@ class Group:
             return y
         dense = self._dense(x.dtype).t()
         bias = self._bias(x.dtype)
-        if onto is not None:
-            return (onto if bias is None else onto.add_(bias)).addmm_(x, dense)
+        if plus is not None:
+            return torch.addmm(plus if bias is None else plus + bias, x, dense)
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:

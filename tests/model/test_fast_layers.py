@@ -277,6 +277,68 @@ def test_repeats_are_a_matter_of_speed() -> None:
     assert apart(*results) < 1e-4
 
 
+def group_of(count: int, bias: bool, dtype: torch.dtype, std: float, kind: str = "16 bit") -> tuple[Any, Any, Any]:
+    """A group of layers, B of this standard deviation; their bases; and their updates' products in float64, joined."""
+    torch.manual_seed(0)
+    names = [str(index) for index in range(count)]
+    layers = nn.ModuleDict({name: nn.Linear(64, 64, bias=bias) for name in names}).to(dtype).requires_grad_(False)
+    if kind != "16 bit":
+        quantize(layers, kind, dtype)
+    model: Any = get_peft_model(layers, LoraConfig(r=8, target_modules=names))
+    adapted = [model.base_model.model[name] for name in names]
+    for layer in adapted:
+        layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.float()
+        layer.lora_B["default"].weight.data = torch.randn(64, 8) * std
+    group = projection.Group(adapted)
+    projection.refresh([group], dtype)
+    updates = [
+        layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        for layer in adapted
+    ]
+    return group, [layer.get_base_layer() for layer in adapted], torch.cat(updates).detach()
+
+
+@pytest.mark.parametrize(("dtype", "last_place"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize("kind", ["nf4", "16 bit"])
+@pytest.mark.parametrize(("count", "bias", "residual"), [(1, False, 0.0), (1, True, 30.0), (3, True, 0.0)])
+def test_training_in_16_bits_keeps_an_update_that_is_less_than_their_last_place(
+    dtype: torch.dtype, last_place: float, kind: str, count: int, bias: bool, residual: float
+) -> None:
+    """Each output is rounded, but their mean is right: regressed on the update, the difference that it makes is itself."""
+    group, bases, update = group_of(count, bias, dtype, 0.05 * last_place * max(1.0, residual), kind)
+    x = torch.randn(4000, 64).to(dtype)
+    plus = (torch.randn(4000, 64 * count) * residual).to(dtype) if residual else None
+    weights = torch.cat([projection.FrozenWeight(base).dense(dtype) for base in bases]).double()
+    expected = x.double() @ weights.t() + (torch.cat([base.bias for base in bases]).double() if bias else 0.0)
+    expected += plus.double() if plus is not None else 0.0
+    small = x.double() @ update.t()
+    assert small.abs().median() < 0.25 * last_place * expected.abs().median()
+    made = group.forward(x, 0, plus).double() - expected
+    share, noise = (made * small).sum() / small.square().sum(), (made - small).square().mean().sqrt() / small.norm()
+    assert noise < 0.05
+    assert share.item() == pytest.approx(1.0, abs=4 * noise.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_float32_and_outside_training_the_frozen_product_comes_first(bias: bool, dtype: torch.dtype) -> None:
+    """To the bit: a float32 run gives the adapter that it gave, and likelihoods are those of PEFT's order of sums."""
+    group, (base,), _ = group_of(1, bias, dtype, 1e-4)
+    x, plus = torch.randn(50, 64).to(dtype), torch.randn(50, 64).to(dtype)
+    low, before = x @ group._a.t(), plus.clone()
+    alone = group._product(x, None).addmm_(low, group._b.t())
+    expected = [alone, alone + plus]
+    if dtype == torch.float32:  # the sum goes on from `plus`
+        onto = plus + base.bias if bias else plus.clone()
+        expected[1] = onto.addmm_(x, base.weight.t()).addmm_(low, group._b.t())
+    for training in (True, False):
+        group._switch.train(training)
+        found = [group.forward(x, 0), group.forward(x, 0, plus)]
+        same = [torch.equal(each, sums) for each, sums in zip(found, expected, strict=True)]
+        assert same == [dtype == torch.float32 or not training] * 2
+    assert torch.equal(plus, before)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_keeps_the_mean_and_has_the_variance_of_theory(p: float) -> None:
     """Of an update s dropout(x) Aᵀ Bᵀ: its mean is s x Aᵀ Bᵀ, and each input adds p / (1 - p) of its own square."""
