@@ -18,7 +18,7 @@ from make_models import make_model, write_corpus
 
 from benchmarks import agreement, peers
 from benchmarks.options import command_of
-from benchmarks.profiles import PROFILES, ROOT, System
+from benchmarks.profiles import LORA, PROFILES, ROOT, System
 from benchmarks.rows import row_of, table
 from benchmarks.significance import power_at
 from kestrel.errors import ProofError
@@ -33,7 +33,7 @@ def _with_lora(seed: int) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    return get_peft_model(make_model(), LoraConfig(**peers.LORA, task_type="CAUSAL_LM"))
+    return get_peft_model(make_model(), LoraConfig(**LORA, task_type="CAUSAL_LM"))
 
 
 def _loss(model: torch.nn.Module, row: dict[str, Any]) -> torch.Tensor:
