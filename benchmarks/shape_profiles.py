@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.profiles import PROFILES, Profile, System
 
 _LEARNING_RATE = 1e-4
-_CONFIG = "configs/mistral-7b-v0.3.yaml"  # a base model's; the options say what matters here
+CONFIG = "configs/mistral-7b-v0.3.yaml"  # a base model's; the options say what matters here
 _SMALL = (
     "smollm2-135m",
     "tiny",
@@ -40,7 +40,7 @@ def _kestrel(name: str, warmup: int, steps: int, **more: Any) -> System:
     }
     options = {"prompt.format": "plain", "lora.target_modules": "all-linear"}
     options |= {f"training.{key}": value for key, value in training.items()}
-    return System(name, "kestrel", None, warmup, steps, options, _CONFIG)
+    return System(name, "kestrel", None, warmup, steps, options, CONFIG)
 
 
 def _rows_of_cpu() -> tuple[System, ...]:
