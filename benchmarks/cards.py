@@ -2,7 +2,7 @@
 
     python benchmarks/cards.py --text DIALOGUES --tokenizer FOLDER --output benchmarks/results/cards.json
 
-The models have the shapes of `benchmarks/layers.py` and the tokenizer of any model with a chat template. For each card the
+The models have the shapes of `benchmarks/shapes.py` and the tokenizer of any model with a chat template. For each card the
 pass and the recomputation are chosen as `auto` chooses them, unless the config names them.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.layers import SHAPES
 from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import ROOT, script
+from benchmarks.shapes import config_of
 from kestrel.errors import KestrelError
 
 SHAPE_OF = {
@@ -40,18 +40,12 @@ _FOUND = {
 }
 
 
-def write_shape(folder: Path, shape: str, tokenizer: Path) -> None:
-    """A model folder without weights."""
-    from transformers import AutoConfig
-
-    kind, keys = SHAPES[shape]
-    given = {"max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", **keys}
-    name = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "falcon": "Falcon"}[kind]
-    AutoConfig.for_model(kind, architectures=[f"{name}ForCausalLM"], **given).save_pretrained(folder)
-    for file in tokenizer.glob("*token*"):
-        shutil.copy(file, folder)
-    for file in tokenizer.glob("*.jinja"):
-        shutil.copy(file, folder)
+def write_tokenized_shape(folder: Path, shape: str, tokenizer: Path) -> None:
+    """A model folder without weights, with a tokenizer of another."""
+    config_of(shape).save_pretrained(folder)
+    for pattern in ("*token*", "*.jinja"):
+        for file in tokenizer.glob(pattern):
+            shutil.copy(file, folder)
 
 
 def dry_run(argv: list[str]) -> dict[str, Any]:
@@ -90,7 +84,7 @@ def measure(options: argparse.Namespace, command: str) -> int:
         for config in options.configs:
             folder = Path(temporary) / config
             folder.mkdir()
-            write_shape(folder, SHAPE_OF[config], options.tokenizer)
+            write_tokenized_shape(folder, SHAPE_OF[config], options.tokenizer)
             common = ["--config", str(ROOT / "configs" / f"{config}.yaml"), "--run_dir", str(folder / "run")]
             common += ["--data.source", options.text, "--model.name", str(folder)]
             if script("preprocess").main(common):

@@ -22,40 +22,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from benchmarks.shapes import SHAPES, config_of
 from kestrel.batching import even_batches_within, steps_of_run
 from kestrel.config.settings import Data, Lora, Model, Quantization, Settings
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, token_nll
 from kestrel.planning.random_base import random_model
 
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2.5-7b": ("qwen2", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                             "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, **ROPE}),
-    "llama-3.1-8b": ("llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, **ROPE}),
-    "mistral-7b": ("mistral", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                               "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768,
-                               "sliding_window": None, **ROPE}),
-    "smollm2-135m": ("llama", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                               "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                               "tie_word_embeddings": True, **ROPE}),
-    "falcon-7b": ("falcon", {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-                             "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False,
-                             "alibi": False, "new_decoder_architecture": False}),
-    "falcon-7b-qkv": ("falcon", {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-                                 "vocab_size": 65024, "multi_query": True, "parallel_attn": True, "bias": False,
-                                 "alibi": False, "new_decoder_architecture": False}),
-    "tiny": ("qwen2", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-                       "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, **ROPE}),
-}  # fmt: skip
+
+def _model_of(shape: str) -> str:
+    """The name in `SHAPES`; `-qkv` says which layers have LoRA."""
+    return shape.removesuffix("-qkv")
 
 
 def make(shape: str, dtype: str, dropout: float, layers: int | None = None) -> Any:
-    import transformers
-
-    kind, keys = SHAPES[shape]
-    keys = {**keys, "num_hidden_layers": layers or keys["num_hidden_layers"]}
-    config = transformers.AutoConfig.for_model(kind, max_position_embeddings=2048, **keys)
+    config = config_of(_model_of(shape), layers)
     config._attn_implementation = "sdpa"
     settings = Settings(
         run_dir="unused",
@@ -114,7 +94,7 @@ def check(shape: str, dtype: str) -> dict[str, float]:
     """Relative differences of loss and LoRA gradients from transformers' and PEFT's, two layers, no dropout."""
     model = make(shape, dtype, dropout=0.0, layers=2)
     lengths = np.asarray([61, 200, 128])
-    vocabulary = SHAPES[shape][1]["vocab_size"]
+    vocabulary = SHAPES[_model_of(shape)][1]["vocab_size"]
     batch = on_device(collate(rows_of(lengths, vocabulary, 1), 2), model)
     found = {}
     gradients, losses = [], []
@@ -151,7 +131,7 @@ def measure(name: str, lengths: np.ndarray, dtype: str, steps: int, profile: boo
     model = make(shape, dtype, dropout=0.05)
     cuda = next(model.parameters()).is_cuda
     loss_of = (stock if rest[1:] == ["stock"] else fast)(model, recompute)
-    vocabulary = SHAPES[shape][1]["vocab_size"]
+    vocabulary = SHAPES[_model_of(shape)][1]["vocab_size"]
     plan = steps_of_run(lengths, 32, 1.0, steps + 2, 0)
     seconds, tokens = [], []
     if cuda:

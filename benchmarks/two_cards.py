@@ -4,7 +4,7 @@
     python benchmarks/two_cards.py --model FOLDER --dialogues FILE --output … --only sharded sharded_resumes
     python benchmarks/two_cards.py --model FOLDER --dialogues FILE --output … --large FOLDER      also a base for two cards
 
-The model folder is one of falcon_7b_shape.py, the large one of falcon_40b_shape.py. Each measurement is a call of the
+The model folder is one of falcon_7b_shape.py, the large one of `shapes.py --shape falcon-40b`. Each measurement is a call of the
 scripts under torchrun, as docs/scaling.md tells it; the JSON is written after each. Without GPUs the processes compute on
 the CPU: a trial of this script with a tiny model. Seconds of a step are from its start to the next one's.
 """

@@ -59,6 +59,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             module.compute_dtype = state.dtype = dtype  # type: ignore[assignment]
+    for tensor in (*model.parameters(), *model.buffers()):  # embedding, head, norms and biases
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor.data = tensor.data.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""Holds estimates of GPU memory against measured peaks, for shapes of well-known models: training and answering.
+
+    python benchmarks/peaks.py --text DIALOGUES --output benchmarks/results/peaks.json [--shapes qwen2.5-7b ...]
+
+Each model is written with random weights (benchmarks/shapes.py). `train.py --dry-run` estimates, `train.py` trains a few
+steps for each value of training.recompute, and `generate.py` answers as the adapter. A difference of more than a tenth
+ends with status 1. Without a GPU: `--shapes tiny` tries the script, and resident memory is what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.options import at_least_one, command_of, parser_of, told
+from benchmarks.shapes import SHAPES
+
+_SHAPES = ("falcon-7b", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b", "gemma-2-9b", "smollm2-135m")
+_LEVELS = ("none", "mlp", "full")
+_TOKENS, _ANSWER_TOKENS = 8192, 16_384
+_ALLOWED = 0.1
+_MARK = "measured: "
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the dry run would time passes on one
+
+
+def call(script: str, *arguments: str, **environment: str) -> tuple[dict[str, Any], str]:
+    """What one of the scripts took, and what it printed.
+
+    Raises:
+        KestrelError: it failed.
+    """
+    from kestrel.errors import KestrelError
+
+    command = [sys.executable, str(ROOT / "benchmarks" / "chain.py"), "--here", script, "--", *arguments]
+    given = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KestrelError(f"{script}.py failed:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}")
+    line = next(line for line in done.stdout.splitlines() if line.startswith(_MARK))
+    return dict(json.loads(line.removeprefix(_MARK))), done.stdout
+
+
+def peak_of(facts: dict[str, Any]) -> float:
+    """GiB."""
+    return round(facts.get("peak_gpu_bytes", facts["peak_resident_bytes"]) / 2**30, 2)
+
+
+def estimate_of(printed: str, what: str) -> float | None:
+    """GiB in the line of the dry run that begins so; None where there is none."""
+    found = re.search(rf"^{what}.*?\s([\d.]+)$", printed, re.MULTILINE)
+    unit = 2**10 if re.search(r"^memory, by estimate\s+MiB", printed, re.MULTILINE) else 1
+    return round(float(found[1]) / unit, 2) if found else None
+
+
+def rows_of(shape: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each level of recomputation that the shape has, and one for answering."""
+    model, run = work / "model", work / "run"
+    written = [sys.executable, str(ROOT / "benchmarks" / "shapes.py"), "--shape", shape, "--output", str(model)]
+    subprocess.run([*written, "--text", options.text], check=True, stdout=subprocess.DEVNULL)
+    common = ["--config", str(ROOT / options.config), "--run_dir", str(run), "--data.source", options.text]
+    common += ["--model.name", str(model), "--lora.target_modules", "all-linear"]
+    common += ["--generation.tokens_per_step", str(_ANSWER_TOKENS), "--generation.systems", "adapter"]
+    training = ["--training.max_steps", str(options.steps), "--training.tokens_per_step", str(_TOKENS)]
+    training += ["--training.batch_size", "64", "--training.evaluations", "1", "--training.samples", "0"]
+    training += ["--training.resume", "never"]
+    call("preprocess", *common)
+    rows, answering = [], None
+    for level in _LEVELS:
+        given = [*common, *training, "--training.recompute", level]
+        _, printed = call("train", *given, "--training.device_memory", "140GiB", "--dry-run", **_NO_GPU)
+        answering = estimate_of(printed, "answering") or answering
+        facts, said = call("train", *given)
+        row = {"shape": shape, "what": level, "estimate_gib": estimate_of(printed, "peak of all tensors")}
+        rows.append({**row, "measured_gib": peak_of(facts), "own layers": "Kestrel's own" in said})
+        print(rows[-1], flush=True)
+    facts, _ = call("generate", *common, "--seed", "0", *training[2:6])
+    rows.append({"shape": shape, "what": "answering", "estimate_gib": answering, "measured_gib": peak_of(facts)})
+    print(rows[-1], flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(_SHAPES))
+    parser.add_argument("--config", default="configs/falcon-7b.yaml", help="of the runs")
+    parser.add_argument("--steps", type=at_least_one, default=3, help="of each training")
+    parser.add_argument("--output", type=Path, help="JSON file of the results, written after every shape")
+    options = parser.parse_args(argv)
+    return told(lambda: measure(options, command_of("peaks.py", argv)))
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Returns:
+    1 where an estimate is further than a tenth from what was measured, else 0.
+    """
+    from benchmarks import machine
+    from kestrel.runtime.atomic import write_json
+
+    rows: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        work = Path(tempfile.mkdtemp(prefix="peaks-"))
+        began = time.monotonic()
+        try:
+            rows += rows_of(shape, work, options)
+        finally:
+            shutil.rmtree(work)
+        print(f"{shape}: {time.monotonic() - began:.0f} s", flush=True)
+        if options.output:
+            write_json(options.output, {**machine.facts_of_a_measurement(command), "rows": rows})
+    known = [row for row in rows if row["estimate_gib"]]
+    return int(any(abs(row["estimate_gib"] / row["measured_gib"] - 1) > _ALLOWED for row in known))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
