@@ -126,22 +126,18 @@ def chosen(systems: tuple[System, ...], options: argparse.Namespace) -> tuple[Sy
     known = [system.name for system in systems]
     if unknown := sorted(set(options.only or ()) - set(known)):
         raise UsageError([f"--only {' '.join(unknown)}: this profile's rows are {', '.join(known)}"])
-    found = []
-    for system in systems:
-        missing = missing_package(system, options)
-        if options.only and system.name not in options.only:
-            continue
-        if missing == "TRL":
+    asked = [system for system in systems if not options.only or system.name in options.only]
+    missing = {system.name: package for system in asked if (package := missing_package(system, options))}
+    for package in dict.fromkeys(missing.values()):
+        rows = ", ".join(name for name in missing if missing[name] == package)
+        if package == "trl":
             raise KestrelError(
                 "TRL is not installed: pip install -r benchmarks/requirements.txt, or name other rows with --only"
             )
-        if missing and options.only:
-            raise KestrelError(f"{system.name} needs {missing}, which is not installed: see benchmarks/README.md")
-        if missing:
-            print(f"note: {missing} is not installed (see benchmarks/README.md): {system.name} is left out", flush=True)
-        else:
-            found.append(system)
-    return tuple(found)
+        if options.only:
+            raise KestrelError(f"{package} is not installed, which {rows} needs: see benchmarks/README.md")
+        print(f"note: {package} is not installed (see benchmarks/README.md), so {rows} are left out", flush=True)
+    return tuple(system for system in asked if system.name not in missing)
 
 
 def missing_package(system: System, options: argparse.Namespace) -> str | None:
@@ -150,7 +146,7 @@ def missing_package(system: System, options: argparse.Namespace) -> str | None:
         there = options.unsloth and (options.unsloth / "unsloth").is_dir() or find_spec("unsloth")
         return None if there else "unsloth"
     if system.kind.startswith("trl") and not find_spec("trl"):
-        return "TRL"
+        return "trl"
     return "liger-kernel" if system.options.get("use_liger_kernel") and not find_spec("liger_kernel") else None
 
 
