@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -86,7 +87,11 @@ def one_process(options: argparse.Namespace) -> int:
 
 def versions_of(*names: str) -> dict[str, str]:
     """Of those of the packages that are installed."""
-    return {name: metadata.version(name) for name in names if find_spec(name)}
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def start(row: str, options: argparse.Namespace, work: Path, **more: Any) -> dict[str, Any]:
@@ -101,7 +106,7 @@ def start(row: str, options: argparse.Namespace, work: Path, **more: Any) -> dic
     if row.startswith("unsloth"):
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
         environment["UNSLOTH_COMPILE_LOCATION"] = str(work / "unsloth_compiled_cache")
-        paths = [str(options.unsloth or ""), environment.get("PYTHONPATH", "")]
+        paths = [str(options.unsloth.resolve()) if options.unsloth else "", environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with open(log, "w", encoding="utf-8") as file:
         status = subprocess.call(
