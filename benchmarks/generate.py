@@ -45,7 +45,7 @@ from benchmarks.shape_profiles import CONFIG, profile_of
 from benchmarks.shapes import SHAPES
 from kestrel.adapter.lora import add_lora
 from kestrel.config.resolve import resolve
-from kestrel.config.settings import Generation
+from kestrel.config.settings import Generation, Settings
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import answers
@@ -205,14 +205,18 @@ def time_stock(
     return {"seconds": timed * len(contexts) / replies, "batch_size": size, "timed": timed, "timed_replies": replies}
 
 
-def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
-    dialogues = read_dialogues(options.text)
-    model_folder = options.model or work / "model"
-    if not (model_folder / "config.json").exists():
-        write_model(model_folder, profile_of(options.profile, options.shape), dialogues, options.layers)
-    dtype = machine.compute_dtype()
-    given = {"model.name": str(model_folder), "quantization.compute_dtype": dtype}
+def settings_of(options: argparse.Namespace, folder: Path, dialogues: list[Dialogue]) -> Settings:
+    """The settings for the model in a folder, which is written where there is none."""
+    if not (folder / "config.json").exists():
+        write_model(folder, profile_of(options.profile, options.shape), dialogues, options.layers)
+    given = {"model.name": str(folder), "quantization.compute_dtype": machine.compute_dtype()}
     settings, _ = resolve(str(options.config or ROOT / (CONFIG if options.shape else _FALCON)), given)
+    return settings
+
+
+def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
+    dialogues, dtype = read_dialogues(options.text), machine.compute_dtype()
+    settings = settings_of(options, options.model or work / "model", dialogues)
     prompt = load_prompt(settings)
     rows = rows_of(dialogues, prompt, options.replies)
     rate = machine.matrix_rate(machine.matrix_size(), dtype)
