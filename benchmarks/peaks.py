@@ -29,7 +29,8 @@ from benchmarks.shapes import SHAPES
 
 _SHAPES = ("falcon-7b", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b", "gemma-2-9b", "smollm2-135m")
 _LEVELS = ("none", "mlp", "full")
-_TOKENS, _ANSWER_TOKENS = 8192, 16_384
+_ANSWERING = "answering"
+_ANSWER_TOKENS = 16_384
 _ALLOWED = 0.1
 _MARK = "measured: "
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the dry run would time passes on one
@@ -72,21 +73,23 @@ def rows_of(shape: str, work: Path, options: argparse.Namespace) -> list[dict[st
     common = ["--config", str(ROOT / options.config), "--run_dir", str(run), "--data.source", options.text]
     common += ["--model.name", str(model), "--lora.target_modules", "all-linear"]
     common += ["--generation.tokens_per_step", str(_ANSWER_TOKENS), "--generation.systems", "adapter"]
-    training = ["--training.max_steps", str(options.steps), "--training.tokens_per_step", str(_TOKENS)]
+    training = ["--training.max_steps", str(options.steps), "--training.tokens_per_step", str(options.tokens)]
     training += ["--training.batch_size", "64", "--training.evaluations", "1", "--training.samples", "0"]
     training += ["--training.resume", "never"]
     call("preprocess", *common)
     rows, answering = [], None
-    for level in _LEVELS:
+    for level in (level for level in _LEVELS if level in options.what):
         given = [*common, *training, "--training.recompute", level]
         _, printed = call("train", *given, "--training.device_memory", "140GiB", "--dry-run", **_NO_GPU)
-        answering = estimate_of(printed, "answering") or answering
+        answering = estimate_of(printed, _ANSWERING) or answering
         facts, said = call("train", *given)
         row = {"shape": shape, "what": level, "estimate_gib": estimate_of(printed, "peak of all tensors")}
         rows.append({**row, "measured_gib": peak_of(facts), "own layers": "Kestrel's own" in said})
         print(rows[-1], flush=True)
+    if _ANSWERING not in options.what:
+        return rows
     facts, _ = call("generate", *common, "--seed", "0", *training[2:6])
-    rows.append({"shape": shape, "what": "answering", "estimate_gib": answering, "measured_gib": peak_of(facts)})
+    rows.append({"shape": shape, "what": _ANSWERING, "estimate_gib": answering, "measured_gib": peak_of(facts)})
     print(rows[-1], flush=True)
     return rows
 
@@ -95,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(_SHAPES))
     parser.add_argument("--config", default="configs/falcon-7b.yaml", help="of the runs")
+    parser.add_argument("--what", nargs="+", choices=(*_LEVELS, _ANSWERING), default=[*_LEVELS, _ANSWERING])
+    parser.add_argument("--tokens", type=at_least_one, default=4096, help="of a pass of training")
     parser.add_argument("--steps", type=at_least_one, default=3, help="of each training")
     parser.add_argument("--output", type=Path, help="JSON file of the results, written after every shape")
     options = parser.parse_args(argv)
