@@ -29,13 +29,8 @@ def profile_of(machine: str, shape: str | None) -> Profile:
 
 def _kestrel(name: str, warmup: int, steps: int, **more: Any) -> System:
     """A row of train.py; `more` are keys of the training section."""
-    training = {
-        "tokens_per_step": "auto",
-        "recompute": "auto",
-        "batch_size": 32,
-        "learning_rate": _LEARNING_RATE,
-        **more,
-    }
+    auto = {"tokens_per_step": "auto", "recompute": "auto"}
+    training = {**auto, "batch_size": 32, "learning_rate": _LEARNING_RATE, **more}
     options = {"prompt.format": "plain", "lora.target_modules": "all-linear"}
     options |= {f"training.{key}": value for key, value in training.items()}
     return System(name, "kestrel", None, warmup, steps, options, CONFIG)
@@ -50,9 +45,7 @@ def _rows_of_cpu() -> tuple[System, ...]:
     return (
         _kestrel("kestrel", 1, 6, batch_size=8),
         System("trl-dialogues", "trl-dialogues", 8, 1, 4, peer),
-        System(
-            "trl-dialogues-grouped", "trl-dialogues", 8, 1, 4, {**peer, "train_sampling_strategy": "group_by_length"}
-        ),
+        System("trl-dialogues-grouped", "trl-dialogues", 8, 1, 4, _ORDERED),
         System("trl-turns", "trl-turns", 8, 1, 4, peer),
     )
 
