@@ -52,6 +52,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8192, **_ROPE}),
 }  # fmt: skip
 
+# Random weights as large as `random_base` makes them enlarge rounding from layer to layer until gradients are noise.
+_CALM = 0.4
+
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
     """The config of a shape, with as many layers as the real model has or as are given."""
@@ -92,6 +95,9 @@ def write_shape(folder: Path, shape: str, lines: Iterable[str], layers: int | No
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = random_base(settings, config_of(shape, layers=1), device)
+    for layer in (part for part in model.modules() if hasattr(getattr(part, "weight", None), "quant_state")):
+        state = layer.weight.quant_state
+        state.offset, state.state2.absmax = _CALM * state.offset, _CALM * state.state2.absmax
     first = next(name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)) + ".0."
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     place, size = {}, 0

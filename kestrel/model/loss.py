@@ -10,7 +10,6 @@ needed. Without a mask the fused attention kernels run.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from kestrel.errors import ProofError
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
-from kestrel.model.kernels import cards
 from kestrel.model.kernels.elementwise import nll
 from kestrel.model.projection import Repeats
 from kestrel.prompt.prompt import IGNORED
@@ -236,7 +234,7 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
     ours = _at_supervised_tokens(causal_lm_of(model), batch, nll_of_hidden, None)
     if not torch.isfinite(ours).all():
         raise ProofError(NOT_FINITE)
-    theirs = _library_nll(model, batch)
+    theirs = library_nll(model, batch)
     model.train(was_training)
     difference = ((ours - theirs).norm() / theirs.norm().clamp(min=1e-6)).item()
     if not difference <= (1e-4 if compute_dtype == "float32" else 2e-2):
@@ -246,62 +244,7 @@ def prove_loss(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: 
         )
 
 
-def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype: str) -> str:
-    """Compares the LoRA gradients of the fast layers with those of transformers' and PEFT's layers, without dropout.
-
-    B begins at zero, where A has no gradient; meanwhile it is random. Weights, gradients and random state stay as they are.
-
-    Args:
-        model: prepared by `attach_token_nll`, with a fresh adapter.
-        batch: from `collate`, on the model's device; the first 64 tokens of its first row are taken.
-
-    Returns:
-        Which layers will compute, and what was proven, for the terminal.
-
-    Raises:
-        ProofError: they differ by more than the compute type's rounding; naming the matrix that differs most.
-    """
-    backbone = getattr(causal_lm_of(model), causal_lm_of(model).base_model_prefix)
-    kind = backbone.config.model_type
-    if not getattr(causal_lm_of(model).forward, "is_fast", lambda: False)():
-        return f"layers: transformers' own; Kestrel's do not cover this {kind}, its adapter or its sharding"
-    was_training = model.training
-    model.eval()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kept = {name: p.detach().clone() for name, p in trained.items()}
-    generator = torch.Generator().manual_seed(0)
-    for p in trained.values():
-        p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    ids = batch["input_ids"][:1, :64]
-    labels = torch.cat((torch.full_like(ids[:, :1], IGNORED), ids[:, 1:]), dim=1)
-    short = {"input_ids": ids, "labels": labels, "predicting": torch.arange(ids.shape[1] - 1, device=ids.device)}
-    gradients = []
-    for nll_by in (token_nll, _library_nll):
-        nll_by(model, short).sum().backward()
-        gradients.append({name: p.grad for name, p in trained.items() if p.grad is not None})
-        model.zero_grad(set_to_none=True)
-    for name, p in trained.items():
-        p.data.copy_(kept[name])
-    model.train(was_training)
-    ours, theirs = gradients
-    apart = {name: (ours[name] - g).norm().item() if name in ours else math.inf for name, g in theirs.items()}
-    total = math.hypot(*(g.norm().item() for g in theirs.values()))
-    difference = math.hypot(*apart.values()) / total
-    if not difference <= (1e-3 if compute_dtype == "float32" else 0.2):
-        worst = max(apart, key=lambda name: apart[name])
-        raise ProofError(
-            f"the fast layers for {kind} compute other LoRA gradients than transformers' ({difference:.2%} apart, most in "
-            f"{worst}); report it with the model's name and the version of transformers"
-        )
-    proven = (
-        f"layers: Kestrel's own for {kind}; proven: their LoRA gradients are transformers' ({difference:.1%} apart)"
-    )
-    if cards.is_before_ampere():
-        proven += f"\nattention and LoRA's dropout: torch's own; Kestrel's kernels need sm_80 or later, this is {cards.name()}"
-    return proven
-
-
-def _library_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def library_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """As `token_nll`, by transformers' own layers and logits."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
     targets = batch["labels"][:, 1:]

@@ -14,7 +14,8 @@ from kestrel.adapter.proof import prove_loaded, save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
 from kestrel.model.base import check_context, device, device_name, load_base, note_on_untrained_end
-from kestrel.model.loss import attach_token_nll, collate, prove_layers, prove_loss
+from kestrel.model.layer_proof import prove_layers
+from kestrel.model.loss import attach_token_nll, collate, prove_loss
 from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed

@@ -21,7 +21,8 @@ from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
 from kestrel.model.kernels.attention import use_fused_kernels
-from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, prove_layers, token_nll
+from kestrel.model.layer_proof import prove_layers
+from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, token_nll
 from kestrel.model.projection import Repeats
 from kestrel.model.quantization import forbid_repacking
 
@@ -235,6 +236,22 @@ def test_the_proof_leaves_everything_as_it_was_and_sees_a_wrong_gradient(
     monkeypatch.setattr(projection, "project_gradient", lambda *given: own(*given) * 1.01)
     with pytest.raises(ProofError, match=r"most in .*lora_A"):
         prove_layers(model, batch(), "float32")
+
+
+def test_a_base_that_enlarges_rounding_is_not_taken_for_wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wild random weights in bfloat16: the gradients of transformers' own layers are rounding. Wrong ones are still found."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 24})
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for p in base.model.layers.parameters():
+        p.data.mul_(20 if p.dim() > 1 else 1)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    attach_token_nll(model)
+    assert "this base enlarges it" in prove_layers(model, batch(), "bfloat16")
+    own = projection.project_gradient
+    monkeypatch.setattr(projection, "project_gradient", lambda *given: own(*given) * 9)
+    with pytest.raises(ProofError):
+        prove_layers(model, batch(), "bfloat16")
 
 
 def test_the_proof_says_which_layers_compute() -> None:
