@@ -2,14 +2,15 @@
 
     python benchmarks/falcon_7b_shape.py --output /tmp/falcon
     python benchmarks/generate.py --model /tmp/falcon --output benchmarks/results/generate-gpu.json [--text FILE]
+    python benchmarks/generate.py --shape qwen2.5-7b --output FILE [--model FOLDER] [--text FILE]
 
 A base of random weights in NF4 with an adapter answers the replies of a text, its dialogues repeated until there are
 enough. Such weights end no reply, so that every answer has all its tokens. Before anything is timed, each token that
 Kestrel says must be the likeliest one in a plain pass of transformers' own model over that one context, and each
 reference as likely, up to rounding.
 
-    kestrel     as generate.py does it, once for each of --tokens_per_step: prompts rendered, answers, likelihoods of all
-                references, file written
+    kestrel     as generate.py does it, once for each of --tokens_per_step, which may be auto: prompts rendered, answers,
+                likelihoods of all references, file written
     stock       transformers' generate with its own attention: left-padded batches of similar length, answers alone. Some
                 batches are timed, spread over the lengths, and the seconds of all extrapolated
 
@@ -40,9 +41,11 @@ import torch
 from benchmarks import machine
 from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.profiles import PROFILES, read_dialogues, write_model
+from benchmarks.shape_profiles import CONFIG, profile_of
+from benchmarks.shapes import SHAPES
 from kestrel.adapter.lora import add_lora
 from kestrel.config.resolve import resolve
-from kestrel.config.settings import Generation
+from kestrel.config.settings import Generation, Settings
 from kestrel.dialogue import Dialogue
 from kestrel.errors import ProofError
 from kestrel.generation import answers
@@ -61,6 +64,7 @@ from kestrel.prompt.prompt import Prompt, Rendered
 from kestrel.runtime.atomic import write_json
 from kestrel.runtime.manifest import git_commit, library_versions
 
+_FALCON = "configs/falcon-7b.yaml"
 _CHECKED = 8  # replies
 # How far a chosen token's logit may lie below the best one, in standard deviations over the vocabulary, and how far a
 # likelihood from the plain one, relatively. A token of another context lies several deviations below.
@@ -201,15 +205,18 @@ def time_stock(
     return {"seconds": timed * len(contexts) / replies, "batch_size": size, "timed": timed, "timed_replies": replies}
 
 
+def settings_of(options: argparse.Namespace, folder: Path, dialogues: list[Dialogue]) -> Settings:
+    """The settings for the model in a folder, which is written where there is none."""
+    if not (folder / "config.json").exists():
+        write_model(folder, profile_of(options.profile, options.shape), dialogues, options.layers)
+    given = {"model.name": str(folder), "quantization.compute_dtype": machine.compute_dtype()}
+    settings, _ = resolve(str(options.config or ROOT / (CONFIG if options.shape else _FALCON)), given)
+    return settings
+
+
 def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
-    dialogues = read_dialogues(options.text)
-    model_folder = options.model or work / "model"
-    if not (model_folder / "config.json").exists():
-        profile = PROFILES[options.profile]
-        write_model(model_folder, profile, dialogues, options.layers or profile.layers)
-    dtype = machine.compute_dtype()
-    given = {"model.name": str(model_folder), "quantization.compute_dtype": dtype}
-    settings, _ = resolve(str(options.config), given)
+    dialogues, dtype = read_dialogues(options.text), machine.compute_dtype()
+    settings = settings_of(options, options.model or work / "model", dialogues)
     prompt = load_prompt(settings)
     rows = rows_of(dialogues, prompt, options.replies)
     rate = machine.matrix_rate(machine.matrix_size(), dtype)
@@ -232,6 +239,7 @@ def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
     tokens = sum(len(row["input_ids"]) for row in rows) + len(asked) * options.new_tokens
     record: dict[str, Any] = {
         "command": command,
+        "shape": options.shape,
         "device": machine.device_name(),
         "compute_dtype": dtype,
         "matrix_flops": rate,
@@ -264,18 +272,32 @@ def benchmark(options: argparse.Namespace, work: Path, command: str) -> None:
         add("stock", time_stock(model, prompt, contexts, chosen, options.stock_batch, options.stock_batches))
 
 
+def auto_or_number(text: str) -> int | str:
+    """The type of --tokens_per_step."""
+    return text if text == "auto" else at_least_one(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the results, written after every row")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "falcon-7b.yaml", help="(falcon-7b.yaml)")
+    parser.add_argument("--config", type=Path, help=f"({_FALCON}; with --shape {CONFIG})")
     parser.add_argument("--model", type=Path, help="folder of the model; written where there is none (a temporary one)")
-    parser.add_argument("--profile", choices=tuple(PROFILES), default="gpu", help="shape of a model that is written")
+    parser.add_argument(
+        "--profile", choices=tuple(PROFILES), default="gpu", help="which Falcon is written, without --shape"
+    )
+    parser.add_argument("--shape", metavar="NAME", choices=SHAPES, help=f"model that is written: {', '.join(SHAPES)}")
     parser.add_argument(
         "--layers", type=at_least_one, help="decoder layers of a model that is written: fewer for a trial"
     )
     parser.add_argument("--replies", type=at_least_one, default=7801, help="replies to answer (ConvAI2's 7,801)")
     parser.add_argument("--new-tokens", type=at_least_one, default=24, help="tokens of each answer (24)")
-    parser.add_argument("--tokens_per_step", type=at_least_one, nargs="+", help="a row for each (the config's)")
+    parser.add_argument(
+        "--tokens_per_step",
+        type=auto_or_number,
+        nargs="+",
+        metavar="N",
+        help="a row for each, a number or auto (the config's)",
+    )
     parser.add_argument("--stock-batch", type=at_least_one, default=512, help="prompts of a batch of stock (512)")
     parser.add_argument("--stock-batches", type=int, default=3, help="batches of stock that are timed; 0 for no row")
     options = parser.parse_args(argv)

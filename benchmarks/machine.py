@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _mark() -> Any:
+    """A point in the device's work: an event of the GPU, which nothing waits for, or the time."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(earlier: Any, later: Any) -> float:
+    return later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3
+
+
 class Stopwatch(TrainerCallback):
     """Times optimizer steps of a Trainer, and counts the positions that its model computes, padding included.
 
@@ -107,6 +121,8 @@ class Stopwatch(TrainerCallback):
     def __init__(self, model: torch.nn.Module, warmup: int, steps: int):
         self._first, self._last = warmup, warmup + steps
         self._count = 0
+        self._marks: list[Any] = []  # after each step
+        self._first_step_at = 0.0
         self._readings: dict[str, Any] = {}
         model.get_input_embeddings().register_forward_pre_hook(self._see)  # type: ignore[operator]
 
@@ -117,21 +133,29 @@ class Stopwatch(TrainerCallback):
         reset_peak_memory()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._marks.append(_mark())
+        if state.global_step == 1:
+            synchronize()
+            self._first_step_at = time.time()
         if state.global_step == self._first:
             synchronize()
             self._began, self._processor_began, self._count = time.perf_counter(), time.process_time(), 0
         elif state.global_step == self._last:
             synchronize()
             seconds = time.perf_counter() - self._began
+            timed = self._marks[self._first - 1 : self._last]
             self._readings = {
                 "seconds": seconds,
+                "step_seconds": [_seconds_between(*pair) for pair in pairwise(timed)],
+                "first_step_at": self._first_step_at,
                 "processor_seconds": time.process_time() - self._processor_began,
                 "positions": self._count,
                 "peak_bytes": peak_memory(),
             }
 
     def readings(self) -> dict[str, Any]:
-        """seconds, processor_seconds (of all threads), positions, peak_bytes.
+        """seconds, step_seconds (of each step), processor_seconds (of all threads), positions, peak_bytes, and
+        first_step_at, when the very first step had ended, in seconds since 1970.
 
         Raises:
             KestrelError: training ended before the last step that was to be timed.

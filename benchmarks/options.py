@@ -28,6 +28,7 @@ def command_of(name: str, argv: Sequence[str] | None) -> str:
     """
     words = [f"python benchmarks/{name}"]
     instead = {"--model": "FOLDER", "--tokenizer": "FOLDER", "--text": "FILE", "--output": "", "--work": ""}
+    instead["--unsloth"] = "FOLDER"
     given = iter(sys.argv[1:] if argv is None else argv)
     for word in given:
         option, joined, _ = word.partition("=")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 512  # tokens of a training sequence, for every system
 LEARNING_RATE = 2e-4
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["query_key_value"]}
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["query_key_value"]}  # Falcon's
 _HELD_OUT = 4  # dialogues of validation and of test; the scripts need some, and they are no part of what is timed
 
-Kind = Literal["kestrel", "trl-turns", "trl-dialogues", "trl-packed", "original"]
+Kind = Literal["kestrel", "trl-turns", "trl-dialogues", "trl-packed", "original", "unsloth"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class System:
     Attributes:
         name: for `--only`.
         kind: whose training loop, on rows of which form.
-        batch_size: rows of an optimizer step: dialogues, or turns where a row is a turn; None: as the config says.
+        batch_size: rows of a pass: dialogues, or turns where a row is a turn; None: as the config says.
         warmup: optimizer steps before the clock starts.
         steps: optimizer steps that are timed.
         options: of train.py, for Kestrel; of the peer's arguments, for a peer.
         config: of Kestrel.
+        passes: of an optimizer step, for a peer; Kestrel cuts its steps itself.
     """
 
     name: str
@@ -49,6 +50,7 @@ class System:
     steps: int
     options: dict[str, Any] = field(default_factory=dict)
     config: str = "configs/falcon-7b.yaml"
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,25 @@ class Profile:
 
     Attributes:
         shape: what of the model differs from Falcon-7B.
-        layers: decoder layers.
+        layers: decoder layers; None: the shape's.
         vocabulary: of the tokenizer.
         repeat: how often the text's dialogues stand in the training set, so that an epoch is long enough to time.
         checked: dialogues whose losses must agree before anything is timed.
+        model: a name of shapes.py, whose linear layers all get LoRA; None: Falcon, whose query_key_value gets it.
     """
 
     shape: dict[str, int]
-    layers: int
+    layers: int | None
     vocabulary: int
     repeat: int
     checked: int
     systems: tuple[System, ...]
+    model: str | None = None
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """What peft is told."""
+        return {**LORA, "target_modules": "all-linear"} if self.model else LORA
 
 
 _CHECKPOINTING = {"gradient_checkpointing": True}
@@ -143,10 +152,17 @@ def _lines(dialogues: list[Dialogue]) -> Iterator[str]:
             yield f"\n{'Partner' if turn.speaker == 'partner' else 'You'}: {turn.text}"
 
 
-def write_model(folder: Path, profile: Profile, dialogues: list[Dialogue], layers: int) -> None:
+def write_model(folder: Path, profile: Profile, dialogues: list[Dialogue], layers: int | None) -> None:
     """Random weights and a tokenizer of the dialogues' words."""
     from benchmarks.falcon_7b_shape import write_tokenizer, write_weights
+    from benchmarks.shapes import write_shape
 
+    layers = layers or profile.layers
+    if profile.model:
+        print(f"writing random weights of the shape of {profile.model} into {folder}", flush=True)
+        write_shape(folder, profile.model, _lines(dialogues), layers)
+        return
+    assert layers is not None
     print(f"writing a Falcon of random weights into {folder}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, _lines(dialogues), profile.vocabulary)

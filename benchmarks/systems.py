@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,10 @@ from benchmarks.profiles import Profile, System, arguments, read_dialogues, scri
 from kestrel.errors import KestrelError
 
 REFERENCE = "reference.pt"
+_ROWS = "rows.json"
 
 
-def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -> dict[str, Any]:
+def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int | None) -> dict[str, Any]:
     """Writes what all systems share, the reference losses among it, and measures the machine.
 
     Args:
@@ -26,7 +29,7 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
         model: folder of the model; it is written where there is none.
         profile: of the machine.
         text: source of the dialogues.
-        layers: of a model that is written.
+        layers: of a model that is written; None: the profile's.
 
     Returns:
         Facts for the record: device, matrix rate in FLOP/s, sizes of model and data.
@@ -44,22 +47,25 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
     write_dialogues(work / "dialogues", dialogues, profile.repeat)
     ours = next(system for system in profile.systems if system.kind == "kestrel")
     run_script("preprocess", arguments(work, model, replace(ours, name="rows"), dtype))
-    rows = training_rows(work)
+    rows = write_rows(work)
 
     base = peers.load_base(model, dtype)
-    skeleton = skeleton_of(load_config(Model(name=str(model))))
+    config = load_config(Model(name=str(model)))
+    skeleton = skeleton_of(config)
     from peft import get_peft_model
 
-    agreement.write_reference(get_peft_model(base, peers.lora_config()), rows[: profile.checked], work / REFERENCE)
+    with_lora = get_peft_model(base, peers.lora_config(profile))
+    agreement.write_reference(with_lora, rows[: profile.checked], work / REFERENCE)
     linear = linear_layers(skeleton)
     return {
         "device": machine.device_name(),
         "compute_dtype": dtype,
         "matrix_flops": rate,
         "matrix_size": size,
+        "shape": profile.model,
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "linear_parameters": sum(inputs * outputs for inputs, outputs in linear.values()),
-        "layers": len({name.split(".h.")[1].split(".")[0] for name in linear}),
+        "layers": config.num_hidden_layers,
         "dialogues": len(rows),
         "replies": sum(len(row["reply_spans"]) for row in rows),
         "tokens": sum(len(row["input_ids"]) for row in rows),
@@ -67,12 +73,14 @@ def prepare(work: Path, model: Path, profile: Profile, text: str, layers: int) -
     }
 
 
-def training_rows(work: Path) -> list[Row]:
-    """What every system trains on."""
+def write_rows(work: Path) -> list[Row]:
+    """What every system trains on, also as JSON, since unsloth needs another version of datasets."""
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(work / "rows" / "dataset" / "train"))
-    return list(dataset.select_columns(["input_ids", "labels", "reply_spans"]))
+    rows = list(dataset.select_columns(["input_ids", "labels", "reply_spans"]))
+    (work / _ROWS).write_text(json.dumps(rows), encoding="utf-8")
+    return rows
 
 
 def run_script(name: str, argv: list[str]) -> None:
@@ -83,68 +91,95 @@ def run_script(name: str, argv: list[str]) -> None:
         raise KestrelError(f"{name}.py {' '.join(argv)} failed")
 
 
-def measure(system: System, work: Path, model: Path, checked: int, dtype: str) -> dict[str, Any]:
-    """Checks a system's losses and times its steps.
+def measure(
+    system: System, work: Path, model: Path, profile: Profile, dtype: str, process_began: float
+) -> dict[str, Any]:
+    """Checks a system's losses and gradient and times its steps.
+
+    Args:
+        process_began: in seconds since 1970.
 
     Returns:
         `seconds`, `positions` and `peak_bytes` of the timed steps; `dialogues`, `tokens` (each dialogue's once, whatever
-        is computed again) and `real` (tokens that are no padding) of the same; what the check found.
+        is computed again) and `real` (tokens that are no padding) of the same; `step_tokens` and `step_seconds` of each;
+        what the check found.
 
     Raises:
-        ProofError: the losses do not agree with the reference.
+        ProofError: the losses or the gradient do not agree with the reference.
         OutOfMemoryError: on a GPU.
     """
-    rows = training_rows(work)
-    here = _kestrel if system.kind == "kestrel" else _peer
-    return here(system, work, model, rows, rows[:checked], dtype)
+    rows = json.loads((work / _ROWS).read_text(encoding="utf-8"))
+    if system.kind == "kestrel":
+        return _kestrel(system, work, model, rows[: profile.checked], dtype, process_began)
+    return _peer(system, work, model, profile, rows, dtype)
 
 
 def _kestrel(
-    system: System, work: Path, model: Path, rows: list[Row], checked: list[Row], dtype: str
+    system: System, work: Path, model: Path, checked: list[Row], dtype: str, process_began: float
 ) -> dict[str, Any]:
-    """preprocess.py and train.py as a user runs them; only the Trainer's `train` is watched."""
+    """train.py as a user runs it, on what preprocess.py made; only the Trainer's `train` is watched."""
     from kestrel.training.trainer import DialogueTrainer
 
     found: dict[str, Any] = {}
     own_train: Callable[..., Any] = DialogueTrainer.train
 
     def train(trainer: DialogueTrainer, *given: Any, **named: Any) -> Any:
-        def loss(rows: list[Row]) -> torch.Tensor:
-            arrays = [{name: np.asarray(row[name]) for name in ("input_ids", "labels")} for row in rows]
-            return trainer.training_step(trainer.model, trainer.inputs_of(arrays))
-
-        def loss_of(number: int, span: tuple[int, int], row: Row) -> float:
-            return float(loss([row]))
-
-        def backward() -> None:
-            loss(checked)
-
-        reference = work / REFERENCE
-        found["loss_difference"] = agreement.check(system.name, trainer.model, checked, loss_of, reference, dtype)
-        found["gradient_difference"] = agreement.check_gradient(system.name, trainer.model, backward, reference, dtype)
+        began = time.time()
+        found.update(_check_kestrel(system.name, trainer, checked, work / REFERENCE, dtype))
+        machine.synchronize()
+        checking = time.time() - began
         watch = machine.Stopwatch(trainer.model, system.warmup, system.steps)
         trainer.add_callback(watch)
         result = own_train(trainer, *given, **named)
         first, last = system.warmup, system.warmup + system.steps
-        until = [0, *trainer.tokens_until.tolist()]
-        found["tokens"] = found["real"] = until[last] - until[first]
+        steps = np.diff([0, *trainer.tokens_until.tolist()])[first:last].tolist()
+        found["step_tokens"], found["tokens"], found["real"] = steps, sum(steps), sum(steps)
         found["dialogues"] = sum(len(trainer.dialogues_of_step(step + 1)) for step in range(first, last))
         found.update(watch.readings())
+        found["start_to_first_step_seconds"] = found["first_step_at"] - process_began - checking
+        plan = trainer._plan
+        found["tokens_per_step"], found["recompute"] = plan.tokens_per_step, plan.recompute
+        found["estimated_bytes"] = plan.estimate.needed if plan.estimate else None
         return result
 
     DialogueTrainer.train = train
-    argv = arguments(work, model, system, dtype)
-    run_script("preprocess", argv)
-    run_script("train", argv)
+    dataset = ["--data.dataset", str(work / "rows" / "dataset")]
+    run_script("train", [*arguments(work, model, system, dtype), *dataset])
     return found
 
 
-def _peer(system: System, work: Path, model: Path, rows: list[Row], checked: list[Row], dtype: str) -> dict[str, Any]:
-    """A peer's trainer. An epoch is extrapolated from examples whose lengths are distributed as all lengths are."""
-    base = peers.load_base(model, dtype)
-    trainer, epoch = peers.trainer_of(system, base, model, work / system.name, rows)
-    loss_of = peers.loss_by(system, trainer, checked)
-    difference = agreement.check(system.name, trainer.model, checked, loss_of, work / REFERENCE, dtype)
+def _check_kestrel(name: str, trainer: Any, checked: list[Row], reference: Path, dtype: str) -> dict[str, float]:
+    """The differences of the losses and of the gradient from the reference's.
+
+    Raises:
+        ProofError: more than rounding lies between them.
+    """
+
+    def loss(rows: list[Row]) -> torch.Tensor:
+        arrays = [{name: np.asarray(row[name]) for name in ("input_ids", "labels")} for row in rows]
+        result: torch.Tensor = trainer.training_step(trainer.model, trainer.inputs_of(arrays))
+        return result
+
+    def loss_of(number: int, span: tuple[int, int], row: Row) -> float:
+        return float(loss([row]))
+
+    def backward() -> None:
+        loss(checked)
+
+    return {
+        "loss_difference": agreement.check(name, trainer.model, checked, loss_of, reference, dtype),
+        "gradient_difference": agreement.check_gradient(name, trainer.model, backward, reference, dtype),
+    }
+
+
+def _peer(system: System, work: Path, model: Path, profile: Profile, rows: list[Row], dtype: str) -> dict[str, Any]:
+    """A peer's trainer. Where an example is a turn, an epoch is extrapolated from turns of all lengths."""
+    trainer, epoch = peers.trainer_of(system, profile, model, work / system.name, rows, dtype)
+    reference, checked = work / REFERENCE, rows[: profile.checked]
+    found: dict[str, Any] = {}
+    late = system.kind == "unsloth"  # what it compiles would be other code after other passes
+    if not late:
+        found.update(peers.check(system, trainer, checked, reference, dtype))
     watch = machine.Stopwatch(trainer.model, system.warmup, system.steps)
     trainer.add_callback(watch)
     collate, batches = trainer.data_collator, []
@@ -160,12 +195,20 @@ def _peer(system: System, work: Path, model: Path, rows: list[Row], checked: lis
 
     trainer.data_collator = counted
     trainer.train()
-    timed = batches[system.warmup : system.warmup + system.steps]
-    share = sum(count for count, _ in timed) / epoch  # of an epoch that was timed
+    trainer.data_collator = collate
+    if late:
+        found.update(peers.check(system, trainer, checked, reference, dtype))
+    first, last = system.warmup, system.warmup + system.steps
+    passes = [batches[step * system.passes : (step + 1) * system.passes] for step in range(first, last)]
+    counts, real = ([sum(pair[place] for pair in step) for step in passes] for place in (0, 1))
+    share = sum(counts) / epoch  # of an epoch that was timed
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    steps = real if peers.of_dialogues(system) else [count / epoch * tokens for count in counts]
     return {
-        "loss_difference": difference,
+        **found,
         "dialogues": share * len(rows),
-        "tokens": share * sum(len(row["input_ids"]) for row in rows),
-        "real": sum(real for _, real in timed),
+        "step_tokens": steps,
+        "tokens": sum(steps),
+        "real": sum(real),
         **watch.readings(),
     }
