@@ -86,7 +86,7 @@ class Layer:
 
     def attention(
         self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Attention, with a graph from its result to its inputs.
 
         Args:
@@ -99,10 +99,12 @@ class Layer:
         Returns:
             The result (batch, heads, length, head size), and the leaves of its graph: queries, keys and values, rotated;
             or, where queries and keys are normed, what the linear layers made, (batch, length, all heads, head size).
+            And the narrow side of the linear layers' updates.
         """
         a = self.architecture
         heads = (a.heads, a.kv_heads, a.kv_heads)
-        fused = self.qkv.forward(normed, seed, repeats=repeats).view(*shape[:2], sum(heads), a.head_size)
+        made, low = self.qkv.forward(normed, seed, repeats=repeats)
+        fused = made.view(*shape[:2], sum(heads), a.head_size)
         if self._head_norms:
             with torch.enable_grad():
                 leaf = fused.detach().requires_grad_()
@@ -112,12 +114,12 @@ class Layer:
                     for module, part in zip(self._head_norms, (query, key), strict=True)
                 )
                 query = query if a.query_scale == 1 else query * a.query_scale
-                return [attend(query, key, value, self.window), leaf]
+                return [attend(query, key, value, self.window), leaf], low
         parts = fused.split(heads, dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad():
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            return [attend(query, key, value, self.window), query, key, value]
+            return [attend(query, key, value, self.window), query, key, value], low
 
     def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
@@ -172,36 +174,38 @@ class DecoderLayer(torch.autograd.Function):
         layer.gather()
         flat = x.flatten(0, 1)
         normed, _ = layer.input_norm.forward(flat)
-        attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
+        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
             middle = made = by_mlp = None
             if repeats is not None and not layer.adapts_mlp():
-                before = layer.up.forward(repeats.distinct(normed), seed + 2)
-                y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
+                before, low_up = layer.up.forward(repeats.distinct(normed), seed + 2)
+                y, low_down = layer.down.forward(layer.activate(before), seed + 3)
+                y = repeats.spread(y).add_(flat)
             else:
-                before = layer.up.forward(_rows(normed, wanted), seed + 2)
-                y = layer.down.forward(layer.activate(before), seed + 3, onto=_rows(flat, wanted, copied=True))
-            y = layer.output.forward(merged, seed + 1, onto=y)
+                before, low_up = layer.up.forward(_rows(normed, wanted), seed + 2)
+                onto = _rows(flat, wanted, copied=True)
+                y, low_down = layer.down.forward(layer.activate(before), seed + 3, onto)
+            y, low_output = layer.output.forward(merged, seed + 1, onto=y)
         else:
-            middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted, copied=True), layer.output_norm)
+            onto = _rows(flat, wanted, copied=True)
+            middle, made, low_output = _added(layer.output, merged, seed + 1, onto, layer.output_norm)
             del normed, merged
             normed, _ = layer.mlp_norm.forward(middle)
-            before = layer.up.forward(normed, seed + 2)
-            y, by_mlp = _added(layer.down, layer.activate(before), seed + 3, middle.clone(), layer.down_norm)
+            before, low_up = layer.up.forward(normed, seed + 2)
+            y, by_mlp, low_down = _added(layer.down, layer.activate(before), seed + 3, middle.clone(), layer.down_norm)
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
         keeps_middle = layer.recompute != "full"
-        ctx.save_for_backward(
-            x, cos, sin, wanted, middle if keeps_middle else None,
-            before if layer.recompute == "none" and needs_mlp else None, *((made, by_mlp) if keeps_middle else (None, None)),
-        )  # fmt: skip
+        by_attention = (middle, made, by_mlp, low_qkv) if keeps_middle else [None] * 4
+        by_up = (before, low_up) if layer.recompute == "none" and needs_mlp else [None] * 2
+        ctx.save_for_backward(x, cos, sin, wanted, *by_attention, *by_up, low_output, low_down)
         ctx.layer, ctx.seed, ctx.needs_mlp, ctx.repeats = layer, seed, needs_mlp, repeats
         ctx.attention = attention if keeps_middle else None
         return y.view_as(x) if wanted is None else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, cos, sin, wanted, middle, before, made, by_mlp = ctx.saved_tensors
+        x, cos, sin, wanted, middle, made, by_mlp, low_qkv, before, low_up, low_output, low_down = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
         layer.gather()
         ctx.attention = None
@@ -210,7 +214,7 @@ class DecoderLayer(torch.autograd.Function):
         grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
         normed, statistics = layer.input_norm.forward(flat)
         if attention is None:
-            attention = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
+            attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
 
         of_mlp: list[Any] = [None] * len([*layer.up.matrices(), *layer.down.matrices()])
@@ -218,22 +222,23 @@ class DecoderLayer(torch.autograd.Function):
         if layer.mlp_norm is None:
             if ctx.needs_mlp:
                 some = _rows(normed, wanted)
-                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, None, seed)
+                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, None, (low_up, low_down), seed)
                 grad_normed = _all_rows(grad_some, wanted, len(flat)) if needs_x else None
                 del some, grad_some
         else:
             if middle is None:
                 copied = _rows(flat, wanted, copied=True)
-                middle, made = _added(layer.output, merged, seed + 1, copied, layer.output_norm)
+                middle, made, _ = _added(layer.output, merged, seed + 1, copied, layer.output_norm)
             mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
-            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, seed)
+            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, (low_up, low_down), seed)
             del mlp_normed
             grad = layer.mlp_norm.backward(grad_mlp, middle, mlp_statistics, grad)
             del grad_mlp, middle
         del before
 
-        grad_out, of_output = layer.output.backward(_before_norm(layer.output_norm, grad, made), merged, seed + 1)
-        del merged, made
+        grad_made = _before_norm(layer.output_norm, grad, made)
+        grad_out, of_output = layer.output.backward(grad_made, merged, low_output, seed + 1)
+        del merged, made, grad_made
         a = layer.architecture
         grad_out = _all_rows(grad_out, wanted, len(flat)).view(*x.shape[:2], a.heads, a.head_size).transpose(1, 2)
         out, *leaves = attention
@@ -243,16 +248,22 @@ class DecoderLayer(torch.autograd.Function):
         del grads
         grad_x = None
         if needs_x:
-            grad_normed, of_qkv = layer.qkv.backward(grad_fused, normed, seed, onto=grad_normed)
+            grad_normed, of_qkv = layer.qkv.backward(grad_fused, normed, low_qkv, seed, onto=grad_normed)
             grad_x = layer.input_norm.backward(grad_normed, flat, statistics, _all_rows(grad, wanted, len(flat)))
             grad_x = grad_x.view_as(x)
         else:
-            of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, seed)
+            of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, low_qkv, seed)
         return (grad_x, None, None, None, None, None, None, *of_qkv, *of_output, *of_mlp)
 
 
 def _mlp_backward(
-    layer: Layer, grad: Tensor, normed: Tensor, before: Tensor | None, made: Tensor | None, seed: int
+    layer: Layer,
+    grad: Tensor,
+    normed: Tensor,
+    before: Tensor | None,
+    made: Tensor | None,
+    lows: tuple[Tensor | None, Tensor | None],
+    seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of the MLP's input, and of its LoRA matrices.
 
@@ -262,12 +273,14 @@ def _mlp_backward(
         normed: (rows, hidden), its input.
         before: (rows, widths of gate and up), what its activation is applied to; None: it is made again. It is consumed.
         made: (rows, hidden), what its last layer made, where a norm follows; None: it is made again.
+        lows: (rows, ranks), the narrow sides of `up`, which is made again with `before`, and of `down`.
         seed: of the layer's dropout masks.
     """
+    low_up, low_down = lows
     if before is None:
-        before = layer.up.forward(normed, seed + 2)
+        before, low_up = layer.up.forward(normed, seed + 2)
     if layer.down_norm is not None and made is None:
-        made = layer.down.forward(layer.activate(before), seed + 3)
+        made, _ = layer.down.forward(layer.activate(before), seed + 3)
     grad = _before_norm(layer.down_norm, grad, made)
     del made
     grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
@@ -275,18 +288,21 @@ def _mlp_backward(
     activate_backward_(grad_inner, before, a.activation, a.gated, output=needs_inner)
     inner, grad_before = grad_inner if needs_inner else None, before
     del grad_inner, before
-    of_down = layer.down.backward_updates(grad, grad_low, inner, seed + 3)
+    of_down = layer.down.backward_updates(grad, grad_low, inner, low_down, seed + 3)
     del inner
-    grad_normed, of_up = layer.up.backward(grad_before, normed, seed + 2)
+    grad_normed, of_up = layer.up.backward(grad_before, normed, low_up, seed + 2)
     return grad_normed, [*of_up, *of_down]
 
 
-def _added(group: Group, x: Tensor, seed: int, onto: Tensor, norm_after: _Norm | None) -> tuple[Tensor, Tensor | None]:
-    """`onto`, with what a group makes of x added to it in place; and that, where it is normed first."""
+def _added(
+    group: Group, x: Tensor, seed: int, onto: Tensor, norm_after: _Norm | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`onto`, with what a group makes of x added to it in place; that, where it is normed first; and the narrow side."""
     if norm_after is None:
-        return group.forward(x, seed, onto=onto), None
-    made = group.forward(x, seed)
-    return onto.add_(norm_after.forward(made)[0]), made
+        y, low = group.forward(x, seed, onto=onto)
+        return y, None, low
+    made, low = group.forward(x, seed)
+    return onto.add_(norm_after.forward(made)[0]), made, low
 
 
 def _before_norm(norm_after: _Norm | None, grad: Tensor, made: Tensor | None) -> Tensor:

@@ -4,8 +4,8 @@
 
 Layers that read the same input (queries, keys and values; gate and up) are one group: their outputs lie side by side in
 one buffer, their weights are made dense in one buffer and multiplied at once, and one dropout mask serves them all, where
-PEFT draws one for each. Nothing that can be made again is kept for the backward pass: not the dense weights, and not the
-mask, which follows from its seed.
+PEFT draws one for each. Nothing wide that can be made again is kept for the backward pass: not the dense weights, and not
+the mask, which follows from its seed. dropout(x) Aᵀ is kept: making it again would read x once more for some bytes a token.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ class Group:
             yield self._a[update.ranks], update.a.detach(), update.scaling
             yield self._b[update.columns, update.ranks], update.b.detach(), 1.0
 
-    def forward(self, x: Tensor, seed: int, onto: Tensor | None = None, repeats: Repeats | None = None) -> Tensor:
-        """The outputs side by side, (tokens, outputs).
+    def forward(
+        self, x: Tensor, seed: int, onto: Tensor | None = None, repeats: Repeats | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs side by side, (tokens, outputs), and dropout(x) Aᵀ, (tokens, ranks), for `backward_updates`.
 
         Args:
             x: (tokens, inputs).
@@ -143,9 +145,10 @@ class Group:
             repeats: which rows of x are equal, so that the frozen weights need multiply them once; without `onto`.
         """
         y = self._product(x, onto) if repeats is None else repeats.spread(self._product(repeats.distinct(x), None))
-        if self.updates:
-            y.addmm_(project(x, self._a, self._p(), seed), self._b.t())
-        return y
+        if not self.updates:
+            return y, None
+        low = project(x, self._a, self._p(), seed)
+        return y.addmm_(low, self._b.t()), low
 
     def _product(self, x: Tensor, onto: Tensor | None) -> Tensor:
         if self._apart:
@@ -210,22 +213,25 @@ class Group:
         add_input_gradient_(grad_x, grad_low, self._a, self._p(), seed)
         return grad_x, grad_low
 
-    def backward_updates(self, grad: Tensor, grad_low: Tensor | None, x: Tensor | None, seed: int) -> list[Tensor]:
+    def backward_updates(
+        self, grad: Tensor, grad_low: Tensor | None, x: Tensor | None, low: Tensor | None, seed: int
+    ) -> list[Tensor]:
         """The gradients of `matrices`, in their types.
 
         Args:
             grad: (tokens, outputs), of the output.
             grad_low: from `backward_input`, or None where that was not needed.
             x: (tokens, inputs), the input; None where there is no update.
+            low: from `forward`.
             seed: as given to `forward`.
         """
         updates = self.updates
         if not updates:
             return []
-        assert x is not None
+        assert x is not None and low is not None
         grad_low = grad @ self._b if grad_low is None else grad_low
         grad_a = project_gradient(grad_low, x, self._p(), seed)
-        grad_b = in_float32(grad.t(), project(x, self._a, self._p(), seed))
+        grad_b = in_float32(grad.t(), low)
         results = []
         for update in updates:
             results.append(grad_a[update.ranks].to(update.a.dtype) * update.scaling)
@@ -233,11 +239,11 @@ class Group:
         return results
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, seed: int, onto: Tensor | None = None
+        self, grad: Tensor, x: Tensor | None, low: Tensor | None, seed: int, onto: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """`backward_input` and `backward_updates` at once."""
         grad_x, grad_low = self.backward_input(grad, seed, onto)
-        return grad_x, self.backward_updates(grad, grad_low, x, seed)
+        return grad_x, self.backward_updates(grad, grad_low, x, low, seed)
 
 
 def refresh(groups: Sequence[Group], dtype: torch.dtype) -> None:

@@ -208,6 +208,17 @@ def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
         assert all(torch.equal(found[name], g) for name, g in results[0][1].items())
 
 
+@pytest.mark.parametrize(("recompute", "times"), [("none", 4), ("mlp", 5), ("full", 6)])
+def test_the_narrow_side_of_an_update_is_made_again_only_with_its_layer(
+    recompute: Recompute, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = make("falcon", torch.float32, lora_dropout=0.3), []
+    own = projection.project
+    monkeypatch.setattr(projection, "project", lambda *given: made.append(1) or own(*given))
+    fast_loss(model, recompute).backward()
+    assert len(made) == times * SMALL["num_hidden_layers"]  # four groups a layer
+
+
 def test_what_is_not_described_is_left_to_transformers() -> None:
     for config in (
         transformers.LlamaConfig(**SMALL, attention_dropout=0.1),
@@ -269,7 +280,7 @@ def test_dropout_keeps_the_mean_and_has_the_variance_of_theory(p: float) -> None
     nn.init.normal_(lora.lora_B["default"].weight)
     group, count = projection.Group([lora]), 4000
     projection.refresh([group], torch.float32)
-    draws = torch.stack([group.forward(x, seed) - layer(x) for seed in range(count)])
+    draws = torch.stack([group.forward(x, seed)[0] - layer(x) for seed in range(count)])
     product = (lora.lora_B["default"].weight @ lora.lora_A["default"].weight).detach() * lora.scaling["default"]
     mean, variance = x @ product.t(), (x.square() @ product.square().t()) * p / (1 - p)
     assert ((draws.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
