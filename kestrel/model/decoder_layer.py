@@ -42,9 +42,10 @@ class _Norm:
         eps = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
         self._eps = float(eps[0])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Normed x, (rows, size), and what `backward` needs of each row."""
-        return norm(x, self._weight, self._bias, self._eps, self._offset)
+    def forward(self, x: Tensor, groups: Sequence[Group] = ()) -> tuple[Tensor, Sequence[Tensor]]:
+        """Normed x, (rows, size), with the memory behind its rows that groups ask for; and what `backward` needs of each."""
+        spare = max((group.spare for group in groups), default=0)
+        return norm(x, self._weight, self._bias, self._eps, self._offset, spare)
 
     def backward(self, grad: Tensor, x: Tensor, statistics: Sequence[Tensor], residual: Tensor) -> Tensor:
         """The gradient of x, plus that which reaches x by the residual connection."""
@@ -55,8 +56,8 @@ class Layer:
     """The parts of one decoder layer."""
 
     def __init__(self, layer: nn.Module, architecture: Architecture, window: int | None, recompute: Recompute):
-        def group(names: tuple[str, ...]) -> Group:
-            return Group([layer.get_submodule(name) for name in names])
+        def group(names: tuple[str, ...], after_norm: bool = False) -> Group:
+            return Group([layer.get_submodule(name) for name in names], after_norm)
 
         self.architecture, self.window, self.recompute = architecture, window, recompute
         self.input_norm = _Norm(layer.get_submodule(architecture.input_norm), architecture)
@@ -64,8 +65,9 @@ class Layer:
         self.mlp_norm = _Norm(layer.get_submodule(name), architecture) if name else None
         after = (architecture.output_norm, architecture.down_norm)
         self.output_norm, self.down_norm = (_Norm(layer.get_submodule(n), architecture) if n else None for n in after)
-        self.qkv, self.output = group(architecture.qkv), group((architecture.output,))
-        self.up, self.down = group(architecture.gate_up), group((architecture.down,))
+        self.qkv, self.output = group(architecture.qkv, after_norm=True), group((architecture.output,))
+        self.up, self.down = group(architecture.gate_up, after_norm=True), group((architecture.down,))
+        self.after_input_norm = (self.qkv,) if self.mlp_norm else (self.qkv, self.up)
         names = (architecture.query_norm, architecture.key_norm)
         self._head_norms = [layer.get_submodule(name) for name in names if name]
         # Makes the weights whole where the base is sharded.
@@ -173,7 +175,7 @@ class DecoderLayer(torch.autograd.Function):
         """
         layer.gather()
         flat = x.flatten(0, 1)
-        normed, _ = layer.input_norm.forward(flat)
+        normed, _ = layer.input_norm.forward(flat, layer.after_input_norm)
         attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
@@ -191,7 +193,7 @@ class DecoderLayer(torch.autograd.Function):
             onto = _rows(flat, wanted, copied=True)
             middle, made, low_output = _added(layer.output, merged, seed + 1, onto, layer.output_norm)
             del normed, merged
-            normed, _ = layer.mlp_norm.forward(middle)
+            normed, _ = layer.mlp_norm.forward(middle, (layer.up,))
             before, low_up = layer.up.forward(normed, seed + 2)
             y, by_mlp, low_down = _added(layer.down, layer.activate(before), seed + 3, middle.clone(), layer.down_norm)
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
@@ -212,7 +214,7 @@ class DecoderLayer(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]  # not below the first layer: the embedding is frozen
         flat = x.flatten(0, 1)
         grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
-        normed, statistics = layer.input_norm.forward(flat)
+        normed, statistics = layer.input_norm.forward(flat, layer.after_input_norm)
         if attention is None:
             attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
@@ -229,7 +231,7 @@ class DecoderLayer(torch.autograd.Function):
             if middle is None:
                 copied = _rows(flat, wanted, copied=True)
                 middle, made, _ = _added(layer.output, merged, seed + 1, copied, layer.output_norm)
-            mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
+            mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle, (layer.up,))
             grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, (low_up, low_down), seed)
             del mlp_normed
             grad = layer.mlp_norm.backward(grad_mlp, middle, mlp_statistics, grad)

@@ -82,11 +82,12 @@ class Group:
 
     Args:
         modules: nn.Linear, bitsandbytes' Linear4bit, or either in a LoRA layer of PEFT.
+        after_norm: their input comes from a norm, which leaves `spare` behind its rows where it can.
     """
 
-    def __init__(self, modules: Sequence[Any]):
+    def __init__(self, modules: Sequence[Any], after_norm: bool = False):
         bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
-        self._modules = modules
+        self._modules, self._after_norm = modules, after_norm
         self._weights = [FrozenWeight(base) for base in bases]
         ends = [0, *accumulate(base.out_features for base in bases)]
         self._columns = [slice(*pair) for pair in pairwise(ends)]
@@ -111,6 +112,16 @@ class Group:
     def updates(self) -> list[_Update]:
         """Of the layers that have one; none where the adapter is switched off."""
         return [] if not self._updates or self._switch.disable_adapters else self._updates
+
+    @property
+    def spare(self) -> int:
+        """Numbers of memory behind each row of the input; with them `forward` makes the update within the frozen product,
+        and need not read and write all outputs again to add it. 0: they would not help.
+        """
+        ranks = self.updates[-1].ranks.stop if self.updates else 0
+        in_4_bit = all(weight.state is not None for weight in self._weights)
+        aligned = self._shape[1] % 64 == 0 and ranks % 16 == 0
+        return ranks if self._after_norm and in_4_bit and aligned and ranks <= 64 else 0
 
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each update, in the order of what `backward_updates` returns."""
@@ -144,11 +155,16 @@ class Group:
             onto: (tokens, outputs), which the result is added to in place.
             repeats: which rows of x are equal, so that the frozen weights need multiply them once; without `onto`.
         """
-        y = self._product(x, onto) if repeats is None else repeats.spread(self._product(repeats.distinct(x), None))
-        if not self.updates:
-            return y, None
-        low = project(x, self._a, self._p(), seed)
-        return y.addmm_(low, self._b.t()), low
+        low = project(x, self._a, self._p(), seed) if self.updates else None
+        if repeats is not None:
+            y = repeats.spread(self._product(repeats.distinct(x), None))
+        elif low is not None and x.stride(0) - x.shape[1] >= self.spare > 0:
+            wide = x.as_strided((len(x), x.shape[1] + self.spare), x.stride())  # y = [x | low] [W | B]ᵀ
+            wide[:, x.shape[1] :] = low
+            return self._product(wide, onto), low
+        else:
+            y = self._product(x, onto)
+        return y if low is None else y.addmm_(low, self._b.t()), low
 
     def _product(self, x: Tensor, onto: Tensor | None) -> Tensor:
         if self._apart:
@@ -160,18 +176,22 @@ class Group:
                 else:
                     torch.addmm(bias.to(x.dtype), x, dense, out=y[:, columns])
             return y
-        dense = self._dense(x.dtype).t()
+        dense = self._dense(x.dtype, x.shape[1]).t()
         bias = self._bias(x.dtype)
         if onto is not None:
             return (onto if bias is None else onto.add_(bias)).addmm_(x, dense)
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        if len(self._weights) == 1:
+    def _dense(self, dtype: torch.dtype, width: int) -> Tensor:
+        """(outputs, width): the weights, and beside them B where they are narrower."""
+        outputs, inputs = self._shape
+        if len(self._weights) == 1 and width == inputs:
             return self._weights[0].dense(dtype)
-        whole = torch.empty(self._shape, dtype=dtype, device=self._weights[0]._held.device)
+        whole = torch.empty(outputs, width, dtype=dtype, device=self._weights[0]._held.device)
         for weight, columns in zip(self._weights, self._columns, strict=True):
-            weight.dense(dtype, out=whole[columns])
+            weight.dense(dtype, out=whole[columns, :inputs])
+        if width > inputs:
+            whole[:, inputs:] = self._b
         return whole
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -205,7 +225,7 @@ class Group:
                 grad_x = part @ dense if grad_x is None else grad_x.addmm_(part, dense)
             assert grad_x is not None
         else:
-            dense = self._dense(grad.dtype)
+            dense = self._dense(grad.dtype, self._shape[1])
             grad_x = grad @ dense if onto is None else onto.addmm_(grad, dense)
         if not self.updates:
             return grad_x, None

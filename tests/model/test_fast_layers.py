@@ -271,6 +271,27 @@ def test_repeats_are_a_matter_of_speed() -> None:
     assert apart(*results) < 1e-4
 
 
+def test_an_update_within_the_frozen_product_is_the_update() -> None:
+    """Where a norm left room behind the rows of the input, as it does on a GPU."""
+    layers = {"q_proj": 64, "k_proj": 32}
+    base = nn.ModuleDict({name: nn.Linear(128, outputs) for name, outputs in layers.items()})
+    quantize(base, "nf4", torch.float32)
+    model = get_peft_model(base, LoraConfig(r=16, lora_dropout=0.3, target_modules=list(layers))).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    group = projection.Group([model.base_model.model[name] for name in layers], after_norm=True)
+    projection.refresh([group], torch.float32)
+    assert group.spare == 32
+    room = torch.full((6, 192), float("nan"))
+    x = room[:, :128].copy_(torch.randn(6, 128))
+    (y, low), (expected, of_contiguous) = group.forward(x, 5), group.forward(x.contiguous(), 5)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(low, of_contiguous) and torch.equal(room[:, 128:160], low)
+    with model.disable_adapter():
+        assert group.spare == 0 and torch.equal(group.forward(x, 5)[0], group.forward(x.contiguous(), 5)[0])
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_dropout_keeps_the_mean_and_has_the_variance_of_theory(p: float) -> None:
     """Of an update s dropout(x) Aᵀ Bᵀ: its mean is s x Aᵀ Bᵀ, and each input adds p / (1 - p) of its own square."""

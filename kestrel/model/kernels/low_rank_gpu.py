@@ -43,7 +43,7 @@ def _kept(seed, rows, first, threshold, COLUMNS: tl.constexpr):  # type: ignore[
 
 @triton.jit(do_not_specialize=["tokens", "seed"])
 def _project_kernel(  # type: ignore[no-untyped-def]
-    x_of, a_of, out, tokens, inputs, ranks, threshold, scale, seed, columns_each,
+    x_of, a_of, out, tokens, inputs, stride, ranks, threshold, scale, seed, columns_each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -53,7 +53,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     for first in range(begin, tl.minimum(begin + columns_each, inputs), COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         there = (rows < tokens)[:, None] & (column < inputs)[None, :]
-        x = tl.load(x_of + rows[:, None] * inputs + column[None, :], mask=there, other=0.0)
+        x = tl.load(x_of + rows[:, None] * stride + column[None, :], mask=there, other=0.0)
         x = tl.where(_kept(seed, rows, first, threshold, COLUMNS), x, 0.0)
         a = tl.load(
             a_of + rank[None, :] * inputs + column[:, None],
@@ -78,7 +78,7 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     parts = triton.cdiv(inputs, columns_each)
     out = x.new_empty(parts, tokens, len(a), dtype=x.dtype if parts == 1 else torch.float32)
     _project_kernel[(blocks, parts)](
-        x, a, out, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed, columns_each,
+        x, a, out, tokens, inputs, x.stride(0), len(a), round(p * 65536), 1 / (1 - p), seed, columns_each,
         RANKS=ranks, **tiles,
     )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
@@ -86,7 +86,7 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["tokens", "seed"])
 def _project_gradient_kernel(  # type: ignore[no-untyped-def]
-    grad_of, x_of, partial, tokens, inputs, ranks, threshold, scale, seed, rows_each,
+    grad_of, x_of, partial, tokens, inputs, stride, ranks, threshold, scale, seed, rows_each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * COLUMNS
@@ -97,7 +97,7 @@ def _project_gradient_kernel(  # type: ignore[no-untyped-def]
     for start in range(begin, tl.minimum(begin + rows_each, tokens), ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         there = (rows < tokens)[:, None] & (column < inputs)[None, :]
-        x = tl.load(x_of + rows[:, None] * inputs + column[None, :], mask=there, other=0.0)
+        x = tl.load(x_of + rows[:, None] * stride + column[None, :], mask=there, other=0.0)
         x = tl.where(_kept(seed, rows, first, threshold, COLUMNS), x, 0.0)
         grad = tl.load(
             grad_of + rows[None, :] * ranks + rank[:, None],
@@ -123,7 +123,7 @@ def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor
     parts = triton.cdiv(tokens, rows_each)
     partial = torch.empty(parts, ranks, inputs, dtype=torch.float32, device=x.device)
     _project_gradient_kernel[(blocks, parts)](
-        grad_low, x, partial, tokens, inputs, ranks, round(p * 65536), 1 / (1 - p), seed, rows_each,
+        grad_low, x, partial, tokens, inputs, x.stride(0), ranks, round(p * 65536), 1 / (1 - p), seed, rows_each,
         RANKS=padded, **tiles,
     )  # fmt: skip
     return partial[0] if parts == 1 else partial.sum(0)
