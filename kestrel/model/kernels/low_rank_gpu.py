@@ -17,7 +17,7 @@ _PROJECT = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
 _PROJECT_PROGRAMS = 512
 _GRADIENT = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}
 _GRADIENT_PROGRAMS = 1024
-_ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
+_ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
 
 
 def widest() -> int:
@@ -41,7 +41,7 @@ def _kept(seed, rows, first, threshold, COLUMNS: tl.constexpr):  # type: ignore[
     return tl.join(even, odd).reshape(rows.shape[0], COLUMNS)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed"])
+@triton.jit(do_not_specialize=["tokens", "threshold", "seed"])
 def _project_kernel(  # type: ignore[no-untyped-def]
     x_of, a_of, out, tokens, inputs, stride, ranks, threshold, scale, seed, columns_each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
@@ -84,7 +84,7 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     return out[0] if parts == 1 else out.sum(0).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed"])
+@triton.jit(do_not_specialize=["tokens", "threshold", "seed"])
 def _project_gradient_kernel(  # type: ignore[no-untyped-def]
     grad_of, x_of, partial, tokens, inputs, stride, ranks, threshold, scale, seed, rows_each,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
@@ -129,31 +129,36 @@ def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor
     return partial[0] if parts == 1 else partial.sum(0)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed"])
+@triton.jit(do_not_specialize=["tokens", "threshold", "seed"])
 def _add_input_gradient_kernel(  # type: ignore[no-untyped-def]
     total, grad_of, a_of, tokens, inputs, ranks, threshold, scale, seed,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) * COLUMNS
-    column = first + tl.arange(0, COLUMNS)
+    place = tl.arange(0, COLUMNS)
+    column = first + place
     rank = tl.arange(0, RANKS)
     there = (rows < tokens)[:, None] & (column < inputs)[None, :]
-    place = total + rows[:, None] * inputs + column[None, :]
-    old = tl.load(place, mask=there, other=0.0)  # at first, so that the draws hide its latency
+    here = total + rows[:, None] * inputs + column[None, :]
+    old = tl.load(here, mask=there, other=0.0)  # at first, so that the draws hide its latency
     grad = tl.load(
         grad_of + rows[:, None] * ranks + rank[None, :],
         mask=(rows < tokens)[:, None] & (rank < ranks)[None, :],
         other=0.0,
     )
+    # Of each 32 columns of a product, four threads of a matrix unit hold 2 of each 8. A's columns are multiplied in such an
+    # order that these are 8 neighbours in the result: those of one draw, so that no thread needs another's.
+    permuted = first + place // 32 * 32 + place // 2 % 4 * 8 + place // 8 % 4 * 2 + place % 2
     a = tl.load(
-        a_of + rank[:, None] * inputs + column[None, :],
-        mask=(rank < ranks)[:, None] & (column < inputs)[None, :],
+        a_of + rank[:, None] * inputs + permuted[None, :],
+        mask=(rank < ranks)[:, None] & (permuted < inputs)[None, :],
         other=0.0,
     )
     part = tl.dot(grad, a, input_precision="ieee") * scale
+    part = part.reshape(ROWS, COLUMNS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, COLUMNS)
     kept = tl.where(_kept(seed, rows, first, threshold, COLUMNS), part, 0.0)
-    tl.store(place, old.to(tl.float32) + kept, mask=there)
+    tl.store(here, old.to(tl.float32) + kept, mask=there)
 
 
 def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
