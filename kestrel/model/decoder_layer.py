@@ -56,8 +56,8 @@ class Layer:
     """The parts of one decoder layer."""
 
     def __init__(self, layer: nn.Module, architecture: Architecture, window: int | None, recompute: Recompute):
-        def group(names: tuple[str, ...], after_norm: bool = False) -> Group:
-            return Group([layer.get_submodule(name) for name in names], after_norm)
+        def group(names: tuple[str, ...], has_room: bool = False) -> Group:
+            return Group([layer.get_submodule(name) for name in names], has_room)
 
         self.architecture, self.window, self.recompute = architecture, window, recompute
         self.input_norm = _Norm(layer.get_submodule(architecture.input_norm), architecture)
@@ -65,8 +65,8 @@ class Layer:
         self.mlp_norm = _Norm(layer.get_submodule(name), architecture) if name else None
         after = (architecture.output_norm, architecture.down_norm)
         self.output_norm, self.down_norm = (_Norm(layer.get_submodule(n), architecture) if n else None for n in after)
-        self.qkv, self.output = group(architecture.qkv, after_norm=True), group((architecture.output,))
-        self.up, self.down = group(architecture.gate_up, after_norm=True), group((architecture.down,))
+        self.qkv, self.output = group(architecture.qkv, has_room=True), group((architecture.output,))
+        self.up, self.down = group(architecture.gate_up, has_room=True), group((architecture.down,), has_room=True)
         self.after_input_norm = (self.qkv,) if self.mlp_norm else (self.qkv, self.up)
         names = (architecture.query_norm, architecture.key_norm)
         self._head_norms = [layer.get_submodule(name) for name in names if name]
@@ -84,7 +84,7 @@ class Layer:
         return bool(self.up.updates or self.down.updates)
 
     def activate(self, before: Tensor) -> Tensor:
-        return activate(before, self.architecture.activation, self.architecture.gated)
+        return activate(before, self.architecture.activation, self.architecture.gated, self.down.spare)
 
     def attention(
         self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None

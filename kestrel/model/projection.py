@@ -82,12 +82,12 @@ class Group:
 
     Args:
         modules: nn.Linear, bitsandbytes' Linear4bit, or either in a LoRA layer of PEFT.
-        after_norm: their input comes from a norm, which leaves `spare` behind its rows where it can.
+        has_room: what makes their input leaves `spare` behind its rows, where it can.
     """
 
-    def __init__(self, modules: Sequence[Any], after_norm: bool = False):
+    def __init__(self, modules: Sequence[Any], has_room: bool = False):
         bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
-        self._modules, self._after_norm = modules, after_norm
+        self._modules, self._has_room = modules, has_room
         self._weights = [FrozenWeight(base) for base in bases]
         ends = [0, *accumulate(base.out_features for base in bases)]
         self._columns = [slice(*pair) for pair in pairwise(ends)]
@@ -121,7 +121,7 @@ class Group:
         ranks = self.updates[-1].ranks.stop if self.updates else 0
         in_4_bit = all(weight.state is not None for weight in self._weights)
         aligned = self._shape[1] % 64 == 0 and ranks % 16 == 0
-        return ranks if self._after_norm and in_4_bit and aligned and ranks <= 64 else 0
+        return ranks if self._has_room and in_4_bit and aligned and ranks <= 64 else 0
 
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each update, in the order of what `backward_updates` returns."""

@@ -280,7 +280,7 @@ def test_an_update_within_the_frozen_product_is_the_update() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    group = projection.Group([model.base_model.model[name] for name in layers], after_norm=True)
+    group = projection.Group([model.base_model.model[name] for name in layers], has_room=True)
     projection.refresh([group], torch.float32)
     assert group.spare == 32
     room = torch.full((6, 192), float("nan"))

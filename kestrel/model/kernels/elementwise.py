@@ -69,14 +69,20 @@ def _approximation(activation: Activation) -> str:
     return "tanh" if activation == "gelu_tanh" else "none"
 
 
-@fused("elementwise_gpu", allocates=lambda before, _, gated: before.new_empty(len(before), before.shape[1] >> gated))
-def activate(before: Tensor, activation: Activation, gated: bool) -> Tensor:
+def _allocated_by_activate(before: Tensor, activation: Activation, gated: bool, spare: int = 0) -> Tensor:
+    width = before.shape[1] >> gated
+    return before.new_empty(len(before), width + spare)[:, :width]
+
+
+@fused("elementwise_gpu", _allocated_by_activate)
+def activate(before: Tensor, activation: Activation, gated: bool, spare: int = 0) -> Tensor:
     """activation(before); with a gate activation(gate) * up (Shazeer, GLU variants, 2020).
 
     Args:
         before: (rows, width), contiguous; with a gate (rows, 2 * width): gate, then up.
         activation: its gelu is exact.
         gated: whether there is a gate.
+        spare: as in `norm`.
 
     Returns:
         (rows, width).

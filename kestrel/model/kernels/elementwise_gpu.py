@@ -98,7 +98,7 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _activate_kernel(  # type: ignore[no-untyped-def]
-    before, grad, out, width,
+    before, grad, out, width, stride,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -135,20 +135,21 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
     if BACKWARD:
         tl.store(gates, slope, mask=valid)
     if OUTPUT:
-        tl.store(out + here, output, mask=valid)
+        tl.store(out + row * stride + place, output, mask=valid)
 
 
 def _activate(before: Tensor, grad: Tensor, activation: str, gated: bool, backward: bool, output: bool) -> None:
     rows, width = grad.shape
     _activate_kernel[(rows, triton.cdiv(width, _BLOCK))](
-        before, grad, grad, width, KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output, BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        before, grad, grad, width, grad.stride(0), KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output,
+        BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
 
 
-def activate(before: Tensor, activation: str, gated: bool) -> Tensor:
+def activate(before: Tensor, activation: str, gated: bool, spare: int = 0) -> Tensor:
     """As `elementwise.activate`."""
-    out = before.new_empty(len(before), before.shape[1] >> gated)
+    width = before.shape[1] >> gated
+    out = before.new_empty(len(before), width + spare)[:, :width]
     _activate(before, out, activation, gated, backward=False, output=True)
     return out
 
