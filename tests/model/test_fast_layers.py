@@ -20,6 +20,7 @@ from kestrel.model import projection
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
+from kestrel.model.kernels import elementwise
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, prove_layers, token_nll
 from kestrel.model.projection import Repeats
@@ -290,6 +291,25 @@ def test_an_update_within_the_frozen_product_is_the_update() -> None:
     assert torch.equal(low, of_contiguous) and torch.equal(room[:, 128:160], low)
     with model.disable_adapter():
         assert group.spare == 0 and torch.equal(group.forward(x, 5)[0], group.forward(x.contiguous(), 5)[0])
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen2"])
+def test_with_the_kernels_of_a_gpu_they_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without attention's; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    # bitsandbytes 0.50.2 on a CPU makes wrong numbers of rows that are not of whole blocks of 64.
+    monkeypatch.setitem(SMALL, "intermediate_size", 128)
+    model = make(name, torch.float32, kind="nf4", r=16)
+    expected = gradients(model, fast_loss(model, "none"))
+    product, widened = projection.Group._product, []
+    monkeypatch.setattr(elementwise, "place_of", lambda x: "triton")
+    monkeypatch.setattr(
+        projection.Group,
+        "_product",
+        lambda own, x, onto: widened.append(x.shape[1] > own._shape[1]) or product(own, x, onto),
+    )
+    assert apart(gradients(model, fast_loss(model, "none")), expected) < 1e-4
+    assert set(widened) == {True, False}  # updates are made within the frozen products, and apart
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
