@@ -42,9 +42,10 @@ class _Norm:
         eps = [getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)]
         self._eps = float(eps[0])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Normed x, (rows, size), and what `backward` needs of each row."""
-        return norm(x, self._weight, self._bias, self._eps, self._offset)
+    def forward(self, x: Tensor, groups: Sequence[Group] = ()) -> tuple[Tensor, Sequence[Tensor]]:
+        """Normed x, (rows, size), with the memory behind its rows that groups ask for; and what `backward` needs of each."""
+        spare = max((group.spare for group in groups), default=0)
+        return norm(x, self._weight, self._bias, self._eps, self._offset, spare)
 
     def backward(self, grad: Tensor, x: Tensor, statistics: Sequence[Tensor], residual: Tensor) -> Tensor:
         """The gradient of x, plus that which reaches x by the residual connection."""
@@ -55,8 +56,8 @@ class Layer:
     """The parts of one decoder layer."""
 
     def __init__(self, layer: nn.Module, architecture: Architecture, window: int | None, recompute: Recompute):
-        def group(names: tuple[str, ...]) -> Group:
-            return Group([layer.get_submodule(name) for name in names])
+        def group(names: tuple[str, ...], has_room: bool = False) -> Group:
+            return Group([layer.get_submodule(name) for name in names], has_room)
 
         self.architecture, self.window, self.recompute = architecture, window, recompute
         self.input_norm = _Norm(layer.get_submodule(architecture.input_norm), architecture)
@@ -64,8 +65,9 @@ class Layer:
         self.mlp_norm = _Norm(layer.get_submodule(name), architecture) if name else None
         after = (architecture.output_norm, architecture.down_norm)
         self.output_norm, self.down_norm = (_Norm(layer.get_submodule(n), architecture) if n else None for n in after)
-        self.qkv, self.output = group(architecture.qkv), group((architecture.output,))
-        self.up, self.down = group(architecture.gate_up), group((architecture.down,))
+        self.qkv, self.output = group(architecture.qkv, has_room=True), group((architecture.output,))
+        self.up, self.down = group(architecture.gate_up, has_room=True), group((architecture.down,), has_room=True)
+        self.after_input_norm = (self.qkv,) if self.mlp_norm else (self.qkv, self.up)
         names = (architecture.query_norm, architecture.key_norm)
         self._head_norms = [layer.get_submodule(name) for name in names if name]
         # Makes the weights whole where the base is sharded.
@@ -82,11 +84,11 @@ class Layer:
         return bool(self.up.updates or self.down.updates)
 
     def activate(self, before: Tensor) -> Tensor:
-        return activate(before, self.architecture.activation, self.architecture.gated)
+        return activate(before, self.architecture.activation, self.architecture.gated, self.down.spare)
 
     def attention(
         self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Attention, with a graph from its result to its inputs.
 
         Args:
@@ -99,10 +101,12 @@ class Layer:
         Returns:
             The result (batch, heads, length, head size), and the leaves of its graph: queries, keys and values, rotated;
             or, where queries and keys are normed, what the linear layers made, (batch, length, all heads, head size).
+            And the narrow side of the linear layers' updates.
         """
         a = self.architecture
         heads = (a.heads, a.kv_heads, a.kv_heads)
-        fused = self.qkv.forward(normed, seed, repeats=repeats).view(*shape[:2], sum(heads), a.head_size)
+        made, low = self.qkv.forward(normed, seed, repeats=repeats)
+        fused = made.view(*shape[:2], sum(heads), a.head_size)
         if self._head_norms:
             with torch.enable_grad():
                 leaf = fused.detach().requires_grad_()
@@ -112,12 +116,12 @@ class Layer:
                     for module, part in zip(self._head_norms, (query, key), strict=True)
                 )
                 query = query if a.query_scale == 1 else query * a.query_scale
-                return [attend(query, key, value, self.window), leaf]
+                return [attend(query, key, value, self.window), leaf], low
         parts = fused.split(heads, dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
         with torch.enable_grad():
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            return [attend(query, key, value, self.window), query, key, value]
+            return [attend(query, key, value, self.window), query, key, value], low
 
     def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
@@ -171,46 +175,46 @@ class DecoderLayer(torch.autograd.Function):
         """
         layer.gather()
         flat = x.flatten(0, 1)
-        normed, _ = layer.input_norm.forward(flat)
-        attention = layer.attention(normed, x.shape, cos, sin, seed, repeats)
+        normed, _ = layer.input_norm.forward(flat, layer.after_input_norm)
+        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
             middle = made = by_mlp = None
             if repeats is not None and not layer.adapts_mlp():
-                before = layer.up.forward(repeats.distinct(normed), seed + 2)
-                y = repeats.spread(layer.down.forward(layer.activate(before), seed + 3)).add_(flat)
+                before, low_up = layer.up.forward(repeats.distinct(normed), seed + 2)
+                y, low_down = layer.down.forward(layer.activate(before), seed + 3)
+                y = repeats.spread(y).add_(flat)
             else:
-                before = layer.up.forward(_rows(normed, wanted), seed + 2)
-                y = layer.down.forward(layer.activate(before), seed + 3, plus=_rows(flat, wanted))
-            y = layer.output.forward(merged, seed + 1, plus=y)
+                before, low_up = layer.up.forward(_rows(normed, wanted), seed + 2)
+                y, low_down = layer.down.forward(layer.activate(before), seed + 3, plus=_rows(flat, wanted))
+            y, low_output = layer.output.forward(merged, seed + 1, plus=y)
         else:
-            middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
+            middle, made, low_output = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
             del normed, merged
-            normed, _ = layer.mlp_norm.forward(middle)
-            before = layer.up.forward(normed, seed + 2)
-            y, by_mlp = _added(layer.down, layer.activate(before), seed + 3, middle, layer.down_norm)
+            normed, _ = layer.mlp_norm.forward(middle, (layer.up,))
+            before, low_up = layer.up.forward(normed, seed + 2)
+            y, by_mlp, low_down = _added(layer.down, layer.activate(before), seed + 3, middle, layer.down_norm)
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
         keeps_middle = layer.recompute != "full"
-        ctx.save_for_backward(
-            x, cos, sin, wanted, middle if keeps_middle else None,
-            before if layer.recompute == "none" and needs_mlp else None, *((made, by_mlp) if keeps_middle else (None, None)),
-        )  # fmt: skip
+        by_attention = (middle, made, by_mlp, low_qkv) if keeps_middle else [None] * 4
+        by_up = (before, low_up) if layer.recompute == "none" and needs_mlp else [None] * 2
+        ctx.save_for_backward(x, cos, sin, wanted, *by_attention, *by_up, low_output, low_down)
         ctx.layer, ctx.seed, ctx.needs_mlp, ctx.repeats = layer, seed, needs_mlp, repeats
         ctx.attention = attention if keeps_middle else None
         return y.view_as(x) if wanted is None else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        x, cos, sin, wanted, middle, before, made, by_mlp = ctx.saved_tensors
+        x, cos, sin, wanted, middle, made, by_mlp, low_qkv, before, low_up, low_output, low_down = ctx.saved_tensors
         layer, seed, attention = ctx.layer, ctx.seed, ctx.attention
         layer.gather()
         ctx.attention = None
         needs_x = ctx.needs_input_grad[0]  # not below the first layer: the embedding is frozen
         flat = x.flatten(0, 1)
         grad = grad_y.flatten(0, 1) if wanted is None else grad_y.contiguous()
-        normed, statistics = layer.input_norm.forward(flat)
+        normed, statistics = layer.input_norm.forward(flat, layer.after_input_norm)
         if attention is None:
-            attention = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
+            attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, ctx.repeats)
         merged = _rows(_merged(attention[0].detach()), wanted)
 
         of_mlp: list[Any] = [None] * len([*layer.up.matrices(), *layer.down.matrices()])
@@ -218,21 +222,22 @@ class DecoderLayer(torch.autograd.Function):
         if layer.mlp_norm is None:
             if ctx.needs_mlp:
                 some = _rows(normed, wanted)
-                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, None, seed)
+                grad_some, of_mlp = _mlp_backward(layer, grad, some, before, None, (low_up, low_down), seed)
                 grad_normed = _all_rows(grad_some, wanted, len(flat)) if needs_x else None
                 del some, grad_some
         else:
             if middle is None:
-                middle, made = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
-            mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle)
-            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, seed)
+                middle, made, _ = _added(layer.output, merged, seed + 1, _rows(flat, wanted), layer.output_norm)
+            mlp_normed, mlp_statistics = layer.mlp_norm.forward(middle, (layer.up,))
+            grad_mlp, of_mlp = _mlp_backward(layer, grad, mlp_normed, before, by_mlp, (low_up, low_down), seed)
             del mlp_normed
             grad = layer.mlp_norm.backward(grad_mlp, middle, mlp_statistics, grad)
             del grad_mlp, middle
         del before
 
-        grad_out, of_output = layer.output.backward(_before_norm(layer.output_norm, grad, made), merged, seed + 1)
-        del merged, made
+        grad_made = _before_norm(layer.output_norm, grad, made)
+        grad_out, of_output = layer.output.backward(grad_made, merged, low_output, seed + 1)
+        del merged, made, grad_made
         a = layer.architecture
         grad_out = _all_rows(grad_out, wanted, len(flat)).view(*x.shape[:2], a.heads, a.head_size).transpose(1, 2)
         out, *leaves = attention
@@ -242,16 +247,22 @@ class DecoderLayer(torch.autograd.Function):
         del grads
         grad_x = None
         if needs_x:
-            grad_normed, of_qkv = layer.qkv.backward(grad_fused, normed, seed, onto=grad_normed)
+            grad_normed, of_qkv = layer.qkv.backward(grad_fused, normed, low_qkv, seed, onto=grad_normed)
             grad_x = layer.input_norm.backward(grad_normed, flat, statistics, _all_rows(grad, wanted, len(flat)))
             grad_x = grad_x.view_as(x)
         else:
-            of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, seed)
+            of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, low_qkv, seed)
         return (grad_x, None, None, None, None, None, None, *of_qkv, *of_output, *of_mlp)
 
 
 def _mlp_backward(
-    layer: Layer, grad: Tensor, normed: Tensor, before: Tensor | None, made: Tensor | None, seed: int
+    layer: Layer,
+    grad: Tensor,
+    normed: Tensor,
+    before: Tensor | None,
+    made: Tensor | None,
+    lows: tuple[Tensor | None, Tensor | None],
+    seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradient of the MLP's input, and of its LoRA matrices.
 
@@ -261,12 +272,14 @@ def _mlp_backward(
         normed: (rows, hidden), its input.
         before: (rows, widths of gate and up), what its activation is applied to; None: it is made again. It is consumed.
         made: (rows, hidden), what its last layer made, where a norm follows; None: it is made again.
+        lows: (rows, ranks), the narrow sides of `up`, which is made again with `before`, and of `down`.
         seed: of the layer's dropout masks.
     """
+    low_up, low_down = lows
     if before is None:
-        before = layer.up.forward(normed, seed + 2)
+        before, low_up = layer.up.forward(normed, seed + 2)
     if layer.down_norm is not None and made is None:
-        made = layer.down.forward(layer.activate(before), seed + 3)
+        made, _ = layer.down.forward(layer.activate(before), seed + 3)
     grad = _before_norm(layer.down_norm, grad, made)
     del made
     grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
@@ -274,18 +287,20 @@ def _mlp_backward(
     activate_backward_(grad_inner, before, a.activation, a.gated, output=needs_inner)
     inner, grad_before = grad_inner if needs_inner else None, before
     del grad_inner, before
-    of_down = layer.down.backward_updates(grad, grad_low, inner, seed + 3)
+    of_down = layer.down.backward_updates(grad, grad_low, inner, low_down, seed + 3)
     del inner
-    grad_normed, of_up = layer.up.backward(grad_before, normed, seed + 2)
+    grad_normed, of_up = layer.up.backward(grad_before, normed, low_up, seed + 2)
     return grad_normed, [*of_up, *of_down]
 
 
-def _added(group: Group, x: Tensor, seed: int, plus: Tensor, norm_after: _Norm | None) -> tuple[Tensor, Tensor | None]:
-    """What a group makes of x, normed where a norm follows, plus `plus`; and what it makes, where that is normed."""
+def _added(
+    group: Group, x: Tensor, seed: int, plus: Tensor, norm_after: _Norm | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a group makes of x, normed where a norm follows, plus `plus`; what it makes, if normed; and the narrow side."""
+    made, low = group.forward(x, seed, plus=plus if norm_after is None else None)
     if norm_after is None:
-        return group.forward(x, seed, plus=plus), None
-    made = group.forward(x, seed)
-    return norm_after.forward(made)[0].add_(plus), made
+        return made, None, low
+    return norm_after.forward(made)[0].add_(plus), made, low
 
 
 def _before_norm(norm_after: _Norm | None, grad: Tensor, made: Tensor | None) -> Tensor:

@@ -4,8 +4,8 @@
 
 Layers that read the same input (queries, keys and values; gate and up) are one group: their outputs lie side by side in
 one buffer, their weights are made dense in one buffer and multiplied at once, and one dropout mask serves them all, where
-PEFT draws one for each. Nothing that can be made again is kept for the backward pass: not the dense weights, and not the
-mask, which follows from its seed.
+PEFT draws one for each. Nothing wide that can be made again is kept for the backward pass: not the dense weights, and not
+the mask, which follows from its seed. dropout(x) Aᵀ is kept: making it again would read x once more for some bytes a token.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ class Group:
 
     Args:
         modules: nn.Linear, bitsandbytes' Linear4bit, or either in a LoRA layer of PEFT.
+        has_room: what makes their input leaves `spare` behind its rows, where it can.
     """
 
-    def __init__(self, modules: Sequence[Any]):
+    def __init__(self, modules: Sequence[Any], has_room: bool = False):
         bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
-        self._modules = modules
+        self._modules, self._has_room = modules, has_room
         self._weights = [FrozenWeight(base) for base in bases]
         ends = [0, *accumulate(base.out_features for base in bases)]
         self._columns = [slice(*pair) for pair in pairwise(ends)]
@@ -112,6 +113,16 @@ class Group:
         """Of the layers that have one; none where the adapter is switched off."""
         return [] if not self._updates or self._switch.disable_adapters else self._updates
 
+    @property
+    def spare(self) -> int:
+        """Numbers of memory behind each row of the input; with them `forward` makes the update within the frozen product,
+        and need not read and write all outputs again to add it. 0: they would not help.
+        """
+        ranks = self.updates[-1].ranks.stop if self.updates else 0
+        in_4_bit = all(weight.state is not None for weight in self._weights)
+        aligned = self._shape[1] % 64 == 0 and ranks % 16 == 0
+        return ranks if self._has_room and in_4_bit and aligned and ranks <= 64 else 0
+
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each update, in the order of what `backward_updates` returns."""
         return [matrix for update in self.updates for matrix in (update.a, update.b)]
@@ -133,8 +144,15 @@ class Group:
             yield self._a[update.ranks], update.a.detach(), update.scaling
             yield self._b[update.columns, update.ranks], update.b.detach(), 1.0
 
-    def forward(self, x: Tensor, seed: int, plus: Tensor | None = None, repeats: Repeats | None = None) -> Tensor:
-        """The outputs side by side, (tokens, outputs).
+    def forward(
+        self, x: Tensor, seed: int, plus: Tensor | None = None, repeats: Repeats | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs side by side, (tokens, outputs), and dropout(x) Aᵀ, (tokens, ranks), for `backward_updates`.
+
+        A sum that is rounded already stays as it is when less than half a unit of its last place is added, and in the first
+        steps of training in 16 bits most of an update is less than that. So the update is added before anything is rounded,
+        within the frozen product where there is room for it, else ahead of that. Outside training the order is that of PEFT's
+        layers, which make the answers: likelihoods are those of what an adapter computes there.
 
         Args:
             x: (tokens, inputs).
@@ -142,34 +160,33 @@ class Group:
             plus: (tokens, outputs), which is added to the result.
             repeats: which rows of x are equal, so that the frozen weights need multiply them once; without `plus`.
         """
-        narrow = bool(self.updates) and x.dtype != torch.float32
-        if narrow and plus is not None:  # last: it may be far larger than the update, which rounding would then lose
-            return self.forward(x, seed, repeats=repeats).add_(plus)
-        if narrow and repeats is None and self._switch.training:
-            return self._update_first(x, seed)
-        y = self._product(x, plus) if repeats is None else repeats.spread(self._product(repeats.distinct(x), None))
-        if self.updates:
-            y.addmm_(project(x, self._a, self._p(), seed), self._b.t())
-        return y
+        low = project(x, self._a, self._p(), seed) if self.updates else None
+        if low is None or repeats is not None:
+            y = self._product(x, plus) if repeats is None else repeats.spread(self._product(repeats.distinct(x)))
+            return (y if low is None else y.addmm_(low, self._b.t())), low
+        training = self._switch.training
+        if training and x.stride(0) - x.shape[1] >= self.spare > 0:
+            wide = x.as_strided((len(x), x.shape[1] + self.spare), x.stride())  # y = [x | low] [W | B]ᵀ
+            wide[:, x.shape[1] :] = low
+            return self._product(wide, plus), low
+        if x.dtype == torch.float32:
+            return self._product(x, plus).addmm_(low, self._b.t()), low
+        y = self._onto_update(x, low) if training else self._product(x).addmm_(low, self._b.t())
+        # `plus` comes last: it may be far larger than the update, which rounding would then lose.
+        return (y if plus is None else y.add_(plus)), low
 
-    def _update_first(self, x: Tensor, seed: int) -> Tensor:
-        """As `forward`, with the sums in an order in which 16 bits keep the update.
-
-        A sum that is rounded already stays as it is when less than half a unit of its last place is added, and in the first
-        steps of training most of an update is less than that. So the update comes first, then the frozen product, which is
-        added to it before both are rounded, and last the bias. Outside training the order is that of PEFT's layers, which
-        make the answers: likelihoods are those of what an adapter computes there.
-        """
-        y = project(x, self._a, self._p(), seed) @ self._b.t()
+    def _onto_update(self, x: Tensor, low: Tensor) -> Tensor:
+        """The frozen product, added to the update before both are rounded, and last the bias."""
+        y = low @ self._b.t()
         if self._apart:
             for weight, columns in zip(self._weights, self._columns, strict=True):
                 y[:, columns].addmm_(x, weight.dense(x.dtype).t())
         else:
-            y.addmm_(x, self._dense(x.dtype).t())
+            y.addmm_(x, self._dense(x.dtype, x.shape[1]).t())
         bias = self._bias(x.dtype)
         return y if bias is None else y.add_(bias)
 
-    def _product(self, x: Tensor, plus: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         if self._apart:
             y = x.new_empty(len(x), self._shape[0])
             for weight, bias, columns in zip(self._weights, self._biases, self._columns, strict=True):
@@ -179,18 +196,22 @@ class Group:
                 else:
                     torch.addmm(bias.to(x.dtype), x, dense, out=y[:, columns])
             return y
-        dense = self._dense(x.dtype).t()
+        dense = self._dense(x.dtype, x.shape[1]).t()
         bias = self._bias(x.dtype)
         if plus is not None:
             return torch.addmm(plus if bias is None else plus + bias, x, dense)
         return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        if len(self._weights) == 1:
+    def _dense(self, dtype: torch.dtype, width: int) -> Tensor:
+        """(outputs, width): the weights, and beside them B where they are narrower."""
+        outputs, inputs = self._shape
+        if len(self._weights) == 1 and width == inputs:
             return self._weights[0].dense(dtype)
-        whole = torch.empty(self._shape, dtype=dtype, device=self._weights[0]._held.device)
+        whole = torch.empty(outputs, width, dtype=dtype, device=self._weights[0]._held.device)
         for weight, columns in zip(self._weights, self._columns, strict=True):
-            weight.dense(dtype, out=whole[columns])
+            weight.dense(dtype, out=whole[columns, :inputs])
+        if width > inputs:
+            whole[:, inputs:] = self._b
         return whole
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -224,7 +245,7 @@ class Group:
                 grad_x = part @ dense if grad_x is None else grad_x.addmm_(part, dense)
             assert grad_x is not None
         else:
-            dense = self._dense(grad.dtype)
+            dense = self._dense(grad.dtype, self._shape[1])
             grad_x = grad @ dense if onto is None else onto.addmm_(grad, dense)
         if not self.updates:
             return grad_x, None
@@ -232,22 +253,25 @@ class Group:
         add_input_gradient_(grad_x, grad_low, self._a, self._p(), seed)
         return grad_x, grad_low
 
-    def backward_updates(self, grad: Tensor, grad_low: Tensor | None, x: Tensor | None, seed: int) -> list[Tensor]:
+    def backward_updates(
+        self, grad: Tensor, grad_low: Tensor | None, x: Tensor | None, low: Tensor | None, seed: int
+    ) -> list[Tensor]:
         """The gradients of `matrices`, in their types.
 
         Args:
             grad: (tokens, outputs), of the output.
             grad_low: from `backward_input`, or None where that was not needed.
             x: (tokens, inputs), the input; None where there is no update.
+            low: from `forward`.
             seed: as given to `forward`.
         """
         updates = self.updates
         if not updates:
             return []
-        assert x is not None
+        assert x is not None and low is not None
         grad_low = grad @ self._b if grad_low is None else grad_low
         grad_a = project_gradient(grad_low, x, self._p(), seed)
-        grad_b = in_float32(grad.t(), project(x, self._a, self._p(), seed))
+        grad_b = in_float32(grad.t(), low)
         results = []
         for update in updates:
             results.append(grad_a[update.ranks].to(update.a.dtype) * update.scaling)
@@ -255,11 +279,11 @@ class Group:
         return results
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, seed: int, onto: Tensor | None = None
+        self, grad: Tensor, x: Tensor | None, low: Tensor | None, seed: int, onto: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """`backward_input` and `backward_updates` at once."""
         grad_x, grad_low = self.backward_input(grad, seed, onto)
-        return grad_x, self.backward_updates(grad, grad_low, x, seed)
+        return grad_x, self.backward_updates(grad, grad_low, x, low, seed)
 
 
 def refresh(groups: Sequence[Group], dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from kestrel.model import projection
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
+from kestrel.model.kernels import elementwise
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.layer_proof import prove_layers
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, token_nll
@@ -209,6 +210,17 @@ def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
         assert all(torch.equal(found[name], g) for name, g in results[0][1].items())
 
 
+@pytest.mark.parametrize(("recompute", "times"), [("none", 4), ("mlp", 5), ("full", 6)])
+def test_the_narrow_side_of_an_update_is_made_again_only_with_its_layer(
+    recompute: Recompute, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = make("falcon", torch.float32, lora_dropout=0.3), []
+    own = projection.project
+    monkeypatch.setattr(projection, "project", lambda *given: made.append(1) or own(*given))
+    fast_loss(model, recompute).backward()
+    assert len(made) == times * SMALL["num_hidden_layers"]  # four groups a layer
+
+
 def test_what_is_not_described_is_left_to_transformers() -> None:
     for config in (
         transformers.LlamaConfig(**SMALL, attention_dropout=0.1),
@@ -313,7 +325,7 @@ def test_training_in_16_bits_keeps_an_update_that_is_less_than_their_last_place(
     expected += plus.double() if plus is not None else 0.0
     small = x.double() @ update.t()
     assert small.abs().median() < 0.25 * last_place * expected.abs().median()
-    made = group.forward(x, 0, plus).double() - expected
+    made = group.forward(x, 0, plus)[0].double() - expected
     share, noise = (made * small).sum() / small.square().sum(), (made - small).square().mean().sqrt() / small.norm()
     assert noise < 0.05
     assert share.item() == pytest.approx(1.0, abs=4 * noise.item())
@@ -333,10 +345,50 @@ def test_in_float32_and_outside_training_the_frozen_product_comes_first(bias: bo
         expected[1] = onto.addmm_(x, base.weight.t()).addmm_(low, group._b.t())
     for training in (True, False):
         group._switch.train(training)
-        found = [group.forward(x, 0), group.forward(x, 0, plus)]
+        found = [group.forward(x, 0)[0], group.forward(x, 0, plus)[0]]
         same = [torch.equal(each, sums) for each, sums in zip(found, expected, strict=True)]
         assert same == [dtype == torch.float32 or not training] * 2
     assert torch.equal(plus, before)
+
+
+def test_an_update_within_the_frozen_product_is_the_update() -> None:
+    """Where a norm left room behind the rows of the input, as it does on a GPU."""
+    layers = {"q_proj": 64, "k_proj": 32}
+    base = nn.ModuleDict({name: nn.Linear(128, outputs) for name, outputs in layers.items()})
+    quantize(base, "nf4", torch.float32)
+    model = get_peft_model(base, LoraConfig(r=16, lora_dropout=0.3, target_modules=list(layers))).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    group = projection.Group([model.base_model.model[name] for name in layers], has_room=True)
+    projection.refresh([group], torch.float32)
+    assert group.spare == 32
+    room = torch.full((6, 192), float("nan"))
+    x = room[:, :128].copy_(torch.randn(6, 128))
+    (y, low), (expected, of_contiguous) = group.forward(x, 5), group.forward(x.contiguous(), 5)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(low, of_contiguous) and torch.equal(room[:, 128:160], low)
+    with model.disable_adapter():
+        assert group.spare == 0 and torch.equal(group.forward(x, 5)[0], group.forward(x.contiguous(), 5)[0])
+
+
+@pytest.mark.parametrize("name", ["falcon", "qwen2"])
+def test_with_the_kernels_of_a_gpu_they_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without attention's; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    # bitsandbytes 0.50.2 on a CPU makes wrong numbers of rows that are not of whole blocks of 64.
+    monkeypatch.setitem(SMALL, "intermediate_size", 128)
+    model = make(name, torch.float32, kind="nf4", r=16)
+    expected = gradients(model, fast_loss(model, "none"))
+    product, widened = projection.Group._product, []
+    monkeypatch.setattr(elementwise, "place_of", lambda x: "triton")
+    monkeypatch.setattr(
+        projection.Group,
+        "_product",
+        lambda own, x, onto: widened.append(x.shape[1] > own._shape[1]) or product(own, x, onto),
+    )
+    assert apart(gradients(model, fast_loss(model, "none")), expected) < 1e-4
+    assert set(widened) == {True, False}  # updates are made within the frozen products, and apart
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
@@ -348,7 +400,7 @@ def test_dropout_keeps_the_mean_and_has_the_variance_of_theory(p: float) -> None
     nn.init.normal_(lora.lora_B["default"].weight)
     group, count = projection.Group([lora]), 4000
     projection.refresh([group], torch.float32)
-    draws = torch.stack([group.forward(x, seed) - layer(x) for seed in range(count)])
+    draws = torch.stack([group.forward(x, seed)[0] - layer(x) for seed in range(count)])
     product = (lora.lora_B["default"].weight @ lora.lora_A["default"].weight).detach() * lora.scaling["default"]
     mean, variance = x @ product.t(), (x.square() @ product.square().t()) * p / (1 - p)
     assert ((draws.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()

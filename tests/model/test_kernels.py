@@ -113,6 +113,24 @@ def test_norms_and_their_gradients(module: Any, kind: str, offset: float, size: 
     torch.testing.assert_close(module.norm_backward(grad, x, statistics, weight, bias, offset, more), of_x + more)
 
 
+def test_norms_and_activations_leave_room_behind_rows_and_others_read_over_it_and_write_around_it() -> None:
+    x, weight, a = _random(5, 128), _random(128), _random(16, 128)
+    contiguous, (inverse,) = elementwise_gpu.norm(x, weight, None, 1e-5)
+    apart, (same,) = elementwise_gpu.norm(x, weight, None, 1e-5, spare=48)
+    assert torch.equal(apart, contiguous) and torch.equal(inverse, same) and apart.stride() == (176, 1)
+    active = elementwise_gpu.activate(x, "silu", True, spare=16)
+    assert torch.equal(active, elementwise_gpu.activate(x, "silu", True)) and active.stride() == (80, 1)
+    grad_low = _random(5, 16)
+    assert torch.equal(low_rank_gpu.project(apart, a, 0.3, 1), low_rank_gpu.project(contiguous, a, 0.3, 1))
+    of_a = [low_rank_gpu.project_gradient(grad_low, each, 0.3, 1) for each in (apart, contiguous)]
+    assert torch.equal(*of_a)
+    packed, state = quantize_4bit(_random(7, 128), blocksize=64, compress_statistics=True, quant_type="nf4")
+    whole = torch.full((7, 144), 9.0)
+    elementwise_gpu.dequantize(packed, state, torch.float32, whole[:, :128])
+    assert torch.equal(whole[:, :128], elementwise_gpu.dequantize(packed, state, torch.float32))
+    assert (whole[:, 128:] == 9).all()
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 320), (513, 64)])
 def test_dequantization(kind: str, shape: tuple[int, int]) -> None:
@@ -183,7 +201,7 @@ def test_products_with_dropout_in_passing(tokens: int, inputs: int, ranks: int, 
 
 def _described(result: Any) -> Any:
     if isinstance(result, torch.Tensor):
-        return result.shape, result.dtype
+        return result.shape, result.dtype, result.untyped_storage().nbytes()
     return None if result is None else [_described(part) for part in result]
 
 
@@ -196,10 +214,12 @@ def test_what_is_counted_on_the_meta_device_is_what_the_kernels_return(monkeypat
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (elementwise.activate, (wide, "silu", True)),
         (elementwise.activate, (wide, "gelu", False)),
+        (elementwise.activate, (wide, "gelu", False, 16)),
         (elementwise.activate_backward_, (narrow, wide, "silu", True, True)),
         (elementwise.nll, (wide, torch.zeros(4, dtype=torch.long), False)),
         (elementwise.norm, (wide, weight, weight, 1e-5)),
         (elementwise.norm, (wide, weight, None, 1e-5)),
+        (elementwise.norm, (wide, weight, None, 1e-5, 0.0, 16)),
         (elementwise.norm_backward, (wide, wide, statistics, weight, weight, 0.0, wide)),
         (elementwise.dequantize, (packed, state, torch.float16)),
         (low_rank.project, (wide, a, 0.5, 1)),

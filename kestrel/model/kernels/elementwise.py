@@ -69,14 +69,20 @@ def _approximation(activation: Activation) -> str:
     return "tanh" if activation == "gelu_tanh" else "none"
 
 
-@fused("elementwise_gpu", allocates=lambda before, _, gated: before.new_empty(len(before), before.shape[1] >> gated))
-def activate(before: Tensor, activation: Activation, gated: bool) -> Tensor:
+def _allocated_by_activate(before: Tensor, activation: Activation, gated: bool, spare: int = 0) -> Tensor:
+    width = before.shape[1] >> gated
+    return before.new_empty(len(before), width + spare)[:, :width]
+
+
+@fused("elementwise_gpu", _allocated_by_activate)
+def activate(before: Tensor, activation: Activation, gated: bool, spare: int = 0) -> Tensor:
     """activation(before); with a gate activation(gate) * up (Shazeer, GLU variants, 2020).
 
     Args:
         before: (rows, width), contiguous; with a gate (rows, 2 * width): gate, then up.
         activation: its gelu is exact.
         gated: whether there is a gate.
+        spare: as in `norm`.
 
     Returns:
         (rows, width).
@@ -134,14 +140,16 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
     return result
 
 
-def _allocated_by_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *_: float) -> tuple[Tensor, Sequence[Tensor]]:
+def _allocated_by_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0, spare: int = 0
+) -> tuple[Tensor, Sequence[Tensor]]:
     statistics = x.new_empty(1 if bias is None else 2, len(x), dtype=torch.float32)
-    return torch.empty_like(x), statistics.unbind()
+    return x.new_empty(len(x), x.shape[1] + spare)[:, : x.shape[1]], statistics.unbind()
 
 
 @fused("elementwise_gpu", _allocated_by_norm)
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0, spare: int = 0
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """Layer norm of each row, or without a bias RMS norm (Zhang and Sennrich, 2019). Arithmetic is in float32.
 
@@ -150,9 +158,10 @@ def norm(
         weight, bias: (size,).
         eps: added to the variance, or to the mean square.
         offset: added to an RMS norm's weight: 1 for Gemma.
+        spare: columns of memory behind each row of the result, which `projection.Group` may fill; the plain form leaves none.
 
     Returns:
-        The result, like x, and what `norm_backward` needs of each row, in float32: mean and reciprocal deviation, or 1 / rms.
+        The result, of x's shape, and what `norm_backward` needs of each row, in float32: mean and reciprocal deviation, or 1 / rms.
     """
     if bias is not None:
         out, *statistics = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
@@ -222,7 +231,13 @@ def _allocated_by_dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out
 
 @fused("elementwise_gpu", _allocated_by_dequantize, when=_reads)
 def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Dense (outputs, inputs) weights of bitsandbytes' packed 4-bit ones; written into `out`, where it is given."""
+    """Dense (outputs, inputs) weights of bitsandbytes' packed 4-bit ones; written into `out`, where it is given.
+
+    Args:
+        packed, state: as bitsandbytes holds them.
+        dtype: of the result.
+        out: of that shape and type. Its rows may lie apart, by some 16 numbers, if they are of some 64.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     dense: Tensor = dequantize_4bit(packed, state).to(dtype)

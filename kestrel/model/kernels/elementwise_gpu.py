@@ -16,8 +16,9 @@ _WARPS = 4
 
 @triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    x_of, weight_of, bias_of, out, means, inverses, size, eps, offset, CENTRED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_of, weight_of, bias_of, out, means, inverses, size, stride, eps, offset,
+    CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     valid = place < size
@@ -30,20 +31,21 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     result = x * inverse * (tl.load(weight_of + place, mask=valid).to(tl.float32) + offset)
     if CENTRED:
         result += tl.load(bias_of + place, mask=valid).to(tl.float32)
-    tl.store(out + row * size + place, result, mask=valid)
+    tl.store(out + row * stride + place, result, mask=valid)
     tl.store(inverses + row, inverse)
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, offset: float = 0.0, spare: int = 0
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """As `elementwise.norm`. Each program does one row."""
     rows, size = x.shape
-    out, centred = torch.empty_like(x), bias is not None
+    out, centred = x.new_empty(rows, size + spare)[:, :size], bias is not None
     statistics = torch.empty(1 + centred, rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
     _norm_kernel[(rows,)](
-        x, weight, bias if centred else weight, out, statistics[0], statistics[-1], size, eps, offset,
+        x, weight, bias if centred else weight, out, statistics[0], statistics[-1], size, size + spare, eps,
+        offset,
         CENTRED=centred, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out, statistics.unbind()
@@ -96,7 +98,7 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _activate_kernel(  # type: ignore[no-untyped-def]
-    before, grad, out, width,
+    before, grad, out, width, stride,
     KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -133,20 +135,21 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
     if BACKWARD:
         tl.store(gates, slope, mask=valid)
     if OUTPUT:
-        tl.store(out + here, output, mask=valid)
+        tl.store(out + row * stride + place, output, mask=valid)
 
 
 def _activate(before: Tensor, grad: Tensor, activation: str, gated: bool, backward: bool, output: bool) -> None:
     rows, width = grad.shape
     _activate_kernel[(rows, triton.cdiv(width, _BLOCK))](
-        before, grad, grad, width, KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output, BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        before, grad, grad, width, grad.stride(0), KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output,
+        BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
 
 
-def activate(before: Tensor, activation: str, gated: bool) -> Tensor:
+def activate(before: Tensor, activation: str, gated: bool, spare: int = 0) -> Tensor:
     """As `elementwise.activate`."""
-    out = before.new_empty(len(before), before.shape[1] >> gated)
+    width = before.shape[1] >> gated
+    out = before.new_empty(len(before), width + spare)[:, :width]
     _activate(before, out, activation, gated, backward=False, output=True)
     return out
 
@@ -191,9 +194,9 @@ def nll(logits: Tensor, targets: Tensor, backward: bool) -> Tensor:
 
 @triton.jit
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
-    packed, code, scales, scale_code, scale_scales, offset, out, count, BLOCKS: tl.constexpr
+    packed, code, scales, scale_code, scale_scales, offset, out, count, blocks_of_row, spare, BLOCKS: tl.constexpr
 ):
-    """Dequantizes BLOCKS blocks, each of 64 weights in 32 bytes with one scale."""
+    """Dequantizes BLOCKS blocks, each of 64 weights in 32 bytes with one scale; `spare` numbers behind each row are left."""
     start = tl.program_id(0).to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
     valid = block < count - start
@@ -202,7 +205,8 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     place = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     byte = tl.load(packed + start * 32 + place, mask=valid[:, None], other=0).to(tl.int32)
     first, second = tl.load(code + (byte >> 4)) * scale[:, None], tl.load(code + (byte & 15)) * scale[:, None]
-    write = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    row = (start + block).to(tl.int32) // blocks_of_row
+    write = block[:, None] * 64 + tl.arange(0, 64)[None, :] + row.to(tl.int64)[:, None] * spare
     tl.store(out + start * 64 + write, tl.interleave(first, second), mask=valid[:, None])
 
 
@@ -214,8 +218,10 @@ def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | Non
     if out is None:
         out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     count, nested = packed.numel() // 32, state.state2
+    spare = out.stride(0) - out.shape[1]
     _dequantize_kernel[(triton.cdiv(count, _QUANTIZATION_BLOCKS),)](
         packed, state.code, state.absmax, nested.code, nested.absmax, state.offset, out, count,
+        max(1, out.shape[1] // 64), spare,
         BLOCKS=_QUANTIZATION_BLOCKS, num_warps=_WARPS,
     )  # fmt: skip
     return out

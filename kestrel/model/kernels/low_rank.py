@@ -47,7 +47,7 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """dropout(x) Aᵀ.
 
     Args:
-        x: (tokens, inputs), contiguous.
+        x: (tokens, inputs); its rows may lie apart.
         a: (ranks, inputs), of x's type.
         p: the share that is dropped; 0: none.
         seed: of the mask; the same seed drops the same in all three products here.
