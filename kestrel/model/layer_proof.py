@@ -38,6 +38,9 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
         return f"layers: transformers' own; Kestrel's do not cover this {kind}, its adapter or its sharding"
     was_training = model.training
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.training = True  # but not its dropout: the sums have training's order
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name: p.detach().clone() for name, p in trained.items()}
     generator = torch.Generator().manual_seed(0)
