@@ -47,13 +47,13 @@ def original(base: Any, tokenizer: Any, rows: list[Row], given: Row) -> Any:
 
     model = get_peft_model(prepare_model_for_kbit_training(base, use_gradient_checkpointing=True), lora_config())
     data = Dataset.from_list([padded(row, tokenizer.eos_token_id) for row in rows])
-    return Trainer(model=model, args=TrainingArguments(**given, **_turns(32)), train_dataset=data)
+    return Trainer(model=model, args=TrainingArguments(**given, **_turns(64)), train_dataset=data)
 
 
 def trl_turns(base: Any, tokenizer: Any, rows: list[Row], given: Row) -> Any:
     """TRL's for conversations as prompt and completion: one example per reply, loss on the reply."""
     return _sft(
-        base, tokenizer, [example for row in rows for example in as_messages(row, tokenizer)], given | _turns(32)
+        base, tokenizer, [example for row in rows for example in as_messages(row, tokenizer)], given | _turns(64)
     )
 
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 from kestrel.model.kernels.cards import SHARED_MEMORY
 
 RECORDS = (
-    "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "two-cards.json", "compute-dtypes.json",
+    "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "layers-h200.json",
+    "train-shape-qwen2.5-7b.json", "two-cards.json", "compute-dtypes.json", "compute-dtypes-before.json", "t4.json",
     "train-cpu.json",
 )  # fmt: skip
 COMPILED = {
@@ -30,9 +31,10 @@ def results_of(record: dict[str, Any]) -> list[str]:
     """Kestrel's lines of a record: what ran, tokens or replies per second, GiB at the peak."""
     lines = []
     for row in record.get("rows", []):
-        if "useful_tokens_per_second" in row and row["kind"] == "kestrel":
-            speed, peak = row["useful_tokens_per_second"], row["peak_bytes"] / 2**30
-            lines.append(f"{row['name']}: {speed:,.0f} tokens/s, {peak:.1f} GiB")
+        if row.get("kind") == "kestrel" and "peak_bytes" in row:
+            name = " ".join(filter(None, (record.get("shape"), row["name"])))
+            speed = f"{row['useful_tokens_per_second']:,.0f} tokens/s, " if "useful_tokens_per_second" in row else ""
+            lines.append(f"{name}: {speed}{row['peak_bytes'] / 2**30:.1f} GiB")
     for run in record.get("runs", []):
         lines.append(f"{run['run']}: {run['tokens_per_second']:,} tokens/s, {run['peak_gib']:.1f} GiB")
     for name in ("one", "two", "sharded", "large"):
@@ -50,6 +52,7 @@ def other_dtypes(record: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
             if run["dtype"] != "bfloat16":
                 attention = f"torch's, under `KESTREL_CARD={run['card']}`" if run["card"] else "Triton"
                 line = f"{model}: {len(run['losses'])} steps, losses on average {run['apart']:.2%} from bfloat16's"
+                line += f" ({record['note']})" if "note" in record else ""
                 found.setdefault((run["dtype"], attention), []).append(line)
     return found
 
@@ -59,6 +62,7 @@ def tried() -> str:
     for name in RECORDS:
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
         attention = "Triton" if "NVIDIA" in record["device"] else "torch"
+        attention = f"torch's, under `KESTREL_CARD={record['card']}`" if record.get("card") else attention
         made = f"`benchmarks/results/{name}`" + (f", {record['date']}" if record.get("date") else "")
         lines = {(record.get("compute_dtype", "bfloat16"), attention): results_of(record), **other_dtypes(record)}
         rows += [[record["device"], *kind, "<br>".join(found), made] for kind, found in lines.items() if found]

@@ -108,6 +108,24 @@ def layers(record: Record) -> str:
     return table(head, rows) + "\n" + where(record)
 
 
+def by_shape(records: list[Record]) -> str:
+    """Training of models of shapes.py by train.py and by its peers."""
+    rows = []
+    for record in records:
+        for row in (row for row in record["rows"] if "epoch_seconds" in row):
+            of_steps = row["step_tokens_per_second"]
+            begins = row.get("start_to_first_step_seconds")
+            rows.append([
+                record["shape"], row["name"], f"{row['useful_tokens_per_second']:,.0f}",
+                f"{of_steps['median']:,.0f} ({of_steps['slowest']:,.0f}–{of_steps['fastest']:,.0f})", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['utilisation']:.0%}",
+                f"{begins:.0f}" if begins else "–",
+            ])  # fmt: skip
+    head = [
+        "shape", "system", "useful tokens/s", "of the median step (range)", "peak GiB", "utilisation", "s to the first step",
+    ]  # fmt: skip
+    return table(head, rows) + "\n" + "\n".join(where(record) for record in records)
+
+
 def generation(record: Record) -> str:
     """Answers and the likelihoods of all references."""
     rows = [
@@ -118,16 +136,17 @@ def generation(record: Record) -> str:
     return table(head, rows) + "\n\nEach row is a single run." + where(record)
 
 
-def estimates(record: Record) -> str:
+def peaks(record: Record) -> str:
     """The dry run's peak beside the measured one."""
     rows = [
         [
-            f"`{row['config']}`", f"{row['estimate_gib']:.2f}", f"{row['measured_gib']:.2f}",
+            row["shape"], row["recompute"], f"{row['tokens']:,}", f"{row['estimate_gib']:.2f}", f"{row['measured_gib']:.2f}",
             f"{row['estimate_gib'] / row['measured_gib'] - 1:+.1%}",
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    return table(["config", "estimate, GiB", "measured, GiB", "difference"], rows) + "\n" + where(record)
+    head = ["shape", "recompute", "tokens in a pass", "estimate, GiB", "measured, GiB", "difference"]
+    return table(head, rows) + "\n" + where(record)
 
 
 def preprocessing(records: list[Record]) -> str:
@@ -169,8 +188,10 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "how runs vary": ("train-gpu*.json", repeated),
     "training on a CPU": ("train-cpu.json", training),
     "waterfall": ("waterfall.json", waterfall),
+    "training by shape": ("train-shape-*.json", by_shape),
     "layers": ("layers-h100.json", layers),
-    "estimates": ("estimates.json", estimates),
+    "layers today": ("layers-h200.json", layers),
+    "estimates": ("peaks.json", peaks),
     "generation": ("generate-gpu.json", generation),
     "scoring": ("evaluate*.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
