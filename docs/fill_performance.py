@@ -116,12 +116,12 @@ def by_shape(records: list[Record]) -> str:
             of_steps = row["step_tokens_per_second"]
             begins = row.get("start_to_first_step_seconds")
             rows.append([
-                record["shape"], row["name"], f"{row['useful_tokens_per_second']:,.0f}",
+                record["shape"], record["device"], row["name"], f"{row['useful_tokens_per_second']:,.0f}",
                 f"{of_steps['median']:,.0f} ({of_steps['slowest']:,.0f}–{of_steps['fastest']:,.0f})", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['utilisation']:.0%}",
                 f"{begins:.0f}" if begins else "–",
             ])  # fmt: skip
     head = [
-        "shape", "system", "useful tokens/s", "of the median step (range)", "peak GiB", "utilisation", "s to the first step",
+        "shape", "machine", "system", "useful tokens/s", "of the median step (range)", "peak GiB", "utilisation", "s to the first step",
     ]  # fmt: skip
     return table(head, rows) + "\n" + "\n".join(where(record) for record in records)
 
