@@ -7,7 +7,7 @@ transformers 5.5 and later quantizes a layer only if its class is exactly `torch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,7 @@ def audit(model: PreTrainedModel, skeleton: PreTrainedModel, wanted: Quantizatio
     if wanted.bits == 4:
         problems += _skipped_layers(model, skeleton, expected, in_4bit.keys())
         problems += _other_quantization([in_4bit[name] for name in in_4bit if name not in unpacked], wanted)
+        problems += _wrong_rows(in_4bit.values(), wanted) if model.device.type == "cpu" else []
     elif in_4bit:
         problems.append(f"{len(in_4bit)} layers are in 4 bit; the settings ask for {wanted.bits} bits")
     problems += _other_dtypes(model, wanted.compute_dtype, in_4bit.keys())
@@ -205,6 +206,23 @@ def _other_quantization(layers: Sequence[Any], wanted: Quantization) -> list[str
             listed = ", ".join(map(str, sorted(values)))
             problems.append(f"{what} is {listed}; the settings ask for {asked[index]}")
     return problems
+
+
+def _wrong_rows(layers: Iterable[Any], wanted: Quantization) -> list[str]:
+    """bitsandbytes (0.50) on CPUs makes rows dense wrongly, by a quarter of their norm, that are not of whole blocks."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    wrong = []
+    for inputs in sorted({layer.in_features for layer in layers if layer.in_features % BLOCK_SIZE}):
+        rows = torch.randn(BLOCK_SIZE, inputs, generator=torch.Generator().manual_seed(0))
+        dense, right = (
+            dequantize_4bit(*quantize_4bit(form, quant_type=wanted.type)) for form in (rows, rows.view(-1, BLOCK_SIZE))
+        )
+        if not torch.equal(dense.view_as(right), right):
+            wrong.append(
+                f"bitsandbytes computes wrongly on CPUs with layers of {inputs:,} inputs, no multiple of {BLOCK_SIZE}"
+            )
+    return wrong
 
 
 def _other_dtypes(model: PreTrainedModel, compute_dtype: str, in_4bit: Collection[str]) -> list[str]:

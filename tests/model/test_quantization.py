@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from make_models import settings_of, write_base
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kestrel.model.base
 from kestrel.adapter.lora import add_lora
@@ -93,6 +93,18 @@ def test_audit_sees_one_skipped_layer_and_a_fat_embedding(bases):
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256, bias=False, dtype=torch.bfloat16)
     with pytest.raises(ProofError, match=r"1 of 14 linear layers are not in 4 bit, such as model\.layers\.1\.mlp\.up"):
         audit(model, skeleton, wanted)
+
+
+def test_rows_that_bitsandbytes_makes_wrong_on_a_cpu_are_refused(tmp_path):
+    """96 inputs in blocks of 64: its dense weights are a quarter of their norm away from what was quantized."""
+    shape = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", **shape, intermediate_size=96)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path))
+    with pytest.raises(
+        ProofError, match="wrongly on CPUs with layers of 96 inputs, no multiple of 64\n  Try quantization.bits: 16"
+    ):
+        load_base(settings_for(tmp_path))
+    load_base(settings_for(tmp_path, bits=16))
 
 
 def test_falcon_7b_by_arithmetic():
