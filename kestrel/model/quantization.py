@@ -209,7 +209,7 @@ def _other_quantization(layers: Sequence[Any], wanted: Quantization) -> list[str
 
 
 def _wrong_rows(layers: Iterable[Any], wanted: Quantization) -> list[str]:
-    """bitsandbytes (0.50) on CPUs makes rows dense wrongly, by a quarter of their norm, that are not of whole blocks."""
+    """bitsandbytes (0.50) on CPUs dequantizes rows wrongly that are not of whole blocks; measured, not told by its version."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     wrong = []

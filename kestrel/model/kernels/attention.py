@@ -1,4 +1,4 @@
-"""Falcon's attention on fused kernels.
+"""Attention of the fast layers: Falcon's and grouped heads', on a GPU by fused kernels, on a CPU by blocks of queries.
 
 Falcon has many query heads and one key/value head, and transformers passes both to `scaled_dot_product_attention`
 unchanged. torch's fused kernels need equal numbers of heads, so it falls back to plain matrix products that keep every
@@ -111,7 +111,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Plain matrix products for CPUs, two to four times as fast as torch's CPU kernel in bfloat16 at the lengths of dialogues.
+    """Plain matrix products for CPUs, faster than torch's CPU kernel at the lengths of dialogues.
 
     The query heads that share a key/value head are rows of one matrix, and a block of queries skips the keys after its last
     one. The attention weights are kept; autograd over the single steps would traverse scores and keys twice as often.
@@ -167,6 +167,7 @@ def _write_rows(out: torch.Tensor, start: int, end: int, rows: torch.Tensor) -> 
 
 
 def _suits_blocks(query: torch.Tensor) -> bool:
+    """On a CPU, and when what one allocates is estimated."""
     on_cpu = place_of(query) == "torch" and not query.is_cuda
     return on_cpu and query.dtype in (torch.bfloat16, torch.float32) and query.shape[2] <= _LONGEST_IN_BLOCKS
 
