@@ -153,7 +153,8 @@ def fitting_plan(settings: Settings, estimator: Estimator, memory: int, dialogue
 
 
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
-    """The least recomputation that lets passes of a reasonable size fit into `memory` bytes, with the largest such passes.
+    """The least recomputation that lets passes of a reasonable size fit into `memory` bytes, with the largest such passes
+    that are still faster for it.
 
     Where nothing fits, the plan that needs least.
 
@@ -173,7 +174,7 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
             if best.fits:
                 return best
             continue
-        most = min(dialogues.most_tokens, WITHOUT_A_GPU) if estimator.on_cpu else dialogues.most_tokens
+        most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
         found = _largest_that_fits(planned, dialogues.longest, max(dialogues.longest, most))
         if best is None or found.tokens_per_step > best.tokens_per_step or not best.fits:
             best = found

@@ -44,7 +44,7 @@ def settings_for(**training: Any) -> Settings:
 class Arithmetic:
     """An estimator of a fixed number of bytes per token, by level, and a bend where the logits' chunk is full."""
 
-    levels, on_cpu = ("none", "mlp", "full"), False
+    levels, on_cpu, saturating = ("none", "mlp", "full"), False, 6000
 
     def estimate(self, shape: Pass, level: str) -> Estimate:
         kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]
@@ -70,9 +70,10 @@ def test_the_largest_passes_that_fit_are_chosen(lengths, batch_size, gib):
     if not chosen.fits:
         assert (chosen.tokens_per_step, chosen.recompute) == (dialogues.longest, "full")
         return
-    assert dialogues.longest <= chosen.tokens_per_step <= dialogues.most_tokens
-    if chosen.tokens_per_step < dialogues.most_tokens:
-        more = min(dialogues.most_tokens, int(chosen.tokens_per_step * 1.1) + 128)
+    useful = min(dialogues.most_tokens, estimator.saturating)
+    assert dialogues.longest <= chosen.tokens_per_step <= useful
+    if chosen.tokens_per_step < useful:
+        more = min(useful, int(chosen.tokens_per_step * 1.1) + 128)
         assert needed(more, chosen.recompute) > gib * 2**30
     enough = min(2048, dialogues.most_tokens)
     for level in estimator.levels[: estimator.levels.index(chosen.recompute)]:
