@@ -2,6 +2,7 @@
 
     python generate.py --config configs/falcon-7b.yaml
     python generate.py --config configs/falcon-7b.yaml --generation.split validation --generation.max_dialogues 50
+    python generate.py --config configs/falcon-7b.yaml --dry-run                 print the memory that answers take
 
 Loads the base once, checks that prompt, base and adapter are the ones that were trained, and writes one line per reply to
 RUN/generations/SPLIT.SYSTEM.jsonl. Above 1, generation.persona_orders adds a file SPLIT.SYSTEM-orderK.jsonl for each shuffle
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
     from kestrel.generation.files import GenerationsFile
     from kestrel.prompt.prompt import Prompt
 
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("--dry-run", {"action": "store_true", "help": "print what answering takes; load no weights, write nothing"})
+]
+
 
 def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.data.other_runs import require_dataset
     from kestrel.runtime.manifest import require_artifact
 
-    run, chosen = Path(settings.run_dir), settings.generation
+    run, chosen, dry_run = Path(settings.run_dir), settings.generation, options.dry_run
     preprocess, train = f"python preprocess.py {options.again}", f"python train.py {options.again}"
     require_dataset(settings, preprocess)
-    if "adapter" in chosen.systems and settings.model.adapter is None:
+    if "adapter" in chosen.systems and settings.model.adapter is None and not dry_run:
         require_artifact(run / "adapter", "adapter", f"train it with: {train}")
 
     from kestrel.adapter.compute_dtype import with_compute_dtype
@@ -46,6 +51,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.data.dataset import load_split, open_dataset
     from kestrel.generation.files import files_to_make, what_decides
     from kestrel.model.base import base_identity, check_context, open_base
+    from kestrel.planning import answering
     from kestrel.prompt.load import load_prompt
     from kestrel.runtime import distributed, rendezvous
     from kestrel.runtime.disk_space import answers_bytes, require_room
@@ -59,6 +65,9 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     rows = load_split(dataset_folder, chosen.split, preprocess)
     if chosen.max_dialogues is not None:
         rows = rows.select(range(min(chosen.max_dialogues, len(rows))))
+    if dry_run:
+        answering.report(settings, config, prompt, rows)
+        return
     base = base_identity(settings.model, config)
     adapter = open_adapter(settings, prompt, base, train) if "adapter" in chosen.systems else None
 
@@ -81,7 +90,7 @@ def write_file(model: Any, prompt: Prompt, rows: Dataset, settings: Settings, fi
     """Answers all rows into one file, with a progress bar, and records it."""
     from tqdm import tqdm
 
-    from kestrel.generation.answers import write_answers
+    from kestrel.generation.answers import print_left_out, write_answers
     from kestrel.runtime import distributed
     from kestrel.runtime.disk_space import answers_bytes, room_for
 
@@ -97,23 +106,11 @@ def write_file(model: Any, prompt: Prompt, rows: Dataset, settings: Settings, fi
     if distributed.is_first():
         file.record(settings)
         print(f"wrote {file.path} in {time.monotonic() - began:.0f} s")
-        report_left_out(rows, file.path, chosen.candidates)
-
-
-def report_left_out(rows: Dataset, path: Path, candidates: bool) -> None:
-    """Prints how many replies a finished file does not answer or rank, and why."""
-    from kestrel.generation.answers import left_out
-
-    unanswered, unscored = left_out(rows, path)
-    of_all = f"of {sum(turn['speaker'] == 'self' for turns in rows['turns'] for turn in turns):,} replies"
-    if unanswered:
-        print(f"  {unanswered:,} {of_all} are left out: the exchange alone is longer than prompt.max_length")
-    if candidates and unscored:
-        print(f"  {unscored:,} {of_all} do not count in hits@1: a candidate spells a control token (no candidate_nll)")
+        print_left_out(rows, file.path, chosen.candidates)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("generate.py", __doc__, generate, argv, together=True)
+    return run_script("generate.py", __doc__, generate, argv, OPTIONS, together=True)
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def write_answers(
         while done < len(dataset):
             ends = [done]
             while len(ends) <= distributed.world_size() and ends[-1] < len(dataset):
-                ends.append(ends[-1] + _shard(lengths[ends[-1] :], tokens))
+                ends.append(ends[-1] + dialogues_of_shard(lengths[ends[-1] :], tokens))
             shard, mine = "", distributed.rank()
             if mine < len(ends) - 1:
                 rows = [dataset[i] for i in range(ends[mine], ends[mine + 1])]
@@ -282,7 +282,7 @@ def write_answers(
     partial.unlink()
 
 
-def _shard(lengths: np.ndarray, tokens_per_step: int) -> int:
+def dialogues_of_shard(lengths: np.ndarray, tokens_per_step: int) -> int:
     """How many of the next dialogues, of these lengths, make a shard."""
     fitting = int(np.searchsorted(lengths.cumsum(), _PASSES_A_SHARD * tokens_per_step, side="right"))
     return min(len(lengths), max(fitting, _DIALOGUES_A_SHARD))
@@ -324,3 +324,13 @@ def left_out(dataset: Dataset, path: Path) -> tuple[int, int]:
             replies += is_scored is None
             unscored += is_scored is False and bool(dialogue.candidates and dialogue.candidates[number])
     return replies, unscored
+
+
+def print_left_out(dataset: Dataset, path: Path, candidates: bool) -> None:
+    """Prints how many replies a finished file does not answer or rank, and why."""
+    unanswered, unscored = left_out(dataset, path)
+    of_all = f"of {sum(turn['speaker'] == 'self' for turns in dataset['turns'] for turn in turns):,} replies"
+    if unanswered:
+        print(f"  {unanswered:,} {of_all} are left out: the exchange alone is longer than prompt.max_length")
+    if candidates and unscored:
+        print(f"  {unscored:,} {of_all} do not count in hits@1: a candidate spells a control token (no candidate_nll)")

@@ -55,7 +55,7 @@ def decode(
     """
     causal_lm: Any = causal_lm_of(model)
     device = rows.lengths.device
-    every = _CHECK_EVERY if device.type == "cuda" else 1
+    every = 1 if device.type == "cpu" else _CHECK_EVERY
     choose = _TokenChooser(contexts, settings, draws, device)
     tokens = torch.full((len(contexts), settings.max_new_tokens), min(end_ids), device=device)
     active = torch.arange(len(contexts), device=device)  # index of the context of each row that is left
@@ -86,7 +86,12 @@ def decode(
             rows.keep(left)
             choose.keep(left)
     on_end(running)
-    return tokens.tolist()
+    return _on_the_host(tokens)
+
+
+def _on_the_host(tokens: torch.Tensor) -> list[list[int]]:
+    ids: list[list[int]] = tokens.tolist()
+    return ids
 
 
 class _TokenChooser:

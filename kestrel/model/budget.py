@@ -20,8 +20,8 @@ _HIDDEN_STATES = 24
 _MLP_WIDTHS = 3  # of a wider MLP, in addition: gate, up and their product
 # Shares of the free memory. Keys and values of a group of sequences take a fifth and what a last pass adds.
 _OF_A_PASS, _OF_CONTINUATIONS = 0.2, 0.4
-_OF_A_CPU = 0.25  # of its free memory; the rest is other programs'
-_MOST_TOKENS = {"cuda": 65_536, "cpu": 8192}  # of a pass; larger ones are no faster
+OF_A_CPU = 0.25  # of its free memory; the rest is other programs'
+MOST_TOKENS = {"cuda": 65_536, "cpu": 8192}  # of a pass; larger ones are no faster
 
 
 class Budget:
@@ -46,7 +46,7 @@ class Budget:
         self._memory = _OF_CONTINUATIONS * free
         kept = _kept_per_token(config) * causal_lm_of(model).dtype.itemsize
         fitting = int(_OF_A_PASS * free) // (self.bytes_per_position + kept)
-        self.tokens = max(1, min(_MOST_TOKENS["cuda" if device.type == "cuda" else "cpu"], fitting))
+        self.tokens = max(1, min(MOST_TOKENS["cuda" if device.type == "cuda" else "cpu"], fitting))
 
     @classmethod
     def of(cls, model: torch.nn.Module, given: Given) -> Budget:
@@ -124,7 +124,7 @@ def free_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(_OF_A_CPU * 1024 * int(line.split()[1]))
+                return int(OF_A_CPU * 1024 * int(line.split()[1]))
     return 2**30  # not Linux
 
 

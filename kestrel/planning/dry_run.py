@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.base import device
 from kestrel.model.loss import attach_token_nll, token_nll
-from kestrel.planning.memory import GIB, Estimator, Pass
+from kestrel.planning.memory import GIB, Estimator, Needed, Pass
 from kestrel.planning.passes import Dialogues, Plan, available_memory, fitting_plan
 from kestrel.planning.random_base import random_model
 
@@ -31,7 +32,8 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
     memory = available_memory(settings)
     estimator = Estimator(settings, config, sharded)
     plan = fitting_plan(settings, estimator, memory, dialogues)
-    _print_memory(settings, estimator, plan, dialogues)
+    assert plan.estimate is not None
+    print_memory(settings, estimator, plan.estimate, _parts(settings, plan, dialogues), plan.memory)
     _print_work(settings, plan, dialogues)
     if device().type != "cuda":
         print("time: not measured, this machine has no GPU")
@@ -48,19 +50,33 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
         )
 
 
-def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogues: Dialogues) -> None:
-    estimate = plan.estimate
+def _parts(settings: Settings, plan: Plan, dialogues: Dialogues) -> list[tuple[str, int]]:
+    """What training keeps in memory beside base and adapter."""
+    estimate, largest = plan.estimate, dialogues.largest(plan.tokens_per_step)
     assert estimate is not None
-    unit, name_of_unit = (GIB, "GiB") if estimate.peak > GIB else (2**20, "MiB")
-    largest = dialogues.largest(plan.tokens_per_step)
-    held = settings.quantization.type if settings.quantization.bits == 4 else settings.quantization.compute_dtype
-    rows = [
-        (f"base: {estimator.parameters / 1e6:,.1f}M parameters in {held}", estimate.base),
-        (f"adapter: {estimator.trainable / 1e6:,.1f}M parameters in float32", estimate.adapter),
+    return [
         ("the adapter's gradients", estimate.adapter),
         (f"state of {settings.training.optimizer}", estimate.optimizer),
         (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
         ("more at the peak", estimate.momentary),
+    ]
+
+
+def print_memory(
+    settings: Settings, estimator: Estimator, estimate: Needed, parts: Sequence[tuple[str, int]], memory: int | None
+) -> None:
+    """Prints an estimate as a table, and whether it fits.
+
+    Args:
+        parts: names and bytes of what there is beside base, adapter and workspace.
+    """
+    assert memory is not None
+    unit, name_of_unit = (GIB, "GiB") if estimate.peak > GIB else (2**20, "MiB")
+    held = settings.quantization.type if settings.quantization.bits == 4 else settings.quantization.compute_dtype
+    rows = [
+        (f"base: {estimator.parameters / 1e6:,.1f}M parameters in {held}", estimator.base),
+        (f"adapter: {estimator.trainable / 1e6:,.1f}M parameters in float32", estimator.adapter),
+        *parts,
         ("workspace of the matrix products", estimate.workspace),
         ("peak of all tensors", estimate.peak),
         (f"with the allocator's slack and {'the libraries' if estimator.on_cpu else 'CUDA'}", estimate.needed),
@@ -70,14 +86,13 @@ def _print_memory(settings: Settings, estimator: Estimator, plan: Plan, dialogue
         if index == len(rows) - 2:
             print("─" * 70)
         print(f"{name:<62}{size / unit:>8.2f}")
-    assert plan.memory is not None
-    verdict = "it fits" if plan.fits else "it does not fit"
+    verdict = "it fits" if estimate.needed <= memory else "it does not fit"
     if estimator.on_cpu:
-        print(f"{f'memory of this machine or container: {verdict}':<62}{plan.memory / unit:>8.2f}")
+        print(f"{f'memory of this machine or container: {verdict}':<62}{memory / unit:>8.2f}")
         print("no GPU found; to plan for one, name its memory: --training.device_memory 24GiB")
     else:
         whose = "named" if settings.training.device_memory else "free on " + torch.cuda.get_device_name()
-        print(f"{f'GPU memory ({whose}): {verdict}':<62}{plan.memory / unit:>8.2f}")
+        print(f"{f'GPU memory ({whose}): {verdict}':<62}{memory / unit:>8.2f}")
 
 
 def _print_work(settings: Settings, plan: Plan, dialogues: Dialogues) -> None:

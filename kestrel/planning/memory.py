@@ -1,4 +1,4 @@
-"""What training takes in GPU memory, before a weight is loaded.
+"""What training takes in GPU memory, before a weight is loaded; and, for `answering.py`, how to count it.
 
 The training step itself runs on the meta device, where tensors have shapes and no content, and every allocation is
 counted until it is freed. So the count follows the code: the layers of any architecture, Kestrel's own for Falcon, LoRA's
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from kestrel.model.decoder_layer import Recompute
 from kestrel.model.kernels import attention, elementwise, low_rank
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
-from kestrel.planning.random_base import random_model
+from kestrel.planning.random_base import random_base, random_model
 from kestrel.runtime import distributed
 from kestrel.runtime.machine import memory_used
 
@@ -44,6 +44,9 @@ _LARGEST_FILE = 5 * 10**9  # bytes; transformers splits weights into files of th
 _SATURATING = 16_384 * 3_584  # numbers in a layer's input; passes of more are no faster on an H200 (docs/performance.md)
 _SLACK_ON_A_CPU = 0.4  # of the peak: scratch space of the matrix products, and blocks between others that stay
 SLACK = 0.08  # of the peak: fragments that the allocator cannot use
+
+
+Substitute = tuple[Any, str, Any]  # module, name in it, and what stands for it
 
 
 class CannotEstimate(KestrelError):
@@ -63,23 +66,18 @@ class Pass:
         return self.rows * self.length
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes on the GPU during training."""
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """Bytes on the device beside the tensors, and with them."""
 
-    base: int  # frozen weights and their quantization constants
-    adapter: int  # LoRA's weights; their gradients take as much
-    optimizer: int  # its state
-    kept: int  # by the largest pass, for its backward pass
-    momentary: int  # on top of that at the peak
     workspace: int = WORKSPACE
     overhead: int = CONTEXT  # outside of the tensors
     slack: float = SLACK
 
     @property
     def peak(self) -> int:
-        """Of all tensors, what `torch.cuda.max_memory_allocated()` returns after training."""
-        return self.base + 2 * self.adapter + self.optimizer + self.kept + self.momentary + self.workspace
+        """Of all tensors, what `torch.cuda.max_memory_allocated()` returns at the end."""
+        raise NotImplementedError
 
     @property
     def needed(self) -> int:
@@ -87,22 +85,39 @@ class Estimate:
         return int(self.peak * (1 + self.slack)) + self.overhead
 
 
+@dataclass(frozen=True)
+class Estimate(Needed):
+    """Bytes on the GPU during training."""
+
+    base: int  # frozen weights and their quantization constants
+    adapter: int  # LoRA's weights; their gradients take as much
+    optimizer: int  # its state
+    kept: int  # by the largest pass, for its backward pass
+    momentary: int  # on top of that at the peak
+
+    @property
+    def peak(self) -> int:
+        return self.base + 2 * self.adapter + self.optimizer + self.kept + self.momentary + self.workspace
+
+
 class Estimator:
     """Estimates the memory of passes for one base and adapter.
 
     Args:
         sharded: each process holds a part of the layers' weights, and one layer whole.
+        adapted: the base has an adapter.
     """
 
-    def __init__(self, settings: Settings, config: PretrainedConfig, sharded: bool = False):
+    def __init__(self, settings: Settings, config: PretrainedConfig, sharded: bool = False, adapted: bool = True):
         self._settings = settings
         self._config = config
+        self._adapted = adapted
         # A card that is named is planned for wherever this runs.
         self.on_cpu = not torch.cuda.is_available() and settings.training.device_memory is None
         # Passes of so many tokens keep any GPU busy.
         self.saturating = _SATURATING // config.get_text_config().hidden_size
-        self._model = functools.cache(self._new_model)
-        model = self._model("none")
+        self.model = functools.cache(self._new_model)
+        model = self.model("none")
         causal_lm = causal_lm_of(model)
         knows_mlp = describe(getattr(causal_lm, causal_lm.base_model_prefix)) is not None
         # The values of training.recompute that differ for this architecture, least recomputation first.
@@ -110,13 +125,14 @@ class Estimator:
         base = (p for p in model.parameters() if not p.requires_grad)
         self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        self._base = footprint_bytes(model) - self._adapter
+        self.adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self.base = footprint_bytes(model) - self.adapter
         if sharded:
-            self._base -= _bytes_of_others(causal_lm)
+            self.base -= _bytes_of_others(causal_lm)
 
     def _new_model(self, recompute: Recompute) -> nn.Module:
-        model = random_model(self._settings, self._config, torch.device("meta"))
+        make = random_model if self._adapted else random_base
+        model = make(self._settings, self._config, torch.device("meta"))
         attach_token_nll(model, recompute)
         return model.train()
 
@@ -126,26 +142,43 @@ class Estimator:
         Raises:
             CannotEstimate: the architecture does not run on the meta device.
         """
-        model = self._model(recompute)
+        model = self.model(recompute)
+        remedy = "set training.tokens_per_step and training.recompute"
+        with self.on_shapes(remedy):
+            kept, peak = _run_on_shapes(model, shape)
+        optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
+        return Estimate(self.base, self.adapter, optimizer, kept, peak - kept, **self.around())
+
+    @contextmanager
+    def on_shapes(self, remedy: str, more: Sequence[Substitute] = ()) -> Iterator[None]:
+        """Inside, models on the meta device allocate what they would on the device that is planned for.
+
+        Args:
+            remedy: what the user is to do where that is not possible.
+            more: what else is replaced.
+
+        Raises:
+            CannotEstimate: the architecture does not run on the meta device.
+        """
         try:
-            with _as_on_a_cpu() if self.on_cpu else _as_on_a_gpu():
-                kept, peak = _run_on_shapes(model, shape)
+            with replaced(self.on_cpu, more):
+                yield
         except (
             NotImplementedError,  # torch: an operator that has no form on the meta device
             RuntimeError,  # and the others: an operator that reads values, which are not there
             TypeError,
             ValueError,
         ) as error:
-            raise CannotEstimate(
-                f"the memory of a {self._config.model_type} model cannot be estimated ({str(error).splitlines()[0]}); set "
-                "training.tokens_per_step and training.recompute"
-            ) from error
-        optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
+            what = f"the memory of a {self._config.model_type} model cannot be estimated"
+            raise CannotEstimate(f"{what} ({str(error).splitlines()[0]}); {remedy}") from error
+
+    def around(self) -> dict[str, Any]:
+        """What a device holds beside the tensors that are counted, as arguments of `Needed`."""
         if not self.on_cpu:
-            return Estimate(self._base, self._adapter, optimizer, kept, peak - kept)
+            return {}
         # This process as it is now, with its libraries, and the weights' file, which is mapped into memory.
         overhead = memory_used() + min(2 * self.parameters, _LARGEST_FILE)
-        return Estimate(self._base, self._adapter, optimizer, kept, peak - kept, 0, overhead, _SLACK_ON_A_CPU)
+        return {"workspace": 0, "overhead": overhead, "slack": _SLACK_ON_A_CPU}
 
 
 def _bytes_of_others(causal_lm: Any) -> int:
@@ -162,14 +195,14 @@ def _run_on_shapes(model: nn.Module, shape: Pass) -> tuple[int, int]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
-    with _Allocations(_tensors_of(model, batch.values())) as allocations:
+    with Allocations(tensors_of(model, batch.values())) as allocations:
         loss = token_nll(model, batch).sum()
         kept = allocations.live
         loss.backward()
     return kept, allocations.peak
 
 
-def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Every tensor that exists before the step."""
     yield from more
     yield from model.buffers()
@@ -182,7 +215,7 @@ def _tensors_of(model: nn.Module, more: Iterable[torch.Tensor]) -> Iterator[torc
             yield from (t for t in (vars(level) if level is not None else {}).values() if isinstance(t, torch.Tensor))
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Counts the bytes of all tensors created while it is active, until they are freed.
 
     Args:
@@ -234,32 +267,34 @@ def _fused_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpla
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
-def _as_on_a_gpu() -> AbstractContextManager[None]:
-    """Transformers' layers allocate what they do on a GPU. (A TorchFunctionMode misses what checkpoints recompute.)"""
-    return _replaced([])
-
-
-def _as_on_a_cpu() -> AbstractContextManager[None]:
-    """All layers allocate what torch's own operations do, which compute without a GPU."""
-    mask = lambda x, p, seed: torch.empty_like(x, dtype=torch.bool)
-    return _replaced([(attention, "place_of", _torch), (elementwise, "place_of", _torch), (low_rank, "_kept", mask)])
-
-
 def _torch(x: torch.Tensor) -> str:
     return "torch"
 
 
+def _needs_a_mask(padding_mask: torch.Tensor | None, *_: Any, **__: Any) -> bool:
+    """Whether rows of different lengths are assumed: transformers would read the mask (5.17 to 5.23)."""
+    return padding_mask is None
+
+
 @contextmanager
-def _replaced(more: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    replaced: list[tuple[Any, str, Any]] = [
+def replaced(on_cpu: bool, more: Sequence[Substitute] = ()) -> Iterator[None]:
+    """Layers on the meta device allocate what they do on a GPU, or with torch's own operations on a CPU.
+
+    (A TorchFunctionMode misses what checkpoints recompute.)
+    """
+    mask = lambda x, p, seed: torch.empty_like(x, dtype=torch.bool)
+    cpu = [(attention, "place_of", _torch), (elementwise, "place_of", _torch), (low_rank, "_kept", mask)]
+    substitutes: list[Substitute] = [
+        *(cpu if on_cpu else []),
         *more,
         (F, "scaled_dot_product_attention", _flash_attention),
         (F, "dropout", _fused_dropout),
         # It reads the positions to find packed rows (transformers 5.23); Kestrel never packs.
         (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        (masking_utils, "_ignore_causal_mask_sdpa", _needs_a_mask),
     ]
     with ExitStack() as restore:
-        for module, name, substitute in replaced:
+        for module, name, substitute in substitutes:
             restore.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, substitute)
         yield

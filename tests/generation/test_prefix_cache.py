@@ -13,7 +13,7 @@ from make_models import make_model, make_tokenizer, words
 from kestrel.config.settings import Generation
 from kestrel.data.dataset import _row
 from kestrel.dialogue import Dialogue, Turn
-from kestrel.generation.answers import _shard, answer, questions_of
+from kestrel.generation.answers import answer, dialogues_of_shard, questions_of
 from kestrel.generation.prefix_cache import (
     Continuation,
     Prefixes,
@@ -199,7 +199,7 @@ def test_shards_take_all_dialogues_and_no_more_than_fill_them(lengths, budget):
 
     left, sizes = np.asarray(lengths), []
     while len(left):
-        size = _shard(left, budget)
+        size = dialogues_of_shard(left, budget)
         assert size >= min(32, len(left)) and (size <= 32 or left[:size].sum() <= 4 * budget)
         sizes.append(size)
         left = left[size:]

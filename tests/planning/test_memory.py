@@ -69,7 +69,7 @@ def test_the_estimate_counts_what_real_tensors_allocate(architecture, place, mon
     lora = Lora(r=4, target_modules=TARGETS[architecture], dropout=0.0)
     settings = settings_for(architecture, quantization=Quantization(bits=16, compute_dtype="float32"), lora=lora)
     counted = []
-    replaced = memory._as_on_a_gpu if on_gpu else memory._as_on_a_cpu
+    replaced = memory.replaced
     for device in ("meta", "cpu"):
         config = make_config(architecture)
         config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0  # GPT-2's
@@ -78,8 +78,8 @@ def test_the_estimate_counts_what_real_tensors_allocate(architecture, place, mon
         attach_token_nll(model)
         ids = torch.zeros(3, 40, dtype=torch.long, device=device)
         batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(60, device=device)}
-        counter = memory._Allocations(memory._tensors_of(model, batch.values()))
-        with replaced() if device == "meta" else nullcontext(), counter:
+        counter = memory.Allocations(memory.tensors_of(model, batch.values()))
+        with replaced(not on_gpu) if device == "meta" else nullcontext(), counter:
             loss = token_nll(model, batch).sum()
             kept = counter.live
             loss.backward()
