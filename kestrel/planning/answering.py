@@ -88,15 +88,15 @@ class _Peak:
         taken = (counter.peak - before) / (rows * columns)
         self._rates[kind] = max(self._rates.get(kind, 0), taken)
         if counter.peak > self.bytes:
-            self.kept, self.heaviest = before, f"{kind} of {rows:,} x {columns:,} tokens"
+            self.kept, self.heaviest = before, f"{kind}, {rows:,} x {columns:,} tokens"
         return True
 
     def one_pass(self, own: Callable[..., object], model: Any, sequences: Sequence[Any], **inputs: Any) -> None:
         rows, columns = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
         cache: DynamicCache = inputs["past_key_values"]
-        kind = "candidates" if "attention_mask" in inputs else "a pass"
+        kind = "batches of candidates" if "attention_mask" in inputs else "passes"
         ran = self._compute(kind, rows, columns, lambda: own(model, sequences, **inputs))
-        if kind == "candidates":
+        if kind != "passes":
             return
         if ran:
             self._shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
@@ -129,11 +129,11 @@ class _Peak:
             changed = settings.model_copy(update={"max_new_tokens": steps, "no_repeat_ngram_size": 0})
             own(model, rows, contexts, changed, end_ids, None if draws is None else draws[:, :steps])
 
-        self._compute("answers", len(contexts), rows.width + settings.max_new_tokens, last_steps)
+        self._compute("batches of answers", len(contexts), rows.width + settings.max_new_tokens, last_steps)
         return [[] for _ in contexts]
 
     def token_nll(self, own: Callable[..., object], model: Any, batch: dict[str, torch.Tensor]) -> None:
-        self._compute("a pass of likelihoods", *batch["input_ids"].shape, lambda: own(model, batch))
+        self._compute("passes with other personas", *batch["input_ids"].shape, lambda: own(model, batch))
 
     def substitutes(self) -> list[Substitute]:
         """For `Estimator.on_shapes`."""
@@ -176,13 +176,13 @@ def estimate(
     ]  # fmt: skip
     others = personas_of_others(rows, chosen.other_personas, settings.seed) if chosen.other_personas else []
     lengths, done, replies = lengths_of(rows), 0, 0
-    with estimator.on_shapes("it is not known before it is measured", replaced), counter, torch.no_grad():
+    with estimator.on_shapes("answer a few dialogues to see it: --generation.max_dialogues 50", replaced), counter, torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         # The proof after loading; the fast layers keep copies of the adapter.
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})
         before = counter.live
-        with dense_weights.dense_weights(model):
-            dense, allowed = counter.live - before, respond.budget_of(model, chosen)
+        with dense_weights.dense_weights(model) as is_dense:
+            dense, allowed = (counter.live - before) * is_dense, respond.budget_of(model, chosen)
             while done < len(rows):
                 end = done + answers.dialogues_of_shard(lengths[done:], allowed.tokens)
                 asked = answers.questions_of([rows[i] for i in range(done, end)], prompt, settings.seed)
@@ -211,17 +211,15 @@ def report(settings: Settings, config: PretrainedConfig, prompt: Prompt, rows: D
     except CannotEstimate as error:
         print(f"memory: {error}")
         return
-    kind = settings.quantization.compute_dtype
     parts = [
-        ("the base's weights once more, in " + kind if found.dense else "no dense copy of the base's weights", found.dense),
+        (f"the base's weights once more, in {settings.quantization.compute_dtype}", found.dense),
         ("keys and values that are kept", found.kept),
-        (f"more at the peak, by {found.heaviest}", found.momentary),
+        (f"more at the peak: {found.heaviest}", found.momentary),
     ]
     print_memory(settings, estimator, found, parts, memory)
     chosen = ", chosen for auto" if settings.generation.tokens_per_step == "auto" else ""
     print(f"\ngeneration.tokens_per_step: {found.tokens:,}{chosen}")
-    done = ", ".join(f"{count:,} of {kind}" for kind, count in found.done.items())
-    most = f"at most {found.side_by_side:,} answers grow side by side" if found.side_by_side else "none to be answered"
-    print(f"{found.replies:,} replies, {most}; passes: {done}")
+    done = ", ".join(f"{count:,} {kind}" for kind, count in found.done.items())
+    print(f"{found.replies:,} replies, at most {found.side_by_side:,} answers grow side by side; {done}")
     if found.needed > memory:
         raise KestrelError("answering does not fit; lower generation.tokens_per_step, and keep quantization.bits: 4")

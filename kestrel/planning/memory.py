@@ -271,9 +271,12 @@ def _torch(x: torch.Tensor) -> str:
     return "torch"
 
 
-def _needs_a_mask(padding_mask: torch.Tensor | None, *_: Any, **__: Any) -> bool:
-    """Whether rows of different lengths are assumed: transformers would read the mask (5.17 to 5.23)."""
-    return padding_mask is None
+_needs_no_mask = masking_utils._ignore_causal_mask_sdpa
+
+
+def _needs_no_mask_on_shapes(padding_mask: torch.Tensor | None, *arguments: Any, **named: Any) -> bool:
+    """Of rows whose lengths differ; transformers would read from the mask whether they do (5.17 to 5.23)."""
+    return padding_mask is None and _needs_no_mask(None, *arguments, **named)
 
 
 @contextmanager
@@ -291,7 +294,7 @@ def replaced(on_cpu: bool, more: Sequence[Substitute] = ()) -> Iterator[None]:
         (F, "dropout", _fused_dropout),
         # It reads the positions to find packed rows (transformers 5.23); Kestrel never packs.
         (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
-        (masking_utils, "_ignore_causal_mask_sdpa", _needs_a_mask),
+        (masking_utils, "_ignore_causal_mask_sdpa", _needs_no_mask_on_shapes),
     ]
     with ExitStack() as restore:
         for module, name, substitute in substitutes:

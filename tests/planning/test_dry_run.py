@@ -1,4 +1,4 @@
-"""train.py --dry-run: what it prints, and that it loads, locks and changes nothing."""
+"""--dry-run of train.py and generate.py: what it prints, and that it loads, locks and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from make_models import make_config, settings_of
 
+import generate
 import train
 from kestrel.config.settings import Lora, Quantization
 from kestrel.planning import dry_run
@@ -47,6 +48,24 @@ def test_prints_what_training_takes_and_touches_nothing(without_weights, tmp_pat
     assert rows["with the allocator's slack and CUDA"] > rows["peak of all tensors"]
     assert "training.tokens_per_step: " in printed and "recompute: none, chosen for auto" in printed
     assert "time: not measured, this machine has no GPU" in printed
+
+
+def test_prints_what_answering_takes_and_touches_nothing(without_weights, tmp_path, capsys):
+    """Before there is an adapter."""
+    given = [*without_weights, "--training.device_memory"]
+    with locked_run_folder(str(tmp_path / "run"), ""):
+        before = files_of(tmp_path)
+        assert generate.main([*given, "24GiB"]) == 0
+        assert files_of(tmp_path) == before
+    printed = capsys.readouterr().out
+    rows = {name: float(value) for name, value in re.findall(r"^(.+?) {2,}([\d.]+)$", printed, flags=re.MULTILINE)}
+    assert sum(list(rows.values())[:6]) == pytest.approx(rows["peak of all tensors"], abs=0.05)
+    assert "in nf4" in printed and "once more, in float32" in printed and "it fits" in printed
+    assert "generation.tokens_per_step: 65,536, chosen for auto" in printed
+    assert "7 replies, at most 7 answers grow side by side; 1 passes, 1 batches of answers" in printed
+    assert generate.main([*given, "600MiB"]) == 1 and "answering does not fit" in capsys.readouterr().err
+    assert generate.main([*given, "24GiB", "--generation.num_beams", "2"]) == 0
+    assert "cannot be estimated (transformers' generate makes" in capsys.readouterr().out
 
 
 def test_without_a_gpu_nothing_is_compared(without_weights, capsys):
