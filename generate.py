@@ -58,7 +58,7 @@ def generate(settings: Settings, options: argparse.Namespace) -> None:
     from kestrel.runtime.manifest import identity_of
 
     rendezvous.join_processes(settings)
-    settings = with_compute_dtype(settings)
+    settings = with_compute_dtype(settings, planned=dry_run and settings.training.device_memory is not None)
     prompt = load_prompt(settings)
     settings, config = open_base(settings, prompt)
     dataset_folder, dataset_manifest = open_dataset(settings, prompt, preprocess)

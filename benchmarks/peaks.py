@@ -1,10 +1,11 @@
-"""Holds `train.py --dry-run`'s estimates of memory against peaks measured on a GPU, for shapes of well-known models.
+"""Holds `--dry-run`'s estimates of memory against peaks measured on a GPU, for shapes of well-known models.
 
     python benchmarks/peaks.py --text DIALOGUES --output benchmarks/results/peaks.json [--shapes qwen2.5-7b ...]
 
 Each model is written with random weights (benchmarks/shapes.py), and trained a few steps for each value of
-training.recompute, with LoRA on all linear layers. A difference of more than a tenth ends with status 1. Without a GPU:
-`--shapes tiny` tries the script, and resident memory is what it shows.
+training.recompute, with LoRA on all linear layers. Then its adapter answers the training dialogues with as many tokens in a
+pass, and with auto; random weights end no answer early. A difference of more than a tenth ends with status 1. Without a
+GPU: `--shapes tiny` tries the script, and resident memory is what it shows.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.options import at_least_one, command_of, parser_of, told
 from benchmarks.shapes import SHAPES
+from kestrel.planning.memory import CONTEXT
 
 _SHAPES = ("falcon-7b", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b", "gemma-2-9b", "smollm2-135m")
-_LEVELS = ("none", "mlp", "full")
+_LEVELS = ("none", "mlp", "full", "generation")
 _ALLOWED = 0.1
 _MARK = "measured: "
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the dry run would time passes on one
@@ -76,22 +78,39 @@ def rows_of(shape: str, work: Path, options: argparse.Namespace) -> list[dict[st
     training += ["--training.resume", "never"]
     call("preprocess", *common)
     rows = []
-    for level in options.recompute:
+    for level in sorted({*options.what} - {"generation"}, key=_LEVELS.index) or ["full"]:
         given = [*common, *training, "--training.recompute", level]
         _, printed = call("train", *given, "--training.device_memory", "140GiB", "--dry-run", **_NO_GPU)
         facts, _ = call("train", *given)
         row = {"shape": shape, "recompute": level, "tokens": options.tokens}
         rows.append({**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)})
         print(rows[-1], flush=True)
+    for tokens in (options.tokens, "auto") if "generation" in options.what else ():
+        given = [*common, "--generation.systems", "adapter", "--generation.split", "train"]
+        given += ["--generation.tokens_per_step", str(tokens)]
+        _, printed = call("generate", *given, *_named_memory(), "--dry-run", **_NO_GPU)
+        facts, _ = call("generate", *given)
+        shutil.rmtree(run / "generations")
+        row = {"shape": shape, "recompute": "generation", "tokens": tokens}
+        rows.append({**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)})
+        print(rows[-1], flush=True)
     return rows
+
+
+def _named_memory() -> list[str]:
+    """The card's free memory, which auto depends on, named to a process that does not see the card."""
+    asked = "import torch; print(torch.cuda.mem_get_info()[0] >> 20 if torch.cuda.is_available() else '')"
+    free = subprocess.run([sys.executable, "-c", asked], check=True, capture_output=True, text=True).stdout.strip()
+    return ["--training.device_memory", f"{int(free) + (CONTEXT >> 20)}MiB"] if free else []
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(_SHAPES))
     parser.add_argument("--config", default="configs/falcon-7b.yaml", help="of the runs")
-    parser.add_argument("--recompute", nargs="+", choices=_LEVELS, default=list(_LEVELS), help="training.recompute")
-    parser.add_argument("--tokens", type=at_least_one, default=4096, help="of a pass of training")
+    told_of = "training with these values of training.recompute, and generation"
+    parser.add_argument("--what", nargs="+", choices=_LEVELS, default=list(_LEVELS), help=told_of)
+    parser.add_argument("--tokens", type=at_least_one, default=4096, help="of a pass")
     parser.add_argument("--steps", type=at_least_one, default=3, help="of each training")
     parser.add_argument("--output", type=Path, help="JSON file of the results, written after every shape")
     options = parser.parse_args(argv)

@@ -140,12 +140,13 @@ def peaks(record: Record) -> str:
     """The dry run's peak beside the measured one."""
     rows = [
         [
-            row["shape"], row["recompute"], f"{row['tokens']:,}", f"{row['estimate_gib']:.2f}", f"{row['measured_gib']:.2f}",
+            row["shape"], row["recompute"], row["tokens"] if row["tokens"] == "auto" else f"{row['tokens']:,}",
+            f"{row['estimate_gib']:.2f}", f"{row['measured_gib']:.2f}",
             f"{row['estimate_gib'] / row['measured_gib'] - 1:+.1%}",
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    head = ["shape", "recompute", "tokens in a pass", "estimate, GiB", "measured, GiB", "difference"]
+    head = ["shape", "recompute, or generation", "tokens in a pass", "estimate, GiB", "measured, GiB", "difference"]
     return table(head, rows) + "\n" + where(record)
 
 

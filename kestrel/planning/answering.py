@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import DynamicCache, PretrainedConfig
 
+_REMEDY = "answer a few dialogues to see it: --generation.max_dialogues 50"
 _LAST = 2  # steps of an answer that are computed: each holds its predecessor's logits
 
 
@@ -133,11 +133,12 @@ class _Peak:
         return [[] for _ in contexts]
 
     def token_nll(self, own: Callable[..., object], model: Any, batch: dict[str, torch.Tensor]) -> None:
-        self._compute("passes with other personas", *batch["input_ids"].shape, lambda: own(model, batch))
+        rows, columns = batch["input_ids"].shape
+        self._compute("passes with other personas", rows, columns, lambda: own(model, batch))
 
     def substitutes(self) -> list[Substitute]:
         """For `Estimator.on_shapes`."""
-        computing = [
+        computing: list[Substitute] = [
             (prefix_cache, "_pass", self.one_pass), (respond, "decode", self.decode), (likelihood, "token_nll", self.token_nll)
         ]  # fmt: skip
         no_scores = lambda requests, nll: [[(0.0, end - start) for start, end in one.spans] for one in requests]
@@ -176,7 +177,7 @@ def estimate(
     ]  # fmt: skip
     others = personas_of_others(rows, chosen.other_personas, settings.seed) if chosen.other_personas else []
     lengths, done, replies = lengths_of(rows), 0, 0
-    with estimator.on_shapes("answer a few dialogues to see it: --generation.max_dialogues 50", replaced), counter, torch.no_grad():
+    with estimator.on_shapes(_REMEDY, replaced), counter, torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
         # The proof after loading; the fast layers keep copies of the adapter.
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})
@@ -202,7 +203,8 @@ def report(settings: Settings, config: PretrainedConfig, prompt: Prompt, rows: D
     Raises:
         KestrelError: it does not fit the GPU that was found or named, or this machine where there is none.
     """
-    estimator, memory = Estimator(settings, config, adapted="adapter" in settings.generation.systems), available_memory(settings)
+    estimator = Estimator(settings, config, adapted="adapter" in settings.generation.systems)
+    memory = available_memory(settings)
     left: float = memory - CONTEXT - WORKSPACE
     if estimator.on_cpu:
         left = budget.free_memory(torch.device("cpu")) / budget.OF_A_CPU

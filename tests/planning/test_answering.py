@@ -29,8 +29,8 @@ def config_of(architecture: str) -> Any:
     """Of a tiny model; gemma2 bounds its logits and its attention scores."""
     if architecture != "gemma2":
         return make_config(architecture)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
-    return transformers.Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=2, **shape)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    return transformers.Gemma2Config(vocab_size=VOCABULARY, num_attention_heads=4, num_key_value_heads=2, **shape)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,9 @@ def config_of(architecture: str) -> Any:
 )
 def test_the_estimate_is_what_real_answers_allocate(architecture, chosen, heaviest, prepared, monkeypatch):
     rows = concatenate_datasets([load_from_disk(str(prepared.run / "dataset" / "train"))] * 4)
-    prompt, settings = Prompt(make_tokenizer(), "plain", 160), Generation(**{"max_new_tokens": 8, **chosen})
-    settings = settings_of(
-        lora=Lora(r=4, target_modules="all-linear"), generation=settings, quantization=Quantization(compute_dtype="float32")
-    )
+    prompt, generation = Prompt(make_tokenizer(), "plain", 160), Generation(**{"max_new_tokens": 8, **chosen})
+    lora, quantization = Lora(r=4, target_modules="all-linear"), Quantization(compute_dtype="float32")
+    settings = settings_of(lora=lora, generation=generation, quantization=quantization)
     config = config_of(architecture)
     estimator = Estimator(settings, config)
     found = answering.estimate(settings, config, prompt, rows, estimator, MEMORY)
