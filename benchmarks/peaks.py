@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.shapes import SHAPES
 from kestrel.planning.memory import CONTEXT
 
 _SHAPES = ("falcon-7b", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b", "gemma-2-9b", "smollm2-135m")
-_LEVELS = ("none", "mlp", "full", "generation")
+_TRAINING, _GENERATION = ("none", "mlp", "full"), ("generation", "generation-auto")
 _ALLOWED = 0.1
 _MARK = "measured: "
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the dry run would time passes on one
@@ -66,8 +67,8 @@ def estimate_of(printed: str) -> float:
     return round(float(found[1]) / (2**10 if in_mib else 1), 2)
 
 
-def rows_of(shape: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each value of training.recompute that is asked for."""
+def rows_of(shape: str, work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each of `--what`. Where only generation is asked for, the adapter's training still has a row."""
     model, run = work / "model", work / "run"
     written = [sys.executable, str(ROOT / "benchmarks" / "shapes.py"), "--shape", shape, "--output", str(model)]
     subprocess.run([*written, "--text", options.text], check=True, stdout=subprocess.DEVNULL)
@@ -77,24 +78,21 @@ def rows_of(shape: str, work: Path, options: argparse.Namespace) -> list[dict[st
     training += ["--training.batch_size", "64", "--training.evaluations", "1", "--training.samples", "0"]
     training += ["--training.resume", "never"]
     call("preprocess", *common)
-    rows = []
-    for level in sorted({*options.what} - {"generation"}, key=_LEVELS.index) or ["full"]:
+    for level in [level for level in _TRAINING if level in options.what] or ["full"]:
         given = [*common, *training, "--training.recompute", level]
         _, printed = call("train", *given, "--training.device_memory", "140GiB", "--dry-run", **_NO_GPU)
         facts, _ = call("train", *given)
         row = {"shape": shape, "recompute": level, "tokens": options.tokens}
-        rows.append({**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)})
-        print(rows[-1], flush=True)
-    for tokens in (options.tokens, "auto") if "generation" in options.what else ():
+        yield {**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)}
+    for what in [what for what in _GENERATION if what in options.what]:
+        tokens = options.tokens if what == "generation" else "auto"
         given = [*common, "--generation.systems", "adapter", "--generation.split", "train"]
         given += ["--generation.tokens_per_step", str(tokens)]
         _, printed = call("generate", *given, *_named_memory(), "--dry-run", **_NO_GPU)
         facts, _ = call("generate", *given)
         shutil.rmtree(run / "generations")
         row = {"shape": shape, "recompute": "generation", "tokens": tokens}
-        rows.append({**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)})
-        print(rows[-1], flush=True)
-    return rows
+        yield {**row, "estimate_gib": estimate_of(printed), "measured_gib": peak_of(facts)}
 
 
 def _named_memory() -> list[str]:
@@ -108,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(_SHAPES))
     parser.add_argument("--config", default="configs/falcon-7b.yaml", help="of the runs")
-    told_of = "training with these values of training.recompute, and generation"
-    parser.add_argument("--what", nargs="+", choices=_LEVELS, default=list(_LEVELS), help=told_of)
+    told_of, every = "training with these values of training.recompute, and generation", [*_TRAINING, *_GENERATION]
+    parser.add_argument("--what", nargs="+", choices=every, default=every, help=told_of)
     parser.add_argument("--tokens", type=at_least_one, default=4096, help="of a pass")
     parser.add_argument("--steps", type=at_least_one, default=3, help="of each training")
     parser.add_argument("--output", type=Path, help="JSON file of the results, written after every shape")
@@ -129,12 +127,14 @@ def measure(options: argparse.Namespace, command: str) -> int:
         work = Path(tempfile.mkdtemp(prefix="peaks-"))
         began = time.monotonic()
         try:
-            rows += rows_of(shape, work, options)
+            for row in rows_of(shape, work, options):
+                rows.append(row)
+                print(row, flush=True)
+                if options.output:
+                    write_json(options.output, {**machine.facts_of_a_measurement(command), "rows": rows})
         finally:
             shutil.rmtree(work)
         print(f"{shape}: {time.monotonic() - began:.0f} s", flush=True)
-        if options.output:
-            write_json(options.output, {**machine.facts_of_a_measurement(command), "rows": rows})
     return int(any(abs(row["estimate_gib"] / row["measured_gib"] - 1) > _ALLOWED for row in rows))
 
 

@@ -52,8 +52,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8192, **_ROPE}),
 }  # fmt: skip
 
-# Random weights as large as `random_base` makes them enlarge rounding from layer to layer until gradients are noise.
-_CALM = 0.4
+# The scale of a block of 64 weights. Larger ones would enlarge rounding from layer to layer until gradients are noise. So
+# would scales of one sign: NF4's values have a mean, and a stream with a direction of its own hides the tokens.
+_SCALE = 0.024
+_LEVELS = 255  # what stands for a sign of 1 among the levels that scales are quantized to; 0 stands for -1
 
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
@@ -97,7 +99,8 @@ def write_shape(folder: Path, shape: str, lines: Iterable[str], layers: int | No
     model: Any = random_base(settings, config_of(shape, layers=1), device)
     for layer in (part for part in model.modules() if hasattr(getattr(part, "weight", None), "quant_state")):
         state = layer.weight.quant_state
-        state.offset, state.state2.absmax = _CALM * state.offset, _CALM * state.state2.absmax
+        state.offset = torch.zeros_like(state.offset)
+        state.state2.absmax = torch.full_like(state.state2.absmax, _SCALE)
     first = next(name for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)) + ".0."
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     place, size = {}, 0
@@ -108,6 +111,8 @@ def write_shape(folder: Path, shape: str, lines: Iterable[str], layers: int | No
                 continue
             if tensor.dtype == torch.uint8 and name.endswith(".weight"):
                 tensor.random_()  # all values of NF4 are equally likely
+            if name.endswith(".absmax"):
+                tensor.random_(0, 2).mul_(_LEVELS)
             tensors[name.replace(first, f"{first[:-2]}{layer}.")] = tensor.cpu().contiguous()
         file = f"model-{layer + 1:05d}.safetensors"
         save_file(tensors, str(folder / file), metadata={"format": "pt"})

@@ -42,7 +42,7 @@ WORKSPACE = 64 * 2**20  # of cuBLAS, through torch's allocator, on recent GPUs
 CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocator
 _LARGEST_FILE = 5 * 10**9  # bytes; transformers splits weights into files of this size
 # Passes of more numbers in a layer's input than this are no faster on an H200 (docs/performance.md).
-_SATURATING = 16_384 * 3_584
+_SATURATING = 40 * 2**20
 _SLACK_ON_A_CPU = 0.4  # of the peak: scratch space of the matrix products, and blocks between others that stay
 SLACK = 0.08  # of the peak: fragments that the allocator cannot use
 
