@@ -18,7 +18,7 @@ from kestrel.model.kernels.cards import SHARED_MEMORY
 
 RECORDS = (
     "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "layers-h200.json",
-    "train-shape-qwen2.5-7b.json", "two-cards.json", "compute-dtypes.json", "compute-dtypes-before.json", "t4.json",
+    "train-shape-qwen2.5-7b.json", "two-cards.json", "compute-dtypes.json", "t4.json",
     "train-cpu.json",
 )  # fmt: skip
 COMPILED = {

@@ -174,10 +174,11 @@ def answers() -> str:
 def blocks(page: str = "docs/results.md") -> dict[str, str]:
     """What a page holds; where there is no record, that there is none."""
     if not record():
-        names = ("results",) if page == "README.md" else ("systems", "tests", "variations", "answers")
+        names = ("results", "answers") if page == "README.md" else ("systems", "tests", "variations", "answers")
         return dict.fromkeys(names, "Not measured yet: run `make results`.")
     if page == "README.md":
-        return {"results": f"{systems_table(HEAD, interval=False)}\n\n{made_on()}\n\n{PICTURE.format('Images')}"}
+        results = f"{systems_table(HEAD, interval=False)}\n\n{made_on()}\n\n{PICTURE.format('Images')}"
+        return {"results": results, "answers": answers()}
     return {
         "systems": f"{systems_table(SYSTEMS, interval=True)}\n\n{made_on()}\n\n{PICTURE.format('../Images')}",
         "tests": tests(),
