@@ -23,7 +23,7 @@ def where(record: Record) -> str:
     """The line under a table: command, machine, versions, commit and date."""
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
-    commit = (record.get("commit") or "")[:10]
+    commit = " and ".join(name[:10] for name in (record.get("commit") or "").split(" and "))
     return f"\n`{record['command']}` on {record['device']}; {named}; commit {commit}, {record['date']}."
 
 

@@ -171,9 +171,11 @@ class Training(Section):
     tokens_per_step: PositiveInt | Literal["auto"] = _key(
         "auto",
         "Most tokens in one forward pass on one device, padding included; affects only speed and memory. "
-        "auto: as many as fit on the GPU, 4096 without one.",
+        "auto: as many as fit on the GPU and keep it busy, 4096 without one.",
     )
-    device_memory: Text | None = _key(None, "GPU memory to stay within, such as 24GiB; null: all of it.")
+    device_memory: Text | None = _key(
+        None, "GPU memory to stay within, such as 24GiB, or that --dry-run plans for; null: all of it."
+    )
     learning_rate: Annotated[float, Field(gt=0, le=100)] = _key(2e-4, "Peak learning rate.")
     lr_schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "Learning rate schedule after the warm-up.")
     warmup_ratio: Fraction = _key(0.03, "Share of the steps over which the learning rate rises to its peak.")
