@@ -151,6 +151,7 @@ class Stopwatch(TrainerCallback):
                 "processor_seconds": time.process_time() - self._processor_began,
                 "positions": self._count,
                 "peak_bytes": peak_memory(),
+                "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0,
             }
 
     def readings(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from benchmarks.profiles import System
 
 _MORE = (
     "start_to_first_step_seconds",
+    "allocator_retries",
     "estimated_bytes",
     "tokens_per_step",
     "recompute",

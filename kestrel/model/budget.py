@@ -29,7 +29,8 @@ class Budget:
 
     Attributes:
         tokens: most tokens of a pass over whole sequences, padding included.
-        bytes_per_position: an upper bound of what such a pass takes for each, besides keys and values that are kept.
+        bytes_per_position: about what such a pass takes for each, besides keys and values that are kept; with LoRA on all layers
+            up to 1.6 times as much, which the shares leave room for.
     """
 
     def __init__(self, model: torch.nn.Module, tokens: int | Literal["auto"]):

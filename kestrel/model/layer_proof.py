@@ -56,10 +56,7 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
     difference = math.hypot(*apart.values())
     by_rounding = 0.0
     if not difference <= (allowed := 1e-3 if compute_dtype == "float32" else 0.2):
-        for seed in range(_ROUNDINGS):
-            with _rounded_otherwise(model, seed):
-                found = math.hypot(*_apart(_gradients(model, short, library_nll), theirs).values())
-            by_rounding = max(by_rounding, found)
+        by_rounding = _by_rounding(model, short, theirs)
     for name, p in trained.items():
         p.data.copy_(kept[name])
     model.train(was_training)
@@ -95,6 +92,15 @@ def _apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> di
     """How far each gradient lies from another, as a share of the norm of all."""
     total = math.hypot(*(g.norm().item() for g in theirs.values()))
     return {name: (ours[name] - g).norm().item() / total if name in ours else math.inf for name, g in theirs.items()}
+
+
+def _by_rounding(model: nn.Module, batch: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """How far transformers' gradients go when the embedded tokens change by as much as their type rounds; the most of some."""
+    found = []
+    for seed in range(_ROUNDINGS):
+        with _rounded_otherwise(model, seed):
+            found.append(math.hypot(*_apart(_gradients(model, batch, library_nll), theirs).values()))
+    return max(found)
 
 
 @contextmanager

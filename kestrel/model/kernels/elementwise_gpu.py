@@ -14,7 +14,9 @@ _BLOCK = 1024
 _WARPS = 4
 
 
-@triton.jit
+# Where the second half of the statistics begins depends on the number of rows; a copy of the kernel for each alignment would be
+# compiled in the middle of training.
+@triton.jit(do_not_specialize_on_alignment=["means", "inverses"])
 def _norm_kernel(  # type: ignore[no-untyped-def]
     x_of, weight_of, bias_of, out, means, inverses, size, stride, eps, offset,
     CENTRED: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +53,7 @@ def norm(
     return out, statistics.unbind()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["means", "inverses"])
 def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     grad_of, x_of, means, inverses, weight_of, more_of, out, size, offset, CENTRED: tl.constexpr, BLOCK: tl.constexpr
 ):
