@@ -19,6 +19,7 @@ from kestrel.errors import KestrelError
 from kestrel.hub import plain_loading_errors
 from kestrel.model.defaults import check_vocabulary, refuse_other_kinds, saved_quantization, settings_for
 from kestrel.model.files import require_weights
+from kestrel.model.gpu_memory import let_segments_grow
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import (
     Audit,
@@ -165,6 +166,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     skeleton = skeleton_of(config, chosen.trust_remote_code)
     require_weights(chosen.name, skeleton.num_parameters())
     use_fused_kernels(config.model_type)
+    let_segments_grow(device())
     if to_be_sharded and saved_quantization(config.to_dict()):
         raise KestrelError(
             f"{chosen.name} is saved in 4 bit and cannot be sharded; name the model that it was made from"

@@ -221,7 +221,7 @@ def report(settings: Settings, config: PretrainedConfig, prompt: Prompt, rows: D
     print_memory(settings, estimator, found, parts, memory)
     chosen = ", chosen for auto" if settings.generation.tokens_per_step == "auto" else ""
     print(f"\ngeneration.tokens_per_step: {found.tokens:,}{chosen}")
-    done = ", ".join(f"{count:,} {kind}" for kind, count in found.done.items())
-    print(f"{found.replies:,} replies, at most {found.side_by_side:,} answers grow side by side; {done}")
+    done = ", ".join(f"{kind}: {count:,}" for kind, count in found.done.items())
+    print(f"{found.replies:,} replies, of which at most {found.side_by_side:,} grow side by side; {done}")
     if found.needed > memory:
         raise KestrelError("answering does not fit; lower generation.tokens_per_step, and keep quantization.bits: 4")

@@ -112,7 +112,7 @@ def run_script(
                     if distributed.is_first():
                         print(describe(settings, origin), end="", flush=True)
                     return 0
-                _prepare_libraries()
+                _quieten_libraries()
                 locks = writes and arguments.config is not None and not getattr(arguments, "dry_run", False)
                 folder = locked_run_folder(run_dir, describe(settings, {})) if locks else contextlib.nullcontext()
                 with distributed.only_first_prints(), folder:
@@ -243,13 +243,10 @@ def _report_thread(failure: threading.ExceptHookArgs) -> None:
     print(f"note: {thread} failed: {failure.exc_type.__name__}: {failure.exc_value}", file=sys.stderr)
 
 
-def _prepare_libraries() -> None:
-    """Progress bars only on a terminal, GPU memory without gaps, and no warnings that the user of a script can do nothing about."""
+def _quieten_libraries() -> None:
+    """Progress bars only on a terminal; no warnings that the user of a script can do nothing about."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # Passes differ in length, and blocks of fixed sizes would leave gaps on the GPU until all are given back at once.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     threading.excepthook = _report_thread

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from kestrel.config.settings import Lora, Quantization
 from kestrel.errors import KestrelError
+from kestrel.model import gpu_memory
 from kestrel.model.base import load_base, open_base
 from kestrel.prompt.load import load_prompt
 
@@ -88,3 +89,20 @@ def test_a_models_own_ends_end_an_answer_and_ordinary_ids_do_not(tmp_path: Path)
     prompt.ends_also_at(None)
     prompt.ends_also_at(4)
     assert prompt.end_ids == {3, 4, 11}
+
+
+@pytest.mark.parametrize(("can_map", "environment"), [(True, {}), (False, {}), (True, {"PYTORCH_ALLOC_CONF": "x:1"})])
+def test_memory_segments_grow_where_the_card_can_map_memory(can_map, environment, monkeypatch):
+    chosen: list[str] = []
+
+    def empty(*_: Any, **__: Any) -> None:
+        if not can_map:
+            raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", chosen.append)
+    monkeypatch.setattr(torch, "empty", empty)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert gpu_memory.let_segments_grow(torch.device("cuda")) == (can_map and not environment)
+    assert chosen[-1:] == ([] if environment else [f"expandable_segments:{can_map}"])
+    assert not gpu_memory.let_segments_grow(torch.device("cpu"))

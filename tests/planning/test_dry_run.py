@@ -62,7 +62,7 @@ def test_prints_what_answering_takes_and_touches_nothing(without_weights, tmp_pa
     assert sum(list(rows.values())[:6]) == pytest.approx(rows["peak of all tensors"], abs=0.05)
     assert "in nf4" in printed and "once more, in float32" in printed and "it fits" in printed
     assert "generation.tokens_per_step: 65,536, chosen for auto" in printed
-    assert "7 replies, at most 7 answers grow side by side; 1 passes, 1 batches of answers" in printed
+    assert "7 replies, of which at most 7 grow side by side; passes: 1, batches of answers: 1" in printed
     assert generate.main([*given, "600MiB"]) == 1 and "answering does not fit" in capsys.readouterr().err
     assert generate.main([*given, "24GiB", "--generation.num_beams", "2"]) == 0
     assert "cannot be estimated (transformers' generate makes" in capsys.readouterr().out
