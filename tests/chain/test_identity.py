@@ -49,12 +49,17 @@ def can_become_another() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def test_in_eight_combinations_adapter_and_manifests_are_the_same(tmp_path: Path) -> None:
-    """Online or offline, in another working directory, as another user in another time zone, locale and order of hashes."""
+def test_wherever_and_whoever_makes_them_adapter_and_manifests_are_the_same(tmp_path: Path) -> None:
+    """Online or offline, in another working directory, as another user in another time zone, locale and order of hashes.
+
+    Of the eight combinations four, in which any two of the three meet in every way.
+    """
     write_base(tmp_path / "base")
     write_corpus(tmp_path / "corpus", dialogues=16, candidates=True)
     with serving() as hub, ThreadPoolExecutor(2) as pool:
-        first, *others = pool.map(lambda ways: made(tmp_path, hub, *ways), product((False, True), repeat=3))
+        first, *others = pool.map(
+            lambda ways: made(tmp_path, hub, *ways, ways[0] ^ ways[1]), product((False, True), repeat=2)
+        )
     assert json.loads(first["adapter/manifest.json"])["files"]
     for files in others:
         assert files.keys() == first.keys()
