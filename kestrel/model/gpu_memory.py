@@ -11,9 +11,11 @@ def let_segments_grow(device: torch.device) -> bool:
     """Lets the allocator's segments grow, unless the user has set the allocator up; tells whether they do.
 
     Passes differ in length. Blocks of fixed sizes leave gaps between them, until the card is full and all of them are given
-    back at once, which takes as long as a step. Virtual cards of some servers cannot map memory, and keep such blocks.
+    back at once, which takes as long as a step. Virtual cards of some servers cannot map memory, and keep such blocks; so
+    does Windows' subsystem for Linux, as in unsloth.
     """
-    if device.type != "cuda" or {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    is_chosen = bool({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys())
+    if device.type != "cuda" or is_chosen or "microsoft" in os.uname().release.lower():
         return False
     choose = torch._C._accelerator_setAllocatorSettings
     choose("expandable_segments:True")
