@@ -201,8 +201,7 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
         compute_in(model, dtype)
     report = audit(model, skeleton, wanted)
     forbid_repacking(model)
-    model.requires_grad_(False)
-    model.eval()
+    model.requires_grad_(False).eval()
     return model, report
 
 
