@@ -2,8 +2,9 @@
 
     python benchmarks/cards.py --text DIALOGUES --tokenizer FOLDER --output benchmarks/results/cards.json
 
-The models have the shapes of `benchmarks/shapes.py` and the tokenizer of any model with a chat template. For each card the
-pass and the recomputation are chosen as `auto` chooses them, unless the config names them.
+The models have the shapes of `benchmarks/shapes.py` and the tokenizer of any model with a chat template; one with a smaller
+vocabulary than that has a tokenizer trained on the text. For each card the pass and the recomputation are chosen as `auto`
+chooses them, unless the config names them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.falcon_7b_shape import write_tokenizer
 from benchmarks.options import command_of, parser_of, told
 from benchmarks.profiles import ROOT, script
 from benchmarks.shapes import config_of
@@ -40,9 +42,15 @@ _FOUND = {
 }
 
 
-def write_tokenized_shape(folder: Path, shape: str, tokenizer: Path) -> None:
-    """A model folder without weights, with a tokenizer of another."""
-    config_of(shape).save_pretrained(folder)
+def write_tokenized_shape(folder: Path, shape: str, tokenizer: Path, text: Path) -> None:
+    """A model folder without weights, with a tokenizer of another where its vocabulary holds that, else one of the text."""
+    from transformers import AutoTokenizer
+
+    config = config_of(shape)
+    config.save_pretrained(folder)
+    if len(AutoTokenizer.from_pretrained(tokenizer)) > config.vocab_size:
+        write_tokenizer(folder, text.read_text(encoding="utf-8").splitlines())
+        return
     for pattern in ("*token*", "*.jinja"):
         for file in tokenizer.glob(pattern):
             shutil.copy(file, folder)
@@ -84,7 +92,7 @@ def measure(options: argparse.Namespace, command: str) -> int:
         for config in options.configs:
             folder = Path(temporary) / config
             folder.mkdir()
-            write_tokenized_shape(folder, SHAPE_OF[config], options.tokenizer)
+            write_tokenized_shape(folder, SHAPE_OF[config], options.tokenizer, Path(options.text))
             common = ["--config", str(ROOT / "configs" / f"{config}.yaml"), "--run_dir", str(folder / "run")]
             common += ["--data.source", options.text, "--model.name", str(folder)]
             if script("preprocess").main(common):

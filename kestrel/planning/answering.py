@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -150,8 +150,11 @@ class _Peak:
         ]
 
 
-def _refuse(*_: Any) -> Iterator[Any]:
-    raise NotImplementedError("transformers' generate makes these answers, because of beams or of its attention")
+def _refuse(*_: Any) -> NoReturn:
+    raise CannotEstimate(
+        "not estimated: transformers' generate makes these answers, because of generation.num_beams or of the model's attention; "
+        + _REMEDY
+    )
 
 
 def estimate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ Substitute = tuple[Any, str, Any]  # module, name in it, and what stands for it
 
 
 class CannotEstimate(KestrelError):
-    """The architecture does not run on the meta device."""
+    """The architecture does not run on the meta device, or transformers makes the answers."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needed:
+class Needed(ABC):
     """Bytes on the device beside the tensors, and with them."""
 
     workspace: int = WORKSPACE
@@ -76,9 +77,9 @@ class Needed:
     slack: float = SLACK
 
     @property
+    @abstractmethod
     def peak(self) -> int:
         """Of all tensors, what `torch.cuda.max_memory_allocated()` returns at the end."""
-        raise NotImplementedError
 
     @property
     def needed(self) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 from kestrel.adapter.lora import add_lora
 from kestrel.config.settings import Quantization, Settings
 from kestrel.model.base import refuse_overflow
+from kestrel.model.gpu_memory import let_segments_grow
 from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.quantization import BLOCK_SIZE, NESTED_BLOCK_SIZE, concrete, forbid_repacking, linear_layers
 
@@ -40,6 +41,7 @@ def random_base(settings: Settings, config: PretrainedConfig, device: torch.devi
     refuse_overflow(config, wanted.compute_dtype)
     dtype = getattr(torch, wanted.compute_dtype)
     use_fused_kernels(config.model_type)
+    let_segments_grow(device)
     trusted = settings.model.trust_remote_code
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
