@@ -144,10 +144,12 @@ def made_on() -> str:
     versions = lines[-1]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     counts = ", ".join(f"{count} {split}" for split, count in data["dialogues"].items())
-    jobs = max(line["jobs"] for line in lines)
+    jobs = sorted({line["jobs"] for line in lines})
+    beside = f"{jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else str(jobs[0])
+    commits = ", ".join(dict.fromkeys(str(line["commit"])[:10] for line in lines))
     return (
-        f"{counts} dialogues, {data['replies']['test']:,} replies scored; {jobs} experiments side by side on "
-        f"{lines[-1]['device']}, {named}; commit {str(lines[-1]['commit'])[:10]}, {lines[-1]['date']}."
+        f"{counts} dialogues, {data['replies']['test']:,} replies scored; {beside} experiments side by side, so that seconds of "
+        f"different rows are hardly comparable, on {lines[-1]['device']}, {named}; code of {commits}, {lines[-1]['date']}."
     )
 
 
