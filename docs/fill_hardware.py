@@ -18,8 +18,8 @@ from kestrel.model.kernels.cards import SHARED_MEMORY
 
 RECORDS = (
     "train-gpu-today.json", "train-gpu-h100.json", "layers-h100.json", "layers-h200.json",
-    "train-shape-qwen2.5-7b.json", "two-cards.json", "compute-dtypes.json", "t4.json",
-    "train-cpu.json",
+    "train-shape-qwen2.5-7b.json", "train-shape-llama-3.1-8b.json", "train-shape-mistral-7b.json",
+    "train-shape-smollm2-135m.json", "two-cards.json", "compute-dtypes.json", "t4.json", "train-cpu.json",
 )  # fmt: skip
 COMPILED = {
     "sm_75": "T4, RTX 20", "sm_80": "A100", "sm_86": "RTX 30, A10", "sm_89": "RTX 40, L4", "sm_90": "H100, H200",

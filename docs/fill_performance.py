@@ -20,11 +20,12 @@ Record = dict[str, Any]
 
 
 def where(record: Record) -> str:
-    """The line under a table: command, machine, versions, commit and date."""
+    """The line under a table: command, machine, versions, commit, date, and the record's note if it has one."""
     versions = record["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     commit = " and ".join(name[:10] for name in (record.get("commit") or "").split(" and "))
-    return f"\n`{record['command']}` on {record['device']}; {named}; commit {commit}, {record['date']}."
+    note = f" {record['note']}" if "note" in record else ""
+    return f"\n`{record['command']}` on {record['device']}; {named}; commit {commit}, {record['date']}.{note}"
 
 
 def training(record: Record) -> str:
@@ -117,7 +118,7 @@ def by_shape(records: list[Record]) -> str:
             begins = row.get("start_to_first_step_seconds")
             rows.append([
                 record["shape"], record["device"], row["name"], f"{row['useful_tokens_per_second']:,.0f}",
-                f"{of_steps['median']:,.0f} ({of_steps['slowest']:,.0f}–{of_steps['fastest']:,.0f})", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['utilisation']:.0%}",
+                f"{of_steps['median']:,.0f} ({of_steps['slowest']:,.0f}–{of_steps['fastest']:,.0f})", f"{row['peak_bytes'] / 2**30:.1f}", f"{row['utilisation']:.1%}",
                 f"{begins:.0f}" if begins else "–",
             ])  # fmt: skip
     head = [
@@ -126,14 +127,38 @@ def by_shape(records: list[Record]) -> str:
     return table(head, rows) + "\n" + "\n".join(where(record) for record in records)
 
 
-def generation(record: Record) -> str:
-    """Answers and the likelihoods of all references."""
+def generation(records: list[Record]) -> str:
+    """Answers and the likelihoods of all references, by model; stock makes the answers alone."""
     rows = [
-        [row["name"], f"{row['seconds']:.1f}", f"{row['replies_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+        [
+            model_of(record), f"{record['replies']:,}", str(record["new_tokens"]), row["name"], f"{row['seconds']:.1f}",
+            f"{row.get('decode_seconds', row['seconds']):.1f}", f"{row['replies_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 2**30:.1f}",
+        ]
+        for record in records
         for row in record["rows"]
-    ]
-    head = [f"{record['replies']:,} replies of {record['new_tokens']} tokens", "s", "replies/s", "peak GiB"]
-    return table(head, rows) + "\n\nEach row is a single run." + where(record)
+    ]  # fmt: skip
+    head = ["model", "replies", "tokens of each, at most", "system", "s", "of them decoding", "replies/s", "peak GiB"]
+    return table(head, rows) + "\n\nEach row is a single run.\n" + "\n".join(where(record) for record in records)
+
+
+def model_of(record: Record) -> str:
+    """The shape that a record of benchmarks/generate.py names, or the model of its config."""
+    shape: str | None = record.get("shape")
+    return shape or record["command"].partition("--config configs/")[2].partition(".yaml")[0]
+
+
+def decoding_products(record: Record) -> str:
+    """Milliseconds of a product with few rows, by layer: bitsandbytes' fused one and that with dense weights."""
+    counts = sorted({row["rows"] for row in record["rows"]})
+    taken = {(row["layer"], row["rows"]): row for row in record["rows"]}
+    rows = []
+    for layer, shape in {row["layer"]: row["shape"] for row in record["rows"]}.items():
+        for key, weights in (("fused_ms", "4 bit, fused"), ("dense_ms", "dense")):
+            times = [f"{taken[layer, count][key]:.3f}" for count in counts]
+            rows.append([f"{layer}, {shape[0]:,} × {shape[1]:,}", weights, *times])
+    head = ["layer", "weights", *(f"{count} row{'s' if count > 1 else ''}, ms" for count in counts)]
+    return table(head, rows) + "\n" + where(record)
 
 
 def peaks(record: Record) -> str:
@@ -193,7 +218,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "layers": ("layers-h100.json", layers),
     "layers today": ("layers-h200.json", layers),
     "estimates": ("peaks.json", peaks),
-    "generation": ("generate-gpu.json", generation),
+    "generation": ("generate-*.json", generation),
+    "decoding products": ("decoding-products.json", decoding_products),
     "scoring": ("evaluate*.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),
 }
