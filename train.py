@@ -79,7 +79,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
     plan = passes.plan_passes(settings, config, dialogues, resume, sharded)
     passes.print_plan(settings, plan)
     longest = int(max(lengths.max(), lengths_of(validation_rows).max()))
-    model, audit = load_trainable(settings, plan.recompute, sharded, longest, validation_rows, prompt, initial)
+    model, audit = load_trainable(settings, plan, sharded, longest, validation_rows, prompt, initial)
     first_loss = initial.expected_loss(identities[0]) if initial else None
     trainer, stop = build_trainer(
         settings, steps, fingerprint, plan, model, prompt, rows, validation_rows, resume is not None, first_loss

@@ -11,6 +11,8 @@ import torch
 from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.base import device
+from kestrel.model.decoder_layer import Recompute
+from kestrel.model.host_embedding import move_embedding_to_host
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning.memory import GIB, Estimator, Needed, Pass
 from kestrel.planning.passes import Dialogues, Plan, available_memory, fitting_plan
@@ -33,7 +35,7 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
     estimator = Estimator(settings, config, sharded)
     plan = fitting_plan(settings, estimator, memory, dialogues)
     assert plan.estimate is not None
-    print_memory(settings, estimator, plan.estimate, _parts(settings, plan, dialogues), plan.memory)
+    print_memory(settings, estimator, plan.estimate, _parts(settings, estimator, plan, dialogues), plan.memory)
     _print_work(settings, plan, dialogues)
     if device().type != "cuda":
         print("time: not measured, this machine has no GPU")
@@ -50,11 +52,13 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
         )
 
 
-def _parts(settings: Settings, plan: Plan, dialogues: Dialogues) -> list[tuple[str, int]]:
+def _parts(settings: Settings, estimator: Estimator, plan: Plan, dialogues: Dialogues) -> list[tuple[str, int]]:
     """What training keeps in memory beside base and adapter."""
     estimate, largest = plan.estimate, dialogues.largest(plan.tokens_per_step)
     assert estimate is not None
+    on_host = [("of the base, the embedding stays in the machine's memory", -estimator.embedding)]
     return [
+        *(on_host if plan.embedding_on_host else []),
         ("the adapter's gradients", estimate.adapter),
         (f"state of {settings.training.optimizer}", estimate.optimizer),
         (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
@@ -114,6 +118,8 @@ def _measured(settings: Settings, config: PretrainedConfig, plan: Plan, dialogue
     here = device()
     try:
         model = random_model(settings, config, here)
+        if plan.embedding_on_host:
+            move_embedding_to_host(model)
         attach_token_nll(model.train(), plan.recompute)
         _seconds_of(model, [dialogues.largest(plan.tokens_per_step), *timed[:2]], here)  # a warm-up
         seconds = _seconds_of(model, timed, here)
@@ -129,7 +135,7 @@ def _measured(settings: Settings, config: PretrainedConfig, plan: Plan, dialogue
 
 def _seconds_of(model: Any, shapes: list[Pass], place: torch.device) -> float:
     """The time of forward and backward passes over random tokens."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     began = time.monotonic()
     for shape in shapes:
         ids = torch.randint(vocabulary, (shape.rows, shape.length), device=place)
@@ -163,21 +169,24 @@ def _changes(
     def other(section: str, **values: Any) -> int:
         changed = getattr(settings, section).model_copy(update=values)
         estimator = Estimator(settings.model_copy(update={section: changed}), config, sharded)
-        return estimator.estimate(shape, plan.recompute).needed
+        return estimator.estimate(shape, plan.recompute, plan.embedding_on_host).needed
+
+    def needed_by(shape: Pass, level: Recompute) -> int:
+        return estimator.estimate(shape, level, plan.embedding_on_host).needed
 
     found = {}
     if settings.quantization.bits != 4:
         found["quantization.bits: 4"] = other("quantization", bits=4)
     for level in estimator.levels[estimator.levels.index(plan.recompute) + 1 :]:
-        found[f"training.recompute: {level}"] = estimator.estimate(shape, level).needed
+        found[f"training.recompute: {level}"] = needed_by(shape, level)
     if shape.rows > 1:
-        found[f"{smallest}, a dialogue at a time"] = estimator.estimate(one, plan.recompute).needed
+        found[f"{smallest}, a dialogue at a time"] = needed_by(one, plan.recompute)
         if plan.recompute != "full":
-            found[f"both training.recompute: full and {smallest}"] = estimator.estimate(one, "full").needed
+            found[f"both training.recompute: full and {smallest}"] = needed_by(one, "full")
     else:
         half = Pass(1, -(-shape.length // 2), -(-shape.supervised // 2))
         shorter = f"prompt.max_length: {half.length}, and run preprocess.py again"
-        found[shorter] = estimator.estimate(half, plan.recompute).needed
+        found[shorter] = needed_by(half, plan.recompute)
     rank = max(1, settings.lora.r // 2)
     found[f"lora.r: {rank}"] = other("lora", r=rank)
     if settings.training.optimizer != "paged_adamw_8bit":

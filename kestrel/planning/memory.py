@@ -26,6 +26,7 @@ from kestrel.config.settings import Settings
 from kestrel.errors import KestrelError
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
+from kestrel.model.host_embedding import embedding_bytes
 from kestrel.model.kernels import attention, elementwise, low_rank
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
@@ -131,6 +132,9 @@ class Estimator:
         self.base = footprint_bytes(model) - self.adapter
         if sharded:
             self.base -= _bytes_of_others(causal_lm)
+        # What of the base may stay in the machine's memory.
+        self.embedding = 0 if self.on_cpu or distributed.world_size() > 1 else embedding_bytes(model)
+        self._counted = functools.cache(self._count)
 
     def _new_model(self, recompute: Recompute) -> nn.Module:
         make = random_model if self._adapted else random_base
@@ -138,18 +142,20 @@ class Estimator:
         attach_token_nll(model, recompute)
         return model.train()
 
-    def estimate(self, shape: Pass, recompute: Recompute) -> Estimate:
+    def estimate(self, shape: Pass, recompute: Recompute, embedding_on_host: bool = False) -> Estimate:
         """Memory at the peak of a training step whose largest pass has the given shape.
 
         Raises:
             CannotEstimate: the architecture does not run on the meta device.
         """
-        model = self.model(recompute)
-        remedy = "set training.tokens_per_step and training.recompute"
-        with self.on_shapes(remedy):
-            kept, peak = _run_on_shapes(model, shape)
+        kept, peak = self._counted(shape, recompute)
         optimizer = self.trainable * _STATE_BYTES[self._settings.training.optimizer]
-        return Estimate(self.base, self.adapter, optimizer, kept, peak - kept, **self.around())
+        base = self.base - (self.embedding if embedding_on_host else 0)
+        return Estimate(base, self.adapter, optimizer, kept, peak - kept, **self.around())
+
+    def _count(self, shape: Pass, recompute: Recompute) -> tuple[int, int]:
+        with self.on_shapes("set training.tokens_per_step and training.recompute"):
+            return _run_on_shapes(self.model(recompute), shape)
 
     @contextmanager
     def on_shapes(self, remedy: str, more: Sequence[Substitute] = ()) -> Iterator[None]:

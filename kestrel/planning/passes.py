@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
-_ENOUGH = 2048  # tokens per pass that keep a GPU busy; below, recomputation costs less than smaller passes
+# What a token's pass takes, by what is recomputed, and what a pass takes beside its tokens (its kernels are launched, and the
+# weights made dense), in tokens: about what docs/performance.md has of Falcon-7B and Qwen2.5-7B.
+_WORK: dict[Recompute, float] = {"none": 1.0, "mlp": 1.25, "full": 1.32}
+_WORK_OF_A_PASS = 1000
+_WORK_OF_A_HOST = 1.05  # times the rest, where each pass waits for its embedded tokens
 _STEP = 64  # tokens
 _TRIALS = 5
 _RECORD = "passes.json"  # in a checkpoint
@@ -36,6 +41,7 @@ class Plan:
 
     tokens_per_step: int  # most tokens, padding included, in one pass
     recompute: Recompute
+    embedding_on_host: bool = False
     estimate: Estimate | None = None
     memory: int | None = None  # available bytes, if they were compared
 
@@ -153,8 +159,8 @@ def fitting_plan(settings: Settings, estimator: Estimator, memory: int, dialogue
 
 
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
-    """The least recomputation that lets passes of a reasonable size fit into `memory` bytes, with the largest such passes
-    that are still faster for it.
+    """The plan that should be fastest, of those that fit into `memory` bytes: the less is recomputed, the smaller are the
+    passes, and the more often the weights are made dense.
 
     Where nothing fits, the plan that needs least.
 
@@ -163,25 +169,32 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
     """
     asked = settings.training
     levels: list[Recompute] = estimator.levels if asked.recompute == "auto" else [asked.recompute]
+    most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
+    most = max(dialogues.longest, most) if asked.tokens_per_step == "auto" else asked.tokens_per_step
     best: Plan | None = None
-    for level in levels:
+    for on_host, level in product((False, True) if estimator.embedding else (False,), levels):
+        if best is not None and best.fits and _work(best, dialogues) <= _work(Plan(most, level, on_host), dialogues):
+            continue  # this could not be faster
 
-        def planned(tokens: int, shape: Pass | None = None, level: Recompute = level) -> Plan:
-            return Plan(tokens, level, estimator.estimate(shape or dialogues.filled(tokens), level), memory)
+        def planned(tokens: int, shape: Pass | None = None, level: Recompute = level, on_host: bool = on_host) -> Plan:
+            estimate = estimator.estimate(shape or dialogues.filled(tokens), level, on_host)
+            return Plan(tokens, level, on_host, estimate, memory)
 
-        if asked.tokens_per_step != "auto":
-            best = planned(asked.tokens_per_step, dialogues.largest(asked.tokens_per_step))
-            if best.fits:
-                return best
-            continue
-        most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
-        found = _largest_that_fits(planned, dialogues.longest, max(dialogues.longest, most))
-        if best is None or found.tokens_per_step > best.tokens_per_step or not best.fits:
+        if asked.tokens_per_step == "auto":
+            found = _largest_that_fits(planned, dialogues.longest, most)
+        else:
+            found = planned(most, dialogues.largest(most))
+        if best is None or not best.fits or (found.fits and _work(found, dialogues) < _work(best, dialogues)):
             best = found
-        if best.fits and best.tokens_per_step >= min(_ENOUGH, dialogues.most_tokens):
-            return best
     assert best is not None
     return best
+
+
+def _work(plan: Plan, dialogues: Dialogues) -> float:
+    """What a run takes by `_WORK`, in tokens."""
+    passes = dialogues.passes(plan.tokens_per_step)
+    work = _WORK[plan.recompute] * sum(one.tokens for one in passes) + _WORK_OF_A_PASS * len(passes)
+    return work * (_WORK_OF_A_HOST if plan.embedding_on_host else 1)
 
 
 def _largest_that_fits(planned: Callable[[int], Plan], low: int, high: int) -> Plan:
@@ -222,7 +235,8 @@ def print_plan(settings: Settings, plan: Plan) -> None:
         return
     needed, memory = f"{plan.estimate.needed / GIB:.1f}", f"{plan.memory / GIB:.1f}"
     passes = f"passes of up to {plan.tokens_per_step:,} tokens, recompute {plan.recompute}"
-    print(f"{passes}: about {needed} of {memory} GiB of memory")
+    where = ", the embedding in the machine's memory" if plan.embedding_on_host else ""
+    print(f"{passes}{where}: about {needed} of {memory} GiB of memory")
     if not plan.fits:
         changes = remedies(settings, plan.recompute, settings.training.tokens_per_step != "auto")
         print(f"warning: training needs about {needed} GiB and has {memory}; {changes}", file=sys.stderr)
@@ -230,7 +244,7 @@ def print_plan(settings: Settings, plan: Plan) -> None:
 
 def write_passes(checkpoint: Path, settings: Settings, plan: Plan) -> None:
     """Records the plan in a checkpoint. Dropout depends on the passes, so a resumed run must make the same ones."""
-    chosen = {"tokens_per_step": plan.tokens_per_step, "recompute": plan.recompute}
+    chosen = {name: getattr(plan, name) for name in ("tokens_per_step", "recompute", "embedding_on_host")}
     write_json(checkpoint / _RECORD, {"asked": _asked(settings), "chosen": chosen})
 
 

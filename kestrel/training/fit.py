@@ -14,6 +14,7 @@ from kestrel.adapter.proof import prove_loaded, save_and_prove
 from kestrel.config.settings import Settings
 from kestrel.errors import Interrupted, KestrelError
 from kestrel.model.base import check_context, device, device_name, load_base, note_on_untrained_end
+from kestrel.model.host_embedding import move_embedding_to_host
 from kestrel.model.layer_proof import prove_layers
 from kestrel.model.loss import attach_token_nll, collate, prove_loss
 from kestrel.model.quantization import Audit
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
-    from kestrel.model.decoder_layer import Recompute
+    from kestrel.planning.passes import Plan
 
 
 def load_trainable(
     settings: Settings,
-    recompute: Recompute,
+    plan: Plan,
     sharded: bool,
     longest: int,
     validation: Dataset,
@@ -51,6 +52,7 @@ def load_trainable(
     """Loads the base, adds the adapter, and proves the loss on one dialogue; prints what was loaded and proven.
 
     Args:
+        plan: what the layers recompute, and where the embedding is.
         sharded: split the base over the processes.
         longest: tokens of the longest dialogue.
         initial: the adapter to begin from; None for a fresh one.
@@ -63,6 +65,8 @@ def load_trainable(
     base, audit = load_base(settings, to_be_sharded=sharded)
     check_context(base, longest)
     print(f"base: {audit.line()}")
+    if plan.embedding_on_host:
+        move_embedding_to_host(base)
     if untrained := note_on_untrained_end(base, prompt):
         print(f"note: {untrained}")
     if initial is None:
@@ -75,7 +79,7 @@ def load_trainable(
     print(f"adapter: {model.get_nb_trainable_parameters()[0]:,} trainable parameters on {layers}{begun}")
     if sharded:
         print(shard(model))
-    attach_token_nll(model, recompute)
+    attach_token_nll(model, plan.recompute)
     prompt.ends_also_at(model.generation_config.eos_token_id)
     if initial is not None:
         print(prove_loaded(model, initial.manifest, prompt.identity(), settings.quantization.compute_dtype))

@@ -123,14 +123,14 @@ def test_what_is_replaced_on_the_meta_device_is_restored(falcon, monkeypatch):
     assert (functional.dropout, functional.scaled_dot_product_attention) == own
     monkeypatch.setattr(memory, "_run_on_shapes", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        falcon.estimate(Pass(1, 20, 5), "none")
+        falcon.estimate(Pass(1, 21, 5), "none")
     assert (functional.dropout, functional.scaled_dot_product_attention) == own
 
 
 def test_an_architecture_that_reads_values_is_refused_with_the_keys_to_set(falcon, monkeypatch):
     monkeypatch.setattr(memory, "token_nll", lambda model, batch: batch["input_ids"].sum().item())
     with pytest.raises(CannotEstimate, match=r"of a falcon model cannot be estimated .* set training.tokens_per_step"):
-        falcon.estimate(Pass(1, 20, 5), "none")
+        falcon.estimate(Pass(1, 22, 5), "none")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

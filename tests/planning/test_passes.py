@@ -25,11 +25,12 @@ from kestrel.config.resolve import resolve
 from kestrel.config.settings import Lora, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
+from kestrel.model.host_embedding import embedding_bytes, move_embedding_to_host
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import passes
 from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
 from kestrel.planning.passes import Dialogues, Plan, best_plan
-from kestrel.training import arguments
+from kestrel.training import arguments, fit
 from kestrel.training.trainer import DialogueTrainer
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -46,9 +47,13 @@ class Arithmetic:
 
     levels, on_cpu, saturating = ("none", "mlp", "full"), False, 6000
 
-    def estimate(self, shape: Pass, level: str) -> Estimate:
+    def __init__(self, embedding: int = 0):
+        self.embedding = embedding
+
+    def estimate(self, shape: Pass, level: str, on_host: bool = False) -> Estimate:
         kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]
-        return Estimate(4 * 2**30, 0, 0, kept, min(shape.supervised, 512) * 600_000)
+        base = 4 * 2**30 - on_host * self.embedding
+        return Estimate(base, 0, 0, kept, min(shape.supervised, 512) * 600_000)
 
 
 def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
@@ -56,28 +61,47 @@ def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
     return Dialogues(lengths, lengths // 3, steps)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "lora", "may_leave"),
+    [("llama", {}, True), ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, False), ("qwen2", {}, False)],
+)
+def test_only_an_embedding_of_its_own_that_is_not_trained_may_leave_the_gpu(architecture, lora, may_leave):
+    lora = Lora(**{"r": 4, "target_modules": ["q_proj"], **lora})
+    model = add_lora(make_model(architecture).requires_grad_(False), lora, seed=0)
+    assert embedding_bytes(model) == (384 * 64 * 4 if may_leave else 0)
+
+
 @hypothesis_settings(deadline=None)
-@given(LENGTHS, st.integers(1, 32), st.integers(4, 60))
-def test_the_largest_passes_that_fit_are_chosen(lengths, batch_size, gib):
-    dialogues, estimator = dialogues_of(lengths, batch_size), Arithmetic()
-    chosen = best_plan(settings_for(), estimator, gib * 2**30, dialogues)
+@given(LENGTHS, st.integers(1, 32), st.integers(4, 60), st.sampled_from([0, 2**30]))
+def test_the_fastest_passes_that_fit_are_chosen(lengths, batch_size, gib, embedding):
+    dialogues, estimator, memory = dialogues_of(lengths, batch_size), Arithmetic(embedding), gib * 2**30
+    chosen = best_plan(settings_for(), estimator, memory, dialogues)
+    useful = max(dialogues.longest, min(dialogues.most_tokens, estimator.saturating))
 
-    def needed(tokens: int, level: str) -> int:
-        return estimator.estimate(dialogues.filled(tokens), level).needed
+    def most_that_fits(level: str, on_host: bool) -> int | None:
+        sizes = [dialogues.longest, *range(dialogues.longest, useful, 64), useful]
+        fitting = (n for n in sizes if estimator.estimate(dialogues.filled(n), level, on_host).needed <= memory)
+        return max(fitting, default=None)
 
-    smallest = needed(dialogues.longest, "full")
-    assert chosen.fits == (smallest <= gib * 2**30)
+    ways = [(level, on_host) for level in estimator.levels for on_host in {False, bool(embedding)}]
+    sizes = {way: size for way in ways if (size := most_that_fits(*way))}
+    assert chosen.fits == bool(sizes)
     if not chosen.fits:
-        assert (chosen.tokens_per_step, chosen.recompute) == (dialogues.longest, "full")
+        way = (dialogues.longest, "full", bool(embedding))
+        assert (chosen.tokens_per_step, chosen.recompute, chosen.embedding_on_host) == way
         return
-    useful = min(dialogues.most_tokens, estimator.saturating)
     assert dialogues.longest <= chosen.tokens_per_step <= useful
-    if chosen.tokens_per_step < useful:
-        more = min(useful, int(chosen.tokens_per_step * 1.1) + 128)
-        assert needed(more, chosen.recompute) > gib * 2**30
-    enough = min(2048, dialogues.most_tokens)
-    for level in estimator.levels[: estimator.levels.index(chosen.recompute)]:
-        assert needed(int(enough * 1.1) + 64, level) > gib * 2**30  # less recomputation would mean tiny passes
+    assert chosen.tokens_per_step * 1.1 + 128 >= sizes[chosen.recompute, chosen.embedding_on_host]
+    least = min(passes._work(Plan(size, *way), dialogues) for way, size in sizes.items())
+    assert passes._work(chosen, dialogues) <= 1.1 * least + 2 * passes._WORK_OF_A_PASS
+
+
+def test_large_memory_needs_no_recomputation_and_small_memory_does():
+    dialogues = dialogues_of(np.full(256, 300), 32)
+    plans = [best_plan(settings_for(), Arithmetic(2**30), gib * 2**30, dialogues) for gib in (40, 6, 5)]
+    assert [(plan.recompute, plan.embedding_on_host) for plan in plans] == [
+        ("none", False), ("full", False), ("full", True),
+    ]  # fmt: skip
 
 
 def test_given_values_are_kept():
@@ -217,6 +241,25 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
     checkpoint, other = tmp_path / "run/checkpoints/checkpoint-8", settings_for(tokens_per_step=999)
     monkeypatch.setattr(passes, "Estimator", refuse)
     assert passes.plan_passes(other, None, None, checkpoint).tokens_per_step == 999  # type: ignore[arg-type]
+
+
+def test_an_embedding_on_the_host_changes_nothing_but_its_place(prepared, tmp_path, monkeypatch):
+    found: list[Any] = []
+    for on_host in (False, True):
+        run = tmp_path / str(on_host)
+        plan = Plan(260, "none", on_host)
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, "plan_passes", lambda *_, plan=plan: plan)
+            patch.setattr(
+                fit, "move_embedding_to_host", lambda base: (found.append(base), move_embedding_to_host(base))
+            )
+            assert train.main(prepared.copy_to(run)) == 0
+        newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        settings, _ = resolve(str(prepared.config), {}, [])
+        recorded = passes.read_passes(newest, settings)
+        assert recorded is not None and recorded.embedding_on_host == on_host
+    assert len(found) == 1 and not hasattr(found[0].get_input_embeddings(), "weight")
+    assert results(tmp_path / "True") == results(tmp_path / "False")
 
 
 def test_one_dialogue_that_does_not_fit_ends_the_run_with_what_to_change(prepared, tmp_path, monkeypatch, capsys):
