@@ -27,7 +27,7 @@ from kestrel.errors import KestrelError
 from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.host_embedding import embedding_bytes
-from kestrel.model.kernels import attention, elementwise, low_rank
+from kestrel.model.kernels import attention, cards, elementwise, low_rank
 from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_base, random_model
@@ -45,6 +45,9 @@ CONTEXT = 600 * 2**20  # CUDA's context and kernels, outside of torch's allocato
 _LARGEST_FILE = 5 * 10**9  # bytes; transformers splits weights into files of this size
 # Passes of more numbers in a layer's input than this are no faster on an H200 (docs/performance.md).
 _SATURATING = 40 * 2**20
+# Launching the kernels of a layer, forward and backward, takes a process so many seconds (an H200's machine, November 2026);
+# computing them takes as many operations as this share of a card's peak rate gives.
+_LAUNCHES_OF_A_LAYER, _REACHED = 0.006, 0.6
 _SLACK_ON_A_CPU = 0.4  # of the peak: scratch space of the matrix products, and blocks between others that stay
 SLACK = 0.08  # of the peak: fragments that the allocator cannot use
 
@@ -132,6 +135,9 @@ class Estimator:
         self.base = footprint_bytes(model) - self.adapter
         if sharded:
             self.base -= _bytes_of_others(causal_lm)
+        # A pass of fewer tokens takes as long as one of so many, for its kernels are launched more slowly than computed.
+        layers, rate = config.get_text_config().num_hidden_layers, _REACHED * (cards.peak_rate() or 0.0)
+        self.busy = int(_LAUNCHES_OF_A_LAYER * layers * rate / (4 * self.parameters))
         # What of the base may stay in the machine's memory.
         self.embedding = 0 if self.on_cpu or distributed.world_size() > 1 else embedding_bytes(model)
         self._counted = functools.cache(self._count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
-# What a token's pass takes, by what is recomputed, and what a pass takes beside its tokens (its kernels are launched, and the
-# weights made dense), in tokens: about what docs/performance.md has of Falcon-7B and Qwen2.5-7B.
+# What a token takes, by what is recomputed, and what a pass takes beside its tokens, in tokens, since it makes the weights dense:
+# about what docs/performance.md has of Falcon-7B and Qwen2.5-7B.
 _WORK: dict[Recompute, float] = {"none": 1.0, "mlp": 1.25, "full": 1.32}
-_WORK_OF_A_PASS = 1000
+_WORK_OF_A_PASS = 150
 _WORK_OF_A_HOST = 1.05  # times the rest, where each pass waits for its embedded tokens
 _STEP = 64  # tokens
 _TRIALS = 5
@@ -159,8 +160,8 @@ def fitting_plan(settings: Settings, estimator: Estimator, memory: int, dialogue
 
 
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
-    """The plan that should be fastest, of those that fit into `memory` bytes: the less is recomputed, the smaller are the
-    passes, and the more often the weights are made dense.
+    """The plan that should be fastest, of those that fit into `memory` bytes: the less is recomputed, the smaller and the more
+    are the passes.
 
     Where nothing fits, the plan that needs least.
 
@@ -171,9 +172,10 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
     levels: list[Recompute] = estimator.levels if asked.recompute == "auto" else [asked.recompute]
     most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
     most = max(dialogues.longest, most) if asked.tokens_per_step == "auto" else asked.tokens_per_step
+    work = functools.partial(work_of, dialogues=dialogues, busy=estimator.busy)
     best: Plan | None = None
     for on_host, level in product((False, True) if estimator.embedding else (False,), levels):
-        if best is not None and best.fits and _work(best, dialogues) <= _work(Plan(most, level, on_host), dialogues):
+        if best is not None and best.fits and work(best) <= work(Plan(most, level, on_host)):
             continue  # this could not be faster
 
         def planned(tokens: int, shape: Pass | None = None, level: Recompute = level, on_host: bool = on_host) -> Plan:
@@ -184,16 +186,21 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
             found = _largest_that_fits(planned, dialogues.longest, most)
         else:
             found = planned(most, dialogues.largest(most))
-        if best is None or not best.fits or (found.fits and _work(found, dialogues) < _work(best, dialogues)):
+        if best is None or not best.fits or (found.fits and work(found) < work(best)):
             best = found
     assert best is not None
     return best
 
 
-def _work(plan: Plan, dialogues: Dialogues) -> float:
-    """What a run takes by `_WORK`, in tokens."""
+def work_of(plan: Plan, dialogues: Dialogues, busy: int) -> float:
+    """What a run should take, in tokens without recomputation.
+
+    Args:
+        busy: of `Estimator`.
+    """
     passes = dialogues.passes(plan.tokens_per_step)
-    work = _WORK[plan.recompute] * sum(one.tokens for one in passes) + _WORK_OF_A_PASS * len(passes)
+    tokens = sum(max(busy, one.tokens) for one in passes)
+    work = _WORK[plan.recompute] * tokens + _WORK_OF_A_PASS * len(passes)
     return work * (_WORK_OF_A_HOST if plan.embedding_on_host else 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections import deque
@@ -13,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from kestrel.model.kernels import cards
 from kestrel.model.quantization import linear_layers
 from kestrel.runtime import distributed
 from kestrel.runtime.machine import memory_limit, memory_used
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.9
 _STEPS_TIMED = 20
-# Operations per second of dense bfloat16 products, by NVIDIA's data sheets (float16 on a T4).
-_PEAK_RATES = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
-}  # fmt: skip
 
 
 class OnArrival:
@@ -64,7 +59,7 @@ class Progress(TrainerCallback):
         self._evaluation_seconds, self._began = 0.0, time.monotonic()
         # The backward pass computes no gradient of frozen weights: 2 operations forward and 2 backward.
         weights = sum(inputs * outputs for inputs, outputs in linear_layers(trainer.model).values())
-        self._operations_per_token, self._peak_rate = 4 * weights, _peak_rate()
+        self._operations_per_token, self._peak_rate = 4 * weights, cards.peak_rate()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -131,14 +126,6 @@ class Progress(TrainerCallback):
             share = self._rate * self._operations_per_token / (self._peak_rate * distributed.world_size())
             text += f" ({share:.0%} of peak)"
         return text
-
-
-def _peak_rate() -> float | None:
-    """Of this process's GPU, where it is a known one."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((rate for card, rate in _PEAK_RATES.items() if re.search(rf"\b{card}\b", name)), None)
 
 
 def _memory() -> str:

@@ -47,8 +47,8 @@ class Arithmetic:
 
     levels, on_cpu, saturating = ("none", "mlp", "full"), False, 6000
 
-    def __init__(self, embedding: int = 0):
-        self.embedding = embedding
+    def __init__(self, embedding: int = 0, busy: int = 0):
+        self.embedding, self.busy = embedding, busy
 
     def estimate(self, shape: Pass, level: str, on_host: bool = False) -> Estimate:
         kept = shape.tokens * {"none": 2_000_000, "mlp": 900_000, "full": 300_000}[level]
@@ -72,9 +72,9 @@ def test_only_an_embedding_of_its_own_that_is_not_trained_may_leave_the_gpu(arch
 
 
 @hypothesis_settings(deadline=None)
-@given(LENGTHS, st.integers(1, 32), st.integers(4, 60), st.sampled_from([0, 2**30]))
-def test_the_fastest_passes_that_fit_are_chosen(lengths, batch_size, gib, embedding):
-    dialogues, estimator, memory = dialogues_of(lengths, batch_size), Arithmetic(embedding), gib * 2**30
+@given(LENGTHS, st.integers(1, 32), st.integers(4, 60), st.sampled_from([0, 2**30]), st.sampled_from([0, 2000]))
+def test_the_fastest_passes_that_fit_are_chosen(lengths, batch_size, gib, embedding, busy):
+    dialogues, estimator, memory = dialogues_of(lengths, batch_size), Arithmetic(embedding, busy), gib * 2**30
     chosen = best_plan(settings_for(), estimator, memory, dialogues)
     useful = max(dialogues.longest, min(dialogues.most_tokens, estimator.saturating))
 
@@ -92,16 +92,19 @@ def test_the_fastest_passes_that_fit_are_chosen(lengths, batch_size, gib, embedd
         return
     assert dialogues.longest <= chosen.tokens_per_step <= useful
     assert chosen.tokens_per_step * 1.1 + 128 >= sizes[chosen.recompute, chosen.embedding_on_host]
-    least = min(passes._work(Plan(size, *way), dialogues) for way, size in sizes.items())
-    assert passes._work(chosen, dialogues) <= 1.1 * least + 2 * passes._WORK_OF_A_PASS
+    least = min(passes.work_of(Plan(size, *way), dialogues, busy) for way, size in sizes.items())
+    assert passes.work_of(chosen, dialogues, busy) <= 1.1 * least + 2 * (busy + passes._WORK_OF_A_PASS)
 
 
-def test_large_memory_needs_no_recomputation_and_small_memory_does():
+def test_on_a_fast_card_larger_passes_are_worth_recomputation():
     dialogues = dialogues_of(np.full(256, 300), 32)
-    plans = [best_plan(settings_for(), Arithmetic(2**30), gib * 2**30, dialogues) for gib in (40, 6, 5)]
-    assert [(plan.recompute, plan.embedding_on_host) for plan in plans] == [
-        ("none", False), ("full", False), ("full", True),
-    ]  # fmt: skip
+
+    def chosen(gib: int, busy: int) -> tuple[str, bool]:
+        plan = best_plan(settings_for(), Arithmetic(2**30, busy), gib * 2**30, dialogues)
+        return plan.recompute, plan.embedding_on_host
+
+    assert [chosen(gib, busy=0) for gib in (40, 10, 5)] == [("none", False), ("none", False), ("full", True)]
+    assert [chosen(gib, busy=4000) for gib in (40, 10, 5)] == [("none", False), ("mlp", False), ("full", True)]
 
 
 def test_given_values_are_kept():

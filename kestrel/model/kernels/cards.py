@@ -20,6 +20,11 @@ SHARED_MEMORY = {
     (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448, (12, 0): 101_376,
 }  # fmt: skip
 REGISTERS = 65_536  # of a block, on each of them
+# Operations per second of dense bfloat16 products, by NVIDIA's data sheets (float16 on a T4).
+_PEAK_RATES = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L4": 121e12, "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
+}  # fmt: skip
 
 
 @functools.cache
@@ -52,6 +57,14 @@ def shared_memory() -> int:
     """Bytes of shared memory that a kernel may take on this card; 0 without a GPU."""
     found = capability()
     return SHARED_MEMORY[max(listed for listed in SHARED_MEMORY if listed <= max(found, (7, 0)))] if found else 0
+
+
+def peak_rate() -> float | None:
+    """Operations per second of this process's GPU, where it is a known one."""
+    if not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_name()
+    return next((rate for known, rate in _PEAK_RATES.items() if re.search(rf"\b{known}\b", card)), None)
 
 
 def best_dtype() -> str:
