@@ -107,6 +107,7 @@ class Group:
                 self._dropout, self._switch, rank = module.lora_dropout[name], module, rank + len(a)
         self._a: Any = None
         self._b: Any = None
+        self._joined: Any = None
 
     @property
     def updates(self) -> list[_Update]:
@@ -215,14 +216,15 @@ class Group:
         return whole
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Of all layers side by side; made once, for it is frozen."""
         if all(bias is None for bias in self._biases):
             return None
-        device = self._weights[0]._held.device
-        whole = torch.zeros(self._shape[0], dtype=dtype, device=device)
-        for bias, columns in zip(self._biases, self._columns, strict=True):
-            if bias is not None:
-                whole[columns] = bias
-        return whole
+        if self._joined is None or self._joined.dtype != dtype:
+            self._joined = torch.zeros(self._shape[0], dtype=dtype, device=self._weights[0]._held.device)
+            for bias, columns in zip(self._biases, self._columns, strict=True):
+                if bias is not None:
+                    self._joined[columns] = bias.detach()
+        return self._joined
 
     def _p(self) -> float:
         return float(self._dropout.p) if isinstance(self._dropout, nn.Dropout) and self._dropout.training else 0.0
@@ -272,9 +274,13 @@ class Group:
         grad_low = grad @ self._b if grad_low is None else grad_low
         grad_a = project_gradient(grad_low, x, self._p(), seed)
         grad_b = in_float32(grad.t(), low)
+        # One launch for the group, where its layers are scaled alike, as they are but for rank patterns.
+        alike = len({update.scaling for update in updates}) == 1
+        grad_a = grad_a.mul_(updates[0].scaling) if alike else grad_a
         results = []
         for update in updates:
-            results.append(grad_a[update.ranks].to(update.a.dtype) * update.scaling)
+            of_a = grad_a[update.ranks].to(update.a.dtype)
+            results.append(of_a if alike else of_a * update.scaling)
             results.append(grad_b[update.columns, update.ranks].to(update.b.dtype))
         return results
 
