@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kestrel.model.kernels import cards
+from kestrel.model.kernels.sizes import ceil_div
 
 # Sizes of the blocks of queries and keys, and warps: the fastest of about a dozen on an H200.
 _FORWARD = {"POSITIONS": 16, "HEADS": 8, "KEYS": 32, "num_warps": 8, "num_stages": 2}
@@ -210,7 +211,7 @@ def supports(query: Tensor) -> bool:
 
 
 def _blocks(heads: int, length: int, batch: int, of: dict[str, int], along: str) -> tuple[int, int, int]:
-    return triton.cdiv(heads, of["HEADS"]), triton.cdiv(length, of[along]), batch
+    return ceil_div(heads, of["HEADS"]), ceil_div(length, of[along]), batch
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

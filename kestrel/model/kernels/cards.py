@@ -55,7 +55,11 @@ def is_before_ampere() -> bool:
 
 def shared_memory() -> int:
     """Bytes of shared memory that a kernel may take on this card; 0 without a GPU."""
-    found = capability()
+    return _shared_memory_of(capability())
+
+
+@functools.cache
+def _shared_memory_of(found: tuple[int, int] | None) -> int:
     return SHARED_MEMORY[max(listed for listed in SHARED_MEMORY if listed <= max(found, (7, 0)))] if found else 0
 
 

@@ -45,6 +45,11 @@ def fused(
     """
 
     def decorate(plain: Callable[P, R]) -> Callable[P, R]:
+        @functools.cache
+        def kernel() -> Callable[P, R]:
+            found: Callable[P, R] = getattr(importlib.import_module(f"kestrel.model.kernels.{module}"), plain.__name__)
+            return found
+
         @functools.wraps(plain)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             first: Any = args[0]
@@ -53,8 +58,7 @@ def fused(
                 return plain(*args, **kwargs)
             if place == "meta":
                 return allocates(*args, **kwargs)
-            kernels = importlib.import_module(f"kestrel.model.kernels.{module}")
-            return getattr(kernels, plain.__name__)(*args, **kwargs)
+            return kernel()(*args, **kwargs)
 
         return run
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kestrel.model.kernels.sizes import ceil_div, power_of_two
+
 _BLOCK = 1024
 _WARPS = 4
 
@@ -44,7 +46,7 @@ def norm(
     rows, size = x.shape
     out, centred = x.new_empty(rows, size + spare)[:, :size], bias is not None
     statistics = torch.empty(1 + centred, rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(size)
+    block = power_of_two(size)
     _norm_kernel[(rows,)](
         x, weight, bias if centred else weight, out, statistics[0], statistics[-1], size, size + spare, eps,
         offset,
@@ -86,7 +88,7 @@ def norm_backward(
 ) -> Tensor:
     """As `elementwise.norm_backward`, of contiguous tensors. Each program does one row."""
     rows, size = x.shape
-    out, block = torch.empty_like(x), triton.next_power_of_2(size)
+    out, block = torch.empty_like(x), power_of_two(size)
     _norm_backward_kernel[(rows,)](
         grad, x, statistics[0], statistics[-1], weight, more, out, size, offset,
         CENTRED=bias is not None, BLOCK=block, num_warps=_warps(block),
@@ -142,7 +144,7 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
 
 def _activate(before: Tensor, grad: Tensor, activation: str, gated: bool, backward: bool, output: bool) -> None:
     rows, width = grad.shape
-    _activate_kernel[(rows, triton.cdiv(width, _BLOCK))](
+    _activate_kernel[(rows, ceil_div(width, _BLOCK))](
         before, grad, grad, width, grad.stride(0), KIND=activation, GATED=gated, BACKWARD=backward, OUTPUT=output,
         BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
@@ -221,7 +223,7 @@ def dequantize(packed: Tensor, state: Any, dtype: torch.dtype, out: Tensor | Non
         out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     count, nested = packed.numel() // 32, state.state2
     spare = out.stride(0) - out.shape[1]
-    _dequantize_kernel[(triton.cdiv(count, _QUANTIZATION_BLOCKS),)](
+    _dequantize_kernel[(ceil_div(count, _QUANTIZATION_BLOCKS),)](
         packed, state.code, state.absmax, nested.code, nested.absmax, state.offset, out, count,
         max(1, out.shape[1] // 64), spare,
         BLOCKS=_QUANTIZATION_BLOCKS, num_warps=_WARPS,

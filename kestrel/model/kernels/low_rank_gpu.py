@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kestrel.model.kernels import cards
+from kestrel.model.kernels.sizes import ceil_div, power_of_two
 
 # Sizes of tiles, and how many programs there are at least, so that the multiprocessors of any card are occupied.
 _PROJECT = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
@@ -72,10 +73,10 @@ def project(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     tokens, inputs = x.shape
     ranks = _padded(len(a))
     tiles = _PROJECT if ranks <= 64 else {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
-    blocks = triton.cdiv(tokens, tiles["ROWS"])
+    blocks = ceil_div(tokens, tiles["ROWS"])
     parts = max(1, min(_PROJECT_PROGRAMS // blocks, inputs // 512))
-    columns_each = triton.cdiv(triton.cdiv(inputs, parts), tiles["COLUMNS"]) * tiles["COLUMNS"]
-    parts = triton.cdiv(inputs, columns_each)
+    columns_each = ceil_div(ceil_div(inputs, parts), tiles["COLUMNS"]) * tiles["COLUMNS"]
+    parts = ceil_div(inputs, columns_each)
     out = x.new_empty(parts, tokens, len(a), dtype=x.dtype if parts == 1 else torch.float32)
     _project_kernel[(blocks, parts)](
         x, a, out, tokens, inputs, x.stride(0), len(a), round(p * 65536), 1 / (1 - p), seed, columns_each,
@@ -117,10 +118,10 @@ def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor
     ranks = grad_low.shape[1]
     padded = _padded(ranks)
     tiles = _GRADIENT if padded <= 64 else {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 3}
-    blocks = triton.cdiv(inputs, tiles["COLUMNS"])
-    parts = max(1, min(triton.cdiv(tokens, 256), triton.cdiv(_GRADIENT_PROGRAMS, blocks)))
-    rows_each = triton.cdiv(triton.cdiv(tokens, parts), tiles["ROWS"]) * tiles["ROWS"]
-    parts = triton.cdiv(tokens, rows_each)
+    blocks = ceil_div(inputs, tiles["COLUMNS"])
+    parts = max(1, min(ceil_div(tokens, 256), ceil_div(_GRADIENT_PROGRAMS, blocks)))
+    rows_each = ceil_div(ceil_div(tokens, parts), tiles["ROWS"]) * tiles["ROWS"]
+    parts = ceil_div(tokens, rows_each)
     partial = torch.empty(parts, ranks, inputs, dtype=torch.float32, device=x.device)
     _project_gradient_kernel[(blocks, parts)](
         grad_low, x, partial, tokens, inputs, x.stride(0), ranks, round(p * 65536), 1 / (1 - p), seed, rows_each,
@@ -169,7 +170,7 @@ def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, s
         return
     tokens, inputs = grad_x.shape
     ranks = _padded(len(a))
-    grid = (triton.cdiv(inputs, _ADD["COLUMNS"]), triton.cdiv(tokens, _ADD["ROWS"]))
+    grid = (ceil_div(inputs, _ADD["COLUMNS"]), ceil_div(tokens, _ADD["ROWS"]))
     _add_input_gradient_kernel[grid](
         grad_x, grad_low, a, tokens, inputs, len(a), round(p * 65536), 1 / (1 - p), seed,
         RANKS=ranks, **_ADD,
@@ -178,4 +179,4 @@ def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, s
 
 def _padded(ranks: int) -> int:
     """The next power of two that matrix units take."""
-    return max(16, triton.next_power_of_2(ranks))
+    return max(16, power_of_two(ranks))

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kestrel.model.kernels.sizes import power_of_two
+
 _HEADS = 16  # at a time
 
 
@@ -71,7 +73,7 @@ def rotate(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, out: Tensor, back:
     _rotate_kernel[(batch * length,)](
         query, key, value, cos, sin, out, length, heads, kv_heads, half, size, -1.0 if back else 1.0,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        PARTIAL=2 * half < size, HALF=triton.next_power_of_2(half), SIZE=triton.next_power_of_2(size),
-        HEADS=min(_HEADS, triton.next_power_of_2(heads)), KV_HEADS=min(_HEADS, triton.next_power_of_2(kv_heads)),
+        PARTIAL=2 * half < size, HALF=power_of_two(half), SIZE=power_of_two(size),
+        HEADS=min(_HEADS, power_of_two(heads)), KV_HEADS=min(_HEADS, power_of_two(kv_heads)),
         num_warps=4,
     )  # fmt: skip
