@@ -187,7 +187,7 @@ class Training(Section):
     recompute: Literal["auto", "none", "mlp", "full"] = _key(
         "auto",
         "What the backward pass recomputes to save memory: none; mlp: the MLP's first product; "
-        "full: each layer (gradient checkpointing). auto: as little as fits on the GPU.",
+        "full: each layer (gradient checkpointing). auto: what should be fastest, of what fits on the GPU.",
     )
     dense_weights: bool = _key(False, "No longer has an effect; accepted so that older configs load.")
     evaluations: PositiveInt = _key(4, "Evaluations, evenly spaced over the run; each writes a checkpoint and samples.")
