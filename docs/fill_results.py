@@ -58,11 +58,14 @@ def measured(arms: tuple[str, ...]) -> list[str]:
 
 @cache
 def sums() -> dict[str, dict[str, Array]]:
-    """By arm, its seeds pooled, and by ARM/SEED: sums over the dialogues by metric, shape (D, K)."""
+    """By arm, the mean of its seeds, and by ARM/SEED: sums over the dialogues by metric, shape (D, K).
+
+    Not their sum: a test exchanges dialogues between two arms, which may have unequal numbers of seeds.
+    """
     systems: dict[str, dict[str, Array]] = {}
     for arm in {line["arm"] for line in record() if "sums" in line}:
         seeds = [{name: np.array(rows, float) for name, rows in line["sums"].items()} for line in lines_of(arm)]
-        systems[arm] = {name: np.sum([seed[name] for seed in seeds], axis=0) for name in seeds[0]}
+        systems[arm] = {name: np.mean([seed[name] for seed in seeds], axis=0) for name in seeds[0]}
         systems |= {f"{arm}/{number}": seed for number, seed in enumerate(seeds)}
     return systems
 

@@ -102,18 +102,24 @@ def test_the_page_is_filled_from_the_record(work: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(results.ROOT / "docs"))
     import fill_results
 
+    def filled_blocks() -> dict[str, str]:
+        for cached in (fill_results.record, fill_results.sums):
+            cached.cache_clear()
+        try:
+            blocks: dict[str, str] = fill_results.blocks()
+            return blocks
+        finally:
+            fill_results.record.cache_clear()
+            fill_results.sums.cache_clear()
+
     monkeypatch.setattr(fill_results, "RECORD", work / "record.jsonl")
     lines = rows_in(work / "record.jsonl")
+    of_one_seed = filled_blocks()
     other_seed = json.loads(json.dumps(next(line for line in lines if line["arm"] == "original")))
     with open(work / "record.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(other_seed | {"seed": 2}) + "\n")
-    for cached in (fill_results.record, fill_results.sums):
-        cached.cache_clear()
-    try:
-        filled = fill_results.blocks()
-    finally:
-        fill_results.record.cache_clear()
-        fill_results.sums.cache_clear()
+    filled = filled_blocks()
+    assert filled["tests"] == of_one_seed["tests"], "the same seed twice says no more than once"
     original = next(line for line in filled["systems"].splitlines() if "original" in line)
     assert "± 0.0" in original and "1.0 |" in original, "two seeds that are the same do not spread"
     assert "Against the original project's recipe" in filled["tests"] and "(p = " in filled["tests"]
