@@ -1,7 +1,7 @@
 """Frozen 4-bit weights kept dense while answers are made, where the memory has room for both.
 
-Each token of an answer multiplies every weight once more. A product with dense weights takes half to a third of the time
-that bitsandbytes' fused 4-bit product takes, from 8 rows on (`benchmarks/decoding_products.py`), and a CPU without that
+Each token of an answer multiplies every weight once more. A product with dense weights takes a quarter to three quarters of the
+time that bitsandbytes' fused 4-bit product takes (`benchmarks/decoding_products.py`), and a CPU without that
 makes the weights dense for each product.
 """
 
