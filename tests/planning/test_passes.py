@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,23 +247,21 @@ def test_after_stepping_down_an_interrupted_run_ends_where_a_whole_one_does(prep
     assert passes.plan_passes(other, None, None, checkpoint).tokens_per_step == 999  # type: ignore[arg-type]
 
 
-def test_an_embedding_on_the_host_changes_nothing_but_its_place(prepared, tmp_path, monkeypatch):
-    found: list[Any] = []
-    for on_host in (False, True):
-        run = tmp_path / str(on_host)
-        plan = Plan(260, "none", on_host)
-        with monkeypatch.context() as patch:
-            patch.setattr(passes, "plan_passes", lambda *_, plan=plan: plan)
-            patch.setattr(
-                fit, "move_embedding_to_host", lambda base: (found.append(base), move_embedding_to_host(base))
-            )
-            assert train.main(prepared.copy_to(run)) == 0
-        newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        settings, _ = resolve(str(prepared.config), {}, [])
-        recorded = passes.read_passes(newest, settings)
-        assert recorded is not None and recorded.embedding_on_host == on_host
-    assert len(found) == 1 and not hasattr(found[0].get_input_embeddings(), "weight")
-    assert results(tmp_path / "True") == results(tmp_path / "False")
+def test_an_embedding_on_the_host_changes_nothing_but_its_place(prepared, trained, tmp_path, monkeypatch):
+    settings, _ = resolve(str(prepared.config), {}, [])
+    checkpoints = trained.run / "checkpoints"
+    whole = passes.read_passes(
+        max(checkpoints.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime), settings
+    )
+    assert whole is not None and not whole.embedding_on_host
+    moved: list[Any] = []
+    monkeypatch.setattr(passes, "plan_passes", lambda *_: replace(whole, embedding_on_host=True))
+    monkeypatch.setattr(fit, "move_embedding_to_host", lambda base: (moved.append(base), move_embedding_to_host(base)))
+    assert train.main([*prepared.copy_to(tmp_path / "run")]) == 0
+    assert len(moved) == 1 and not hasattr(moved[0].get_input_embeddings(), "weight")
+    assert results(tmp_path / "run") == results(trained.run)
+    newest = max((tmp_path / "run/checkpoints").glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime)
+    assert passes.read_passes(newest, settings) == replace(whole, embedding_on_host=True)
 
 
 def test_one_dialogue_that_does_not_fit_ends_the_run_with_what_to_change(prepared, tmp_path, monkeypatch, capsys):
