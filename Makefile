@@ -14,10 +14,10 @@ quickstart: .venv/ready   ## the whole chain on the embedded toy model, on a CPU
 	$(VENV)/python evaluate.py --config $(CONFIG)
 
 test: .venv/ready-dev browser check   ## every check and every test
-	$(VENV)/python -m pytest -n 2
+	$(VENV)/python -m pytest -n 2 --dist worksteal
 
 test-fast: .venv/ready-dev check   ## the same checks, and the unit tests of kestrel/
-	$(VENV)/python -m pytest -n 2 tests --ignore=tests/chain --ignore=tests/project --ignore=tests/faults --ignore=tests/fuzz
+	$(VENV)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/chain --ignore=tests/project --ignore=tests/faults --ignore=tests/fuzz
 
 check: .venv/ready-dev   ## formatter, linter, types, which wing imports which, and the licences of all packages
 	$(VENV)/ruff format --check .

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ACCELERATE, PATIENCE, RUN, TORCHRUN, begin, end, free_port
+from launching import ACCELERATE, PATIENCE, TORCHRUN, begin, end, free_port
 from make_models import write_config, write_corpus
 from safetensors.torch import load_file
 from scripts import ROOT, rows_in
@@ -157,8 +157,10 @@ def test_one_process_resumes_from_the_checkpoint_of_a_terminated_launcher(alone,
     ],
     ids=["error", "killed"],
 )
-def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, how, message):
-    """Three then resume."""
+def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, how, message, capsys):
+    """One alone then resumes."""
+    import train
+
     arguments, one, prepared = alone
     shutil.copytree(prepared, tmp_path / "run")
     script = sabotaged(
@@ -180,9 +182,8 @@ def test_the_end_of_one_process_ends_both_and_is_reported_once(alone, tmp_path, 
     assert printed.startswith(f"train.py: {message}")
     assert not (tmp_path / "run" / "adapter").exists()
     if "os.kill" in how:
-        three = [*RUN, "--standalone", "--nproc_per_node", "3"]
-        status, out, err = run("train.py", *arguments, "--run_dir", str(tmp_path / "run"), launcher=three)
-        assert status == 0 and "resuming from " in out, err
+        assert train.main([*arguments, "--run_dir", str(tmp_path / "run")]) == 0
+        assert "resuming from " in capsys.readouterr().out
         assert_same_training(one, tmp_path / "run")
 
 

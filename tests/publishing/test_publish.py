@@ -145,8 +145,14 @@ def test_same_content_makes_no_second_commit_and_other_content_does(
 
 
 def test_interrupted_upload_is_finished_by_the_same_command(evaluated: Experiment, hub: Hub, tmp_path: Path) -> None:
-    hub.dropped_uploads = 20  # more often than the client tries again by itself
-    done = published(evaluated, hub, tmp_path)
+    hub.dropped_uploads = 20  # more often than the client tries again by itself, for which it waits half a minute
+    impatient = tmp_path / "impatient.py"
+    impatient.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom huggingface_hub.utils import _http\n"
+        "_http.time.sleep = lambda seconds: None\nimport publish\nsys.exit(publish.main())\n",
+        encoding="utf-8",
+    )
+    done = run(str(impatient), *publishing(evaluated), hub=hub, home=tmp_path)
     assert done.status == 1 and "run the same command again" in done.said and "Traceback" not in done.said
     assert len(hub.repositories[REPO].commits) == 1 and not hub.uploaded  # as it was made
     hub.dropped_uploads, hub.failing_commits = 0, 1
