@@ -172,7 +172,8 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
     levels: list[Recompute] = estimator.levels if asked.recompute == "auto" else [asked.recompute]
     most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
     most = max(dialogues.longest, most) if asked.tokens_per_step == "auto" else asked.tokens_per_step
-    work = functools.partial(work_of, dialogues=dialogues, busy=estimator.busy)
+    # Of the slowest card, so that all processes make the same passes.
+    work = functools.partial(work_of, dialogues=dialogues, busy=distributed.all_reduce_min(estimator.busy))
     best: Plan | None = None
     for on_host, level in product((False, True) if estimator.embedding else (False,), levels):
         if best is not None and best.fits and work(best) <= work(Plan(most, level, on_host)):
