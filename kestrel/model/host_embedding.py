@@ -40,6 +40,6 @@ def embedding_bytes(model: nn.Module) -> int:
 
 
 def move_embedding_to_host(model: nn.Module) -> None:
-    """For the rest of the process."""
+    """Takes the table of `embedding_bytes` off the GPU, for the rest of the process."""
     causal_lm: Any = causal_lm_of(model)
     causal_lm.set_input_embeddings(HostEmbedding(causal_lm.get_input_embeddings()))

@@ -30,7 +30,7 @@ WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
 # about what docs/performance.md has of Falcon-7B and Qwen2.5-7B.
 _WORK: dict[Recompute, float] = {"none": 1.0, "mlp": 1.25, "full": 1.32}
 _WORK_OF_A_PASS = 150
-_WORK_OF_A_HOST = 1.05  # times the rest, where each pass waits for its embedded tokens
+_WAITS_FOR_HOST = 1.05  # times the rest, where each pass waits for its tokens' rows of the embedding
 _STEP = 64  # tokens
 _TRIALS = 5
 _RECORD = "passes.json"  # in a checkpoint
@@ -202,7 +202,7 @@ def work_of(plan: Plan, dialogues: Dialogues, busy: int) -> float:
     passes = dialogues.passes(plan.tokens_per_step)
     tokens = sum(max(busy, one.tokens) for one in passes)
     work = _WORK[plan.recompute] * tokens + _WORK_OF_A_PASS * len(passes)
-    return work * (_WORK_OF_A_HOST if plan.embedding_on_host else 1)
+    return work * (_WAITS_FOR_HOST if plan.embedding_on_host else 1)
 
 
 def _largest_that_fits(planned: Callable[[int], Plan], low: int, high: int) -> Plan:

@@ -191,15 +191,16 @@ def test_messages_do_not_steer_the_terminal(tmp_path, capsys):
 
 
 def test_the_hubs_token_is_written_nowhere(prepared: Experiment, tmp_path):
-    """All four scripts with a token in the environment; those that ask the Hub for a model also failing with --debug."""
+    """All four scripts, each also failing with --debug, with a token in the environment."""
     run = tmp_path / "run"
     environment = {"HF_TOKEN": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "cache")}
     arguments = prepared.arguments("--run_dir", str(run), "--training.max_steps", "2", "--training.evaluations", "1")
-    bad = ["--model.name", "nobody/nothing", "--debug"]
+    nothing = {"preprocess.py": "--data.source", "evaluate.py": "--evaluation.generations"}
     for name in ("preprocess.py", "train.py", "generate.py", "evaluate.py"):
-        for more in ([], bad) if name in ("train.py", "generate.py") else ([],):
+        bad = [nothing.get(name, "--model.name"), "nobody/nothing", "--debug"]
+        for more, status in (([], 0), (bad, 1)):
             done = python(name, *arguments, *more, **environment)
-            assert done.returncode == bool(more) and ("Traceback" in done.stderr) == bool(more), done.stderr
+            assert done.returncode == status and ("Traceback" in done.stderr) == bool(status), done.stderr
             assert TOKEN not in done.stdout + done.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 30

@@ -26,7 +26,7 @@ from kestrel.config.resolve import resolve
 from kestrel.config.settings import Lora, Settings, Training
 from kestrel.data.dataset import lengths_of, load_split, supervised_of
 from kestrel.errors import KestrelError
-from kestrel.model.host_embedding import embedding_bytes, move_embedding_to_host
+from kestrel.model.host_embedding import move_embedding_to_host
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import passes
 from kestrel.planning.memory import CONTEXT, CannotEstimate, Estimate, Pass
@@ -60,16 +60,6 @@ class Arithmetic:
 def dialogues_of(lengths: np.ndarray, batch_size: int) -> Dialogues:
     steps = np.array_split(np.arange(len(lengths)), -(-len(lengths) // batch_size))
     return Dialogues(lengths, lengths // 3, steps)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "lora", "may_leave"),
-    [("llama", {}, True), ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, False), ("qwen2", {}, False)],
-)
-def test_only_an_embedding_of_its_own_that_is_not_trained_may_leave_the_gpu(architecture, lora, may_leave):
-    lora = Lora(**{"r": 4, "target_modules": ["q_proj"], **lora})
-    model = add_lora(make_model(architecture).requires_grad_(False), lora, seed=0)
-    assert embedding_bytes(model) == (384 * 64 * 4 if may_leave else 0)
 
 
 @hypothesis_settings(deadline=None)
