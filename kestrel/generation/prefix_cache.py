@@ -24,8 +24,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kestrel.model.budget import Budget, Given
+from kestrel.model.decoder_layer import KeysAndValues
 from kestrel.model.likelihood import SpanRequest, collate_requests, span_nll, sums_by_span
-from kestrel.model.loss import causal_lm_of, nll_of_hidden
+from kestrel.model.loss import at_supervised_tokens, causal_lm_of, is_fast, nll_of_hidden
 
 
 def supports_prefixes(model: torch.nn.Module, longest: float = math.inf) -> bool:
@@ -115,13 +116,12 @@ class Prefixes:
     """Keys and values of some sequences; `nbytes` of them, and `bytes_per_token`, all layers together."""
 
     def __init__(self) -> None:
-        self._batches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._batches: list[KeysAndValues] = []
         self._places: dict[int, tuple[int, int]] = {}  # batch, and row in it, of each sequence
         self.bytes_per_token = self.nbytes = 0
 
-    def add(self, sequences: Sequence[int], cache: DynamicCache) -> None:
-        """Adds a cache whose rows are the given sequences, padded on the right."""
-        batch = [(layer.keys, layer.values) for layer in cache.layers]
+    def add(self, sequences: Sequence[int], batch: KeysAndValues) -> None:
+        """Adds keys and values whose rows are the given sequences, padded on the right."""
         self._places |= {sequence: (len(self._batches), row) for row, sequence in enumerate(sequences)}
         self._batches.append(batch)
         nbytes = sum(tensor.nbytes for pair in batch for tensor in pair)
@@ -180,16 +180,15 @@ def compute_prefixes(
     scores: dict[int, list[tuple[float, int]]] = {}
     allowed = Budget.of(model, budget)
 
-    def run(positions: Sequence[int]) -> tuple[DynamicCache, list[list[tuple[float, int]]]]:
+    def run(positions: Sequence[int]) -> tuple[KeysAndValues, list[list[tuple[float, int]]]]:
         chosen = [sequences[position] for position in positions]
-        cache = DynamicCache()  # without the model's windows, which are not exceeded
-        nll = _pass(model, chosen, past_key_values=cache)
-        return cache, sums_by_span(chosen, nll)
+        made, nll = _whole_pass(model, chosen)
+        return made, sums_by_span(chosen, nll)
 
-    for positions, (cache, of_spans) in allowed.passes([len(sequence.input_ids) for sequence in sequences], run):
+    for positions, (made, of_spans) in allowed.passes([len(sequence.input_ids) for sequence in sequences], run):
         scores |= dict(zip(positions, of_spans, strict=True))
-        prefixes.add(positions, cache)
-        del cache
+        prefixes.add(positions, made)
+        del made
         if 2 * prefixes.nbytes > allowed.continuation_memory(prefixes.bytes_per_token):
             yield prefixes, scores
             prefixes.release()
@@ -242,7 +241,7 @@ def continuation_nll(
         scored = [SpanRequest([c.context[-1], *c.ids], [(1, len(c.ids) + 1)]) for c in chosen]
         length = max(len(request.input_ids) for request in scored)
         batch = held.copy_rows([(c.sequence, len(c.context) - 1) for c in chosen], length)
-        return sums_by_span(scored, _pass(model, scored, **batch.inputs(0, length)))
+        return sums_by_span(scored, _continuing_pass(model, scored, batch, length))
 
     order = sorted(range(len(continuations)), key=lambda index: -len(continuations[index].context))
     for indices, scores in allowed.in_batches(order, fitting, run):
@@ -251,15 +250,36 @@ def continuation_nll(
     return results
 
 
+def _whole_pass(model: torch.nn.Module, sequences: Sequence[SpanRequest]) -> tuple[KeysAndValues, torch.Tensor | None]:
+    """Keys and values of whole sequences, and what `_pass` returns; by Kestrel's layers where they know the model."""
+    if is_fast(model):
+        kept: KeysAndValues = []
+        return kept, at_supervised_tokens(model, _batch(model, sequences), nll_of_hidden, kept=kept)
+    cache = DynamicCache()  # without the model's windows, which are not exceeded
+    nll = _pass(model, sequences, past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers], nll
+
+
+def _continuing_pass(
+    model: torch.nn.Module, sequences: Sequence[SpanRequest], prefixes: PrefixBatch, length: int
+) -> torch.Tensor | None:
+    """`_pass` of sequences of at most `length` tokens, each after its prefix."""
+    return _pass(model, sequences, **prefixes.inputs(0, length))
+
+
+def _batch(model: torch.nn.Module, sequences: Sequence[SpanRequest]) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in collate_requests(sequences).items()}
+
+
 def _pass(model: torch.nn.Module, sequences: Sequence[SpanRequest], **inputs: Any) -> torch.Tensor | None:
-    """One pass, which extends the cache in `inputs`.
+    """One pass of transformers' layers, which extends the cache in `inputs`.
 
     Returns:
         float32 (tokens in spans,), the negative log-likelihood of each, row by row; None where there are no spans.
     """
     causal_lm = causal_lm_of(model)
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate_requests(sequences).items()}
+    batch = _batch(model, sequences)
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     hidden = backbone(input_ids=batch["input_ids"], use_cache=True, **inputs).last_hidden_state
     predicting = batch["predicting"]

@@ -21,7 +21,7 @@ In some sequential layers, what `output` and `down` make is normed before it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from kestrel.model.kernels.elementwise import activate, activate_backward_, norm
 from kestrel.model.projection import Group, Repeats
 
 Recompute = Literal["none", "mlp", "full"]
+# Of each layer, (rows, key/value heads, length, head size), with their positions, as transformers' caches hold them.
+KeysAndValues: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 class _Norm:
@@ -87,7 +89,14 @@ class Layer:
         return activate(before, self.architecture.activation, self.architecture.gated, self.down.spare)
 
     def attention(
-        self, normed: Tensor, shape: torch.Size, cos: Tensor, sin: Tensor, seed: int, repeats: Repeats | None
+        self,
+        normed: Tensor,
+        shape: torch.Size,
+        cos: Tensor,
+        sin: Tensor,
+        seed: int,
+        repeats: Repeats | None,
+        kept: KeysAndValues | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Attention, with a graph from its result to its inputs.
 
@@ -97,6 +106,7 @@ class Layer:
             cos, sin: (length, rotated numbers of a head).
             seed: of the dropout of queries, keys and values.
             repeats: which rows of `normed` are equal.
+            kept: gets the keys and values; then there is no graph.
 
         Returns:
             The result (batch, heads, length, head size), and the leaves of its graph: queries, keys and values, rotated;
@@ -108,7 +118,7 @@ class Layer:
         made, low = self.qkv.forward(normed, seed, repeats=repeats)
         fused = made.view(*shape[:2], sum(heads), a.head_size)
         if self._head_norms:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(kept is None):
                 leaf = fused.detach().requires_grad_()
                 query, key, value = (part.transpose(1, 2) for part in leaf.split(heads, dim=2))
                 query, key = (
@@ -116,12 +126,17 @@ class Layer:
                     for module, part in zip(self._head_norms, (query, key), strict=True)
                 )
                 query = query if a.query_scale == 1 else query * a.query_scale
-                return [attend(query, key, value, self.window), leaf], low
+                return [self._attend(query, key, value, kept), leaf], low
         parts = fused.split(heads, dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(kept is None):
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            return [attend(query, key, value, self.window), query, key, value], low
+            return [self._attend(query, key, value, kept), query, key, value], low
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: KeysAndValues | None) -> Tensor:
+        if kept is not None:  # as copies: they may be views of a buffer that also holds the queries
+            kept.append((_copied(key), _copied(value)))
+        return attend(query, key, value, self.window)
 
     def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
@@ -132,6 +147,10 @@ class Layer:
         fused = parts[0].new_empty(*parts[0].shape[:2], a.heads + 2 * a.kv_heads, a.head_size)
         rotate(parts, cos, sin, out=fused, back=True)
         return fused.flatten(0, 1).flatten(1)
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,6 +172,7 @@ class DecoderLayer(torch.autograd.Function):
         sin: Tensor,
         wanted: Tensor | None,
         repeats: Repeats | None,
+        kept: KeysAndValues | None,
         layer: Layer,
         seed: int,
         *matrices: Any,
@@ -166,6 +186,7 @@ class DecoderLayer(torch.autograd.Function):
             wanted: int64 (wanted,), rows of the flattened batch; the others are computed as far as attention needs them.
                 None: all.
             repeats: which rows of the flattened x are equal; None: unknown.
+            kept: gets the keys and values, where there is no backward pass to come.
             layer: its parts.
             seed: of the dropout masks.
             matrices: float32, the layer's LoRA matrices, so that autograd sees them.
@@ -176,7 +197,7 @@ class DecoderLayer(torch.autograd.Function):
         layer.gather()
         flat = x.flatten(0, 1)
         normed, _ = layer.input_norm.forward(flat, layer.after_input_norm)
-        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats)
+        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats, kept)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
             middle = made = by_mlp = None
@@ -252,7 +273,7 @@ class DecoderLayer(torch.autograd.Function):
             grad_x = grad_x.view_as(x)
         else:
             of_qkv = layer.qkv.backward_updates(grad_fused, None, normed, low_qkv, seed)
-        return (grad_x, None, None, None, None, None, None, *of_qkv, *of_output, *of_mlp)
+        return (grad_x, *[None] * 7, *of_qkv, *of_output, *of_mlp)
 
 
 def _mlp_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
-from kestrel.model.decoder_layer import DecoderLayer, Layer, Recompute
+from kestrel.model.decoder_layer import DecoderLayer, KeysAndValues, Layer, Recompute
 from kestrel.model.projection import Repeats, refresh
 
 
@@ -27,7 +27,7 @@ class FastBackbone:
         layers = backbone.get_submodule(architecture.layers)
         self._inside = [module for layer in layers for module in layer.modules()]
         self._adapted = [module for module in self._inside if hasattr(module, "lora_A")]
-        self._is_plain = all(_is_plain_lora(module) for module in self._adapted)
+        self._is_plain = all(is_plain_lora(module) for module in self._adapted)
         self._layers = [
             Layer(layer, architecture, window, recompute)
             for layer, window in zip(layers if self._is_plain else [], architecture.windows, strict=self._is_plain)
@@ -38,13 +38,16 @@ class FastBackbone:
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
         return self._is_plain and not hooked and not any(module.merged for module in self._adapted)
 
-    def hidden_states(self, input_ids: Tensor, wanted: Tensor, repeats: Repeats | None = None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, wanted: Tensor, repeats: Repeats | None = None, kept: KeysAndValues | None = None
+    ) -> Tensor:
         """The backbone's last hidden state at some places, for rows padded on the right.
 
         Args:
             input_ids: int64 (rows, length).
             wanted: int64 (wanted,), places in the flattened batch; none of them padding.
             repeats: of `input_ids`, if known; the result is the same without.
+            kept: gets the keys and values of each layer, which are otherwise dropped. Without gradient only.
 
         Returns:
             (wanted, hidden) in the compute type.
@@ -52,7 +55,7 @@ class FastBackbone:
         backbone, architecture = self._backbone, self._architecture
         embedding = backbone.get_submodule(architecture.embedding)
         x = embedding(input_ids)
-        if not len(wanted):
+        if not len(wanted) and kept is None:
             return x.new_zeros(0, x.shape[-1])
         if architecture.embedding_scale != 1 and not hasattr(
             embedding, "embed_scale"
@@ -67,17 +70,20 @@ class FastBackbone:
         seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
         refresh([group for layer in self._layers for group in layer.groups()], x.dtype)
         first, last = self._layers[0], self._layers[-1]
+        # Kernels need a row at least, also where only keys and values are wanted.
+        some = wanted if len(wanted) else wanted.new_zeros(1)
         for layer, seed, kind in zip(self._layers, seeds, kinds, strict=True):
-            rows = wanted if layer is last else None
+            rows = some if layer is last else None
             # Equal tokens are computed once, unless an adapter of the embedding wants the gradient of each.
             equal = repeats if layer is first and first is not last and not x.requires_grad else None
-            x = DecoderLayer.apply(x, *rotations[kind], rows, equal, layer, seed, *layer.matrices())
-        normed: Tensor = backbone.get_submodule(architecture.final_norm)(x)
+            x = DecoderLayer.apply(x, *rotations[kind], rows, equal, kept, layer, seed, *layer.matrices())
+        normed: Tensor = backbone.get_submodule(architecture.final_norm)(x[: len(wanted)])
         return normed
 
 
-def _is_plain_lora(module: Any) -> bool:
-    """One adapter of two matrices, without biases or a variant of LoRA that computes more."""
+def is_plain_lora(module: Any) -> bool:
+    """Whether a layer of PEFT has one adapter of two matrices, without biases or a variant of LoRA that computes more."""
     matrices = (*module.lora_A.values(), *module.lora_B.values())
-    plain = len(module.active_adapters) == 1 and not module.lora_variant
+    active = list(module.active_adapters)
+    plain = len(active) == 1 and active[0] in module.lora_A and not module.lora_variant
     return plain and all(type(matrix) is nn.Linear and matrix.bias is None for matrix in matrices)

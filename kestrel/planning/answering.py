@@ -21,6 +21,8 @@ from kestrel.errors import KestrelError
 from kestrel.generation import answers, decoding, prefix_cache, respond
 from kestrel.generation.other_personas import personas_of_others
 from kestrel.model import budget, dense_weights, likelihood
+from kestrel.model.decoder_layer import KeysAndValues
+from kestrel.model.light_updates import light_updates
 from kestrel.model.loss import token_nll
 from kestrel.planning.dry_run import print_memory
 from kestrel.planning.memory import (
@@ -38,7 +40,7 @@ from kestrel.prompt.prompt import Prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import DynamicCache, PretrainedConfig
+    from transformers import PretrainedConfig
 
 _REMEDY = "answer a few dialogues to see it: --generation.max_dialogues 50"
 _LAST = 2  # steps of an answer that are computed: each holds its predecessor's logits
@@ -91,20 +93,20 @@ class _Peak:
             self.kept, self.heaviest = before, f"{kind}, {rows:,} x {columns:,} tokens"
         return True
 
-    def one_pass(self, own: Callable[..., object], model: Any, sequences: Sequence[Any], **inputs: Any) -> None:
-        rows, columns = len(sequences), max(len(sequence.input_ids) for sequence in sequences)
-        cache: DynamicCache = inputs["past_key_values"]
-        kind = "batches of candidates" if "attention_mask" in inputs else "passes"
-        ran = self._compute(kind, rows, columns, lambda: own(model, sequences, **inputs))
-        if kind != "passes":
-            return
-        if ran:
-            self._shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-            self._dtype = cache.layers[0].keys.dtype
-            return
-        for layer, pair in enumerate(self._shapes):
-            made = [torch.empty(rows, s[1], columns, s[3], dtype=self._dtype, device="meta") for s in pair]
-            cache.update(made[0], made[1], layer)
+    def whole_pass(
+        self, own: Callable[..., tuple[KeysAndValues, Any]], model: Any, sequences: Sequence[Any]
+    ) -> tuple[KeysAndValues, None]:
+        rows, columns = _shape_of(sequences)
+        made: KeysAndValues = []
+        if self._compute("passes", rows, columns, lambda: made.extend(own(model, sequences)[0])):
+            self._shapes = [(keys.shape, values.shape) for keys, values in made]
+            self._dtype = made[0][0].dtype
+            return made, None
+        empty = functools.partial(torch.empty, dtype=self._dtype, device="meta")
+        return [(empty(rows, k[1], columns, k[3]), empty(rows, v[1], columns, v[3])) for k, v in self._shapes], None
+
+    def continuing_pass(self, own: Callable[..., object], model: Any, sequences: Sequence[Any], *after: Any) -> None:
+        self._compute("batches of candidates", *_shape_of(sequences), lambda: own(model, sequences, *after))
 
     def decode(
         self,
@@ -139,7 +141,8 @@ class _Peak:
     def substitutes(self) -> list[Substitute]:
         """For `Estimator.on_shapes`."""
         computing: list[Substitute] = [
-            (prefix_cache, "_pass", self.one_pass), (respond, "decode", self.decode), (likelihood, "token_nll", self.token_nll)
+            (prefix_cache, "_whole_pass", self.whole_pass), (prefix_cache, "_continuing_pass", self.continuing_pass),
+            (respond, "decode", self.decode), (likelihood, "token_nll", self.token_nll),
         ]  # fmt: skip
         no_scores = lambda requests, nll: [[(0.0, end - start) for start, end in one.spans] for one in requests]
         return [
@@ -148,6 +151,11 @@ class _Peak:
             (decoding, "_on_the_host", lambda tokens: None),
             (answers, "respond_with_library", _refuse),
         ]
+
+
+def _shape_of(sequences: Sequence[Any]) -> tuple[int, int]:
+    """Rows and columns."""
+    return len(sequences), max(len(sequence.input_ids) for sequence in sequences)
 
 
 def _refuse(*_: Any) -> NoReturn:
@@ -185,7 +193,7 @@ def estimate(
         # The proof after loading; the fast layers keep copies of the adapter.
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})
         before = counter.live
-        with dense_weights.dense_weights(model) as is_dense:
+        with dense_weights.dense_weights(model) as is_dense, light_updates(model):
             dense, allowed = (counter.live - before) * is_dense, respond.budget_of(model, chosen)
             while done < len(rows):
                 end = done + answers.dialogues_of_shard(lengths[done:], allowed.tokens)

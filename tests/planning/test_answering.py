@@ -16,6 +16,7 @@ from kestrel.generation import answers
 from kestrel.generation.other_personas import personas_of_others
 from kestrel.generation.respond import budget_of
 from kestrel.model import budget, dense_weights
+from kestrel.model.light_updates import light_updates
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import answering
 from kestrel.planning.memory import Allocations, Estimator, tensors_of
@@ -69,7 +70,7 @@ def counted_peak(settings, config, prompt, rows, estimator, monkeypatch) -> int:
     with counter, torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long)
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})  # as after loading
-        with dense_weights.dense_weights(model) as is_dense:
+        with dense_weights.dense_weights(model) as is_dense, light_updates(model):
             assert is_dense
             made, done, lengths = budget_of(model, chosen), 0, lengths_of(rows)
             while done < len(rows):
