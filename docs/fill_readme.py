@@ -90,7 +90,7 @@ def cards_table() -> str:
     named = f"torch {versions['torch']}, transformers {versions['transformers']}"
     return (
         f"{table(['config', 'peak GPU memory in training', 'speed'], rows)}\n\n"
-        f"Random weights of each model's exact shape, 200 of ConvAI2's dialogues gone through five times, a single run a row. "
+        f"Random weights of each model's exact shape, {record['dialogues'] // 5} of ConvAI2's dialogues, each five times, a single run a row. "
         f"Measured on {record['device']}, {named}, {record['date']}; the others are estimates of `benchmarks/cards.py`."
     )
 
