@@ -53,7 +53,9 @@ def training(record: Record) -> str:
     fewest, most = min(row["steps"] for row in timed), max(row["steps"] for row in timed)
     steps = f"{most}" if fewest == most else f"{fewest} to {most}"
     # On a GPU each dialogue is there five times (benchmarks/train.py).
-    data = f"{count // 5} dialogues, each five times" if (count := record["dialogues"]) >= 1000 else f"{count} dialogues"
+    data = (
+        f"{count // 5} dialogues, each five times" if (count := record["dialogues"]) >= 1000 else f"{count} dialogues"
+    )
     once = f"\nEach row is a single run of {steps} steps over {data}, not a median of several."
     return table(head, rows) + "\n" + once + where(record)
 
