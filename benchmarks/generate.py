@@ -57,7 +57,6 @@ from kestrel.generation.respond import Request, respond_from_prefixes, respond_w
 from kestrel.model.base import load_base, load_config, skeleton_of
 from kestrel.model.dense_weights import dense_weights
 from kestrel.model.kernels.attention import stock_attention
-from kestrel.model.light_updates import light_updates
 from kestrel.model.likelihood import SpanRequest
 from kestrel.model.loss import attach_token_nll
 from kestrel.model.quantization import linear_layers
@@ -118,7 +117,7 @@ def check(model: Any, prompt: Prompt, asked: list[Question], settings: Generatio
     for prefixes, scores in compute_prefixes(model, whole, settings.tokens_per_step):
         chosen = [index for index in range(len(asked)) if prefixes.holds(index)]
         rows = prefixes.copy_rows([(index, len(contexts[index]) - 1) for index in chosen], settings.max_new_tokens)
-        with dense_weights(model), light_updates(model):
+        with dense_weights(model):
             said = decode(model, rows, [contexts[index] for index in chosen], settings, prompt.end_ids)
         for index, answer in zip(chosen, said, strict=True):
             end = next((place for place, token in enumerate(answer) if token in prompt.end_ids), len(answer))

@@ -31,7 +31,6 @@ from kestrel.generation.respond import (
 )
 from kestrel.model.budget import Budget
 from kestrel.model.dense_weights import dense_weights
-from kestrel.model.light_updates import light_updates
 from kestrel.model.likelihood import SpanRequest, span_nll
 from kestrel.prompt.prompt import Prompt, Rendered, Unrenderable
 from kestrel.runtime import distributed
@@ -255,7 +254,7 @@ def write_answers(
     others = personas_of_others(dataset, settings.other_personas, seed) if settings.other_personas else []
     done = distributed.broadcast_from_first(lambda: _keep_complete_shards(partial, identity, dataset))
     yield done
-    with dense_weights(model), light_updates(model):
+    with dense_weights(model):
         budget = budget_of(model, settings)
         tokens = budget.tokens = distributed.all_reduce_min(budget.tokens)  # all processes cut the same shards
         while done < len(dataset):

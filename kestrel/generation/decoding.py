@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from kestrel.config.settings import Generation
-from kestrel.generation.prefix_cache import PrefixBatch
+from kestrel.generation.passes import next_logits
+from kestrel.generation.prefix_batch import PrefixBatch
 from kestrel.generation.stop_strings import StopStrings
-from kestrel.model.loss import causal_lm_of
 
 _CHECK_EVERY = 4  # steps on a GPU: seeing its tokens means waiting for it
 _DROP_BELOW = 0.8  # share of active rows at which dropping the others is worth a copy of the rest
@@ -53,7 +53,6 @@ def decode(
     Returns:
         Token ids of each row; those after its end mean nothing.
     """
-    causal_lm: Any = causal_lm_of(model)
     device = rows.lengths.device
     every = 1 if device.type == "cpu" else _CHECK_EVERY
     choose = _TokenChooser(contexts, settings, draws, device)
@@ -63,8 +62,7 @@ def decode(
     last = torch.tensor([context[-1] for context in contexts], device=device)
     running = len(contexts)
     for done in range(1, settings.max_new_tokens + 1):
-        logits = causal_lm(input_ids=last[:, None], use_cache=True, **rows.inputs(done - 1, 1)).logits[:, -1]
-        last = choose(logits, done - 1)
+        last = choose(next_logits(model, rows, last, done - 1), done - 1)
         tokens[active, done - 1] = last
         if done % every or done == settings.max_new_tokens:
             continue

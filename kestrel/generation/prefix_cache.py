@@ -2,13 +2,7 @@
 
 Every prompt of a dialogue is a prefix of the dialogue's sequence. One pass over the sequence gives the keys and values
 of all its prompts, and the likelihood of all its references. What continues a prompt, an answer or a candidate, is
-computed after a copy of the prompt's keys and values:
-
-    columns     0 ........ n-1 | n .......... width-1 | width ...
-                the prefix       masked: longer rows'   the continuation
-
-A prefix of n tokens keeps its positions, its continuation has the positions n, n+1, ..., and the mask hides the columns
-between them. So copying is an indexing of rows, and all rows grow at the same column.
+computed after a copy of the prompt's keys and values (`prefix_batch.py`).
 """
 
 from __future__ import annotations
@@ -16,17 +10,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kestrel.generation.passes import continuing_pass, whole_pass
+from kestrel.generation.prefix_batch import KeysAndValues, PreallocatedLayer, PrefixBatch
 from kestrel.model.budget import Budget, Given
-from kestrel.model.decoder_layer import KeysAndValues
-from kestrel.model.likelihood import SpanRequest, collate_requests, span_nll, sums_by_span
-from kestrel.model.loss import at_supervised_tokens, causal_lm_of, is_fast, nll_of_hidden
+from kestrel.model.likelihood import SpanRequest, span_nll, sums_by_span
+from kestrel.model.loss import causal_lm_of
 
 
 def supports_prefixes(model: torch.nn.Module, longest: float = math.inf) -> bool:
@@ -54,62 +49,6 @@ def supports_prefixes(model: torch.nn.Module, longest: float = math.inf) -> bool
         and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         and longest <= min(windows, default=math.inf)
     )
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values, in memory that has space for their continuation, so that growing copies nothing."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int):
-        super().__init__()
-        self._memory, self._filled = (keys, values), filled
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._show()
-
-    def _show(self) -> None:
-        self.keys, self.values = (memory[:, :, : self._filled] for memory in self._memory)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        start, self._filled = self._filled, self._filled + key_states.shape[-2]
-        for memory, states in zip(self._memory, (key_states, value_states), strict=True):
-            memory[:, :, start : self._filled] = states
-        self._show()
-        return self.keys, self.values
-
-    def keep(self, rows: torch.Tensor) -> None:
-        keys, values = (memory[rows] for memory in self._memory)
-        self._memory = (keys, values)
-        self._show()
-
-
-class PrefixBatch:
-    """Rows of prefixes, side by side, with space for their continuation.
-
-    Attributes:
-        width: columns of the longest prefix.
-        lengths: int64 (rows,), tokens of each prefix.
-    """
-
-    def __init__(self, layers: list[_PreallocatedLayer], lengths: torch.Tensor, width: int, space: int):
-        self.cache = DynamicCache()
-        self.cache.layers = layers
-        self.width, self.lengths = width, lengths
-        columns = torch.arange(width + space, device=lengths.device)
-        self._mask = ((columns < lengths[:, None]) | (columns >= width)).long()
-
-    def inputs(self, done: int, count: int) -> dict[str, Any]:
-        """Arguments of the model, besides input_ids, for tokens `done` to `done + count` after each prefix."""
-        columns = torch.arange(done, done + count, device=self.lengths.device)
-        return {
-            "past_key_values": self.cache,
-            "attention_mask": self._mask[:, : self.width + done + count],
-            "position_ids": self.lengths[:, None] + columns,
-        }
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drops all other rows."""
-        for layer in self.cache.layers:
-            layer.keep(rows)
-        self.lengths, self._mask = self.lengths[rows], self._mask[rows]
 
 
 class Prefixes:
@@ -154,7 +93,7 @@ class Prefixes:
                 memory[rows, :, : min(width, source.shape[2])] = source[sources, :, :width]
             return memory
 
-        layers = [_PreallocatedLayer(copied(n, 0), copied(n, 1), width) for n in range(len(self._batches[0]))]
+        layers = [PreallocatedLayer(copied(n, 0), copied(n, 1), width) for n in range(len(self._batches[0]))]
         return PrefixBatch(layers, torch.tensor([length for _, length in prefixes], device=device), width, space)
 
 
@@ -182,7 +121,7 @@ def compute_prefixes(
 
     def run(positions: Sequence[int]) -> tuple[KeysAndValues, list[list[tuple[float, int]]]]:
         chosen = [sequences[position] for position in positions]
-        made, nll = _whole_pass(model, chosen)
+        made, nll = whole_pass(model, chosen)
         return made, sums_by_span(chosen, nll)
 
     for positions, (made, of_spans) in allowed.passes([len(sequence.input_ids) for sequence in sequences], run):
@@ -241,50 +180,10 @@ def continuation_nll(
         scored = [SpanRequest([c.context[-1], *c.ids], [(1, len(c.ids) + 1)]) for c in chosen]
         length = max(len(request.input_ids) for request in scored)
         batch = held.copy_rows([(c.sequence, len(c.context) - 1) for c in chosen], length)
-        return sums_by_span(scored, _continuing_pass(model, scored, batch, length))
+        return sums_by_span(scored, continuing_pass(model, scored, batch, length))
 
     order = sorted(range(len(continuations)), key=lambda index: -len(continuations[index].context))
     for indices, scores in allowed.in_batches(order, fitting, run):
         for index, (pair,) in zip(indices, scores, strict=True):
             results[index] = pair
     return results
-
-
-def _whole_pass(model: torch.nn.Module, sequences: Sequence[SpanRequest]) -> tuple[KeysAndValues, torch.Tensor | None]:
-    """Keys and values of whole sequences, and what `_pass` returns; by Kestrel's layers where they know the model."""
-    if is_fast(model):
-        kept: KeysAndValues = []
-        return kept, at_supervised_tokens(model, _batch(model, sequences), nll_of_hidden, kept=kept)
-    cache = DynamicCache()  # without the model's windows, which are not exceeded
-    nll = _pass(model, sequences, past_key_values=cache)
-    return [(layer.keys, layer.values) for layer in cache.layers], nll
-
-
-def _continuing_pass(
-    model: torch.nn.Module, sequences: Sequence[SpanRequest], prefixes: PrefixBatch, length: int
-) -> torch.Tensor | None:
-    """`_pass` of sequences of at most `length` tokens, each after its prefix."""
-    return _pass(model, sequences, **prefixes.inputs(0, length))
-
-
-def _batch(model: torch.nn.Module, sequences: Sequence[SpanRequest]) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in collate_requests(sequences).items()}
-
-
-def _pass(model: torch.nn.Module, sequences: Sequence[SpanRequest], **inputs: Any) -> torch.Tensor | None:
-    """One pass of transformers' layers, which extends the cache in `inputs`.
-
-    Returns:
-        float32 (tokens in spans,), the negative log-likelihood of each, row by row; None where there are no spans.
-    """
-    causal_lm = causal_lm_of(model)
-    batch = _batch(model, sequences)
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    hidden = backbone(input_ids=batch["input_ids"], use_cache=True, **inputs).last_hidden_state
-    predicting = batch["predicting"]
-    if not len(predicting):
-        return None
-    targets = batch["labels"].flatten()[predicting + 1]
-    states = hidden.flatten(0, 1).index_select(0, predicting)
-    return nll_of_hidden(causal_lm, states, targets)

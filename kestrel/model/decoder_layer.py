@@ -32,8 +32,8 @@ from kestrel.model.kernels.elementwise import activate, activate_backward_, norm
 from kestrel.model.projection import Group, Repeats
 
 Recompute = Literal["none", "mlp", "full"]
-# Of each layer, (rows, key/value heads, length, head size), with their positions, as transformers' caches hold them.
-KeysAndValues: TypeAlias = list[tuple[Tensor, Tensor]]
+# Called as `attend` is, in its place.
+Attending: TypeAlias = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
 class _Norm:
@@ -96,7 +96,7 @@ class Layer:
         sin: Tensor,
         seed: int,
         repeats: Repeats | None,
-        kept: KeysAndValues | None = None,
+        attending: Attending | None = None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Attention, with a graph from its result to its inputs.
 
@@ -106,7 +106,7 @@ class Layer:
             cos, sin: (length, rotated numbers of a head).
             seed: of the dropout of queries, keys and values.
             repeats: which rows of `normed` are equal.
-            kept: gets the keys and values; then there is no graph.
+            attending: what makes the result of queries, keys and values; then there is no graph. None: `attend`.
 
         Returns:
             The result (batch, heads, length, head size), and the leaves of its graph: queries, keys and values, rotated;
@@ -118,7 +118,7 @@ class Layer:
         made, low = self.qkv.forward(normed, seed, repeats=repeats)
         fused = made.view(*shape[:2], sum(heads), a.head_size)
         if self._head_norms:
-            with torch.set_grad_enabled(kept is None):
+            with torch.set_grad_enabled(attending is None):
                 leaf = fused.detach().requires_grad_()
                 query, key, value = (part.transpose(1, 2) for part in leaf.split(heads, dim=2))
                 query, key = (
@@ -126,17 +126,12 @@ class Layer:
                     for module, part in zip(self._head_norms, (query, key), strict=True)
                 )
                 query = query if a.query_scale == 1 else query * a.query_scale
-                return [self._attend(query, key, value, kept), leaf], low
+                return [(attending or attend)(query, key, value, self.window), leaf], low
         parts = fused.split(heads, dim=2)
         rotate(parts, cos, sin, out=fused, back=False)
-        with torch.set_grad_enabled(kept is None):
+        with torch.set_grad_enabled(attending is None):
             query, key, value = (part.transpose(1, 2).detach().requires_grad_() for part in parts)
-            return [self._attend(query, key, value, kept), query, key, value], low
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, kept: KeysAndValues | None) -> Tensor:
-        if kept is not None:  # as copies: they may be views of a buffer that also holds the queries
-            kept.append((_copied(key), _copied(value)))
-        return attend(query, key, value, self.window)
+            return [(attending or attend)(query, key, value, self.window), query, key, value], low
 
     def joined_gradient(self, grads: Sequence[Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         """The gradients of the leaves that `attention` returned, as that of what the linear layers made: (tokens, outputs)."""
@@ -147,10 +142,6 @@ class Layer:
         fused = parts[0].new_empty(*parts[0].shape[:2], a.heads + 2 * a.kv_heads, a.head_size)
         rotate(parts, cos, sin, out=fused, back=True)
         return fused.flatten(0, 1).flatten(1)
-
-
-def _copied(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -172,7 +163,7 @@ class DecoderLayer(torch.autograd.Function):
         sin: Tensor,
         wanted: Tensor | None,
         repeats: Repeats | None,
-        kept: KeysAndValues | None,
+        attending: Attending | None,
         layer: Layer,
         seed: int,
         *matrices: Any,
@@ -186,7 +177,7 @@ class DecoderLayer(torch.autograd.Function):
             wanted: int64 (wanted,), rows of the flattened batch; the others are computed as far as attention needs them.
                 None: all.
             repeats: which rows of the flattened x are equal; None: unknown.
-            kept: gets the keys and values, where there is no backward pass to come.
+            attending: as of `Layer.attention`, where there is no backward pass to come.
             layer: its parts.
             seed: of the dropout masks.
             matrices: float32, the layer's LoRA matrices, so that autograd sees them.
@@ -197,7 +188,7 @@ class DecoderLayer(torch.autograd.Function):
         layer.gather()
         flat = x.flatten(0, 1)
         normed, _ = layer.input_norm.forward(flat, layer.after_input_norm)
-        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats, kept)
+        attention, low_qkv = layer.attention(normed, x.shape, cos, sin, seed, repeats, attending)
         merged = _rows(_merged(attention[0].detach()), wanted)
         if layer.mlp_norm is None:
             middle = made = by_mlp = None

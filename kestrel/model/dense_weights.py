@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kestrel.model.budget import free_memory
 from kestrel.model.kernels import cards
+from kestrel.model.loss import fast_layers_of
 from kestrel.model.projection import FrozenWeight
 
 _SHARE = 0.5  # of the free memory; the rest is for keys, values and activations
@@ -32,13 +33,20 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     sizes = [layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize for layer in layers]
     fits = bool(layers) and sum(sizes) <= _SHARE * free_memory(layers[0].weight.device)
-    if fits and not any("forward" in vars(layer) for layer in layers):  # nothing else, such as a hook, has replaced it
-        for layer in layers:
-            dense = FrozenWeight(layer).dense(layer.compute_dtype)
-            layer.forward = functools.partial(_product, layer, dense)
+    fast = fast_layers_of(model)
+    groups = fast.groups() if fits and fast is not None else []
     try:
+        # Nothing else, such as a hook, may have replaced what they compute.
+        if fits and not any("forward" in vars(layer) for layer in layers):
+            side_by_side = dict(pair for group in groups for pair in group.hold(layers[0].compute_dtype))
+            for layer in layers:
+                dense = side_by_side.get(layer)
+                dense = FrozenWeight(layer).dense(layer.compute_dtype) if dense is None else dense
+                layer.forward = functools.partial(_product, layer, dense)
         yield fits
     finally:
+        for group in groups:
+            group.let_go()
         for layer in layers:
             if isinstance(getattr(layer, "forward", None), functools.partial):
                 del layer.forward

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
-from kestrel.model.decoder_layer import DecoderLayer, KeysAndValues, Layer, Recompute
-from kestrel.model.projection import Repeats, refresh
+from kestrel.model.decoder_layer import Attending, DecoderLayer, Layer, Recompute
+from kestrel.model.projection import Group, Repeats, refresh
 
 
 class FastBackbone:
@@ -38,8 +38,21 @@ class FastBackbone:
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self._inside)
         return self._is_plain and not hooked and not any(module.merged for module in self._adapted)
 
+    def groups(self) -> list[Group]:
+        """All linear layers, those of the same input together."""
+        return [group for layer in self._layers for group in layer.groups()]
+
+    def is_dense(self) -> bool:
+        """Whether the products need not make their weights dense first."""
+        return all(group.is_dense for group in self.groups())
+
     def hidden_states(
-        self, input_ids: Tensor, wanted: Tensor, repeats: Repeats | None = None, kept: KeysAndValues | None = None
+        self,
+        input_ids: Tensor,
+        wanted: Tensor,
+        repeats: Repeats | None = None,
+        positions: Tensor | None = None,
+        attending: Attending | None = None,
     ) -> Tensor:
         """The backbone's last hidden state at some places, for rows padded on the right.
 
@@ -47,7 +60,8 @@ class FastBackbone:
             input_ids: int64 (rows, length).
             wanted: int64 (wanted,), places in the flattened batch; none of them padding.
             repeats: of `input_ids`, if known; the result is the same without.
-            kept: gets the keys and values of each layer, which are otherwise dropped. Without gradient only.
+            positions: int64 (1, length), where they are not 0, 1, ...: of what continues an earlier pass by the same adapter.
+            attending: attention, layer by layer; without gradient only.
 
         Returns:
             (wanted, hidden) in the compute type.
@@ -55,20 +69,21 @@ class FastBackbone:
         backbone, architecture = self._backbone, self._architecture
         embedding = backbone.get_submodule(architecture.embedding)
         x = embedding(input_ids)
-        if not len(wanted) and kept is None:
+        if not len(wanted) and attending is None:
             return x.new_zeros(0, x.shape[-1])
         if architecture.embedding_scale != 1 and not hasattr(
             embedding, "embed_scale"
         ):  # since transformers 5.2x it scales
             x = x * torch.tensor(architecture.embedding_scale, dtype=x.dtype)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            refresh(self.groups(), x.dtype)
         kinds = architecture.rotaries or ("",) * len(self._layers)
         rotations = {
             kind: tuple(t[0].contiguous() for t in backbone.rotary_emb(x, positions, *([kind] if kind else [])))
             for kind in set(kinds)
         }
         seeds = torch.randint(2**62, (len(self._layers),)).tolist() if backbone.training else [0] * len(self._layers)
-        refresh([group for layer in self._layers for group in layer.groups()], x.dtype)
         first, last = self._layers[0], self._layers[-1]
         # Kernels need a row at least, also where only keys and values are wanted.
         some = wanted if len(wanted) else wanted.new_zeros(1)
@@ -76,7 +91,7 @@ class FastBackbone:
             rows = some if layer is last else None
             # Equal tokens are computed once, unless an adapter of the embedding wants the gradient of each.
             equal = repeats if layer is first and first is not last and not x.requires_grad else None
-            x = DecoderLayer.apply(x, *rotations[kind], rows, equal, kept, layer, seed, *layer.matrices())
+            x = DecoderLayer.apply(x, *rotations[kind], rows, equal, attending, layer, seed, *layer.matrices())
         normed: Tensor = backbone.get_submodule(architecture.final_norm)(x[: len(wanted)])
         return normed
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from kestrel.errors import ProofError
 from kestrel.model.kernels import cards
-from kestrel.model.loss import causal_lm_of, is_fast, library_nll, token_nll
+from kestrel.model.loss import causal_lm_of, fast_layers_of, library_nll, token_nll
 from kestrel.prompt.prompt import IGNORED
 
 _ROUNDINGS = 3  # which show how far rounding alone may lead, where the layers differ by much
@@ -36,7 +36,7 @@ def prove_layers(model: nn.Module, batch: dict[str, torch.Tensor], compute_dtype
     """
     backbone = getattr(causal_lm_of(model), causal_lm_of(model).base_model_prefix)
     kind = backbone.config.model_type
-    if not is_fast(model):
+    if fast_layers_of(model) is None:
         return f"layers: transformers' own; Kestrel's do not cover this {kind}, its adapter or its sharding"
     was_training = model.training
     model.eval()

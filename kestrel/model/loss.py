@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kestrel.errors import ProofError
 from kestrel.model.architecture import describe
-from kestrel.model.decoder_layer import KeysAndValues, Recompute
+from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
 from kestrel.model.kernels.elementwise import nll
 from kestrel.model.projection import Repeats
@@ -109,6 +109,14 @@ def _after_head(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
     return factor, getattr(config, "final_logit_softcapping", None)
 
 
+def logits_of_hidden(causal_lm: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary) from the last hidden states (rows, hidden size), in their type, as the architecture's own."""
+    factor, bound = _after_head(causal_lm)
+    logits: torch.Tensor = causal_lm.get_output_embeddings()(hidden)
+    logits = logits if factor == 1 else logits * factor
+    return logits if bound is None else bound * torch.tanh(logits / bound)
+
+
 def _chunk_nll(
     head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, factor: float, bound: float | None
 ) -> torch.Tensor:
@@ -151,12 +159,11 @@ def _at_supervised_tokens(
     batch: dict[str, torch.Tensor],
     of_hidden: OfHidden,
     fused: FastBackbone | None,
-    kept: KeysAndValues | None = None,
 ) -> torch.Tensor:
     predicting = batch["predicting"]
     if fused is not None and fused.can_run():
         repeats = Repeats(batch["first"], batch["which"]) if "which" in batch else None
-        hidden = fused.hidden_states(batch["input_ids"], predicting, repeats, kept)
+        hidden = fused.hidden_states(batch["input_ids"], predicting, repeats)
     else:
         backbone = getattr(causal_lm, causal_lm.base_model_prefix)
         states = backbone(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
@@ -185,42 +192,39 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.
     @functools.wraps(own_forward)
-    def forward(*args: Any, of_hidden: OfHidden | None = None, kept: KeysAndValues | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, of_hidden: OfHidden | None = None, **kwargs: Any) -> Any:
         if of_hidden is None:
             return own_forward(*args, **kwargs)
         # Everything is held in the compute type already. Under the Trainer's autocast, which float16 comes with, norms
         # would return float32, and the products behind them fail.
         place = kwargs["input_ids"].device.type
         with torch.autocast("cpu" if place == "meta" else place, enabled=False):  # meta: memory is estimated
-            return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused, kept)}
+            return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
-    forward.is_fast = lambda: fused is not None and fused.can_run()  # type: ignore[attr-defined]
+    forward.fast_layers = fused  # type: ignore[attr-defined]
     causal_lm.forward = forward
 
 
-def is_fast(model: nn.Module) -> bool:
-    """Whether the model was prepared by `attach_token_nll` and Kestrel's own layers compute its likelihoods."""
-    tells: Callable[[], bool] = getattr(causal_lm_of(model).forward, "is_fast", lambda: False)
-    return tells()
+def fast_layers_of(model: nn.Module) -> FastBackbone | None:
+    """Kestrel's own layers, where the model was prepared by `attach_token_nll` and they can compute it."""
+    fused: FastBackbone | None = getattr(causal_lm_of(model).forward, "fast_layers", None)
+    return fused if fused is not None and fused.can_run() else None
 
 
-def at_supervised_tokens(
-    model: nn.Module, batch: dict[str, torch.Tensor], of_hidden: OfHidden, **kept: KeysAndValues
-) -> torch.Tensor:
+def at_supervised_tokens(model: nn.Module, batch: dict[str, torch.Tensor], of_hidden: OfHidden) -> torch.Tensor:
     """What a function makes of each supervised token, inside the model's forward pass.
 
     Args:
         model: prepared by `attach_token_nll`.
         batch: from `collate`, on the model's device; `first` and `which` may be left out.
         of_hidden: called as `nll_of_hidden` is.
-        kept: gets the keys and values of each layer, where the model `is_fast`; without gradient only.
 
     Returns:
         The function's result, (supervised tokens, ...), row by row.
     """
     names = ("input_ids", "labels", "predicting", "first", "which")
     inputs = {name: batch[name] for name in names if name in batch}
-    result: torch.Tensor = model(**inputs, of_hidden=of_hidden, **kept)["result"]
+    result: torch.Tensor = model(**inputs, of_hidden=of_hidden)["result"]
     return result
 
 

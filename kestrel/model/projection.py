@@ -86,8 +86,8 @@ class Group:
     """
 
     def __init__(self, modules: Sequence[Any], has_room: bool = False):
-        bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
-        self._modules, self._has_room = modules, has_room
+        self._bases = bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
+        self._has_room = has_room
         self._weights = [FrozenWeight(base) for base in bases]
         ends = [0, *accumulate(base.out_features for base in bases)]
         self._columns = [slice(*pair) for pair in pairwise(ends)]
@@ -108,6 +108,7 @@ class Group:
         self._a: Any = None
         self._b: Any = None
         self._joined: Any = None
+        self._whole: Tensor | None = None  # dense weights that are kept
 
     @property
     def updates(self) -> list[_Update]:
@@ -123,6 +124,20 @@ class Group:
         in_4_bit = all(weight.state is not None for weight in self._weights)
         aligned = self._shape[1] % 64 == 0 and ranks % 16 == 0
         return ranks if self._has_room and in_4_bit and aligned and ranks <= 64 else 0
+
+    def hold(self, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
+        """Keeps weights in 4 bit dense, side by side, until `let_go`; returns each layer and its part of them."""
+        if self._apart or self._weights[0].state is None:
+            return []
+        self._whole = whole = self._dense(dtype, self._shape[1])
+        return [(base, whole[columns]) for base, columns in zip(self._bases, self._columns, strict=True)]
+
+    def let_go(self) -> None:
+        self._whole = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self._whole is not None or all(weight.state is None for weight in self._weights)
 
     def matrices(self) -> list[nn.Parameter]:
         """A and B of each update, in the order of what `backward_updates` returns."""
@@ -206,6 +221,8 @@ class Group:
     def _dense(self, dtype: torch.dtype, width: int) -> Tensor:
         """(outputs, width): the weights, and beside them B where they are narrower."""
         outputs, inputs = self._shape
+        if self._whole is not None and self._whole.dtype == dtype and width == inputs:
+            return self._whole
         if len(self._weights) == 1 and width == inputs:
             return self._weights[0].dense(dtype)
         whole = torch.empty(outputs, width, dtype=dtype, device=self._weights[0]._held.device)

@@ -20,9 +20,8 @@ from kestrel.data.dataset import lengths_of
 from kestrel.errors import KestrelError
 from kestrel.generation import answers, decoding, prefix_cache, respond
 from kestrel.generation.other_personas import personas_of_others
+from kestrel.generation.prefix_batch import KeysAndValues, PrefixBatch
 from kestrel.model import budget, dense_weights, likelihood
-from kestrel.model.decoder_layer import KeysAndValues
-from kestrel.model.light_updates import light_updates
 from kestrel.model.loss import token_nll
 from kestrel.planning.dry_run import print_memory
 from kestrel.planning.memory import (
@@ -112,7 +111,7 @@ class _Peak:
         self,
         own: Callable[..., object],
         model: Any,
-        rows: prefix_cache.PrefixBatch,
+        rows: PrefixBatch,
         contexts: Sequence[Sequence[int]],
         settings: Generation,
         end_ids: Any,
@@ -141,7 +140,7 @@ class _Peak:
     def substitutes(self) -> list[Substitute]:
         """For `Estimator.on_shapes`."""
         computing: list[Substitute] = [
-            (prefix_cache, "_whole_pass", self.whole_pass), (prefix_cache, "_continuing_pass", self.continuing_pass),
+            (prefix_cache, "whole_pass", self.whole_pass), (prefix_cache, "continuing_pass", self.continuing_pass),
             (respond, "decode", self.decode), (likelihood, "token_nll", self.token_nll),
         ]  # fmt: skip
         no_scores = lambda requests, nll: [[(0.0, end - start) for start, end in one.spans] for one in requests]
@@ -193,7 +192,7 @@ def estimate(
         # The proof after loading; the fast layers keep copies of the adapter.
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})
         before = counter.live
-        with dense_weights.dense_weights(model) as is_dense, light_updates(model):
+        with dense_weights.dense_weights(model) as is_dense:
             dense, allowed = (counter.live - before) * is_dense, respond.budget_of(model, chosen)
             while done < len(rows):
                 end = done + answers.dialogues_of_shard(lengths[done:], allowed.tokens)

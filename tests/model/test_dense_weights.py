@@ -12,6 +12,7 @@ from kestrel.model import dense_weights as module
 from kestrel.model.base import load_base
 from kestrel.model.dense_weights import dense_weights
 from kestrel.model.kernels import cards
+from kestrel.model.loss import attach_token_nll, fast_layers_of, token_nll
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -20,18 +21,27 @@ def test_logits_are_the_same_to_the_bit(tmp_path, monkeypatch, architecture, dty
     base = write_base(tmp_path / "base", architecture)
     model, _ = load_base(settings_of(base, quantization=Quantization(compute_dtype=dtype)))
     model = add_lora(model, Lora(r=2, target_modules="all-linear"), seed=0).eval()
+    attach_token_nll(model)
     ids, dequantized = torch.arange(12, 52)[None], []
+    batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(39)}
     own = module.FrozenWeight.dense
-    monkeypatch.setattr(module.FrozenWeight, "dense", lambda *given: (dequantized.append(1), own(*given))[1])
+    monkeypatch.setattr(
+        module.FrozenWeight, "dense", lambda *given, **named: (dequantized.append(1), own(*given, **named))[1]
+    )
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
+        expected, likelihoods = model(input_ids=ids).logits, token_nll(model, batch)
+        dequantized.clear()
         with dense_weights(model) as fits:
             assert fits and torch.equal(model(input_ids=ids).logits, expected)
+            assert fast_layers_of(model).is_dense() and torch.equal(token_nll(model, batch), likelihoods)
         assert len(dequantized) == sum(hasattr(layer, "quant_state") for layer in model.modules())
+        assert not fast_layers_of(model).is_dense() and torch.equal(token_nll(model, batch), likelihoods)
         assert torch.equal(model(input_ids=ids).logits, expected)
         monkeypatch.setattr(module, "free_memory", lambda device: 1000)
         with dense_weights(model) as fits:
-            assert not fits and torch.equal(model(input_ids=ids).logits, expected)
+            assert (
+                not fits and not fast_layers_of(model).is_dense() and torch.equal(model(input_ids=ids).logits, expected)
+            )
 
 
 def test_few_rows_on_an_old_card_take_the_fused_product(tmp_path, monkeypatch):

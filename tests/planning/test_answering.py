@@ -16,7 +16,6 @@ from kestrel.generation import answers
 from kestrel.generation.other_personas import personas_of_others
 from kestrel.generation.respond import budget_of
 from kestrel.model import budget, dense_weights
-from kestrel.model.light_updates import light_updates
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning import answering
 from kestrel.planning.memory import Allocations, Estimator, tensors_of
@@ -39,7 +38,7 @@ def config_of(architecture: str) -> Any:
     [
         ("falcon", {"tokens_per_step": 500}, "batches of answers"),
         ("falcon", {"max_new_tokens": 1, "tokens_per_step": 4000}, "passes"),
-        ("llama", {"candidates": True, "other_personas": 1}, "batches of candidates"),
+        ("llama", {"candidates": True, "other_personas": 1, "max_new_tokens": 2}, "batches of candidates"),
         ("llama", {"tokens_per_step": 300, "do_sample": True, "repetition_penalty": 1.1}, "batches of answers"),
         ("gemma2", {}, "batches of answers"),
     ],
@@ -70,7 +69,7 @@ def counted_peak(settings, config, prompt, rows, estimator, monkeypatch) -> int:
     with counter, torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long)
         token_nll(model, {"input_ids": ids, "labels": ids, "predicting": ids[0, :1]})  # as after loading
-        with dense_weights.dense_weights(model) as is_dense, light_updates(model):
+        with dense_weights.dense_weights(model) as is_dense:
             assert is_dense
             made, done, lengths = budget_of(model, chosen), 0, lengths_of(rows)
             while done < len(rows):

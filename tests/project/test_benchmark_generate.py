@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from make_models import make_model, make_tokenizer, words
 
 from benchmarks.generate import check, main, rows_of
@@ -14,7 +14,8 @@ from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
 from kestrel.errors import ProofError
 from kestrel.generation.answers import questions_of
-from kestrel.generation.prefix_cache import PrefixBatch
+from kestrel.generation.prefix_batch import PrefixBatch
+from kestrel.generation.prefix_cache import Prefixes
 from kestrel.model.loss import attach_token_nll
 from kestrel.prompt.prompt import Prompt
 
@@ -40,14 +41,14 @@ def test_a_token_from_another_context_is_detected(prompt: Prompt, monkeypatch: p
     asked = [question for questions in questions_of(rows_of([DIALOGUE], prompt, 3), prompt) for question in questions]
     settings = Generation(max_new_tokens=6, stop_strings=[])
     assert check(model, prompt, asked, settings, "float32")["deviations_below_the_likeliest"] <= 1e-3
-    own = PrefixBatch.inputs
+    own = Prefixes.copy_rows
 
-    def without_context(rows: PrefixBatch, done: int, count: int) -> dict[str, torch.Tensor]:
-        inputs = own(rows, done, count)
-        inputs["attention_mask"][:, : rows.width] = 0
-        return inputs
+    def without_context(*given: Any) -> PrefixBatch:
+        rows = own(*given)
+        rows._mask[:, : rows.width] = 0
+        return rows
 
-    monkeypatch.setattr(PrefixBatch, "inputs", without_context)
+    monkeypatch.setattr(Prefixes, "copy_rows", without_context)
     with pytest.raises(ProofError, match="standard deviations below the likeliest"):
         check(model, prompt, asked, settings, "float32")
 
