@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -10,10 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from described_models import MODELS, SMALL, make_described
 from hypothesis import given, settings
 from peft import LoraConfig, get_peft_model
-from quantize_layers import quantize
-from torch import nn
 
 from kestrel.errors import ProofError
 from kestrel.model import projection
@@ -21,78 +19,9 @@ from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.fast_layers import FastBackbone
 from kestrel.model.kernels import elementwise
-from kestrel.model.kernels.attention import use_fused_kernels
 from kestrel.model.layer_proof import prove_layers
 from kestrel.model.loss import attach_token_nll, causal_lm_of, collate, nll_of_hidden, token_nll
 from kestrel.model.projection import Repeats
-
-SMALL = {
-    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "attn_implementation": "sdpa",
-}  # fmt: skip
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "llama with biases, tied head": lambda: transformers.LlamaConfig(
-        **SMALL, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
-    ),
-    "llama 3's rotary": lambda: transformers.LlamaConfig(
-        **SMALL,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ),
-    "yarn": lambda: transformers.LlamaConfig(
-        **SMALL,
-        rope_parameters={
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32
-        },
-    ),
-    "mistral, a window that is met": lambda: transformers.MistralConfig(**SMALL, sliding_window=9),
-    "mistral, a window that is not met": lambda: transformers.MistralConfig(**SMALL, sliding_window=64),
-    "mistral, heads of another size": lambda: transformers.MistralConfig(**SMALL, sliding_window=None, head_dim=32),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
-    "phi3": lambda: transformers.Phi3Config(**SMALL),
-    "phi3, a part of each head rotated": lambda: transformers.Phi3Config(
-        **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    ),
-    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=16),
-    "linear rotary": lambda: transformers.LlamaConfig(
-        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    ),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(
-        **SMALL, head_dim=16, query_pre_attn_scalar=24, sliding_window=9,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "falcon": lambda: transformers.FalconConfig(
-        vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, multi_query=True,
-        parallel_attn=True, bias=False, alibi=False, new_decoder_architecture=False,
-    ),
-}  # fmt: skip
-
-
-def make(name: str, dtype: torch.dtype, targets: Any = "all-linear", kind: str = "16 bit", **of_lora: Any) -> Any:
-    """A random model with an adapter that changes what it computes."""
-    use_fused_kernels(name)
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(MODELS[name]())
-    for parameter in base.parameters():
-        if parameter.dim() == 1:  # norms and biases begin at 1 and 0, where mistakes do not show
-            nn.init.normal_(parameter, mean=0.5, std=0.5)
-        else:
-            nn.init.normal_(parameter, std=0.1)
-    base = base.to(dtype).requires_grad_(False)
-    if kind != "16 bit":
-        quantize(base, kind, dtype)
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **of_lora})
-    model = get_peft_model(base, lora)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-        if "lora_B" in parameter_name:
-            nn.init.normal_(parameter, std=0.1)
-    return model.train()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -137,7 +66,7 @@ def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_every_gradient_are_the_librarys(name: str, recompute: Recompute) -> None:
-    model = make(name, torch.float32)
+    model = make_described(name, torch.float32)
     theirs = library_loss(model)
     expected = gradients(model, theirs)
     ours = fast_loss(model, recompute)
@@ -161,7 +90,7 @@ def test_any_adapter_on_any_base(name: str, layers: list[str], data: st.DataObje
     rank, rslora = data.draw(st.integers(1, 256)), data.draw(st.booleans())
     kind = data.draw(st.sampled_from(["nf4", "fp4", "16 bit"]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    model = make(name, dtype, sorted(targets), kind, r=rank, use_rslora=rslora)
+    model = make_described(name, dtype, sorted(targets), kind, r=rank, use_rslora=rslora)
     theirs = library_loss(model)
     expected = gradients(model, theirs)
     ours = fast_loss(model, data.draw(st.sampled_from(["none", "mlp", "full"])))
@@ -173,7 +102,7 @@ def test_any_adapter_on_any_base(name: str, layers: list[str], data: st.DataObje
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma", "phi3"])
 def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
-    wide, narrow = make(name, torch.float32), make(name, torch.bfloat16)
+    wide, narrow = make_described(name, torch.float32), make_described(name, torch.bfloat16)
     exact = gradients(wide, library_loss(wide))
     theirs, ours = gradients(narrow, library_loss(narrow)), gradients(narrow, fast_loss(narrow, "none"))
     flat = [torch.cat([g.flatten() for g in each.values()]) for each in (exact, theirs, ours)]
@@ -185,7 +114,7 @@ def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
 def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
     results = []
     for recompute in ("none", "mlp", "full"):
-        model = make(name, torch.float32, lora_dropout=0.3)
+        model = make_described(name, torch.float32, lora_dropout=0.3)
         torch.manual_seed(3)
         loss = fast_loss(model, recompute)  # type: ignore[arg-type]
         results.append((loss.detach(), gradients(model, loss)))
@@ -198,7 +127,7 @@ def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
 def test_the_narrow_side_of_an_update_is_made_again_only_with_its_layer(
     recompute: Recompute, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, made = make("falcon", torch.float32, lora_dropout=0.3), []
+    model, made = make_described("falcon", torch.float32, lora_dropout=0.3), []
     own = projection.project
     monkeypatch.setattr(projection, "project", lambda *given: made.append(1) or own(*given))
     fast_loss(model, recompute).backward()
@@ -221,7 +150,7 @@ def test_what_is_not_described_is_left_to_transformers() -> None:
 def test_the_proof_leaves_everything_as_it_was_and_sees_a_wrong_gradient(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make(name, torch.float32, lora_dropout=0.3)
+    model = make_described(name, torch.float32, lora_dropout=0.3)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     attach_token_nll(model)
     state = torch.get_rng_state()
@@ -261,7 +190,7 @@ def test_the_proof_says_which_layers_compute() -> None:
 
 def test_repeats_are_a_matter_of_speed() -> None:
     """Dropout included, which is drawn for each place."""
-    model = make("falcon", torch.float32, ["query_key_value"], lora_dropout=0.3)
+    model = make_described("falcon", torch.float32, ["query_key_value"], lora_dropout=0.3)
     attach_token_nll(model)
     whole = batch()
     without = {name: tensor for name, tensor in whole.items() if name not in ("first", "which")}
@@ -279,7 +208,7 @@ def test_with_the_kernels_of_a_gpu_they_compute_the_same(name: str, monkeypatch:
     pytest.importorskip("triton")
     # bitsandbytes 0.50.2 on a CPU makes wrong numbers of rows that are not of whole blocks of 64.
     monkeypatch.setitem(SMALL, "intermediate_size", 128)
-    model = make(name, torch.float32, kind="nf4", r=16)
+    model = make_described(name, torch.float32, kind="nf4", r=16)
     expected = gradients(model, fast_loss(model, "none"))
     product, widened = projection.Group._product, []
     monkeypatch.setattr(elementwise, "place_of", lambda x: "triton")
@@ -294,7 +223,7 @@ def test_with_the_kernels_of_a_gpu_they_compute_the_same(name: str, monkeypatch:
 
 def test_gradient_of_a_dropout_draw() -> None:
     """The backward pass uses the mask of the forward pass: a step against the gradient lowers the same draw's loss."""
-    model = make("falcon", torch.float32, ["query_key_value"], lora_dropout=0.5)
+    model = make_described("falcon", torch.float32, ["query_key_value"], lora_dropout=0.5)
     torch.manual_seed(5)
     loss = fast_loss(model, "none")
     found = gradients(model, loss)
@@ -308,7 +237,7 @@ def test_gradient_of_a_dropout_draw() -> None:
 
 
 def test_padding_reaches_nothing() -> None:
-    model = make("falcon", torch.float32, ["query_key_value"])
+    model = make_described("falcon", torch.float32, ["query_key_value"])
     attach_token_nll(model)
     rows = {name: tensor for name, tensor in batch().items() if name not in ("first", "which")}
     other = {**rows, "input_ids": rows["input_ids"].masked_fill(rows["attention_mask"] == 0, 7)}
@@ -318,13 +247,13 @@ def test_padding_reaches_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "16 bit"])
 def test_without_its_adapter_it_is_the_base(kind: str) -> None:
-    model = make("falcon", torch.float32, kind=kind).eval()
+    model = make_described("falcon", torch.float32, kind=kind).eval()
     with torch.no_grad(), model.disable_adapter():
         assert fast_loss(model, "none").item() == pytest.approx(library_loss(model).item(), rel=1e-5)
 
 
 def test_hooked_layers_are_left_to_the_library_and_no_others() -> None:
-    model, seen = make("falcon", torch.float32, ["query_key_value"]), []
+    model, seen = make_described("falcon", torch.float32, ["query_key_value"]), []
     attach_token_nll(model)
     layer = causal_lm_of(model).transformer.h[1].mlp
     handle = layer.register_forward_hook(lambda *_: seen.append(1))
