@@ -164,6 +164,22 @@ def decoding_products(record: Record) -> str:
     return table(head, rows) + "\n" + where(record)
 
 
+def ties(records: list[Record]) -> str:
+    """Greedy answers that are transformers' own, and those that part at a tie of the compute type."""
+    rows = [
+        [
+            record["model"], record["compute_dtype"], f"{record['answers']:,}", f"{record['tokens']:,}", f"{record['equal']:,}",
+            f"{record['exact_ties']:,}", f"{record['within_two_spacings'] - record['exact_ties']:,}",
+            f"{record['answers'] - record['equal'] - record['within_two_spacings']:,}",
+        ]
+        for record in records
+    ]  # fmt: skip
+    head = [
+        "model", "compute type", "answers", "tokens", "equal", "part at equal logits", "at 1 or 2 spacings", "at more",
+    ]  # fmt: skip
+    return table(head, rows, numeric=True) + "\n" + "\n".join(where(record) for record in records)
+
+
 def peaks(record: Record) -> str:
     """The dry run's peak beside the measured one."""
     rows = [
@@ -222,6 +238,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "layers today": ("layers-h200.json", layers),
     "estimates": ("peaks.json", peaks),
     "generation": ("generate-*.json", generation),
+    "ties": ("ties-*.json", ties),
     "decoding products": ("decoding-products.json", decoding_products),
     "scoring": ("evaluate*.json", scoring),
     "preprocessing": ("preprocess-*.json", preprocessing),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from make_models import make_model, make_tokenizer, words
+from make_models import make_model, make_tokenizer, words, write_base
 
+from benchmarks import ties
 from benchmarks.generate import check, main, rows_of
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
@@ -68,3 +69,24 @@ def test_the_command_writes_its_record(tmp_path: Path) -> None:
         ours["replies"] == other["replies"] == 20 and ours["prefill_seconds"] + ours["decode_seconds"] < ours["seconds"]
     )
     assert stock["timed_replies"] == 10 and stock["seconds"] == pytest.approx(stock["timed"] * 2)
+
+
+def test_answers_are_transformers_own_in_float32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, output = write_base(tmp_path / "base"), tmp_path / "ties.json"
+    options = [
+        "--model",
+        str(base),
+        "--config",
+        "configs/quickstart.yaml",
+        "--dtype",
+        "float32",
+        "--output",
+        str(output),
+    ]
+    assert ties.main([*options, "--replies", "9", "--new-tokens", "6"]) == 0
+    record = json.loads(output.read_text(encoding="utf-8"))
+    assert (
+        record["answers"] == record["equal"] == 9 and record["tokens"] > 9 and "'parted'" not in capsys.readouterr().out
+    )
+    part = ties.gap_where_they_part(make_model(), [12, 13, 14], [20, 21], [20, 22])
+    assert part["place"] == 1 and part["spacings"] != 0
