@@ -169,13 +169,14 @@ def ties(records: list[Record]) -> str:
     rows = [
         [
             record["model"], record["compute_dtype"], f"{record['answers']:,}", f"{record['tokens']:,}", f"{record['equal']:,}",
+            f"{record['equal_in_batches']:,}",
             f"{record['exact_ties']:,}", f"{record['within_two_spacings'] - record['exact_ties']:,}",
             f"{record['answers'] - record['equal'] - record['within_two_spacings']:,}",
         ]
         for record in records
     ]  # fmt: skip
     head = [
-        "model", "compute type", "answers", "tokens", "equal", "part at equal logits", "at 1 or 2 spacings", "at more",
+        "model", "compute type", "answers", "tokens", "equal", "transformers' in batches equal", "part at equal logits", "at 1 or 2 spacings", "at more",
     ]  # fmt: skip
     return table(head, rows, numeric=True) + "\n" + "\n".join(where(record) for record in records)
 
