@@ -5,7 +5,7 @@
 Some replies of the text are answered by Kestrel as generate.py does, many at once, and by transformers' own generate, one at a
 time and with its own attention; by the base with an adapter whose weights are random. Where two answers part, the prompt and what
 they share go through transformers' model once more: the gap is how far the logit of Kestrel's token lies below that of
-transformers'. In float32 the answers are equal. In bfloat16, which holds a number to 1 part in 256, they part where two tokens
+transformers'. In float32 the answers are equal. In bfloat16, which holds a number to 1 part in 128, they part where two tokens
 are nearly as likely; as a control, so do those that transformers makes in batches.
 """
 
