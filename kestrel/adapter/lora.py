@@ -53,7 +53,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise KestrelError(
-            f"lora.target_modules {targets} does not fit this model ({error}); its linear layers are {names}"
+            f"lora.target_modules {targets} does not fit this model ({error}); its linear layers are "
+            f"{names}; all-linear takes all of them"
         ) from None
     if hasattr(model.get_output_embeddings(), "lora_A") and model.config.tie_word_embeddings:
         raise KestrelError(

@@ -176,6 +176,15 @@ def resolve(
     return settings, origin
 
 
+def _option_for(given: str) -> str:
+    """A hint at the option that a file without one is meant for."""
+    if given.endswith((".yaml", ".yml")):
+        return f"; did you mean --config {given}?"
+    if Path(given).exists():
+        return "; dialogues are given by --data.source, answers to be scored by --evaluation.generations"
+    return ""
+
+
 def _unknown_arguments(unknown: Sequence[str], known: list[str]) -> list[str]:
     """A message for each unknown option, and for each argument that is not the value of one."""
     problems = []
@@ -185,7 +194,7 @@ def _unknown_arguments(unknown: Sequence[str], known: list[str]) -> list[str]:
         launchers = [each for each, names in _LAUNCHERS.items() if name.replace("-", "_") in names.split()]
         if not flag.startswith("-"):
             if not before.startswith("-"):
-                problems.append(f"{given!r}: an argument that belongs to no option")
+                problems.append(f"{given!r}: an argument that belongs to no option{_option_for(given)}")
         elif launchers:
             problems.append(f"{flag}: an option of {launchers[0]}; it goes before the script's name")
         else:

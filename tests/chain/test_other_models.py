@@ -118,7 +118,7 @@ def test_layers_are_chosen_for_the_model_or_named_as_its_own(source, tmp_path, c
     assert train.main([*arguments, "--lora.target_modules", "query_key_value"]) == 1
     said = capsys.readouterr().err
     assert "lora.target_modules ['query_key_value'] does not fit this model" in said
-    assert f"its linear layers are {', '.join(sorted(_GATED))}" in said
+    assert f"its linear layers are {', '.join(sorted(_GATED))}; all-linear takes all of them" in said
     assert train.main(arguments) == 0 and "trainable parameters on all-linear" in capsys.readouterr().out
     assert read_json(tmp_path / "run/adapter/manifest.json", "")["settings"]["lora"]["target_modules"] == "all-linear"
 

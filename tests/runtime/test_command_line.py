@@ -198,6 +198,8 @@ def test_options(config: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["--nproc-per-node", "2"], "--nproc-per-node: an option of torchrun; it goes before the script's name"),
         (["--config_file", "x.yaml"], "--config_file: an option of accelerate launch; it goes before the script's name"),
         (["7"], "'7': an argument that belongs to no option"),
+        (["my.yaml"], "'my.yaml': an argument that belongs to no option; did you mean --config my.yaml?"),
+        (["README.md"], "answers to be scored by --evaluation.generations"),
     ],
 )  # fmt: skip
 def test_wrong_options(config: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
