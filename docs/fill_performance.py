@@ -176,7 +176,7 @@ def ties(records: list[Record]) -> str:
         for record in records
     ]  # fmt: skip
     head = [
-        "model", "compute type", "answers", "tokens", "equal", "transformers' in batches equal", "part at equal logits", "at 1 or 2 spacings", "at more",
+        "model", "compute type", "answers", "tokens", "equal", "equal, by transformers in batches", "part at equal logits", "part at 1 or 2 spacings", "part at more",
     ]  # fmt: skip
     return table(head, rows, numeric=True) + "\n" + "\n".join(where(record) for record in records)
 
