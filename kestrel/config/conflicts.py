@@ -63,10 +63,7 @@ def conflicts(settings: Settings, options: Collection[str] = ()) -> list[tuple[s
     wrong = (
         len(chosen.labels) != 3 or len(words) != 3 or any(not word.isprintable() or not word.strip() for word in words)
     )
-    problem = (
-        "expected three different words, [Persona, Partner, You] in YAML and Persona Partner You after the option, found "
-        f"{chosen.labels}"
-    )
+    problem = f"expected three different words ([A, B, C] in YAML, A B C after the option), found {chosen.labels}"
     refuse(wrong, "prompt.labels", problem)
     refuse(settings.lora.target_modules == [], "lora.target_modules", "is empty, so nothing would be trained")
     return found
