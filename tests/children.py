@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_LIMIT = 900  # seconds; less than a test has
 WAIT = "print('now', flush=True); time.sleep(60)\n"
 
 
@@ -26,9 +27,13 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The same until it ends."""
-    process = start(*arguments, **environment)
-    said = process.communicate()
+    """The same until it ends; what takes too long is ended, and the last of its errors says where each thread was."""
+    process = start(*arguments, PYTHONFAULTHANDLER="1", **environment)
+    try:
+        said = process.communicate(timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        said = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 

@@ -48,7 +48,8 @@ _SATURATING = 40 * 2**20
 # Launching the kernels of a layer, forward and backward, takes a process so many seconds (an H200's machine, November 2026);
 # computing them takes as many operations as this share of a card's peak rate gives.
 _LAUNCHES_OF_A_LAYER, _REACHED = 0.006, 0.6
-_SLACK_ON_A_CPU = 0.4  # of the peak: scratch space of the matrix products, and blocks between others that stay
+_SLACK_ON_A_CPU = 0.3  # of the peak: scratch space of the matrix products, and blocks between others that stay
+_LATER_ON_A_CPU = 200 * 2**20  # bytes: libraries that are imported, and kernels that are compiled, after the estimate
 SLACK = 0.08  # of the peak: fragments that the allocator cannot use
 
 
@@ -191,7 +192,7 @@ class Estimator:
         if not self.on_cpu:
             return {}
         # This process as it is now, with its libraries, and the weights' file, which is mapped into memory.
-        overhead = memory_used() + min(2 * self.parameters, _LARGEST_FILE)
+        overhead = memory_used() + _LATER_ON_A_CPU + min(2 * self.parameters, _LARGEST_FILE)
         return {"workspace": 0, "overhead": overhead, "slack": _SLACK_ON_A_CPU}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def test_adapter_learned_to_stop_and_to_predict(run, systems):
     rows = rows_in(run / "generations" / "test.adapter.jsonl")
     nats, tokens = (sum(row[key] for row in rows) for key in ("reference_nll", "reference_tokens"))
     assert systems["adapter"]["perplexity"]["token"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+
+
+def test_memory_is_within_20_percent_of_what_was_said_before_the_first_step(quickstart):
+    said = quickstart[1]["train.py"]
+    estimate = re.search(r"about ([\d.]+) of [\d.]+ GiB of memory", said)
+    peak = re.search(r"([\d.]+) GiB of memory at the peak", said)
+    assert estimate and peak, said
+    # Both are printed with one digit after the point.
+    assert abs(float(estimate[1]) - float(peak[1])) <= 0.2 * float(peak[1]) + 0.05
 
 
 def test_run_folder_is_complete(run):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import os
 import signal
@@ -27,7 +28,7 @@ from kestrel.runtime.manifest import git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("preprocess", "train", "generate", "evaluate", "publish", "chat")
-_LIMIT = 300.0  # seconds; what takes longer hangs
+_LIMIT = 120.0  # seconds; what takes longer hangs
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
@@ -67,8 +68,11 @@ class Forks:
         self._work, self.typed = work, work / "typed.txt"
         self._scripts = {name: script(name) for name in SCRIPTS}
         git_commit()  # which forks then know
-        # tqdm's own lock is a semaphore that all forks share: one that is killed with it would stop the others.
+        # tqdm's own lock is a semaphore that all forks share: one that is killed with it would stop the others. Its
+        # monitor is a thread, which may hold the lock at the moment of a fork.
         tqdm.set_lock(threading.RLock())
+        tqdm.monitor_interval = 0
+        faulthandler.register(signal.SIGUSR1, file=2)  # in forks too: what hangs says where
 
     def run(self, name: str, arguments: list[str], watched: Path, moment: Moment | None = None) -> Ended:
         """Runs a script to its end, which `moment` may cause; counts the file operations in the folder `watched`."""
@@ -84,7 +88,9 @@ class Forks:
         sent = self._send(pid, moment, began)
         hung = _alive_until(pid, time.monotonic() + _LIMIT)
         if hung:
-            os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGUSR1)  # see __init__
+            time.sleep(1)
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         ended = time.monotonic()
         with contextlib.suppress(ProcessLookupError):  # whatever it had started itself
@@ -93,9 +99,9 @@ class Forks:
         for module in lines[2:]:
             with contextlib.suppress(Exception):  # some are made by others and cannot be imported alone
                 importlib.import_module(module)
-        if hung:
-            raise TimeoutError(f"{name}.py does not end")
         said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        if hung:
+            raise TimeoutError(f"{name}.py does not end after {moment}:\n{said}")
         return Ended(
             os.waitstatus_to_exitcode(status),
             ended - began,
