@@ -31,7 +31,7 @@ from kestrel.model.kernels.attention import attend
 from kestrel.model.kernels.elementwise import activate, activate_backward_, norm, norm_backward, rotate
 from kestrel.model.projection import Group, Repeats
 
-Recompute = Literal["none", "mlp", "full"]
+Recompute = Literal["dense", "none", "mlp", "full"]
 # Called as `attend` is, in its place.
 Attending: TypeAlias = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
@@ -209,7 +209,7 @@ class DecoderLayer(torch.autograd.Function):
         needs_mlp = layer.mlp_norm is not None or ctx.needs_input_grad[0] or layer.adapts_mlp()
         keeps_middle = layer.recompute != "full"
         by_attention = (middle, made, by_mlp, low_qkv) if keeps_middle else [None] * 4
-        by_up = (before, low_up) if layer.recompute == "none" and needs_mlp else [None] * 2
+        by_up = (before, low_up) if layer.recompute in ("dense", "none") and needs_mlp else [None] * 2
         ctx.save_for_backward(x, cos, sin, wanted, *by_attention, *by_up, low_output, low_down)
         ctx.layer, ctx.seed, ctx.needs_mlp, ctx.repeats = layer, seed, needs_mlp, repeats
         ctx.attention = attention if keeps_middle else None

@@ -32,9 +32,10 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     sizes = [layer.weight.quant_state.shape.numel() * layer.compute_dtype.itemsize for layer in layers]
-    fits = bool(layers) and sum(sizes) <= _SHARE * free_memory(layers[0].weight.device)
     fast = fast_layers_of(model)
-    groups = fast.groups() if fits and fast is not None else []
+    groups = fast.groups() if fast is not None else []
+    held = bool(groups) and all(group.is_dense for group in groups)  # as training may keep them
+    fits = bool(layers) and (held or sum(sizes) <= _SHARE * free_memory(layers[0].weight.device))
     try:
         # Nothing else, such as a hook, may have replaced what they compute.
         if fits and not any("forward" in vars(layer) for layer in layers):
@@ -45,7 +46,7 @@ def dense_weights(model: nn.Module) -> Iterator[bool]:
                 layer.forward = functools.partial(_product, layer, dense)
         yield fits
     finally:
-        for group in groups:
+        for group in groups if not held else ():
             group.let_go()
         for layer in layers:
             if isinstance(getattr(layer, "forward", None), functools.partial):

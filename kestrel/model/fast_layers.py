@@ -18,12 +18,12 @@ class FastBackbone:
     Args:
         backbone: with its frozen weights and its adapter, if it is to have one.
         architecture: of `architecture.describe`.
-        recompute: what the backward pass makes again beside what it always does. mlp: the MLP's first product; full:
-            the attention too, so that of each layer only the input is kept.
+        recompute: what the backward pass makes again beside the dense weights. mlp: the MLP's first product; full: the
+            attention too, so that of each layer only the input is kept; dense: nothing, the dense weights are kept too.
     """
 
     def __init__(self, backbone: Any, architecture: Architecture, recompute: Recompute):
-        self._backbone, self._architecture = backbone, architecture
+        self._backbone, self._architecture, self._keeps_dense = backbone, architecture, recompute == "dense"
         layers = backbone.get_submodule(architecture.layers)
         self._inside = [module for layer in layers for module in layer.modules()]
         self._adapted = [module for module in self._inside if hasattr(module, "lora_A")]
@@ -78,6 +78,8 @@ class FastBackbone:
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             refresh(self.groups(), x.dtype)
+            for group in self.groups() if self._keeps_dense else ():
+                group.hold(x.dtype, with_room=True)
         kinds = architecture.rotaries or ("",) * len(self._layers)
         rotations = {
             kind: tuple(t[0].contiguous() for t in backbone.rotary_emb(x, positions, *([kind] if kind else [])))

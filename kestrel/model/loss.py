@@ -180,14 +180,14 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
     Args:
         model: the causal LM with or without an adapter.
         recompute: what the backward pass recomputes to save memory, as of `FastBackbone`. In architectures
-            that `architecture.describe` does not know, anything but none checkpoints each layer.
+            that `architecture.describe` does not know, mlp and full checkpoint each layer.
     """
     causal_lm = causal_lm_of(model)
     own_forward = causal_lm.forward
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     architecture = describe(backbone)
     fused = FastBackbone(backbone, architecture, recompute) if architecture is not None else None
-    if recompute != "none" and (fused is None or not fused.can_run()):
+    if recompute in ("mlp", "full") and (fused is None or not fused.can_run()):
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # `generate` reads the signature to decide whether a left-padded row needs position_ids, so it must stay visible.

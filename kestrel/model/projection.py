@@ -125,12 +125,19 @@ class Group:
         aligned = self._shape[1] % 64 == 0 and ranks % 16 == 0
         return ranks if self._has_room and in_4_bit and aligned and ranks <= 64 else 0
 
-    def hold(self, dtype: torch.dtype) -> list[tuple[Any, Tensor]]:
-        """Keeps weights in 4 bit dense, side by side, until `let_go`; returns each layer and its part of them."""
+    def hold(self, dtype: torch.dtype, with_room: bool = False) -> list[tuple[Any, Tensor]]:
+        """Keeps weights in 4 bit dense, side by side, until `let_go`; returns each layer and its part of them.
+
+        Args:
+            with_room: for B beside them, as `spare` says.
+        """
         if self._apart or self._weights[0].state is None:
             return []
-        self._whole = whole = self._dense(dtype, self._shape[1])
-        return [(base, whole[columns]) for base, columns in zip(self._bases, self._columns, strict=True)]
+        inputs = self._shape[1]
+        if self._whole is None or self._whole.dtype != dtype:
+            self._whole = self._dense(dtype, inputs + (self.spare if with_room else 0))
+        parts = zip(self._bases, self._columns, strict=True)
+        return [(base, self._whole[columns, :inputs]) for base, columns in parts]
 
     def let_go(self) -> None:
         self._whole = None
@@ -221,13 +228,14 @@ class Group:
     def _dense(self, dtype: torch.dtype, width: int) -> Tensor:
         """(outputs, width): the weights, and beside them B where they are narrower."""
         outputs, inputs = self._shape
-        if self._whole is not None and self._whole.dtype == dtype and width == inputs:
-            return self._whole
-        if len(self._weights) == 1 and width == inputs:
+        if self._whole is not None and self._whole.dtype == dtype and width <= self._whole.shape[1]:
+            whole = self._whole[:, :width]
+        elif len(self._weights) == 1 and width == inputs:
             return self._weights[0].dense(dtype)
-        whole = torch.empty(outputs, width, dtype=dtype, device=self._weights[0]._held.device)
-        for weight, columns in zip(self._weights, self._columns, strict=True):
-            weight.dense(dtype, out=whole[columns, :inputs])
+        else:
+            whole = torch.empty(outputs, width, dtype=dtype, device=self._weights[0]._held.device)
+            for weight, columns in zip(self._weights, self._columns, strict=True):
+                weight.dense(dtype, out=whole[columns, :inputs])
         if width > inputs:
             whole[:, inputs:] = self._b
         return whole

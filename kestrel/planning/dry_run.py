@@ -56,12 +56,13 @@ def _parts(settings: Settings, estimator: Estimator, plan: Plan, dialogues: Dial
     """What training keeps in memory beside base and adapter."""
     estimate, largest = plan.estimate, dialogues.largest(plan.tokens_per_step)
     assert estimate is not None
+    dense = "dense weights, and " if plan.recompute == "dense" else ""
     on_host = [("of the base, the embedding stays in the machine's memory", -estimator.embedding)]
     return [
         *(on_host if plan.embedding_on_host else []),
         ("the adapter's gradients", estimate.adapter),
         (f"state of {settings.training.optimizer}", estimate.optimizer),
-        (f"kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
+        (f"{dense}kept for the backward pass of {largest.rows} x {largest.length:,} tokens", estimate.kept),
         ("more at the peak", estimate.momentary),
     ]
 
@@ -177,7 +178,8 @@ def _changes(
     found = {}
     if settings.quantization.bits != 4:
         found["quantization.bits: 4"] = other("quantization", bits=4)
-    for level in estimator.levels[estimator.levels.index(plan.recompute) + 1 :]:
+    levels = estimator.levels
+    for level in levels[levels.index(plan.recompute) + 1 if plan.recompute in levels else 0 :]:
         found[f"training.recompute: {level}"] = needed_by(shape, level)
     if shape.rows > 1:
         found[f"{smallest}, a dialogue at a time"] = needed_by(one, plan.recompute)

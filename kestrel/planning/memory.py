@@ -28,7 +28,7 @@ from kestrel.model.architecture import describe
 from kestrel.model.decoder_layer import Recompute
 from kestrel.model.host_embedding import embedding_bytes
 from kestrel.model.kernels import attention, cards, elementwise, low_rank
-from kestrel.model.loss import attach_token_nll, causal_lm_of, token_nll
+from kestrel.model.loss import attach_token_nll, causal_lm_of, fast_layers_of, token_nll
 from kestrel.model.quantization import footprint_bytes
 from kestrel.planning.random_base import random_base, random_model
 from kestrel.runtime import distributed
@@ -128,7 +128,9 @@ class Estimator:
         causal_lm = causal_lm_of(model)
         knows_mlp = describe(getattr(causal_lm, causal_lm.base_model_prefix)) is not None
         # The values of training.recompute that differ for this architecture, least recomputation first.
-        self.levels: list[Recompute] = ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
+        keeps_dense = knows_mlp and not sharded and settings.quantization.bits == 4
+        self.levels: list[Recompute] = ["dense"] if keeps_dense else []
+        self.levels += ["none", "mlp", "full"] if knows_mlp else ["none", "full"]
         base = (p for p in model.parameters() if not p.requires_grad)
         self.parameters = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in base)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -161,8 +163,13 @@ class Estimator:
         return Estimate(base, self.adapter, optimizer, kept, peak - kept, **self.around())
 
     def _count(self, shape: Pass, recompute: Recompute) -> tuple[int, int]:
+        model = self.model(recompute)
         with self.on_shapes("set training.tokens_per_step and training.recompute"):
-            return _run_on_shapes(self.model(recompute), shape)
+            counted = _run_on_shapes(model, shape)
+        fast = fast_layers_of(model)
+        for group in fast.groups() if fast is not None else ():
+            group.let_go()  # so that the next count begins without them too
+        return counted
 
     @contextmanager
     def on_shapes(self, remedy: str, more: Sequence[Substitute] = ()) -> Iterator[None]:

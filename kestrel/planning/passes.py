@@ -15,6 +15,7 @@ import torch
 
 from kestrel.batching import even_batches_within, share_of
 from kestrel.config.settings import Settings, memory_bytes
+from kestrel.errors import KestrelError
 from kestrel.model.base import device
 from kestrel.model.decoder_layer import Recompute
 from kestrel.planning.memory import CONTEXT, GIB, CannotEstimate, Estimate, Estimator, Pass
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 WITHOUT_A_GPU = 4096  # tokens: on a CPU larger passes are no faster
 # What a token takes, by what is recomputed, and what a pass takes beside its tokens, in tokens, since it makes the weights dense:
 # about what docs/performance.md has of Falcon-7B and Qwen2.5-7B.
-_WORK: dict[Recompute, float] = {"none": 1.0, "mlp": 1.25, "full": 1.32}
+_WORK: dict[Recompute, float] = {"dense": 0.975, "none": 1.0, "mlp": 1.25, "full": 1.32}
 _WORK_OF_A_PASS = 150
+_MOST_FOR_DENSE = 0.6  # of the memory: so little time is saved with dense weights that the rest is left to others
 _WAITS_FOR_HOST = 1.05  # times the rest, where each pass waits for its tokens' rows of the embedding
 _STEP = 64  # tokens
 _TRIALS = 5
@@ -121,9 +123,20 @@ def plan_passes(
     checkpoint: Path | None = None,
     sharded: bool = False,
 ) -> Plan:
-    """The checkpoint's plan if it was made for the same settings; else the settings, with what fits the device for auto."""
+    """The checkpoint's plan if it was made for the same settings; else the settings, with what fits the device for auto.
+
+    Raises:
+        KestrelError: dense weights of a base that is sharded.
+    """
+    if sharded and settings.training.recompute == "dense":
+        raise KestrelError(
+            "training.recompute: dense keeps all weights in each process, and FSDP is there to split them; take none"
+        )
     if settings.training.dense_weights:
-        print("note: training.dense_weights has no effect any more; remove it", file=sys.stderr)
+        print(
+            "note: training.dense_weights has no effect any more; training.recompute: dense does what it did",
+            file=sys.stderr,
+        )
     recorded = read_passes(checkpoint, settings) if checkpoint is not None else None
     if recorded is not None:
         return recorded
@@ -170,6 +183,8 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
     """
     asked = settings.training
     levels: list[Recompute] = estimator.levels if asked.recompute == "auto" else [asked.recompute]
+    if asked.recompute == "auto" and estimator.on_cpu:
+        levels = [level for level in levels if level != "dense"]
     most = min(dialogues.most_tokens, WITHOUT_A_GPU if estimator.on_cpu else estimator.saturating)
     most = max(dialogues.longest, most) if asked.tokens_per_step == "auto" else asked.tokens_per_step
     # Of the slowest card, so that all processes make the same passes.
@@ -187,6 +202,9 @@ def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: 
             found = _largest_that_fits(planned, dialogues.longest, most)
         else:
             found = planned(most, dialogues.largest(most))
+        assert found.estimate is not None
+        if asked.recompute == "auto" and level == "dense" and found.estimate.needed > _MOST_FOR_DENSE * memory:
+            continue
         if best is None or not best.fits or (found.fits and work(found) < work(best)):
             best = found
     assert best is not None

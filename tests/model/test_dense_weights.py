@@ -44,6 +44,22 @@ def test_logits_are_the_same_to_the_bit(tmp_path, monkeypatch, architecture, dty
             )
 
 
+def test_training_that_keeps_weights_dense_keeps_them_through_answers(tmp_path, monkeypatch):
+    model, _ = load_base(settings_of(write_base(tmp_path / "base")))
+    model = add_lora(model, Lora(r=16, dropout=0.0, target_modules="all-linear"), seed=0).train()
+    ids = torch.arange(12, 52)[None]
+    batch = {"input_ids": ids, "labels": ids, "predicting": torch.arange(39)}
+    attach_token_nll(model)
+    expected = token_nll(model, batch)
+    attach_token_nll(model, "dense")
+    kept = token_nll(model, batch)
+    assert fast_layers_of(model).is_dense() and torch.allclose(kept, expected, rtol=1e-2)
+    monkeypatch.setattr(module.FrozenWeight, "dense", None)  # from here on nothing is made dense again
+    with torch.no_grad(), dense_weights(model) as fits:
+        assert fits and model(input_ids=ids).logits.isfinite().all()
+    token_nll(model, batch).sum().backward()
+
+
 def test_few_rows_on_an_old_card_take_the_fused_product(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "capability", lambda: (7, 5))
     model, _ = load_base(settings_of(write_base(tmp_path / "base")))

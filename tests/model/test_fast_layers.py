@@ -93,7 +93,7 @@ def test_any_adapter_on_any_base(name: str, layers: list[str], data: st.DataObje
     model = make_described(name, dtype, sorted(targets), kind, r=rank, use_rslora=rslora)
     theirs = library_loss(model)
     expected = gradients(model, theirs)
-    ours = fast_loss(model, data.draw(st.sampled_from(["none", "mlp", "full"])))
+    ours = fast_loss(model, data.draw(st.sampled_from(["dense", "none", "mlp", "full"])))
     found, rounding = gradients(model, ours), {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}[dtype]
     assert ours.item() == pytest.approx(theirs.item(), rel=rounding)
     flat, of_library = (torch.cat([g.flatten() for g in each.values()]) for each in (found, expected))
@@ -113,8 +113,8 @@ def test_in_bfloat16_as_near_to_float32_as_the_librarys(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "falcon"])
 def test_recomputing_changes_no_bit_dropout_included(name: str) -> None:
     results = []
-    for recompute in ("none", "mlp", "full"):
-        model = make_described(name, torch.float32, lora_dropout=0.3)
+    for recompute in ("dense", "none", "mlp", "full"):
+        model = make_described(name, torch.float32, kind="nf4", lora_dropout=0.3)
         torch.manual_seed(3)
         loss = fast_loss(model, recompute)  # type: ignore[arg-type]
         results.append((loss.detach(), gradients(model, loss)))

@@ -98,6 +98,30 @@ def test_on_a_fast_card_larger_passes_are_worth_recomputation():
     assert [chosen(gib, busy=4000) for gib in (40, 10, 5)] == [("none", False), ("mlp", False), ("full", True)]
 
 
+@pytest.mark.parametrize(("gib", "expected"), [(40, "dense"), (25, "none")])
+def test_weights_stay_dense_only_where_much_memory_is_left(gib, expected):
+    class Denser(Arithmetic):
+        levels = ("dense", *Arithmetic.levels)
+
+        def estimate(self, shape: Pass, level: str, on_host: bool = False) -> Estimate:
+            dense = level == "dense"
+            estimate = super().estimate(shape, "none" if dense else level, on_host)
+            return replace(estimate, kept=estimate.kept + dense * 6 * 2**30)
+
+    dialogues, estimator = dialogues_of(np.full(256, 150), 32), Denser()
+    plan = best_plan(settings_for(), estimator, gib * 2**30, dialogues)
+    assert plan.recompute == expected and plan.fits
+    set_to = best_plan(settings_for(recompute="dense"), estimator, gib * 2**30, dialogues)
+    assert set_to.recompute == "dense" and set_to.fits
+    estimator.on_cpu = True
+    assert best_plan(settings_for(), estimator, gib * 2**30, dialogues).recompute == "none"
+
+
+def test_a_sharded_base_keeps_no_dense_weights():
+    with pytest.raises(KestrelError, match="training.recompute: dense keeps all weights"):
+        passes.plan_passes(settings_for(recompute="dense"), None, None, sharded=True)  # type: ignore[arg-type]
+
+
 def test_given_values_are_kept():
     def chosen_for(**training: Any) -> Plan:
         return best_plan(settings_for(**training), Arithmetic(), 8 * 2**30, dialogues_of(np.full(32, 300), 32))
