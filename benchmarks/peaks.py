@@ -31,7 +31,7 @@ from benchmarks.shapes import SHAPES
 from kestrel.planning.memory import CONTEXT
 
 _SHAPES = ("falcon-7b", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b", "gemma-2-9b", "smollm2-135m")
-_TRAINING, _GENERATION = ("none", "mlp", "full"), ("generation", "generation-auto")
+_TRAINING, _GENERATION = ("dense", "none", "mlp", "full"), ("generation", "generation-auto")
 _ALLOWED = 0.1
 _MARK = "measured: "
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the dry run would time passes on one
