@@ -81,6 +81,8 @@ def _without_effect(settings: Settings, options: Collection[str]) -> list[tuple[
     if model.revision is not None and Path(model.name).is_dir():
         reason = f"has no effect: model.name {model.name} is a local folder; leave it out, or set it to null"
         found.append(("model.revision", reason))
+    if training.recompute == "dense" and held.bits == 16:
+        found.append(("training.recompute", "dense has no effect with quantization.bits: 16; take none"))
     if training.max_steps is not None and "training.epochs" in options:
         reason = f"has no effect with training.max_steps: {training.max_steps}; add --training.max_steps null"
         found.append(("training.epochs", reason))

@@ -16,7 +16,7 @@ from kestrel.errors import Interrupted, KestrelError
 from kestrel.model.base import check_context, device, device_name, load_base, note_on_untrained_end
 from kestrel.model.host_embedding import move_embedding_to_host
 from kestrel.model.layer_proof import prove_layers
-from kestrel.model.loss import attach_token_nll, collate, prove_loss
+from kestrel.model.loss import attach_token_nll, collate, fast_layers_of, prove_loss
 from kestrel.model.quantization import Audit
 from kestrel.prompt.prompt import Prompt
 from kestrel.runtime import distributed
@@ -80,6 +80,8 @@ def load_trainable(
     if sharded:
         print(shard(model))
     attach_token_nll(model, plan.recompute)
+    if plan.recompute == "dense" and fast_layers_of(model) is None:
+        print("note: training.recompute: dense is none for the layers of transformers")
     prompt.ends_also_at(model.generation_config.eos_token_id)
     if initial is not None:
         print(prove_loaded(model, initial.manifest, prompt.identity(), settings.quantization.compute_dtype))

@@ -82,11 +82,13 @@ def test_every_architecture_goes_through_all_scripts(architecture, source, tmp_p
     assert_taught(tmp_path / "run", layers)
 
 
-def test_gpt2_with_absolute_positions(source, tmp_path):
+def test_gpt2_with_absolute_positions_and_the_layers_of_transformers(source, tmp_path, capsys):
     base = write_base(tmp_path / "base", "gpt2")
     config = write_config(tmp_path / "c.yaml", base, source, tmp_path / "run")
     arguments = ["--config", str(config), "--lora.target_modules", "all-linear", "--training.max_steps", "2"]
+    arguments += ["--training.recompute", "dense"]
     assert preprocess.main(arguments) == 0 and train.main(arguments) == 0 and generate.main(arguments) == 0
+    assert "note: training.recompute: dense is none for the layers of transformers\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("template", [CHATML, INST], ids=["with a system message", "system within the first message"])

@@ -108,6 +108,7 @@ def test_sampling_and_beams() -> None:
     [
         ("quantization: {bits: 16, type: fp4}", {}, "quantization.type"),
         ("quantization: {bits: 16, double_quant: false}", {}, "quantization.double_quant"),
+        ("quantization: {bits: 16}\ntraining: {recompute: dense}", {}, "training.recompute"),
         ("", {"quantization.bits": "16", "quantization.type": "nf4"}, "quantization.type"),
         ("quantization: {type: nf4, double_quant: true}", {"quantization.bits": "16"}, None),
         ("", {"model.name": ".", "model.revision": "main"}, "model.revision"),
