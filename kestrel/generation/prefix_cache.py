@@ -134,6 +134,7 @@ def compute_prefixes(
             prefixes, scores = Prefixes(), {}
     if prefixes.nbytes:
         yield prefixes, scores
+        prefixes.release()
 
 
 class Continuation(NamedTuple):

@@ -167,10 +167,6 @@ def load_base(settings: Settings, to_be_sharded: bool = False) -> tuple[PreTrain
     require_weights(chosen.name, skeleton.num_parameters())
     use_fused_kernels(config.model_type)
     let_segments_grow(device())
-    if to_be_sharded and saved_quantization(config.to_dict()):
-        raise KestrelError(
-            f"{chosen.name} is saved in 4 bit and cannot be sharded; name the model that it was made from"
-        )
     place = _room_for_whole(expected_footprint_bytes(skeleton, wanted), settings) if to_be_sharded else device()
     quantization = (
         BitsAndBytesConfig(

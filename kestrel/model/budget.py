@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from kestrel.model.loss import causal_lm_of
+from kestrel.runtime.machine import memory_available
 
 R = TypeVar("R")
 Given: TypeAlias = "Budget | int | Literal['auto']"  # tokens of a pass, or as many as fit
@@ -122,11 +121,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(OF_A_CPU * 1024 * int(line.split()[1]))
-    return 2**30  # not Linux
+    return int(OF_A_CPU * memory_available())
 
 
 def _kept_per_token(config: Any) -> int:

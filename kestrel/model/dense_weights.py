@@ -1,8 +1,8 @@
 """Frozen 4-bit weights kept dense while answers are made, where the memory has room for both.
 
 Each token of an answer multiplies every weight once more. A product with dense weights takes a quarter to three quarters of the
-time that bitsandbytes' fused 4-bit product takes (`benchmarks/decoding_products.py`), and a CPU without that
-makes the weights dense for each product.
+time that bitsandbytes' fused 4-bit product takes (`benchmarks/decoding_products.py`), and a CPU, which has no fused product, makes
+the weights dense for each product.
 """
 
 from __future__ import annotations

@@ -183,7 +183,9 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
             that `architecture.describe` does not know, mlp and full checkpoint each layer.
     """
     causal_lm = causal_lm_of(model)
-    own_forward = causal_lm.forward
+    own_forward = getattr(
+        causal_lm.forward, "own_forward", causal_lm.forward
+    )  # not the wrapper that an earlier call made
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     architecture = describe(backbone)
     fused = FastBackbone(backbone, architecture, recompute) if architecture is not None else None
@@ -201,7 +203,7 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
         with torch.autocast("cpu" if place == "meta" else place, enabled=False):  # meta: memory is estimated
             return {"result": _at_supervised_tokens(causal_lm, kwargs, of_hidden, fused)}
 
-    forward.fast_layers = fused  # type: ignore[attr-defined]
+    forward.fast_layers, forward.own_forward = fused, own_forward  # type: ignore[attr-defined]
     causal_lm.forward = forward
 
 

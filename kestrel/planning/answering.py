@@ -214,7 +214,7 @@ def report(settings: Settings, config: PretrainedConfig, prompt: Prompt, rows: D
         KestrelError: it does not fit the GPU that was found or named, or this machine where there is none.
     """
     estimator = Estimator(settings, config, adapted="adapter" in settings.generation.systems)
-    memory = available_memory(settings)
+    memory = available_memory(settings, is_planned=True)
     left: float = memory - CONTEXT - WORKSPACE
     if estimator.on_cpu:
         left = budget.free_memory(torch.device("cpu")) / budget.OF_A_CPU

@@ -31,7 +31,7 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
     Raises:
         KestrelError: training does not fit the GPU that was found or named, or this machine where there is none.
     """
-    memory = available_memory(settings)
+    memory = available_memory(settings, is_planned=True)
     estimator = Estimator(settings, config, sharded)
     plan = fitting_plan(settings, estimator, memory, dialogues)
     assert plan.estimate is not None
@@ -41,6 +41,8 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
         print("time: not measured, this machine has no GPU")
     elif sharded:
         print("time: not measured with a sharded base")
+    elif plan.fits and plan.estimate.needed > available_memory(settings):
+        print("time: not measured, the GPU of this machine has less memory")
     elif plan.fits:
         print(f"time: {_measured(settings, config, plan, dialogues)}")
     else:

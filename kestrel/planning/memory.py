@@ -1,8 +1,8 @@
 """What training takes in GPU memory, before a weight is loaded; and, for `answering.py`, how to count it.
 
 The training step itself runs on the meta device, where tensors have shapes and no content, and every allocation is
-counted until it is freed. So the count follows the code: the layers of any architecture, Kestrel's own for Falcon, LoRA's
-copies, and what the backward pass recomputes. Kernels that exist on a GPU only are replaced by what they allocate.
+counted until it is freed. So the count follows the code: the layers of any architecture, Kestrel's own where they know it,
+LoRA's copies, and what the backward pass recomputes. Kernels that exist on a GPU only are replaced by what they allocate.
 """
 
 from __future__ import annotations

@@ -54,15 +54,20 @@ class Plan:
         return self.estimate is None or self.memory is None or self.estimate.needed <= self.memory
 
 
-def available_memory(settings: Settings) -> int:
-    """Bytes of memory for training: training.device_memory, else what is free now on the GPU; without one, what this process
-    has and what the machine or its container still has.
+def available_memory(settings: Settings, is_planned: bool = False) -> int:
+    """Bytes of memory for training: training.device_memory, as far as the GPU has it, else what is free on the GPU now; without
+    one, what this process has and what the machine or its container still has.
 
     The process with the least memory decides, so that all make the same passes.
+
+    Args:
+        is_planned: for a device that is named and need not be the one that is here.
     """
     named = memory_bytes(settings.training.device_memory)
+    if named is not None and (is_planned or not torch.cuda.is_available()):
+        return named
     if not torch.cuda.is_available():
-        return named if named is not None else memory_used() + memory_available()
+        return memory_used() + memory_available()
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process has its context already
     return distributed.all_reduce_min(found if named is None else min(named, found))
@@ -138,7 +143,7 @@ def plan_passes(
             file=sys.stderr,
         )
     recorded = read_passes(checkpoint, settings) if checkpoint is not None else None
-    if recorded is not None:
+    if recorded is not None and not (sharded and recorded.recompute == "dense"):
         return recorded
     memory = available_memory(settings)
     is_set = settings.training.tokens_per_step != "auto" and settings.training.recompute != "auto"
@@ -173,8 +178,8 @@ def fitting_plan(settings: Settings, estimator: Estimator, memory: int, dialogue
 
 
 def best_plan(settings: Settings, estimator: Estimator, memory: int, dialogues: Dialogues) -> Plan:
-    """The plan that should be fastest, of those that fit into `memory` bytes: the less is recomputed, the smaller and the more
-    are the passes.
+    """The plan that should be fastest, of those that fit into `memory` bytes: with less recomputation, passes hold fewer tokens,
+    and there are more of them.
 
     Where nothing fits, the plan that needs least.
 

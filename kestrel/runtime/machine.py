@@ -10,9 +10,9 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
-# The files of both versions of cgroups: the limit, and what is in use, below the folder of version 2 or of version 1.
 _MUCH = 3 * 2**29  # bytes
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+# The files of both versions of cgroups: the limit, and what is in use, below the folder of version 2 or of version 1.
 _FILES = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ACCELERATE, PATIENCE, TORCHRUN, begin, end, free_port
-from make_models import write_config, write_corpus
+from make_models import settings_of, write_config, write_corpus
 from safetensors.torch import load_file
 from scripts import ROOT, rows_in
+
+from kestrel.config.settings import Quantization
+from kestrel.model.base import load_base
 
 
 def run(*command: str, launcher: list[str] = TORCHRUN) -> tuple[int, str, str]:
@@ -65,13 +68,18 @@ def alone(assets, tmp_path_factory):
     return arguments, folder / "run", folder / "prepared"
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "multi-node"])
-def test_two_processes_train_what_one_does(alone, tmp_path, name):
+@pytest.mark.parametrize(("name", "saved_in"), [("ddp", 16), ("fsdp", 16), ("fsdp", 4), ("multi-node", 16)])
+def test_two_processes_train_what_one_does(alone, assets, tmp_path, name, saved_in):
     """As accelerate starts them with our files, which ask for GPUs, where there are none. Sharded, both have to make the
     same number of passes, so small ones are made, of which one process needs more."""
     arguments, one, prepared = alone
     shutil.copytree(prepared, tmp_path / "run")
     command = ["train.py", *arguments, "--run_dir", str(tmp_path / "run")]
+    if saved_in == 4:
+        shutil.copytree(assets / "base", tmp_path / "base")
+        exact = Quantization(compute_dtype="float32")
+        load_base(settings_of(assets / "base", quantization=exact))[0].save_pretrained(tmp_path / "base")
+        command += ["--model.name", str(tmp_path / "base")]
     launcher = [*ACCELERATE, "--config_file", f"configs/accelerate/{name}.yaml", "--num_processes", "2"]
     if name == "multi-node":
         launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]

@@ -26,6 +26,11 @@ def prompt() -> Prompt:
     return Prompt(make_tokenizer(), "plain", 100)
 
 
+def test_on_a_cpu_a_quarter_of_what_the_container_has_is_free(monkeypatch):
+    monkeypatch.setattr(budget, "memory_available", lambda: 4 * 2**30)
+    assert budget.free_memory(torch.device("cpu")) == 2**30
+
+
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 400), st.integers(1, 9))
 @settings(deadline=None)
 def test_all_is_done_once_in_order_and_after_a_failure_in_half(models, lengths, tokens, room):

@@ -16,7 +16,6 @@ from kestrel.dialogue import Dialogue, Turn
 from kestrel.generation.answers import answer, dialogues_of_shard, questions_of
 from kestrel.generation.prefix_cache import (
     Continuation,
-    Prefixes,
     compute_prefixes,
     continuation_nll,
     supports_prefixes,
@@ -175,9 +174,8 @@ def test_what_is_held_stays_within_the_budget(models):
 
 def test_rows_that_leave_change_nothing_for_those_that_stay(models):
     model, ids = models["falcon"], [30, 40, 50, 60, 70]
-    held = Prefixes()
-    for group, _ in compute_prefixes(model, [SpanRequest(ids, []), SpanRequest(ids[::-1], [])], 100):
-        held = group
+    groups = compute_prefixes(model, [SpanRequest(ids, []), SpanRequest(ids[::-1], [])], 100)
+    held, _ = next(groups)
     causal_lm: Any = model.get_base_model()
 
     def logits(keep: list[int] | None) -> torch.Tensor:
@@ -191,6 +189,7 @@ def test_rows_that_leave_change_nothing_for_those_that_stay(models):
             return causal_lm(input_ids=last + 1, use_cache=True, **rows.inputs(1, 1)).logits[:, -1]
 
     assert torch.allclose(logits([3, 1]), logits(None)[[3, 1]], atol=1e-5)
+    assert next(groups, None) is None and not held._batches, "the last group is freed as the others are"
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(1, 1000))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,17 @@ def model():
             torch.nn.init.normal_(parameter, std=0.05)
     attach_token_nll(adapted)
     return adapted
+
+
+def test_a_model_that_is_prepared_again_keeps_nothing_of_the_first_time():
+    """As chat.py does for each adapter."""
+    model = make_model()
+    own = model.forward
+    attach_token_nll(model)
+    first = weakref.ref(model.forward.fast_layers)
+    attach_token_nll(model)
+    gc.collect()
+    assert first() is None and model.forward.own_forward == own
 
 
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -117,7 +117,12 @@ def test_weights_stay_dense_only_where_much_memory_is_left(gib, expected):
     assert best_plan(settings_for(), estimator, gib * 2**30, dialogues).recompute == "none"
 
 
-def test_a_sharded_base_keeps_no_dense_weights():
+def test_a_sharded_base_keeps_no_dense_weights(tmp_path, monkeypatch):
+    """Neither if asked to, nor because the run began without sharding."""
+    monkeypatch.setattr(passes, "Estimator", refuse)
+    passes.write_passes(tmp_path, settings_for(), Plan(100, "dense"))
+    found = [passes.plan_passes(settings_for(), None, None, tmp_path, sharded).recompute for sharded in (False, True)]  # type: ignore[arg-type]
+    assert found == ["dense", "none"]
     with pytest.raises(KestrelError, match="training.recompute: dense keeps all weights"):
         passes.plan_passes(settings_for(recompute="dense"), None, None, sharded=True)  # type: ignore[arg-type]
 
@@ -162,6 +167,7 @@ def test_the_named_or_free_memory_of_a_gpu_is_taken(monkeypatch):
     unnamed, small, large = settings_for(), settings_for(device_memory="12GiB"), settings_for(device_memory="80 GB")
     assert passes.available_memory(unnamed) == passes.available_memory(large) == 20 * gib + CONTEXT
     assert passes.available_memory(small) == 12 * gib
+    assert passes.available_memory(large, is_planned=True) == 80 * 10**9
     passes.limit_gpu_memory(unnamed)
     passes.limit_gpu_memory(small)
     assert limits == [pytest.approx((12 * gib - CONTEXT) / (24 * gib))]
