@@ -149,6 +149,8 @@ def measured(options: argparse.Namespace, command: str) -> int:
     from kestrel.runtime.atomic import write_json
     from kestrel.runtime.manifest import git_commit, library_versions
 
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     for count in options.dialogues:
         work = Path(tempfile.mkdtemp(prefix="preprocess-", dir=options.work))
         try:
