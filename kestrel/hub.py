@@ -209,8 +209,9 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
         kinds: tuple[type[Exception], ...] = (
             OSError, ValueError, KeyError, ImportError, SafetensorError, *_broken_connections()
         )  # fmt: skip
-        # OutOfMemoryError is torch's, which need not have been imported, and a RuntimeError.
-        if not isinstance(error, kinds) or type(error).__name__ == "OutOfMemoryError":
+        # tokenizers (0.23) raises a bare Exception for a file that it cannot read. OutOfMemoryError is torch's, which need not have
+        # been imported, and a RuntimeError.
+        if not (isinstance(error, kinds) or type(error) is Exception) or type(error).__name__ == "OutOfMemoryError":
             raise
         if "custom code" in str(error):
             advice = "it comes with Python code of its own; read that, then set model.trust_remote_code: true"

@@ -59,6 +59,10 @@ def cut_off(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def rewrite(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+
+
 def without_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -83,6 +87,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a file": (cut_off, "is damaged or cut off"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "no tokenizer": (without_tokenizer, "holds no tokenizer .* copy its files"),
+    "a damaged tokenizer": (lambda f: rewrite(f / "tokenizer.json", '"special"', '"speciah"'), "cannot load the tokenizer"),
     "SentencePiece's file alone": (sentencepiece_only, "pip install sentencepiece"),
     "an encoder": (lambda f: change(f / "config.json", architectures=["LlamaForMaskedLM"]), "from left to right"),
     "encoder and decoder": (lambda f: change(f / "config.json", is_encoder_decoder=True), "from left to right"),
