@@ -72,7 +72,7 @@ def train(settings: Settings, options: argparse.Namespace) -> None:
         lambda: checkpoints.choose(chosen.resume, run / "checkpoints", fingerprint, restart)
     )
     fingerprint |= {"history": history} if history else {}
-    if resume and callbacks.had_stopped_early(checkpoints.log_history(resume), chosen.early_stopping):
+    if resume and callbacks.had_stopped_early(checkpoints.log_history(resume), chosen.early_stopping, history):
         steps = steps[: checkpoints.step_of(resume)]
 
     passes.limit_gpu_memory(settings)

@@ -126,7 +126,7 @@ def build_trainer(
     hide_paths(trainer)
     write_text = text_writer(trainer)
     samples = Samples(model, prompt, validation, settings, write_text)
-    stop = StopOnSignal()
+    stop = StopOnSignal(settings.training.resume)
     chosen: list[TrainerCallback] = [callbacks.Schedule()]
     if distributed.is_first():
         steps_per_epoch = math.ceil(len(rows) / settings.training.batch_size)
@@ -136,7 +136,8 @@ def build_trainer(
             [] if is_sharded(model) else [samples]
         )  # the first process alone computes no answer of a sharded model
     chosen += [BeginsWhereItEnded(first_loss, settings.quantization.compute_dtype)] if first_loss is not None else []
-    chosen += [callbacks.EarlyStopping(patience)] if patience else []
+    begin = callbacks.begin_of(fingerprint.get("history", []))
+    chosen += [callbacks.EarlyStopping(patience, begin)] if patience else []
     for callback in (*chosen, stop, callbacks.Guard(trainer)):  # Guard checks before what the others request is done
         trainer.add_callback(callback)
     return trainer, stop

@@ -98,6 +98,8 @@ class Schedule(TrainerCallback):
     """Logs, evaluates and saves where a resumed run will too, and finds the best checkpoint of a run that was moved."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
+        # The Trainer (5.23) takes the intervals from the checkpoint, also where this run's settings ask for others.
+        state.logging_steps, state.eval_steps, state.save_steps = args.logging_steps, args.eval_steps, args.save_steps
         # The Trainer (5.17 to 5.23) forgets the best checkpoint where the recorded path no longer exists.
         if state.best_global_step:
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
@@ -137,23 +139,30 @@ class JsonLines(TrainerCallback):
         return json.dumps({"step": step, **values, "tokens": tokens}) + "\n" if values else ""
 
 
-def evaluations_without_progress(log_history: Sequence[dict[str, Any]]) -> int:
-    """Evaluations since the one with the lowest validation loss, in the Trainer's log_history; step 0 does not count."""
-    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry and entry.get("step")]
+def begin_of(history: Sequence[dict[str, Any]]) -> int:
+    """The step at which the present part of a run began: 0, or where it had ended before it was extended."""
+    return int(history[-1]["steps"]) if history else 0
+
+
+def evaluations_without_progress(log_history: Sequence[dict[str, Any]], begin: int = 0) -> int:
+    """Evaluations since the one with the lowest validation loss, in the Trainer's log_history, of those after `begin`."""
+    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry and entry.get("step", 0) > begin]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def had_stopped_early(log_history: Sequence[dict[str, Any]], patience: int | None) -> bool:
+def had_stopped_early(
+    log_history: Sequence[dict[str, Any]], patience: int | None, history: Sequence[dict[str, Any]]
+) -> bool:
     """Whether no step is left, because that many evaluations made no progress; None or 0: training never stops early."""
-    return bool(patience) and evaluations_without_progress(log_history) >= int(patience or 0)
+    return bool(patience) and evaluations_without_progress(log_history, begin_of(history)) >= int(patience or 0)
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too."""
+    """Stops after `patience` evaluations without progress, counted in the log, which a resumed run has too, from `begin` on."""
 
-    def __init__(self, patience: int):
-        self._patience = patience
+    def __init__(self, patience: int, begin: int = 0):
+        self._patience, self._begin = patience, begin
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
-        if evaluations_without_progress(state.log_history) >= self._patience:
+        if evaluations_without_progress(state.log_history, self._begin) >= self._patience:
             control.should_training_stop = True

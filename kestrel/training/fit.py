@@ -121,7 +121,7 @@ def fit(trainer: DialogueTrainer, stop: StopOnSignal, settings: Settings, resume
             ) from None
     if stop.received is not None and trainer.state.global_step < steps:
         raise Interrupted(
-            stop.received, f"stopped at step {trainer.state.global_step}; the same command resumes from there"
+            stop.received, f"stopped at step {trainer.state.global_step}; {stop.command} resumes from there"
         )
     return time.monotonic() - began
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -137,24 +138,36 @@ def _memory() -> str:
     return f"{used / 2**30:.1f}/{limit / 2**30:.0f} GiB"
 
 
+_PASSED_ON = 10.0  # seconds after a signal in which the same one is the launcher's
+
+
 class StopOnSignal(TrainerCallback):
     """The first SIGINT or SIGTERM lets the step or the evaluation end, saves a checkpoint and stops; the second stops at
     once.
+
+    Args:
+        resume: the setting of this name, on which depends which command goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume: str = "auto") -> None:
         self.received: int | None = None
+        self.command = "the same command" + ("" if resume == "auto" else f" without training.resume: {resume}")
+        self._received_at = 0.0
         self._waits_for, self._seconds, self._began, self._saved = "the first step", 0.0, 0.0, 0
 
     def on_signal(self, number: int, frame: Any) -> None:
+        # A batch system may signal all processes of a job, and the launcher passes on what it gets itself.
+        passed_on = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._received_at < _PASSED_ON
         # The launcher also ends the others of a run in which one process has failed.
-        if self.received is not None or distributed.any_failed():
-            exit_now(number, message="stopped at once; the same command resumes from the last checkpoint, if any")
-        self.received = number
+        if distributed.any_failed() or (self.received is not None and not (number == self.received and passed_on)):
+            exit_now(number, message=f"stopped at once; {self.command} resumes from the last checkpoint, if any")
+        if self.received is not None:
+            return
+        self.received, self._received_at = number, time.monotonic()
         if distributed.is_first():
             back = f"resumes from step {self._saved:,}" if self._saved else "starts at step 0"
             write_to_stderr(
-                f"\nstopping after {self._waits_for} and a checkpoint; once more to stop at once, and the same command {back}"
+                f"\nstopping after {self._waits_for} and a checkpoint; once more to stop at once, and {self.command} {back}"
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **extra: Any) -> None:
@@ -178,5 +191,7 @@ class StopOnSignal(TrainerCallback):
 
     def _stop_if_signalled(self, control: Any) -> None:
         # The signal reaches several processes in different steps; they stop after the same one.
-        self.received = distributed.all_reduce_max(self.received or 0) or None
-        control.should_training_stop |= self.received is not None
+        # One that arrives while they agree counts for the next time.
+        if agreed := distributed.all_reduce_max(self.received or 0):
+            self.received = agreed
+            control.should_training_stop = True

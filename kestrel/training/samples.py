@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -19,7 +20,7 @@ from kestrel.data.dataset import dialogue_of
 from kestrel.generation.answers import question_row
 from kestrel.generation.respond import greedy, respond
 from kestrel.model.base import check_context
-from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.runtime.atomic import write_atomically
 from kestrel.runtime.output import json_visible
 
@@ -53,9 +54,13 @@ class Samples(TrainerCallback):
         self._contexts, self._questions = [], []
         for dialogue in map(dialogue_of, rows.select(range(min(settings.training.samples, len(rows))))):
             replies = list(dialogue.replies())
-            turn, _ = replies[len(replies) // 2]
-            self._contexts.append(prompt.context(dialogue, turn))
-            self._questions.append(question_row(dialogue, turn))
+            for turn, _ in replies[len(replies) // 2 :]:
+                with contextlib.suppress(
+                    Unrenderable
+                ):  # an exchange that is longer than prompt.max_length; the last one fits
+                    self._contexts.append(prompt.context(dialogue, turn))
+                    self._questions.append(question_row(dialogue, turn))
+                    break
         check_context(model, max(map(len, self._contexts), default=0), settings.generation.max_new_tokens)
 
     def rows(self) -> list[dict[str, Any]]:

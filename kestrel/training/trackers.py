@@ -24,7 +24,10 @@ _PROJECT_VARIABLES = (
 )  # fmt: skip
 _PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
 _SECTIONS = {"seed", "data", "prompt", "model", "quantization", "lora", "training"}  # what shapes the training
-_MAY_BE_PATHS = ("data.source", "model.name", "model.adapter", "training.resume")
+_MAY_BE_PATHS = (
+    "data.source", "data.dataset", "prompt.chat_template", "model.name", "model.adapter", "training.init_adapter",
+    "training.resume",
+)  # fmt: skip
 
 
 class TrackedArguments(TrainingArguments):
@@ -41,12 +44,16 @@ def tracked_settings(settings: Settings) -> dict[str, Any]:
     tracked: dict[str, Any] = {}
     for name, value in settings.model_dump(include=_SECTIONS).items():
         tracked |= {f"{name}.{key}": leaf for key, leaf in value.items()} if isinstance(value, dict) else {name: value}
-    return tracked | {key: _last_part(tracked[key]) for key in _MAY_BE_PATHS}
+    sentences = tracked["data.persona"]
+    return tracked | {
+        **{key: _last_part(tracked[key]) for key in _MAY_BE_PATHS},
+        "data.persona": [Path(text).name if os.path.isfile(text) else text for text in sentences],
+    }
 
 
 def _last_part(name: str | None) -> str | None:
     """The last part of a local path; an id on the Hub as it is."""
-    return name if name is None or (is_hub_id(name) and not Path(name).exists()) else Path(name).name
+    return name if name is None or (is_hub_id(name.partition("@")[0]) and not Path(name).exists()) else Path(name).name
 
 
 def hide_paths(trainer: Trainer) -> None:

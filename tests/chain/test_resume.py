@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from experiment import Experiment
 from make_models import write_base
-from scripts import die_after, script, worsen
+from scripts import die_after, rows_in, script, worsen
 
 import train
 from kestrel.adapter.source import WEIGHTS
@@ -204,9 +204,11 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(prepared, begun, 
 def test_settings_that_do_not_affect_the_weights_may_change(prepared, begun, tmp_path, capsys, change):
     assert train.main([*copy_of(begun, prepared, tmp_path / "run"), *change]) == 0
     assert "checkpoint-12" in capsys.readouterr().out
+    logged = [line["step"] for line in rows_in(tmp_path / "run" / "logs" / "training.jsonl") if "loss" in line]
+    assert logged[-8:] == list(range(13, 21)) or "logging_steps" not in change[0]
 
 
-def test_resume_never_and_resume_from_a_named_checkpoint(prepared, begun, whole, tmp_path, capsys):
+def test_resume_never_and_resume_from_a_named_checkpoint(prepared, begun, whole, tmp_path, monkeypatch, capsys):
     arguments = copy_of(begun, prepared, tmp_path / "run")
     assert train.main([*arguments, "--training.resume", str(tmp_path / "run/checkpoints/checkpoint-8")]) == 0
     assert "checkpoint-8" in capsys.readouterr().out
@@ -217,6 +219,10 @@ def test_resume_never_and_resume_from_a_named_checkpoint(prepared, begun, whole,
     assert train.main([*arguments, "--training.resume", "never"]) == 0
     assert "resuming" not in capsys.readouterr().out
     assert results(tmp_path / "run") == whole
+    die_after(monkeypatch, 3, signal.SIGINT)
+    assert train.main([*arguments, "--training.resume", "never"]) == 130
+    way_back = "stopped at step 3; the same command without training.resume: never resumes from there"
+    assert way_back in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", ["base", "adapter", "loss", "disk"])

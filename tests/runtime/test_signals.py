@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from children import python
 
 from kestrel.runtime.command_line import run_script
 from kestrel.runtime.signals import INTERRUPTED
+from kestrel.training import progress
 
 
 @pytest.fixture
@@ -107,6 +109,18 @@ def test_a_signal_in_the_middle_of_a_print_stops_training_after_the_step() -> No
     done = python("-c", textwrap.dedent(code))
     assert (done.stdout, done.returncode) == ("step 4\n15\n", 0), done.stderr
     assert "\nstopping after the first step and a checkpoint; once more to stop at once" in done.stderr
+
+
+def test_a_signal_that_the_launcher_passes_on_does_not_count_twice(monkeypatch) -> None:
+    """As where a batch system signals all processes of a job, torchrun and its workers."""
+    monkeypatch.setattr(progress, "exit_now", lambda number, message: (_ for _ in ()).throw(SystemExit(number)))
+    for launched in (True, False):
+        stop = progress.StopOnSignal()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1") if launched else monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        stop.on_signal(signal.SIGTERM, None)
+        with nullcontext() if launched else pytest.raises(SystemExit):
+            stop.on_signal(signal.SIGTERM, None)
+        assert stop.received == signal.SIGTERM
 
 
 def test_ctrl_c_is_quiet_while_a_script_imports_and_leaves_other_programs_alone(tmp_path: Path) -> None:

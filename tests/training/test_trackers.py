@@ -136,9 +136,14 @@ def test_of_local_paths_only_the_last_part_is_sent(prepared, tmp_path):
         return tracked_settings(resolve(str(prepared.config), {k.replace("__", "."): v for k, v in keys.items()})[0])
 
     secret = Path("home") / "someone" / "private" / "dialogues.jsonl"
-    of_paths = sent(data__source=str(secret), model__adapter=str(tmp_path / "adapter"))
+    card = tmp_path / "ann.png"
+    card.touch()
+    paths = dict.fromkeys(("data__dataset", "prompt__chat_template", "training__init_adapter"), str(tmp_path / "x"))
+    paths |= {"prompt__format": "chat", "data__persona": [str(card)]}
+    of_paths = sent(data__source=str(secret), model__adapter=str(tmp_path / "adapter"), **paths)
     assert of_paths["data.source"] == "dialogues.jsonl" and of_paths["model.adapter"] == "adapter"
     assert str(tmp_path.parent) not in json.dumps(of_paths) and "someone" not in json.dumps(of_paths)
+    assert sent(training__init_adapter="owner/a@v1")["training.init_adapter"] == "owner/a@v1"
     of_ids = sent(data__source="owner/persona-set", model__name="owner/falcon", training__resume="never")
     assert (of_ids["data.source"], of_ids["model.name"]) == ("owner/persona-set", "owner/falcon")
     assert of_ids["training.resume"] == "never" and of_ids["seed"] == 0

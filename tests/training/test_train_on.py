@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from make_models import write_base
-from scripts import script
+from scripts import script, worsen
 
 import preprocess
 import train
@@ -56,6 +56,15 @@ def test_a_finished_run_is_extended_with_a_schedule_of_its_own(trained, tmp_path
     capsys.readouterr()
     assert train.main(arguments) == 1
     assert "training.steps: it was 20, now 8" in capsys.readouterr().err
+
+
+def test_an_extension_counts_its_own_evaluations_for_an_early_stop(prepared, tmp_path, monkeypatch):
+    arguments = prepared.copy_to(tmp_path / "run")
+    worsen(monkeypatch, after=1)
+    assert train.main(arguments) == 0
+    assert train.main([*arguments, "--training.max_steps", "16", "--training.early_stopping", "3"]) == 0
+    evaluated = [line["step"] for line in log_of(tmp_path / "run") if "eval_loss" in line]
+    assert evaluated == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @pytest.mark.parametrize("change", [["--training.batch_size", "2"], ["--lora.dropout", "0.5"]])

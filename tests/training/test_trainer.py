@@ -28,7 +28,8 @@ from kestrel.config.settings import Lora
 from kestrel.data.dataset import load_split
 from kestrel.model.loss import attach_token_nll, collate, token_nll
 from kestrel.planning.passes import Plan
-from kestrel.prompt.prompt import Prompt
+from kestrel.prompt.load import load_prompt
+from kestrel.prompt.prompt import Prompt, Unrenderable
 from kestrel.prompt.tokenizer import load_tokenizer
 from kestrel.training import arguments, fit
 from kestrel.training.samples import Samples
@@ -91,6 +92,23 @@ def test_samples_are_greedy_whatever_the_settings_of_generation(trained):
         changed = settings.model_copy(update={"generation": settings.generation.model_copy(update=changes)})
         rows_of.append(Samples(model, prompt, rows, changed, lambda *_: None).rows())
     assert rows_of[0] and rows_of[0] == rows_of[1] == rows_of[2]
+
+
+def test_a_sample_that_cannot_be_rendered_gives_way_to_the_next_reply(trained, monkeypatch):
+    settings, _ = resolve(str(trained.config), {"training.samples": "1"}, [])
+    prompt, rows = load_prompt(settings), load_split(trained.run / "dataset", "train", "")
+    rows = rows.filter(lambda row: sum(turn["speaker"] == "self" for turn in row["turns"]) > 2)
+    own, asked = prompt.context, []
+
+    def context(dialogue, turn):
+        asked.append(turn)
+        if len(asked) == 1:
+            raise Unrenderable("too long", "longer than prompt.max_length")
+        return own(dialogue, turn)
+
+    monkeypatch.setattr(prompt, "context", context)
+    (sample,) = Samples(make_model(), prompt, rows, settings, lambda *_: None).rows()
+    assert sample["turn"] == asked[1] > asked[0]
 
 
 def test_adapter_moved_and_is_the_best_checkpoint(trained, prepared, tmp_path, monkeypatch):
