@@ -55,11 +55,14 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     definitions = conventions(options.conventions, settings.hub.language[0] if settings.hub.language else "en")
     paths = files_to_score(settings, arguments.again)
     run_dir = Path(settings.run_dir) if arguments.config else paths[0].parent
+    folder = output_folder(settings, run_dir, paths)
     files, notes = align([read_generations(path, options.fields) for path in paths])
 
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
-    search, source = replies_of_other_split(runs_of(settings)[0], split, dialogue_ids)
+    # Without a config the present folder is no run, whatever it holds.
+    run = runs_of(settings)[0] if arguments.config else None
+    search, source = replies_of_other_split(run, split, dialogue_ids) if run else (None, "no run is named")
     if search:
         notes.append(f"The constant systems are searched in the run's {source} split.")
     elif len(dialogue_ids) > 1:
@@ -78,7 +81,6 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
     if options.sheet:
         print(write_sheet(run_dir / "sheet", evaluation, options.sheet, settings.seed))
 
-    folder = output_folder(settings, run_dir, paths)
     needed = evaluation_bytes([file.path for file in files])
     with room_for("scores and report", needed, folder.parent), folder_atomically(folder) as unfinished:
         write_json(unfinished / "metrics.json", with_own_hash(evaluation.metrics))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from kestrel.errors import KestrelError
 from kestrel.evaluation.generations import Generations
+from kestrel.evaluation.scoring import file_name
 from kestrel.evaluation.trivial_systems import TRIVIAL
 
 
@@ -63,18 +64,18 @@ def _without_copies(files: Sequence[Generations], notes: list[str]) -> list[Gene
 
 
 def _make_names_unique(files: Sequence[Generations]) -> None:
-    """Files of one system from several run folders become SYSTEM@RUN."""
+    """Files of one system from several run folders become SYSTEM@RUN, and no two have one file of responses."""
     several = {name for name, count in Counter(file.system for file in files).items() if count > 1}
-    taken = {*TRIVIAL, "gold"}  # rows that the table adds
+    taken = {*map(file_name, (*TRIVIAL, "gold"))}  # rows that the table adds
     for file in files:
         if file.system in several:
             folder = file.path.resolve().parent
             run = folder.parent.name if folder.name == "generations" else folder.name
             file.system = f"{file.system}@{run}"
         name, number = file.system, 2
-        while file.system in taken:
+        while file_name(file.system) in taken:
             file.system, number = f"{name}#{number}", number + 1
-        taken.add(file.system)
+        taken.add(file_name(file.system))
 
 
 def _take_keys(files: Sequence[Generations]) -> None:

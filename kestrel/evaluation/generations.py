@@ -243,8 +243,8 @@ def _checked_replies(
         if not all(text.strip() for text in reply.references):
             problems.append((line, "reference is empty; a reply without a reference cannot be scored"))
         if "turn" not in row:
-            # Replies of a dialogue follow each other; without the index into its turns, count them.
-            reply = replace(reply, turn=turns_before[reply.dialogue_id])
+            # Replies of a dialogue follow each other, and its partner begins: without the index into its turns, count them.
+            reply = replace(reply, turn=2 * turns_before[reply.dialogue_id] + 1)
             turns_before[reply.dialogue_id] += 1
         if "dialogue_id" in row and first_lines.setdefault(reply.key, line) != line:
             problems.append(

@@ -61,11 +61,12 @@ def read_judgements(paths: Sequence[Path], key: Mapping[str, Any]) -> list[Judge
     first: dict[tuple[str, str], Path] = {}  # where a judge judges an item
     for path in paths:
         for judge, item, choice in _judgements_in(path, key):
-            if (earlier := first.setdefault((judge, item), path)) is not path:
+            if (judge, item) in first:
                 raise KestrelError(
-                    f"evaluation.judgements: {path} has item {item} by {judge!r}, who judges it in {earlier} already; name "
-                    "each file once, and give different judges different names"
+                    f"evaluation.judgements: {path} has item {item} by {judge!r}, who judges it in {first[judge, item]} already; "
+                    "name each file once, and give different judges different names"
                 )
+            first[judge, item] = path
             found.append((judge, item, choice))
     if not found:
         raise KestrelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -58,11 +59,36 @@ def files_to_score(settings: Settings, again: str) -> list[Path]:
     return files
 
 
+_OF_A_REPORT = re.compile(r"metrics\.json|report\.(html|md)|responses|\w+\.png")
+
+
+def _visible_first(name: str) -> tuple[bool, str]:
+    return name.startswith("."), name
+
+
+def _require_replaceable(folder: Path) -> Path:
+    folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise KestrelError(f"evaluation.output {folder} is a file; name a new or empty folder")
+    present = sorted((path.name for path in folder.iterdir()), key=_visible_first) if folder.is_dir() else []
+    others = [name for name in present if not _OF_A_REPORT.fullmatch(name)]
+    if others or (present and "metrics.json" not in present):
+        raise KestrelError(
+            f"evaluation.output {folder}: the folder holds {', '.join((others or present)[:3])}, which would be deleted; name a "
+            "new or empty folder"
+        )
+    return folder
+
+
 def output_folder(settings: Settings, beside: Path, paths: Sequence[Path]) -> Path:
-    """Where the report goes: evaluation, comparison, or of files that are named evaluation-NAMES, which is theirs alone."""
+    """Where the report goes: evaluation, comparison, or of files that are named evaluation-NAMES.
+
+    Raises:
+        KestrelError: evaluation.output holds something else than an older report, which would be replaced as a whole.
+    """
     options = settings.evaluation
     if options.output:
-        return Path(options.output)
+        return _require_replaceable(Path(options.output))
     if not options.generations:
         return beside / ("comparison" if options.compare else "evaluation")
     names = list(dict.fromkeys(split_and_system(path)[1] for path in paths))

@@ -152,7 +152,8 @@ def _header(
         "kestrel": __version__, "split": split or "unknown", "replies": len(files[0].replies),
         "dialogues": dialogues.count, "norm": choices.normalization, "bootstrap": "dialogues", "resamples": options.resamples, "seed": seed,
     }  # fmt: skip
-    signature |= {"nli": options.nli} if options.nli else {}
+    if options.nli:  # what is published names no folder of this machine
+        signature["nli"] = Path(options.nli).name if Path(options.nli).exists() else options.nli
     return {
         "signature": "|".join(f"{key}:{value}" for key, value in signature.items()),
         "split": split,

@@ -136,5 +136,5 @@ def refuse_private_text(name: str, text: bytes) -> None:
     if any(token and token.encode() in text for token in tokens):
         raise KestrelError(f"{name} contains the Hub's token; remove it from the settings")
     for path in {str(Path.home()), os.getcwd()}:
-        if len(path) > 1 and re.search(rb"[\"' ]" + re.escape(path.encode()) + rb"(?:/|\b)", text):
+        if len(path) > 1 and re.search(rb"(?<![\w/])" + re.escape(path.encode()) + rb"(?:/|\b)", text):
             raise KestrelError(f"{name} names a folder of this machine, {path}, and is not published")

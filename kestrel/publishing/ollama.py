@@ -50,6 +50,11 @@ def modelfile(prompt: Prompt, generation: Generation) -> str | None:
         f'SYSTEM """{between.join(EXAMPLE.persona)}"""',
         *stops,
         f"PARAMETER temperature {temperature if generation.do_sample else 0:g}",
+        *(
+            [f"PARAMETER top_k {generation.top_k or 0}", f"PARAMETER top_p {generation.top_p or 1:g}"]
+            if generation.do_sample
+            else []
+        ),
         f"PARAMETER num_predict {generation.max_new_tokens}",
         f"PARAMETER repeat_penalty {generation.repetition_penalty:g}",
     ]
@@ -62,4 +67,5 @@ def _split(text: str, mark: str) -> tuple[str, str]:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    """Ollama's parser takes off the quotes and reads no escapes; a line break stands as it is."""
+    return f'"""{text}"""' if '"' in text else f'"{text}"'

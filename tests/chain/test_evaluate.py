@@ -106,6 +106,16 @@ def test_a_generation_file_of_another_tool(tmp_path, capsys):
     assert main(options) == 0 and main([*options, "--evaluation.output", str(tmp_path / "chosen")]) == 0
     for folder in (tmp_path / "evaluation-theirs", tmp_path / "chosen"):
         assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["systems"] == metrics["systems"]
+    (tmp_path / "chosen" / "thesis.tex").touch()
+    for name, holds in (("chosen", "thesis.tex"), ("run", "config.yaml"), (".", "")):
+        capsys.readouterr()
+        assert main([*options, "--evaluation.output", str(tmp_path / name) if holds else name]) == 1
+        assert f"holds {holds}" in (refused := capsys.readouterr().err) and "would be deleted" in refused
+    assert (tmp_path / "run" / "evaluation").is_dir() and (tmp_path / "chosen" / "thesis.tex").exists()
+    reference = theirs.rename(tmp_path / "reference.jsonl")  # a name that the references' own file has
+    assert main(["--evaluation.generations", str(reference), *options[2:]]) == 0
+    responses = tmp_path / "evaluation-reference_2" / "responses"
+    assert (responses / "reference.txt").read_text() != (responses / "reference_2.txt").read_text()
     assert main([]) == 2 and "--config: needs a YAML file" in capsys.readouterr().err
 
 

@@ -90,7 +90,7 @@ def test_two_keys_are_enough(tmp_path):
 def test_without_turns_the_replies_of_a_dialogue_are_counted(tmp_path):
     rows = [row(turn=None), row(turn=None), row(turn=None, dialogue_id="d2")]
     file = read_generations(write(tmp_path / "x.jsonl", rows))
-    assert [reply.key for reply in file.replies] == [("d1", 0), ("d1", 1), ("d2", 0)]
+    assert [reply.key for reply in file.replies] == [("d1", 1), ("d1", 3), ("d2", 1)]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,10 @@ def test_judgements_are_read_back(config, sheet, key, tmp_path, capsys):
     again = [*files, str(tmp_path / "again.json")]
     assert main(["--config", str(config), "--evaluation.resamples", "100", "--evaluation.judgements", *again]) == 1
     assert "again.json has item 3 by 'ann', who judges it in" in capsys.readouterr().err
+    both = (tmp_path / "bob.csv").read_text(encoding="utf-8-sig")
+    (tmp_path / "bob.csv").write_text(both + both.partition("\n")[2], encoding="utf-8")
+    assert main(["--config", str(config), "--evaluation.resamples", "100", "--evaluation.judgements", files[1]]) == 1
+    assert "who judges it in" in capsys.readouterr().err, "two judges in one file, without names"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_a_conversation_in_ollama_has_the_text_of_training(format, turns, system
     expected = "".join(segment.text for segment in segments).partition("qreply")[0]
     assert rendered(template, system, messages) == expected.removesuffix(" ")
     end = tokenizer.eos_token
-    assert f'PARAMETER stop "{end}"' in text and 'PARAMETER stop "\\n"' in text and "PARAMETER temperature 0\n" in text
+    assert f'PARAMETER stop "{end}"' in text and 'PARAMETER stop "\n"\n' in text and "PARAMETER temperature 0\n" in text
 
 
 def test_what_ollama_would_misread_has_no_modelfile() -> None:
