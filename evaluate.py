@@ -60,9 +60,8 @@ def steps(settings: Settings, arguments: argparse.Namespace) -> None:
 
     split = next((file.split for file in files if file.split), None)
     dialogue_ids = {reply.dialogue_id for reply in files[0].replies}
-    # Without a config the present folder is no run, whatever it holds.
-    run = runs_of(settings)[0] if arguments.config else None
-    search, source = replies_of_other_split(run, split, dialogue_ids) if run else (None, "no run is named")
+    run = runs_of(settings)[0] if arguments.config else None  # else the present folder is no run, whatever it holds
+    search, source = replies_of_other_split(run, split, dialogue_ids)
     if search:
         notes.append(f"The constant systems are searched in the run's {source} split.")
     elif len(dialogue_ids) > 1:

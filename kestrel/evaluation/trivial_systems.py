@@ -159,7 +159,9 @@ def best_words(references: Sequence[str], split: Split = ENGLISH.words) -> str:
     return " ".join(frequent[word] for word in chosen)
 
 
-def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[str]) -> tuple[list[str] | None, str]:
+def replies_of_other_split(
+    run_dir: Path | None, split: str | None, dialogue_ids: set[str]
+) -> tuple[list[str] | None, str]:
     """Human replies of the run's training split (of validation, where train is what is scored).
 
     Args:
@@ -172,6 +174,8 @@ def replies_of_other_split(run_dir: Path, split: str | None, dialogue_ids: set[s
     Raises:
         KestrelError: the dataset is damaged.
     """
+    if run_dir is None:
+        return None, "no run is named"
     folder = run_dir / "dataset"
     if split is None:
         return None, "the file's name says no split"

@@ -114,7 +114,7 @@ def test_a_generation_file_of_another_tool(tmp_path, capsys):
     assert (tmp_path / "run" / "evaluation").is_dir() and (tmp_path / "chosen" / "thesis.tex").exists()
     reference = theirs.rename(tmp_path / "reference.jsonl")  # a name that the references' own file has
     assert main(["--evaluation.generations", str(reference), *options[2:]]) == 0
-    responses = tmp_path / "evaluation-reference_2" / "responses"
+    (responses,) = tmp_path.glob("evaluation-reference*/responses")
     assert (responses / "reference.txt").read_text() != (responses / "reference_2.txt").read_text()
     assert main([]) == 2 and "--config: needs a YAML file" in capsys.readouterr().err
 
