@@ -49,6 +49,16 @@ def errors_on_page() -> Iterator[None]:
         raise gr.Error(f"unexpected {type(error).__name__}", print_exception=False) from None
 
 
+@contextmanager
+def _restoring(conversation: Conversation, before: list[Exchange] | None) -> Iterator[None]:
+    """Puts the exchanges back after an error, so that a refused event loses no turn; None leaves them as they are."""
+    try:
+        yield
+    except Exception:
+        conversation.exchanges[:] = conversation.exchanges if before is None else before
+        raise
+
+
 def generation_settings(
     settings: Generation,
     sample: bool,
@@ -110,7 +120,8 @@ class Events:
             if not session.conversation.exchanges:
                 raise KestrelError("No message to answer again.")
             before, last = list(session.conversation.exchanges), session.conversation.exchanges.pop()
-            context = self._context(session, last.message)
+            with _restoring(session.conversation, before):
+                context = self._context(session, last.message)
         yield from self._answer(session, Exchange(last.message, system, ""), context, compare, controls, before)
 
     def go_on(self, session: Session, *controls: Any) -> Iterator[list[Any]]:
@@ -128,8 +139,9 @@ class Events:
         with errors_on_page():
             _require_idle(session)
             before = list(session.conversation.exchanges)
-            message = session.conversation.edit(int(number), text)
-            context = self._context(session, message) if message is not None else []
+            with _restoring(session.conversation, before):
+                message = session.conversation.edit(int(number), text)
+                context = self._context(session, message) if message is not None else []
         if message is None:
             yield [gr.skip(), self._note(session), *self.columns(session)]
         else:
@@ -159,7 +171,7 @@ class Events:
         """
         if self.model.is_busy:
             gr.Info("The model answers somebody else; your answer comes after that.")
-        with errors_on_page():
+        with errors_on_page(), _restoring(session.conversation, before):
             settings = generation_settings(self.settings, *controls)
         conversation, message, stop = session.conversation, exchange.message, threading.Event()
         session.stop, session.undone = stop, False

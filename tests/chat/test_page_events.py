@@ -1,0 +1,67 @@
+"""The events of the page without a browser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import pytest
+import torch
+from make_models import make_tokenizer
+
+from kestrel.chat.conversation import Conversation, Exchange
+from kestrel.chat.page_events import Events, Session
+from kestrel.chat.streaming import ChatModel
+from kestrel.config.settings import Generation
+from kestrel.data.persona_file import Persona
+from kestrel.prompt.prompt import Prompt
+
+CONTROLS: tuple[Any, ...] = (False, 1, 1, 0, 8, 1, 0, 1)
+
+
+class Scripted(ChatModel):
+    """Answers "ok", or fails as when the memory of a GPU is used up."""
+
+    fails = False
+
+    def stream_exchange(self, exchange, *rest, **more):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        yield Exchange(exchange.message, exchange.system, "ok")
+
+
+def opened(*exchanges: Exchange, persona: tuple[str, ...] = ("i am here .",)) -> tuple[Events, Session]:
+    """A page whose model has the adapter alone."""
+    conversation = Conversation(Persona(persona), list(exchanges))
+    model = Scripted(torch.nn.Identity(), Prompt(make_tokenizer(), "plain", 256), ["adapter"])
+    return Events(model, conversation, Generation()), Session(conversation)
+
+
+def test_failing_model_leaves_the_page_usable():
+    events, session = opened()
+    events.model.fails = True
+    shown = []
+    with pytest.raises(gr.Error, match="failed to answer: out of memory"):
+        for outputs in events.send("hi !", session, "i am here .", "adapter", False, *CONTROLS):
+            shown.append([getattr(output, "value", output) for output in outputs])
+    assert shown[0][0] == "" and len(shown[0][2]) == 2 and shown[-1] == ["hi !", "", []]
+    assert session.stop is None and not session.conversation.exchanges
+
+
+def test_a_refused_event_loses_no_turn():
+    long, null = "dog " * 3000, (*CONTROLS[:-1], None)  # a control that was emptied
+    said = [Exchange(text, "adapter", "ok") for text in ("hi !", "and ?", long)]  # as a loaded conversation may hold
+    events, session = opened(*said)
+    for refused in (
+        events.edit(1, long, session, "adapter", False, *CONTROLS),
+        events.edit(1, "hi !", session, "adapter", False, *null),
+        events.retry(session, "adapter", False, *CONTROLS),
+    ):
+        with pytest.raises(gr.Error):
+            list(refused)
+        assert session.conversation.exchanges == said
+    events, session = opened(*said[:2])
+    for refused in (events.retry(session, "adapter", False, *null), events.go_on(session, *null)):
+        with pytest.raises(gr.Error):
+            list(refused)
+        assert session.conversation.exchanges == said[:2]
