@@ -105,11 +105,11 @@ class Events:
             if not message.strip():
                 raise KestrelError("The message is empty.")
             _require_idle(session)
-            sentences = sentences_of(persona.splitlines(), "the persona")
-            if sentences != session.conversation.persona.sentences:
+            persona_now = _persona_of(persona, session)
+            if persona_now is not session.conversation.persona:
                 if session.conversation.exchanges:
                     gr.Info("The persona changed, so a new conversation starts.")
-                self._start(session, Persona(sentences))
+                self._start(session, persona_now)
             context = self._context(session, message)
         yield from self._answer(session, Exchange(message, system, ""), context, compare, controls)
 
@@ -233,8 +233,7 @@ class Events:
     def reset(self, session: Session, persona: str) -> list[Any]:
         """Starts a new conversation with the persona on the page."""
         with errors_on_page():
-            now, sentences = session.conversation.persona, sentences_of(persona.splitlines(), "the persona")
-            self._start(session, now if now.sentences == sentences else Persona(sentences))
+            self._start(session, _persona_of(persona, session))
         self.stop(session)
         return ["", "", *self.columns(session)]
 
@@ -280,6 +279,18 @@ class Events:
             for role, text in ([("assistant", first)] if first and is_visible else []) + said
         ]
         return messages, is_visible
+
+
+def _persona_of(text: str, session: Session) -> Persona:
+    """The persona on the page: the conversation's, which may be empty, unless the words were changed."""
+
+    def words(text: str) -> list[list[str]]:
+        return [line.split() for line in text.splitlines() if line.strip()]
+
+    now = session.conversation.persona
+    if words(text) == words("\n".join(now.sentences)):
+        return now
+    return Persona(sentences_of(text.splitlines(), "the persona"))
 
 
 def _idle_box(**text: Any) -> gr.Textbox:

@@ -65,3 +65,16 @@ def test_a_refused_event_loses_no_turn():
         with pytest.raises(gr.Error):
             list(refused)
         assert session.conversation.exchanges == said[:2]
+
+
+@pytest.mark.parametrize("sentences", [(), ("i am\nhere .", "and  there .")])
+def test_a_persona_is_changed_by_new_words_alone(sentences):
+    """A data set may have no personas, and one of its sentences may hold a line break or double blanks."""
+    events, session = opened(Exchange("hi !", "adapter", "ok"), persona=sentences)
+    loaded, text = session.conversation, "\n".join(sentences)
+    list(events.send("and ?", session, text, "adapter", False, *CONTROLS))
+    assert session.conversation is loaded and len(loaded.exchanges) == 2
+    events.reset(session, text)
+    assert session.conversation.persona is loaded.persona and not session.conversation.exchanges
+    list(events.send("and ?", session, f"{text}\ni  am new .", "adapter", False, *CONTROLS))
+    assert session.conversation.persona.sentences[-1] == "i am new ."
