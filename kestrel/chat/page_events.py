@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ class Events:
     def use_adapter(self, name: str) -> None:
         """Answers by another adapter, on every open page."""
         with errors_on_page():
-            gr.Info(html.escape(self.model.use_adapter(name.strip())))
+            gr.Info(html.escape(self.model.use_adapter(os.path.expanduser(name.strip()))))
 
     def export(self, session: Session) -> str:
         with errors_on_page():

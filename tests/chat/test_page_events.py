@@ -78,3 +78,12 @@ def test_a_persona_is_changed_by_new_words_alone(sentences):
     assert session.conversation.persona is loaded.persona and not session.conversation.exchanges
     list(events.send("and ?", session, f"{text}\ni  am new .", "adapter", False, *CONTROLS))
     assert session.conversation.persona.sentences[-1] == "i am new ."
+
+
+def test_an_adapter_is_named_as_people_type_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    events, _ = opened()
+    asked = []
+    events.model.use_adapter = lambda name: asked.append(name) or "proven"
+    events.use_adapter(" ~/run/adapter ")
+    assert asked == ["/home/me/run/adapter"]
