@@ -20,7 +20,7 @@ from scripts import rows_in
 import chat
 import preprocess
 from kestrel.adapter.load import load_model
-from kestrel.chat.conversation import Conversation, Exchange
+from kestrel.chat.conversation import Conversation, Exchange, load, save
 from kestrel.chat.sampling import change_setting
 from kestrel.chat.streaming import ChatModel
 from kestrel.config.conflicts import conflicts
@@ -144,6 +144,13 @@ def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
         said = [turn["text"] for turn in ids[row["dialogue_id"]]["turns"]]
         assert [printable(turn["text"]) for turn in row["turns"]] == [printable(text) for text in said]
         assert len(said) == 4
+
+
+def test_a_saved_conversation_can_be_loaded_whatever_line_breaks_it_has(tmp_path):
+    breaks = "".join(character for character in map(chr, range(0x3000)) if len(f"a{character}a".splitlines()) > 1)
+    said, file = Conversation(Persona(("i am here .",)), [Exchange(breaks, "base", breaks)]), tmp_path / "x.jsonl"
+    assert [save(said, file) for _ in range(2)] == [1, 1]
+    assert load(file) == said
 
 
 def test_persona_from_file_input_or_dialogue(talk, trained, tmp_path):
