@@ -217,10 +217,14 @@ class ChatModel:
     ) -> None:
         shown, start, stops = "", len(context), StopStrings(self.prompt, settings.stop_strings)
 
+        def answered(ids: list[int]) -> list[int]:
+            """Without the end token, which the tokenizer need not count as special, and what comes after it."""
+            return ids[: next((place for place, token in enumerate(ids) if token in self.prompt.end_ids), None)]
+
         def rows_ended(sequences: torch.Tensor) -> list[bool]:
             """Shows the text so far."""
             nonlocal shown
-            rows = [stops.text_so_far(row[start:]) for row in sequences.tolist()]
+            rows = [stops.text_so_far(answered(row[start:])) for row in sequences.tolist()]
             if len(rows) == 1 and len(rows[0][0]) > len(shown):  # with several beams, none is the answer yet
                 shown = rows[0][0]
                 show((shown, False))
@@ -232,7 +236,7 @@ class ChatModel:
         with self.model.disable_adapter() if without_adapter else contextlib.nullcontext():
             generated = generate(self.model, config, ids, torch.ones_like(ids), rows_ended)
         if not stopped():
-            text, ended = stops.text_so_far(generated[0, start:].tolist(), is_whole=True)
+            text, ended = stops.text_so_far(answered(generated[0, start:].tolist()), is_whole=True)
             ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             ended |= generated[0, -1].item() in ends or generated.shape[1] < ids.shape[1] + settings.max_new_tokens
             show((text, not ended))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from make_models import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AddedToken
 
 from kestrel.adapter.lora import add_lora
 from kestrel.adapter.source import WEIGHTS
@@ -72,6 +73,22 @@ def test_shown_text_never_changes(prompt, text, stops):
     whole, _ = StopStrings(prompt, stops).text_so_far(ids[:count], is_whole=True)
     assert whole.startswith(before)
     assert not any(stop in whole for stop in stops if not stop.isspace())
+
+
+def test_an_end_token_that_is_not_special_is_no_text(monkeypatch):
+    def generate(model, config, ids, mask, is_over):
+        answer = [*tokenizer(" a dog .")["input_ids"], end, *tokenizer(" or")["input_ids"]]
+        sequences = torch.cat([ids, torch.tensor([answer])], dim=1)
+        is_over(sequences)
+        return sequences
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False)])
+    end, prompt = tokenizer.convert_tokens_to_ids("<|end|>"), Prompt(tokenizer, "plain", 256)
+    prompt.ends_also_at(end)
+    monkeypatch.setattr("kestrel.chat.streaming.generate", generate)
+    answers = ChatModel(torch.nn.Linear(1, 1), prompt, ["base"]).stream_answer([20], "base", Generation())
+    assert list(answers) == [("a dog .", False)] * 2
 
 
 def test_closing_the_answer_stops_the_model(chat_model, prompt):
