@@ -269,8 +269,8 @@ class Events:
     def column(self, session: Session, name: System, latest: Exchange | None = None) -> tuple[list[Any], bool]:
         """A system's column: the messages that it has answered, its answers, and whether the column is shown."""
         exchanges = session.conversation.exchanges + ([latest] if latest else [])
-        answered = [exchange for exchange in exchanges if name in exchange.replies]
-        said = [(role, text) for e in answered for role, text in (("user", e.message), ("assistant", e.replies[name]))]
+        answered = [(e.message, answers[name]) for e in exchanges if name in (answers := self._answers(e))]
+        said = [(role, text) for pair in answered for role, text in zip(("user", "assistant"), pair, strict=True)]
         is_visible = bool(answered) or (not exchanges and name == self.model.systems[0])
         first = session.conversation.persona.first_message
         messages: list[Any] = [
@@ -280,6 +280,11 @@ class Events:
             for role, text in ([("assistant", first)] if first and is_visible else []) + said
         ]
         return messages, is_visible
+
+    def _answers(self, exchange: Exchange) -> dict[System, str]:
+        """The answers of this page's systems; if there are none, the first column shows the answer of another one."""
+        known = {name: text for name, text in exchange.replies.items() if name in self.model.systems}
+        return known or {self.model.systems[0]: exchange.reply}
 
 
 def _persona_of(text: str, session: Session) -> Persona:

@@ -80,6 +80,12 @@ def test_a_persona_is_changed_by_new_words_alone(sentences):
     assert session.conversation.persona.sentences[-1] == "i am new ."
 
 
+def test_a_loaded_answer_of_a_system_that_is_not_here_is_shown():
+    events, session = opened(Exchange("hi !", "base", "ok", {}), Exchange("and ?", "adapter", "no", {"base": "yes"}))
+    messages, is_visible = events.column(session, "adapter")
+    assert is_visible and [each["content"]["text"] for each in messages] == ["hi !", "ok", "and ?", "no"]
+
+
 def test_an_adapter_is_named_as_people_type_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     events, _ = opened()
