@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import gradio as gr
+import httpx
 import pytest
 import torch
 from make_models import make_tokenizer
 
 from kestrel.chat.conversation import Conversation, Exchange
 from kestrel.chat.page_events import Events, Session
+from kestrel.chat.server import build_application
 from kestrel.chat.streaming import ChatModel
 from kestrel.config.settings import Generation
 from kestrel.data.persona_file import Persona
@@ -22,7 +25,7 @@ CONTROLS: tuple[Any, ...] = (False, 1, 1, 0, 8, 1, 0, 1)
 class Scripted(ChatModel):
     """Answers "ok", or fails as when the memory of a GPU is used up."""
 
-    fails = False
+    fails, most_new_tokens = False, 256
 
     def stream_exchange(self, exchange, *rest, **more):
         if self.fails:
@@ -84,6 +87,18 @@ def test_a_loaded_answer_of_a_system_that_is_not_here_is_shown():
     events, session = opened(Exchange("hi !", "base", "ok", {}), Exchange("and ?", "adapter", "no", {"base": "yes"}))
     messages, is_visible = events.column(session, "adapter")
     assert is_visible and [each["content"]["text"] for each in messages] == ["hi !", "ok", "and ?", "no"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_host_of_this_machine_alone_serves_its_own_name_and_no_other(host):
+    async def status(url: str) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(application)) as client:
+            return (await client.get(url)).status_code
+
+    events, session = opened()
+    application = build_application(events.model, session.conversation, Generation(), host, None)
+    assert asyncio.run(status(f"http://{f'[{host}]' if ':' in host else host}:8000/")) == 200
+    assert asyncio.run(status("http://elsewhere.example:8000/")) == 400
 
 
 def test_an_adapter_is_named_as_people_type_it(monkeypatch):
