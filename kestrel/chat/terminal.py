@@ -176,11 +176,11 @@ class Terminal:
 
     def _retry(self, rest: str) -> None:
         last = self._last()
-        if not self.settings.do_sample and self.system == last.system:
-            raise KestrelError("the likeliest answer stays the same; /set do_sample true")
         before = list(self.conversation.exchanges)
         self.conversation.exchanges.pop()
         self._replace(last.message, before)
+        if not self.settings.do_sample and self.conversation.exchanges[-1].reply == last.reply:
+            print("(the likeliest answer stays the same; /set do_sample true)")
 
     def _edit(self, rest: str) -> None:
         first, _, text = rest.partition(" ")
