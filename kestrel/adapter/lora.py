@@ -64,8 +64,14 @@ def add_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     return adapted
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = None) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: Path, dropout: float | None = None, label: str = "default"
+) -> PeftModel:
     """Puts a saved adapter on the base, for inference, or with a dropout to train it on.
+
+    Args:
+        model: the base, or a base with adapters; the new one then stands beside them, not yet active.
+        label: PEFT's name for the new adapter.
 
     Raises:
         KestrelError: no adapter in the folder, or one for another architecture.
@@ -75,27 +81,34 @@ def load_adapter(model: PreTrainedModel, folder: Path, dropout: float | None = N
 
     # peft would unpickle adapter_model.bin
     require_files(str(folder), {path.name for path in folder.iterdir() if path.is_file()})
-    config, copies = adapter_config(folder), _copies_of_weights(model, folder / WEIGHTS)
-    _try_patterns(config, model, folder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, copies = adapter_config(folder), _copies_of_weights(base, folder / WEIGHTS)
+    _try_patterns(config, base, folder)
     kept = {module: module.weight for module in copies.values()}
     try:
         if dropout is not None:
             config.lora_dropout = dropout
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
-            adapted = PeftModel.from_pretrained(
-                model, str(folder), config=config, is_trainable=dropout is not None, low_cpu_mem_usage=True
-            )
+            if isinstance(model, PeftModel):
+                adapted = model
+                model.load_adapter(str(folder), label, low_cpu_mem_usage=True)
+            else:
+                adapted = PeftModel.from_pretrained(
+                    model, str(folder), label, dropout is not None, config=config, low_cpu_mem_usage=True
+                )
         with safe_open(folder / WEIGHTS, "pt") as file:
             # peft (0.21) only warns of weights that have no place here, and leaves those without a weight as they were.
-            unmatched = file.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+            placed = get_peft_model_state_dict(adapted, adapter_name=label, save_embedding_layers=False)
+            unmatched = file.keys() ^ placed.keys()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001  sizes and names that do not fit raise many types
         reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise KestrelError(f"the adapter in {folder} does not load onto this base: {reason}") from None
-    for module, weight in kept.items():
-        module.weight = weight  # peft replaces it by the copy, of another type
+    finally:
+        for module, weight in kept.items():
+            module.weight = weight  # peft replaces it by the copy, of another type
     if unmatched := unmatched - copies.keys():
         raise KestrelError(f"the adapter in {folder} is for other layers than this base has, such as {min(unmatched)}")
     return adapted
@@ -133,6 +146,7 @@ def _copies_of_weights(model: PreTrainedModel, path: Path) -> dict[str, torch.nn
                 continue
             name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
             module = modules.get(name.removesuffix(".weight"))
+            module = getattr(module, "base_layer", module)  # of one that another adapter adapts
             own, held = getattr(module, "weight", None), file.get_tensor(key)
             if module is None or own is None or own.shape != held.shape or not torch.equal(held.to(own), own):
                 raise KestrelError(

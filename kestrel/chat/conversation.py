@@ -121,7 +121,8 @@ def _text_of(path: Path) -> str:
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of a file of dialogues that are not blank, and what they hold; [] if it does not exist."""
     try:
-        lines = _text_of(path).splitlines() if path.exists() else []
+        # Not splitlines, which also cuts at characters that JSON keeps as they are, such as U+2028.
+        lines = _text_of(path).split("\n") if path.exists() else []
         rows = [(line, json.loads(line)) for line in lines if line.strip()]
         if not all(isinstance(row, dict) and "turns" in row for _, row in rows):
             raise ValueError

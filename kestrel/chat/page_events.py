@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,16 @@ def errors_on_page() -> Iterator[None]:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
     except Exception as error:  # noqa: BLE001  whatever a request of no page of ours brings, nothing of it is logged
         raise gr.Error(f"unexpected {type(error).__name__}", print_exception=False) from None
+
+
+@contextmanager
+def _restoring(conversation: Conversation, before: list[Exchange] | None) -> Iterator[None]:
+    """Puts the exchanges back after an error, so that a refused event loses no turn; None leaves them as they are."""
+    try:
+        yield
+    except Exception:
+        conversation.exchanges[:] = conversation.exchanges if before is None else before
+        raise
 
 
 def generation_settings(
@@ -95,11 +106,11 @@ class Events:
             if not message.strip():
                 raise KestrelError("The message is empty.")
             _require_idle(session)
-            sentences = sentences_of(persona.splitlines(), "the persona")
-            if sentences != session.conversation.persona.sentences:
+            persona_now = _persona_of(persona, session)
+            if persona_now is not session.conversation.persona:
                 if session.conversation.exchanges:
                     gr.Info("The persona changed, so a new conversation starts.")
-                self._start(session, Persona(sentences))
+                self._start(session, persona_now)
             context = self._context(session, message)
         yield from self._answer(session, Exchange(message, system, ""), context, compare, controls)
 
@@ -110,7 +121,8 @@ class Events:
             if not session.conversation.exchanges:
                 raise KestrelError("No message to answer again.")
             before, last = list(session.conversation.exchanges), session.conversation.exchanges.pop()
-            context = self._context(session, last.message)
+            with _restoring(session.conversation, before):
+                context = self._context(session, last.message)
         yield from self._answer(session, Exchange(last.message, system, ""), context, compare, controls, before)
 
     def go_on(self, session: Session, *controls: Any) -> Iterator[list[Any]]:
@@ -128,8 +140,9 @@ class Events:
         with errors_on_page():
             _require_idle(session)
             before = list(session.conversation.exchanges)
-            message = session.conversation.edit(int(number), text)
-            context = self._context(session, message) if message is not None else []
+            with _restoring(session.conversation, before):
+                message = session.conversation.edit(int(number), text)
+                context = self._context(session, message) if message is not None else []
         if message is None:
             yield [gr.skip(), self._note(session), *self.columns(session)]
         else:
@@ -159,7 +172,7 @@ class Events:
         """
         if self.model.is_busy:
             gr.Info("The model answers somebody else; your answer comes after that.")
-        with errors_on_page():
+        with errors_on_page(), _restoring(session.conversation, before):
             settings = generation_settings(self.settings, *controls)
         conversation, message, stop = session.conversation, exchange.message, threading.Event()
         session.stop, session.undone = stop, False
@@ -221,8 +234,7 @@ class Events:
     def reset(self, session: Session, persona: str) -> list[Any]:
         """Starts a new conversation with the persona on the page."""
         with errors_on_page():
-            now, sentences = session.conversation.persona, sentences_of(persona.splitlines(), "the persona")
-            self._start(session, now if now.sentences == sentences else Persona(sentences))
+            self._start(session, _persona_of(persona, session))
         self.stop(session)
         return ["", "", *self.columns(session)]
 
@@ -240,7 +252,7 @@ class Events:
     def use_adapter(self, name: str) -> None:
         """Answers by another adapter, on every open page."""
         with errors_on_page():
-            gr.Info(html.escape(self.model.use_adapter(name.strip())))
+            gr.Info(html.escape(self.model.use_adapter(os.path.expanduser(name.strip()))))
 
     def export(self, session: Session) -> str:
         with errors_on_page():
@@ -257,8 +269,8 @@ class Events:
     def column(self, session: Session, name: System, latest: Exchange | None = None) -> tuple[list[Any], bool]:
         """A system's column: the messages that it has answered, its answers, and whether the column is shown."""
         exchanges = session.conversation.exchanges + ([latest] if latest else [])
-        answered = [exchange for exchange in exchanges if name in exchange.replies]
-        said = [(role, text) for e in answered for role, text in (("user", e.message), ("assistant", e.replies[name]))]
+        answered = [(e.message, answers[name]) for e in exchanges if name in (answers := self._answers(e))]
+        said = [(role, text) for pair in answered for role, text in zip(("user", "assistant"), pair, strict=True)]
         is_visible = bool(answered) or (not exchanges and name == self.model.systems[0])
         first = session.conversation.persona.first_message
         messages: list[Any] = [
@@ -268,6 +280,23 @@ class Events:
             for role, text in ([("assistant", first)] if first and is_visible else []) + said
         ]
         return messages, is_visible
+
+    def _answers(self, exchange: Exchange) -> dict[System, str]:
+        """The answers of this page's systems; if there are none, the first column shows the answer of another one."""
+        known = {name: text for name, text in exchange.replies.items() if name in self.model.systems}
+        return known or {self.model.systems[0]: exchange.reply}
+
+
+def _persona_of(text: str, session: Session) -> Persona:
+    """The persona on the page: the conversation's, which may be empty, unless the words were changed."""
+
+    def words(text: str) -> list[list[str]]:
+        return [line.split() for line in text.splitlines() if line.strip()]
+
+    now = session.conversation.persona
+    if words(text) == words("\n".join(now.sentences)):
+        return now
+    return Persona(sentences_of(text.splitlines(), "the persona"))
 
 
 def _idle_box(**text: Any) -> gr.Textbox:

@@ -18,10 +18,13 @@ def persona_from_option(values: list[str]) -> Persona:
     """The sentences of --persona, or of the file or the saved persona that it names.
 
     Raises:
-        KestrelError: the file cannot be read, or nothing is left without blanks.
+        KestrelError: the file cannot be read, more follows it, or nothing is left without blanks.
     """
-    one_word = len(values) == 1 and len(values[0].split()) == 1
-    if one_word or Path(values[0]).is_file():
+    # os.path.isfile is False also of a sentence that is too long for a file name, where Path.is_file raises.
+    is_file = os.path.isfile(values[0])
+    if is_file and len(values) > 1:
+        raise KestrelError(f"--persona: {values[0]} is a file, and more follows it; give a file or sentences")
+    if len(values) == 1 and (is_file or len(values[0].split()) == 1):
         return persona_named(values[0])
     return Persona(sentences_of(values, "--persona"))
 
@@ -33,7 +36,7 @@ def persona_named(name: str) -> Persona:
         KestrelError: neither exists, or it cannot be read.
     """
     saved = _folder() / f"{name}.txt"
-    return read_persona(saved if _is_name(name) and saved.is_file() else Path(os.path.expanduser(name)))
+    return read_persona(saved if _is_name(name) and os.path.isfile(saved) else Path(os.path.expanduser(name)))
 
 
 def saved_personas() -> list[str]:

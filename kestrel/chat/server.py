@@ -106,7 +106,7 @@ def build_application(
     gr.mount_gradio_app(app, page, path="/", footer_links=[], run_history=False, ssr_mode=False, theme=THEME, css=CSS)
     if is_loopback(host):
         # Against DNS rebinding: a page elsewhere whose host name is made to resolve to this machine.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", host])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "[::1]", "localhost", host])
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from kestrel.adapter.lora import adapter_config
+from kestrel.adapter.lora import load_adapter
 from kestrel.adapter.proof import prove_loaded
+from kestrel.adapter.source import CONFIG, WEIGHTS
 from kestrel.chat.conversation import Conversation, Exchange, System
 from kestrel.config.settings import Generation
 from kestrel.dialogue import Dialogue, Turn
@@ -23,6 +24,7 @@ from kestrel.generation.respond import generate, generation_config
 from kestrel.generation.stop_strings import StopStrings
 from kestrel.model.loss import attach_token_nll, causal_lm_of
 from kestrel.prompt.prompt import TOO_LONG, Prompt, Rendered, Unrenderable
+from kestrel.runtime.manifest import sha256_of, sha256_of_json
 
 _POLL_SECONDS = 0.1  # how often an answer that waits for the model checks whether it was stopped
 EMPTY_ANSWER = "the answer is empty and your message was taken back: rephrase it, or sample"
@@ -68,23 +70,26 @@ class ChatModel:
         """Answers by another adapter from now on. Returns what was proven of it.
 
         Raises:
-            KestrelError: no adapter is loaded, or there is none of that name for this base and prompt.
+            KestrelError: no adapter is loaded, or there is none of that name that fits this base and prompt.
             ProofError: it computes something else than in its training.
         """
         if self._find_adapter is None or "adapter" not in self.systems:
             raise KestrelError("only the base is loaded; start without generation.systems base")
         folder, manifest = self._find_adapter(name)
         with self._one_at_a_time:
-            before, label = self.model.active_adapter, f"from {folder}".replace(".", "_")
+            # By its content: a folder may hold another adapter by now.
+            label = f"adapter-{sha256_of_json([sha256_of(folder / name) for name in (CONFIG, WEIGHTS)])}"
+            before, is_new = self.model.active_adapter, label not in self.model.peft_config
             try:
-                if label not in self.model.peft_config:
-                    adapter_config(folder)  # peft reads what this refuses
-                    self.model.load_adapter(str(folder), label)
+                if is_new:
+                    load_adapter(self.model, folder, label=label)
                 self._activate(label)
                 dtype = str(causal_lm_of(self.model).dtype).removeprefix("torch.")
                 return prove_loaded(self.model, manifest, self.prompt.identity(), dtype)
-            except Exception:
+            except BaseException:  # also Ctrl-C
                 self._activate(before)
+                if is_new and label in self.model.peft_config:  # else the next try would take it for a whole one
+                    self.model.delete_adapter(label)
                 raise
 
     def _activate(self, label: str) -> None:
@@ -212,10 +217,14 @@ class ChatModel:
     ) -> None:
         shown, start, stops = "", len(context), StopStrings(self.prompt, settings.stop_strings)
 
+        def answered(ids: list[int]) -> list[int]:
+            """Without the end token, which the tokenizer need not count as special, and what comes after it."""
+            return ids[: next((place for place, token in enumerate(ids) if token in self.prompt.end_ids), None)]
+
         def rows_ended(sequences: torch.Tensor) -> list[bool]:
             """Shows the text so far."""
             nonlocal shown
-            rows = [stops.text_so_far(row[start:]) for row in sequences.tolist()]
+            rows = [stops.text_so_far(answered(row[start:])) for row in sequences.tolist()]
             if len(rows) == 1 and len(rows[0][0]) > len(shown):  # with several beams, none is the answer yet
                 shown = rows[0][0]
                 show((shown, False))
@@ -227,7 +236,7 @@ class ChatModel:
         with self.model.disable_adapter() if without_adapter else contextlib.nullcontext():
             generated = generate(self.model, config, ids, torch.ones_like(ids), rows_ended)
         if not stopped():
-            text, ended = stops.text_so_far(generated[0, start:].tolist(), is_whole=True)
+            text, ended = stops.text_so_far(answered(generated[0, start:].tolist()), is_whole=True)
             ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
             ended |= generated[0, -1].item() in ends or generated.shape[1] < ids.shape[1] + settings.max_new_tokens
             show((text, not ended))

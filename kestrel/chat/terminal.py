@@ -7,7 +7,7 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kestrel.chat.conversation import Conversation, Exchange, load, save
@@ -46,6 +46,18 @@ HELP = """\
 To begin a message with a slash, type two."""
 
 FindPersona = Callable[[str | None], Persona]  # by the id of a dialogue
+
+
+@contextlib.contextmanager
+def _unexpected_errors_told() -> Iterator[None]:
+    """Turns an error of any type, such as of a GPU without memory, into one that does not end the conversation."""
+    try:
+        yield
+    except (KestrelError, EOFError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise KestrelError(f"unexpected {type(error).__name__}: {visible(reason)}; the conversation goes on") from error
 
 
 class Terminal:
@@ -100,7 +112,8 @@ class Terminal:
             try:
                 line = self._read("you> ").strip()
                 warned = False
-                self._handle(line)
+                with _unexpected_errors_told():
+                    self._handle(line)
             except KeyboardInterrupt as error:
                 number = error.exit_status - 128 if isinstance(error, Interrupted) else signal.SIGINT
                 if warned or number != signal.SIGINT:  # only Ctrl-C gets a second chance
@@ -163,11 +176,11 @@ class Terminal:
 
     def _retry(self, rest: str) -> None:
         last = self._last()
-        if not self.settings.do_sample and self.system == last.system:
-            raise KestrelError("the likeliest answer stays the same; /set do_sample true")
         before = list(self.conversation.exchanges)
         self.conversation.exchanges.pop()
         self._replace(last.message, before)
+        if not self.settings.do_sample and self.conversation.exchanges[-1].reply == last.reply:
+            print("(the likeliest answer stays the same; /set do_sample true)")
 
     def _edit(self, rest: str) -> None:
         first, _, text = rest.partition(" ")
@@ -228,7 +241,7 @@ class Terminal:
             if not lines:
                 return
             persona = Persona(sentences_of(lines, "/persona"))
-        elif "|" in rest or (" " in rest and not typed_path(rest).is_file()):
+        elif "|" in rest or (" " in rest and not os.path.isfile(typed_path(rest))):
             persona = Persona(sentences_of(rest.split("|"), "/persona"))
         else:
             persona = persona_named(unquoted(rest))
@@ -252,7 +265,7 @@ class Terminal:
         if not rest:
             raise KestrelError("/load needs the name of a file")
         name, _, dialogue_id = (
-            rest.rpartition(" ") if " " in rest and not typed_path(rest).is_file() else (rest, "", "")
+            rest.rpartition(" ") if " " in rest and not os.path.isfile(typed_path(rest)) else (rest, "", "")
         )
         self._start(load(typed_path(name), dialogue_id or None))
         self._show_persona()

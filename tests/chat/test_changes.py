@@ -37,7 +37,10 @@ def test_turns_are_answered_again_changed_and_continued(talk, tmp_path):
     )
     assert "1 you> hi !\n  2 adapter> i am fine ." in loaded and "nothing.jsonl holds no conversation" in loaded
     assert rows_in(files[1])[0]["turns"][:4] == whole and len(rows_in(files[1])[0]["turns"]) == 6
-    assert "the likeliest answer stays the same" in talk("hi !", "/retry") and "nothing was said yet" in talk("/retry")
+    same = "the likeliest answer stays the same"
+    assert same in talk("hi !", "/retry") and "nothing was said yet" in talk("/retry")
+    again = talk("hi !", f"/save {files[4]}", "/edit 2 i am fine .", "/retry")
+    assert same not in again and again.count(f"adapter> {rows_in(files[4])[0]['turns'][1]['text']}\n") == 2
 
 
 def test_answers_are_sampled_unless_something_else_is_asked_for(talk):

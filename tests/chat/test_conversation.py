@@ -20,7 +20,7 @@ from scripts import rows_in
 import chat
 import preprocess
 from kestrel.adapter.load import load_model
-from kestrel.chat.conversation import Conversation, Exchange
+from kestrel.chat.conversation import Conversation, Exchange, load, save
 from kestrel.chat.sampling import change_setting
 from kestrel.chat.streaming import ChatModel
 from kestrel.config.conflicts import conflicts
@@ -146,6 +146,13 @@ def test_saved_conversations_are_a_corpus(talk, trained, tmp_path):
         assert len(said) == 4
 
 
+def test_a_saved_conversation_can_be_loaded_whatever_line_breaks_it_has(tmp_path):
+    breaks = "".join(character for character in map(chr, range(0x3000)) if len(f"a{character}a".splitlines()) > 1)
+    said, file = Conversation(Persona(("i am here .",)), [Exchange(breaks, "base", breaks)]), tmp_path / "x.jsonl"
+    assert [save(said, file) for _ in range(2)] == [1, 1]
+    assert load(file) == said
+
+
 def test_persona_from_file_input_or_dialogue(talk, trained, tmp_path):
     file = tmp_path / "someone.txt"
     file.write_text("i have a cat .\n\n  i like   rice .\n", encoding="utf-8")
@@ -207,14 +214,22 @@ def test_set_gives_only_valid_settings(changes):
     assert conflicts(allowed) == []
 
 
-def test_conversation_survives_mistakes(talk, tmp_path):
-    other = tmp_path / "other.txt"
+def test_conversation_survives_mistakes(talk, tmp_path, monkeypatch):
+    def failing(self, name):
+        raise RuntimeError("size mismatch\nand more")
+
+    monkeypatch.setattr(ChatModel, "use_adapter", failing)
+    other, long = tmp_path / "other.txt", ("i work at night . " * 20).strip()  # no file can have such a name
     other.write_text("not dialogues\n", encoding="utf-8")
     printed = talk(
+        f"/persona {long} and by day .", f"/load {long}", "/adapter other", "/persona i am here .|",
         "/sav x", "/save", f"/save {tmp_path / 'x'}", "/system", "/persona nobody.txt", "hi \udcff !",
         f"/save {tmp_path}", f"/save {other}", "//slash", "/quit", "never read",
+        more=["--persona", long],
     )  # fmt: skip
     for message in (
+        f"persona:\n  {long}\n", f"persona:\n  {long} and by day .\n",
+        "(unexpected RuntimeError: size mismatch; the conversation goes on)",
         "did you mean /save?", "needs the name of a file", "nothing to save", "/system takes adapter or base",
         "nobody.txt: No such file", "name another file", "does not hold dialogues",
     ):  # fmt: skip
@@ -262,6 +277,7 @@ def test_seed_decides_the_samples(talk, tmp_path):
         (["--web", "--port", "70000"], 2, "--port: expected 0"),
         ([*AS_PERSONA, "--dialogue", "x"], 2, "--dialogue: --persona already gives the persona"),
         (["--persona", "nobody.txt"], 1, "nobody.txt: No such file"),
+        (["--persona", str(ROOT / "README.md"), "i work ."], 1, "README.md is a file, and more follows it"),
         (["--persona", " ", "\t"], 1, "a persona needs at least one sentence"),
         (["--dialogue", "x"], 1, "test has no dialogue 'x'; its ids are test-0"),
         (["--run_dir", "nowhere"], 1, "or give a persona: --persona FILE"),

@@ -8,16 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 from browsers import chromium
 from chat_page import AS_PERSONA, CONTRAST, LONG, PERSONA, Page, Served
 from selenium.webdriver.common.keys import Keys
-
-from kestrel.chat.conversation import Conversation
-from kestrel.config.settings import Generation
-from kestrel.data.persona_file import Persona
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = [*LONG, "--generation.max_new_tokens", "1900", "--generation.stop_strings", "[]"]
@@ -95,32 +90,6 @@ def test_stop_keeps_the_answer_so_far_and_a_signal_ends_the_server(number, brows
         assert page.messages() == ["hi !"] and 0 < len(page.answers()[0]) < 4000, len(page.answers()[0])
         status, output = server.end(number)
         assert status == 128 + number and "not exported are lost" in output and "Traceback" not in output
-
-
-def test_failing_model_leaves_the_page_usable():
-    """As when the memory of a GPU is used up."""
-    import gradio as gr
-
-    from kestrel.chat.page_events import Events, Session
-
-    class Failing:
-        systems, is_busy = ("adapter",), False
-
-        def context(self, dialogue):
-            return [1], 0
-
-        def stream_exchange(self, *rest):
-            raise RuntimeError("out of memory")
-            yield
-
-    session = Session(Conversation(Persona(("i am here .",))))
-    events = Events(cast(Any, Failing()), session.conversation, Generation())
-    shown = []
-    with pytest.raises(gr.Error, match="failed to answer: out of memory"):
-        for outputs in events.send("hi !", session, "i am here .", "adapter", False, False, 1, 1, 0, 8, 1, 0, 1):
-            shown.append([getattr(output, "value", output) for output in outputs])
-    assert shown[0][0] == "" and len(shown[0][2]) == 2 and shown[-1] == ["hi !", "", []]
-    assert session.stop is None and not session.conversation.exchanges
 
 
 def test_answer_grows_and_the_next_message_can_be_typed_meanwhile(answering):
