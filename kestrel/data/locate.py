@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from kestrel.errors import KestrelError
 from kestrel.hub import use_cache_without_network
 
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+# A chat is often named after somebody, such as Valentina, Devin or Tester: of these words no part of a longer one is meant.
+_BEGINNING = re.compile(r"train|(?:val|valid|dev|test)(?=(?:ing|ation|elopment|set|data)?(?![^\W\d_]))")
 
 # Which files of a known hub set are the data, and in which revision: `datasets` (4.0 and later) does not run the loading
 # script of personachat_truecased, but the Hub keeps a converted copy.
@@ -37,7 +40,7 @@ def locate(source: str, revision: str | None) -> Located:
     """Finds the files of a source.
 
     One file is the train split, whatever its name, unless it is a JSON object with a list for each of several splits. In a
-    folder, the split is in the files' names (train*, valid*, dev*, test*; or such a word in the name or in that of a folder).
+    folder, the split is in the files' names (train*; or valid, dev, test or such a word in the name or in that of a folder).
 
     Raises:
         KestrelError: the source does not exist, or several of its files could be one split.
@@ -89,11 +92,19 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
         if files:
             by_split[split] = [SourceFile(path) for path in files]
     if "train" in by_split:
+        used = {file.path for files in by_split.values() for file in files}
+        if left := [path.relative_to(folder).as_posix() for path in paths if path not in used]:
+            print(
+                f"{source}: files whose names name no split are left out ({len(left)}, such as {left[0]}), for "
+                f"{by_split['train'][0].path.name} is taken as the train split; rename it if it is not",
+                file=sys.stderr,
+            )
         return by_split
     if paths and not by_split:  # a file for each dialogue, or for each chat
         return {"train": [SourceFile(path) for path in paths]}
     there = paths or sorted(folder.iterdir())
     found = ", ".join(path.relative_to(folder).as_posix() for path in there[:6]) or "no file"
+    found += "".join(f"; {files[0].path.name} is taken as the {split} split" for split, files in by_split.items())
     raise KestrelError(
         f"{source}: no train split: a file whose name begins with 'train' ({'/'.join(SUFFIXES)}) is needed; found {found}. "
         "To cut all splits from one file, set data.source to that file."
@@ -101,9 +112,8 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
 
 
 def _split_of(path: Path, folder: Path) -> str | None:
-    for word, split in _SPLIT_WORDS.items():
-        if path.stem.lower().startswith(word):
-            return split
+    if word := _BEGINNING.match(path.stem.lower()):
+        return _SPLIT_WORDS[word[0]]
     for name in (path.stem, *reversed(path.relative_to(folder).parent.parts)):
         words = set(re.split(r"[\W_]+", name.lower()))
         named = {SECTIONS.get(word) or _SPLIT_WORDS.get(word) for word in words} - {None}
