@@ -93,6 +93,8 @@ def _only_member(file: IO[bytes]) -> IO[bytes]:
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if is_data(PurePosixPath(name))]
     if len(names) == 1:
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise zipfile.BadZipFile("the archive has a password; unpack it and set data.source to the file")
         return archive.open(names[0])
     if "xl/workbook.xml" in archive.namelist():
         raise zipfile.BadZipFile("this is a spreadsheet; save its sheet as CSV in UTF-8")

@@ -238,6 +238,14 @@ def test_archives_with_anything_else_are_refused_by_name(tmp_path: Path) -> None
                 archive.writestr(name, "x")
         with pytest.raises(KestrelError, match=message):
             read(str(tmp_path / "x.zip"))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.txt", "x")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[6] |= 1  # the mark of a file with a password: before the file, and in the archive's directory
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(KestrelError, match="x.zip: cannot be read: the archive has a password; unpack it"):
+        read(str(tmp_path / "x.zip"))
 
 
 def test_redaction_replaces_and_counts(tmp_path: Path) -> None:
