@@ -14,7 +14,7 @@ from kestrel.data.raw import SourceFile
 from kestrel.data.rows import SECTIONS, sections
 from kestrel.dialogue import SPLITS
 from kestrel.errors import KestrelError
-from kestrel.hub import use_cache_without_network
+from kestrel.hub import plain_full_cache, plain_hub_errors, use_cache_without_network
 
 _SPLIT_WORDS = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 # A chat is often named after somebody, such as Valentina, Devin or Tester: of these words no part of a longer one is meant.
@@ -75,11 +75,7 @@ def _suggestion(path: Path) -> str:
 
 
 def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if is_data(PurePosixPath(path.relative_to(folder).as_posix())) and path.is_file()
-    )
+    paths = _data_files(folder)
     by_split: dict[str, list[SourceFile]] = {}
     for split in SPLITS:
         files = [path for path in paths if _split_of(path, folder) == split]
@@ -111,6 +107,14 @@ def _files_of_folder(folder: Path, source: str) -> dict[str, list[SourceFile]]:
     )
 
 
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_data(PurePosixPath(path.relative_to(folder).as_posix())) and path.is_file()
+    )
+
+
 def _split_of(path: Path, folder: Path) -> str | None:
     if word := _BEGINNING.match(path.stem.lower()):
         return _SPLIT_WORDS[word[0]]
@@ -126,22 +130,26 @@ def _download(repo_id: str, revision: str | None) -> Located:
     """Downloads the files of a hub set into the Hub's cache, unless it has them, and treats them as a folder."""
     import huggingface_hub
 
-    default, patterns = _HUB_FILES.get(repo_id, ("main", [f"*{suffix}" for suffix in SUFFIXES]))
+    default, plain = _HUB_FILES.get(repo_id, ("main", [f"*{suffix}" for suffix in SUFFIXES]))
     revision = revision or default
     use_cache_without_network()
-    try:
-        snapshot = Path(
-            huggingface_hub.snapshot_download(
-                repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns, max_workers=2
+    what = f"data.source {repo_id} (revision {revision}), which is no file here"
+    without_network = (
+        f"; or fill the cache elsewhere with `hf download --repo-type dataset {repo_id} --revision {revision}` and set "
+        "HF_HOME to it, or set data.source to a folder with the downloaded files"
+    )
+    packed = [f"*{suffix}{packing}" for suffix in SUFFIXES for packing in PACKED[:3]]
+    for patterns in (plain, [*packed, "*.zip"]):  # the same data is often there in both forms
+        with plain_hub_errors(what, without_network), plain_full_cache():
+            snapshot = Path(
+                huggingface_hub.snapshot_download(
+                    repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns, max_workers=2
+                )
             )
-        )
-    # The Hub's client raises many types (its own, httpx's, OSError): all of them mean that the data cannot be had.
-    except Exception as error:
-        raise KestrelError(
-            f"{repo_id} (revision {revision}) is not a local file, is not in the Hub's cache and could not be downloaded "
-            f"({type(error).__name__}). Connect to the network (and unset HF_HUB_OFFLINE), fill the cache elsewhere "
-            f"with `hf download --repo-type dataset {repo_id} --revision {revision}` and set HF_HOME to it, or set "
-            "data.source to a folder with the downloaded files."
-        ) from error
-    files = _files_of_folder(snapshot, f"{repo_id} (in {snapshot})")
-    return Located(files, snapshot, {"hub id": repo_id, "hub revision": snapshot.name})
+        if _data_files(snapshot):
+            files = _files_of_folder(snapshot, f"{repo_id} (in {snapshot})")
+            return Located(files, snapshot, {"hub id": repo_id, "hub revision": snapshot.name})
+    raise KestrelError(
+        f"{what}: none of its files has a name that ends in {', '.join(SUFFIXES)}, packed or not; another revision may, "
+        "such as refs/convert/parquet"
+    )
