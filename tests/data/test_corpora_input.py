@@ -90,6 +90,15 @@ def test_bad_input_is_named(tmp_path: Path, content: str | bytes, message: str) 
         read(write(tmp_path, content))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_command_that_converts_a_file_can_be_given(tmp_path: Path, packed: bool) -> None:
+    content = OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}'
+    source = write(tmp_path, gzip.compress(content) if packed else content, "my chats.jsonl" + ".gz" * packed)
+    given = "unpack and convert it: iconv .* UNPACKED >" if packed else f"; convert it: iconv .* '{source}' >"
+    with pytest.raises(KestrelError, match=f"{given} converted.jsonl$"):
+        read(source)
+
+
 PIECES = st.lists(
     st.sampled_from(["\n", "\r\n", "\r", "\x85", "\u2028", "\ufeff", "é", "字", "abc", "👍"]), max_size=20
 )
@@ -229,7 +238,6 @@ ANSWER: Any = SimpleNamespace(headers={}, request=None)
     [
         (errors.RepositoryNotFoundError("404", response=ANSWER), "the Hub knows no such repository, or it is private"),
         (errors.GatedRepoError("403", response=ANSWER), "access is restricted; ask for it"),
-        (errors.RevisionNotFoundError("404", response=ANSWER), "no such revision"),
         (
             errors.LocalEntryNotFoundError("no"),
             "cache does not have it.*; or fill the cache elsewhere with `hf download",
