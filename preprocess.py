@@ -80,8 +80,10 @@ def _write_dataset(folder: Path, settings: Settings, corpus: Corpus, prompt: Pro
     fractions = (data.validation_fraction, data.test_fraction)
     splitter = Splitter(corpus, *fractions, settings.seed, data.max_dialogues, folder)
     if "validation" not in splitter.splits:
+        used = splitter.origin.get("test") == "validation"
+        lacks = "no test split, so that its validation split is the test set" if used else "no validation split"
         raise KestrelError(
-            f"{data.source} has no validation split, and with data.validation_fraction 0 none is cut from train; "
+            f"{data.source} has {lacks}, and with data.validation_fraction 0 no validation split is cut from train; "
             "training needs one, so set it to 0.05, for example"
         )
     counts = {split: ReadCounts() for split in splitter.splits}

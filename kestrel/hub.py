@@ -5,13 +5,16 @@ Tokens are the client's business (huggingface_hub reads HF_TOKEN or the login); 
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import os
+import shlex
 import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -26,8 +29,12 @@ _POINTER, _LONGEST_POINTER = b"version https://git-lfs", 1024  # bytes
 
 
 @contextmanager
-def plain_hub_errors(what: str) -> Iterator[None]:
-    """Turns the client's errors into one sentence that says what was looked for (`what`) and what to do."""
+def plain_hub_errors(what: str, without_network: str = "") -> Iterator[None]:
+    """Turns the client's errors into one sentence that says what was looked for (`what`) and what to do.
+
+    Args:
+        without_network: what else to do where the Hub cannot be reached.
+    """
     from huggingface_hub import errors
 
     _bound_waiting()
@@ -63,6 +70,8 @@ def plain_hub_errors(what: str) -> Iterator[None]:
         error = caught.__cause__ if refused and caught.__cause__ else caught
         kind = next(kind for kind in sentences if isinstance(error, kind))
         sentence = sentences[kind].format(first_line(error))
+        if sentence == absent:
+            sentence += without_network
         if kind is errors.HfHubHTTPError:
             status = getattr(getattr(error, "response", None), "status_code", None)
             sentence += advice.get(status or 0, "run the same command again")
@@ -72,6 +81,34 @@ def plain_hub_errors(what: str) -> Iterator[None]:
             raise KestrelError(f"{what}: {silent}") from None
         failed = f"the connection failed ({first_line(error.__cause__ or error)})"
         raise KestrelError(f"{what}: {failed}; run the same command again, what arrived is kept") from None
+
+
+@contextmanager
+def plain_full_cache() -> Iterator[None]:
+    """Turns the error of a full disk into a sentence that says which disk it is."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Not enough free disk space")
+            yield
+    except (OSError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        raise KestrelError(_full_cache()) from None
+
+
+def _is_full(error: Exception) -> bool:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    # Libraries in Rust raise other types than OSError.
+    return full or "No space left" in str(error) or "quota exceeded" in str(error)
+
+
+def _full_cache() -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"the disk with the Hub's cache, {constants.HF_HUB_CACHE}, is full; free some space and run the same command "
+        "again, or set HF_HOME to a folder on another disk"
+    )
 
 
 @functools.cache
@@ -191,7 +228,7 @@ def refuse_pointers(folder: Path, key: str) -> None:
                 if file.read(len(_POINTER)) == _POINTER:
                     raise KestrelError(
                         f"{key} {folder}: {path.name} is a Git LFS pointer, not the file itself; fetch the files with: "
-                        f"cd {folder} && git lfs pull"
+                        f"cd {shlex.quote(str(folder))} && git lfs pull"
                     )
 
 
@@ -213,7 +250,9 @@ def plain_loading_errors(what: str, name: str, key: str = "model.name") -> Itera
         # been imported, and a RuntimeError.
         if not (isinstance(error, kinds) or type(error) is Exception) or type(error).__name__ == "OutOfMemoryError":
             raise
-        if "custom code" in str(error):
+        if _is_full(error) and not is_local:
+            advice = _full_cache()
+        elif "custom code" in str(error):
             advice = "it comes with Python code of its own; read that, then set model.trust_remote_code: true"
         elif "tiktoken" in str(error).lower() or "sentencepiece" in str(error).lower():
             advice = "a library that reads its kind of tokenizer is missing: pip install sentencepiece tiktoken"

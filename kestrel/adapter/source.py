@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kestrel.config.settings import is_hub_id
 from kestrel.errors import KestrelError
-from kestrel.hub import plain_hub_errors, refuse_pointers, use_cache_without_network
+from kestrel.hub import plain_full_cache, plain_hub_errors, refuse_pointers, use_cache_without_network
 from kestrel.runtime.atomic import read_json
 from kestrel.runtime.manifest import MANIFEST, identity_of, read_manifest, sha256_of
 
@@ -149,7 +145,7 @@ def download_adapter(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     use_cache_without_network()
-    with plain_hub_errors(f"model.adapter {name}, which is no folder here"), _plain_full_cache():
+    with plain_hub_errors(f"model.adapter {name}, which is no folder here"), plain_full_cache():
         if constants.HF_HUB_OFFLINE:
             folder = Path(snapshot_download(repository, revision=revision or None, local_files_only=True))
         else:
@@ -174,20 +170,3 @@ def require_files(where: str, files: set[str]) -> None:
                 f"{where} has no {needed} at its top; only PEFT adapters in safetensors are read, no pickles and no "
                 "subfolders; load another one with peft, and save it again with save_pretrained"
             )
-
-
-@contextmanager
-def _plain_full_cache() -> Iterator[None]:
-    from huggingface_hub import constants
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Not enough free disk space")
-            yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise KestrelError(
-            f"the disk with the Hub's cache, {constants.HF_HUB_CACHE}, is full; free some space and run the same command "
-            "again, or set HF_HOME to a folder on another disk"
-        ) from None

@@ -31,7 +31,7 @@ def dialogues(file: SourceFile, messages: Iterable[Message]) -> Iterator[RawDial
     """A dialogue for each stretch without `data.session_gap` hours of silence. All but `data.self` are the partner.
 
     Raises:
-        KestrelError: `data.self` is not set, or no message is by that name.
+        KestrelError: `data.self` is not set, or no message of any file of the split is by that name.
     """
     names: Counter[str] = Counter()
     session: list[Message] = []
@@ -43,12 +43,17 @@ def dialogues(file: SourceFile, messages: Iterable[Message]) -> Iterator[RawDial
             yield _dialogue(file, index, session)
             index, session = index + 1, []
         session.append(message)
-    if file.settings.self not in names:
-        asked = f"nobody is called {file.settings.self!r}; set" if file.settings.self else "a messenger's export; set"
-        found = ", ".join(f"{name!r} ({count:,})" for name, count in names.most_common(6)) or "nobody"
+    file.names.update(names)
+    own = file.settings.self
+    if not own or (file.is_last and own not in file.names):
+        asked = f"nobody is called {own!r}; set" if own else "a messenger's export; set"
+        found = ", ".join(f"{name!r} ({count:,})" for name, count in file.names.most_common(6)) or "nobody"
+        where = file.path if names == file.names else file.settings.source
         raise KestrelError(
-            f"{file.path}: {asked} data.self to the name of the one who is learned. Names and their messages: {found}."
+            f"{where}: {asked} data.self to the name of the one who is learned. Names and their messages: {found}."
         )
+    if own not in names:  # somebody who never got an answer, for example
+        file.counts.repair(f"files in which nobody is called {own!r} (data.self)", str(file.path))
     if session:
         yield _dialogue(file, index, session)
 

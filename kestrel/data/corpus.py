@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +44,9 @@ class Corpus:
 
     def raw_dialogues(self, split: str, counts: ReadCounts) -> Iterator[RawDialogue]:
         """What the reader of the format finds, before repair."""
-        for file in self.files[split]:
-            yield from FORMATS[self.format].read(replace(file, counts=counts))
+        names: Counter[str] = Counter()
+        for left, file in enumerate(self.files[split], 1 - len(self.files[split])):
+            yield from FORMATS[self.format].read(replace(file, counts=counts, names=names, is_last=left == 0))
 
 
 def open_corpus(settings: Data) -> Corpus:

@@ -7,6 +7,7 @@ import codecs
 import gzip
 import lzma
 import re
+import shlex
 import tempfile
 import zipfile  # noqa: TID251  one member is read as a stream, nothing is extracted
 import zlib
@@ -93,6 +94,8 @@ def _only_member(file: IO[bytes]) -> IO[bytes]:
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if is_data(PurePosixPath(name))]
     if len(names) == 1:
+        if archive.getinfo(names[0]).flag_bits & 1:
+            raise zipfile.BadZipFile("the archive has a password; unpack it and set data.source to the file")
         return archive.open(names[0])
     if "xl/workbook.xml" in archive.namelist():
         raise zipfile.BadZipFile("this is a spreadsheet; save its sheet as CSV in UTF-8")
@@ -180,7 +183,10 @@ def not_utf8(place: str, error: UnicodeDecodeError, path: Path) -> KestrelError:
     what = f"{place} (0x{error.object[error.start]:02x}) is not UTF-8"
     if re.search(rb"[\0-\x08]", near):
         return KestrelError(f"{what}; is it a file of text?")
+    convert, name, suffix = "convert it", shlex.quote(str(path)), path.suffix
+    if suffix in PACKED:  # iconv would convert the packed bytes
+        convert, name, suffix = "unpack and convert it", "UNPACKED", Path(path.stem).suffix
     return KestrelError(
         f"{what}. If {near.decode('cp1252', 'replace')!r} reads right, the file is in Windows-1252 (otherwise name its "
-        f"encoding here); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted{path.suffix}"
+        f"encoding here); {convert}: iconv -f WINDOWS-1252 -t UTF-8 {name} > converted{suffix}"
     )

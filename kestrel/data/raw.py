@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ class SourceFile:
         id_prefix: begins the ids of dialogues that the source does not name.
         settings: what the user wants of the source.
         counts: where the reader counts what it repairs or drops.
+        names: who wrote how many messages, in the files of the split that were read before.
+        is_last: whether no file of the split follows.
     """
 
     path: Path
@@ -29,6 +32,8 @@ class SourceFile:
     id_prefix: str = ""
     settings: Data = field(default_factory=lambda: Data(source="-"))
     counts: ReadCounts = field(default_factory=ReadCounts)
+    names: Counter[str] = field(default_factory=Counter)
+    is_last: bool = True
 
     def rows(self) -> Iterator[Row]:
         return rows(self.path, self.section)

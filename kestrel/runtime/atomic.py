@@ -75,11 +75,11 @@ def folder_atomically(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         former = path.with_name(f".{path.name}{_FORMER}{os.getpid()}")
         try:
-            if path.exists():
+            if os.path.lexists(path):  # also a link to a folder that is gone
                 os.replace(path, former)
             os.replace(temporary, path)
         finally:
-            if former.exists() and not path.exists():
+            if os.path.lexists(former) and not os.path.lexists(path):
                 os.replace(former, path)
             if former.is_symlink():
                 former.unlink()
@@ -125,7 +125,7 @@ def _clear(leftovers: Iterable[Iterable[Path]]) -> None:
     formers, incomplete = map(sorted, leftovers)
     for former in formers:
         path = former.with_name(former.name[1:].rpartition(_FORMER)[0])
-        if not path.exists():
+        if not os.path.lexists(path):
             os.replace(former, path)
     for left in [*formers, *incomplete]:
         _remove(left)

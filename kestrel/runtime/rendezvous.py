@@ -60,7 +60,10 @@ def _require_same(settings: Settings) -> None:
 
     def first() -> tuple[dict[str, Any], str]:
         name = f".processes{INCOMPLETE}{uuid.uuid4().hex}"
-        (folder / name).touch()
+        try:
+            (folder / name).touch()
+        except OSError:  # a dry run makes no folder, and may be of one that it must not write to
+            return mine, ""
         return mine, name
 
     theirs, mark = broadcast_from_first(first)
@@ -68,14 +71,14 @@ def _require_same(settings: Settings) -> None:
         if different := list(differences(theirs, mine, "{} in the first process, {} in this one")):
             problem = f"process {rank()} has other settings or libraries than the first; use the same on all machines"
             raise KestrelError("\n  ".join([problem, *different]))
-        if not _appears(folder / mark):
+        if mark and not _appears(folder / mark):
             raise KestrelError(
                 f"process {rank()} does not see what the first one writes to run_dir {folder}; use a folder on a file "
                 "system that all machines share"
             )
         all_reduce_max(0)  # wait until all have looked
     finally:
-        if is_first():
+        if mark and is_first():
             (folder / mark).unlink(missing_ok=True)
 
 

@@ -156,6 +156,12 @@ def one_dialogue(folder: Path) -> Path:
     return source(folder, "kestrel", count=1)
 
 
+def no_test(folder: Path) -> Path:
+    for split in ("train", "validation"):
+        write_rows(folder / "splits" / f"{split}.jsonl", [json.loads(one_dialogue(folder).read_text())])
+    return folder / "splits"
+
+
 def empty(folder: Path) -> Path:
     (path := folder / "empty.jsonl").write_text("")
     return path
@@ -188,6 +194,7 @@ def broken(folder: Path) -> Path:
         (too_long, [], 1, "is left for train (22: longer than prompt.max_length); raise prompt.max_length"),
         (one_dialogue, ["--data.test_fraction", "0"], 1, "too few conversations (1) to cut validation"),
         (one_dialogue, ["--data.test_fraction", "0", "--data.validation_fraction", "0"], 1, "has no validation split"),
+        (no_test, ["--data.validation_fraction", "0"], 1, "so that its validation split is the test set, and"),
         (one_dialogue, ["--data.test_fraction", "1"], 2, "--data.test_fraction: input should be less than 1"),
         (one_dialogue, ["--prompt.format", "chat"], 1, "no chat template; use prompt.format: plain"),
         (one_dialogue, ["--model.name", "/nowhere/base"], 1, "model.name '/nowhere/base'"),

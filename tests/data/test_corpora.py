@@ -116,6 +116,30 @@ def test_hub_json_has_its_own_splits(tmp_path: Path) -> None:
             open_corpus(Data(source=write(tmp_path, json.dumps(dict.fromkeys(keys, rows)))))
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("Valentina Ben Devin Tester Valérie VALERIE", "train:6"),
+        ("train-00000-of-00001 valid_self_original testset", "train:1 validation:1 test:1"),
+        ("training validation testing", "train:1 validation:1 test:1"),
+        ("x_train dev2", "train:1 validation:1"),
+        ("Chat_with_Train_crew val-1 Ben Zoe", "train:1 validation:1"),
+    ],
+)
+def test_the_split_is_a_word_of_the_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: str, splits: str
+) -> None:
+    for name in names.split():
+        write(tmp_path, LAYOUTS["kestrel"], f"{name}.jsonl")
+    found = open_corpus(Data(source=str(tmp_path))).files
+    assert " ".join(f"{split}:{len(files)}" for split, files in found.items()) == splits
+    said = "name no split are left out (2, such as Ben.jsonl), for Chat_with_Train_crew.jsonl is taken as the train"
+    assert (said in capsys.readouterr().err) == ("Zoe" in names)
+    write(tmp_path / "people", LAYOUTS["kestrel"], "Dev Patel.jsonl")
+    with pytest.raises(KestrelError, match=r"no train split.*; Dev Patel.jsonl is taken as the validation split\."):
+        open_corpus(Data(source=str(tmp_path / "people")))
+
+
 def test_histories_that_contradict_each_other_drop_the_dialogue(tmp_path: Path) -> None:
     bad = steps()
     bad[0]["candidates"] = ["another gold reply"]

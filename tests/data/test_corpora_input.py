@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -9,18 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import errors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_corpora import CYNAPTICS, EXPORTS, LAYOUTS, OWN, PERSONA, parlai, read, steps, write
 
+from kestrel import hub
 from kestrel.config.settings import Data
-from kestrel.data import lines
+from kestrel.data import lines, locate
 from kestrel.data import rows as json_rows
 from kestrel.data.corpus import open_corpus
 from kestrel.data.formats.recognize import FORMATS
@@ -82,6 +88,15 @@ BAD = [
 def test_bad_input_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(KestrelError, match=message):
         read(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_command_that_converts_a_file_can_be_given(tmp_path: Path, packed: bool) -> None:
+    content = OWN_LINE.encode() + b'\n{"persona": ["caf\xe9"]}'
+    source = write(tmp_path, gzip.compress(content) if packed else content, "my chats.jsonl" + ".gz" * packed)
+    given = "unpack and convert it: iconv .* UNPACKED >" if packed else f"; convert it: iconv .* '{source}' >"
+    with pytest.raises(KestrelError, match=f"{given} converted.jsonl$"):
+        read(source)
 
 
 PIECES = st.lists(
@@ -210,9 +225,58 @@ def test_hub_sets_from_the_cache(tmp_path: Path) -> None:
     )
     lines = done.stdout.splitlines()
     assert lines[:2] == ["truecased train validation 1 1 ccc", "synthetic train validation test 2 2 2 ccc"], done.stderr
-    assert lines[2].startswith("KestrelError nobody/nothing (revision main) is not a local file")
-    assert "HF_HUB_OFFLINE" in lines[2]
+    assert lines[2].startswith("KestrelError data.source nobody/nothing (revision main), which is no file here: HF_HUB")
+    assert "; or fill the cache elsewhere with `hf download --repo-type dataset nobody/nothing --rev" in lines[2]
     assert len(lines) == 3
+
+
+ANSWER: Any = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.RepositoryNotFoundError("404", response=ANSWER), "the Hub knows no such repository, or it is private"),
+        (errors.GatedRepoError("403", response=ANSWER), "access is restricted; ask for it"),
+        (
+            errors.LocalEntryNotFoundError("no"),
+            "cache does not have it.*; or fill the cache elsewhere with `hf download",
+        ),
+        (OSError(errno.ENOSPC, "No space left"), "the disk with the Hub's cache, .* is full; free some space"),
+        (RuntimeError("I/O error: No space left on device"), "the disk with the Hub's cache, .* is full"),
+        (None, "none of its files has a name that ends in .txt, "),
+    ],
+)
+def test_why_a_hub_set_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, message: str
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        if error:
+            raise error
+        return str(tmp_path / "never made")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(locate, "use_cache_without_network", lambda: None)
+    with pytest.raises(KestrelError, match=message) as caught:
+        open_corpus(Data(source="nobody/nothing"))
+    assert ("hf download" in str(caught.value)) == ("hf download" in message)
+    if isinstance(error, (OSError, RuntimeError)) and "space" in str(error):
+        monkeypatch.setattr(hub, "use_cache_without_network", lambda: None)
+        with pytest.raises(KestrelError, match=message), hub.plain_loading_errors("tokenizer", "nobody/nothing"):
+            raise error
+
+
+def test_packed_files_of_a_hub_set_are_downloaded_where_there_are_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        if any(fnmatch("train.jsonl.gz", pattern) for pattern in allow_patterns):
+            write(tmp_path, gzip.compress(OWN_LINE.encode()), "train.jsonl.gz")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(locate, "use_cache_without_network", lambda: None)
+    assert len(read("nobody/nothing")[0]) == 1
 
 
 # --- any input at all: dialogues that hold the invariants, or one clear error ---

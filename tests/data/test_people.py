@@ -89,6 +89,19 @@ def test_the_one_who_is_learned_must_be_named(tmp_path: Path, format: str) -> No
         read(source, **EXPORTS | {"persona": []})
 
 
+def test_a_chat_without_an_answer_is_no_wrong_name(tmp_path: Path) -> None:
+    for name, text in (("a", "Cem"), ("b", "Ana"), ("c", "Ben")):
+        write(tmp_path, f"01.02.24, 10:05 - {text}: hi\n", f"{name}.txt")
+    (dialogue,), counts = read(str(tmp_path), **EXPORTS)
+    assert dialogue.turns == (Turn("self", "hi"),) and counts.dropped == {"no reply by the persona's owner": 2}
+    said = "files in which nobody is called 'Ana' (data.self)"
+    assert counts.repaired == {said: 2} and counts.first[said].endswith("a.txt")
+    for name, message in (("Anna", "'Cem' .1., 'Ana' .1., 'Ben' .1."), (None, "'Cem' .1.")):
+        place = tmp_path if name else tmp_path / "a.txt"
+        with pytest.raises(KestrelError, match=rf"^{place}: .*set data.self to .*: {message}\."):
+            read(str(tmp_path), **EXPORTS | {"self": name})
+
+
 def test_an_account_of_telegram_is_cut_by_chat_and_by_silence(tmp_path: Path) -> None:
     def said(name: str | None, time: str, text: Any = "hi", **more: Any) -> dict[str, Any]:
         return {"type": "message", "date": f"2024-07-05T{time}:00", "from": name, "text": text} | more
@@ -225,6 +238,14 @@ def test_archives_with_anything_else_are_refused_by_name(tmp_path: Path) -> None
                 archive.writestr(name, "x")
         with pytest.raises(KestrelError, match=message):
             read(str(tmp_path / "x.zip"))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.txt", "x")
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[6] |= 1  # the mark of a file with a password: before the file, and in the archive's directory
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(KestrelError, match="x.zip: cannot be read: the archive has a password; unpack it"):
+        read(str(tmp_path / "x.zip"))
 
 
 def test_redaction_replaces_and_counts(tmp_path: Path) -> None:

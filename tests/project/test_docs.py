@@ -101,6 +101,15 @@ def test_the_programs_keep_the_speakers(converted: Path) -> None:
     assert theirs.conversation_id == ours.conversation_id and theirs.persona == ours.partner_persona
 
 
+def test_both_sides_of_rows_with_a_number_and_without_an_id(tmp_path: Path) -> None:
+    rows = [{**json.loads(valid_line("cat")), "partner_persona": ["i ask ."]}] * 2
+    content = "".join(json.dumps(row) + "\n" for row in (rows[0], {**rows[1], "dialogue_id": 7}))
+    (tmp_path / "my-dialogues.jsonl").write_text(content, encoding="utf-8")
+    execute(PROGRAMS[1], tmp_path)
+    found = [(each.dialogue_id, each.conversation_id) for each in dialogues_of(tmp_path / "both-sides.jsonl")]
+    assert found == [(f"{name}{side}", name) for name in ("line-1", "7") for side in ("", "-partner")]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "base")

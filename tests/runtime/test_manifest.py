@@ -54,6 +54,11 @@ def test_a_folder_appears_whole_and_replaces(tmp_path: Path) -> None:
         (folder / "three").write_text("")
         raise KeyboardInterrupt
     assert names(path) == ["two"] and names(tmp_path) == ["dataset"]
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "a run that was deleted")
+    with folder_atomically(link) as folder:
+        (folder / "four").write_text("")
+    assert names(link) == ["four"] and names(tmp_path) == ["dataset", "link"]
 
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,7 @@ def test_runs_share_a_data_set(prepared, tmp_path, capsys):
         (train, seed, True),
         (script("generate"), [], True),
         (train, ["--prompt.max_length", "99"], False),
+        (train, ["--prompt.labels", "About", "You", "Me"], False),
     ):
         assert script_of.main([*beside, *more]) == 1
         assert (f"add --data.dataset {other}\n" in capsys.readouterr().err) == is_named
