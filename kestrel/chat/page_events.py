@@ -56,7 +56,8 @@ def _restoring(conversation: Conversation, before: list[Exchange] | None) -> Ite
     try:
         yield
     except Exception:
-        conversation.exchanges[:] = conversation.exchanges if before is None else before
+        if before is not None:
+            conversation.exchanges[:] = before
         raise
 
 
