@@ -183,9 +183,8 @@ def attach_token_nll(model: nn.Module, recompute: Recompute = "none") -> None:
             that `architecture.describe` does not know, mlp and full checkpoint each layer.
     """
     causal_lm = causal_lm_of(model)
-    own_forward = getattr(
-        causal_lm.forward, "own_forward", causal_lm.forward
-    )  # not the wrapper that an earlier call made
+    # Not the wrapper that an earlier call made.
+    own_forward = getattr(causal_lm.forward, "own_forward", causal_lm.forward)
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     architecture = describe(backbone)
     fused = FastBackbone(backbone, architecture, recompute) if architecture is not None else None

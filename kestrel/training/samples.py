@@ -54,10 +54,9 @@ class Samples(TrainerCallback):
         self._contexts, self._questions = [], []
         for dialogue in map(dialogue_of, rows.select(range(min(settings.training.samples, len(rows))))):
             replies = list(dialogue.replies())
+            # An exchange may be longer than prompt.max_length; the last one fits.
             for turn, _ in replies[len(replies) // 2 :]:
-                with contextlib.suppress(
-                    Unrenderable
-                ):  # an exchange that is longer than prompt.max_length; the last one fits
+                with contextlib.suppress(Unrenderable):
                     self._contexts.append(prompt.context(dialogue, turn))
                     self._questions.append(question_row(dialogue, turn))
                     break
