@@ -110,7 +110,9 @@ def test_norms_and_their_gradients(module: Any, kind: str, offset: float, size: 
     (of_x,) = torch.autograd.grad(expected, leaf, grad)
     out, statistics = module.norm(x, weight, bias, 1e-5, offset)
     torch.testing.assert_close(out, expected.detach())
-    torch.testing.assert_close(module.norm_backward(grad, x, statistics, weight, bias, offset, more), of_x + more)
+    wide = torch.cat([grad, more], dim=1)[:, :size]  # rows that lie apart
+    for given in (grad, wide):
+        torch.testing.assert_close(module.norm_backward(given, x, statistics, weight, bias, offset, more), of_x + more)
 
 
 def test_norms_and_activations_leave_room_behind_rows_and_others_read_over_it_and_write_around_it() -> None:
@@ -197,6 +199,16 @@ def test_products_with_dropout_in_passing(tokens: int, inputs: int, ranks: int, 
     expected = total + (grad_low @ a) * mask
     low_rank_gpu.add_input_gradient_(total, grad_low, a, p, 7)
     torch.testing.assert_close(total, expected, **close)
+    for activation, gated in (("silu", True), ("gelu", False)):
+        wide = _random(tokens, inputs + 16, seed=4)  # rows that lie apart
+        before, ours, grad = _random(tokens, inputs * (1 + gated), seed=5), wide[:, :inputs], wide[:, :inputs].clone()
+        of_before, rest = before.clone(), wide[:, inputs:].clone()
+        low_rank_gpu.add_and_activate_backward_(ours, of_before, grad_low, a, activation, gated, p, 7)
+        low_rank_gpu.add_input_gradient_(grad, grad_low, a, p, 7)
+        elementwise.activate_backward_(grad, before, activation, gated, output=True)
+        torch.testing.assert_close(of_before, before, **close)
+        torch.testing.assert_close(ours, grad, **close)
+        assert torch.equal(wide[:, inputs:], rest)
 
 
 def _described(result: Any) -> Any:
@@ -225,6 +237,7 @@ def test_what_is_counted_on_the_meta_device_is_what_the_kernels_return(monkeypat
         (low_rank.project, (wide, a, 0.5, 1)),
         (low_rank.project_gradient, (narrow, wide, 0.5, 1)),
         (low_rank.add_input_gradient_, (wide, narrow, a, 0.5, 1)),
+        (low_rank.add_and_activate_backward_, (wide, _random(4, 64), narrow, a, "silu", True, 0.5, 1)),
     ]
     for function, arguments in calls:
         found = []

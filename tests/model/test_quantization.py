@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from make_models import settings_of, write_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,13 +97,16 @@ def test_audit_sees_one_skipped_layer_and_a_fat_embedding(bases):
 
 
 def test_rows_that_bitsandbytes_makes_wrong_on_a_cpu_are_refused(tmp_path):
-    """96 inputs in blocks of 64: its dense weights are a quarter of their norm away from what was quantized."""
+    """96 inputs in blocks of 64. On a CPU with AVX-512 its dense weights are a quarter of their norm away from what was
+    quantized, where rounding to 4 bit is a tenth; on others they are right, and the base is loaded.
+    """
     shape = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model("llama", **shape, intermediate_size=96)
     AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path))
-    with pytest.raises(
-        ProofError, match="wrongly on CPUs with layers of 96 inputs, no multiple of 64\n  Try quantization.bits: 16"
-    ):
+    weights = torch.randn(64, 96)
+    apart = (dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")) - weights).norm() / weights.norm()
+    message = "wrongly on CPUs with layers of 96 inputs, no multiple of 64\n  Try quantization.bits: 16"
+    with pytest.raises(ProofError, match=message) if apart > 0.15 else nullcontext():
         load_base(settings_for(tmp_path))
     load_base(settings_for(tmp_path, bits=16))
 

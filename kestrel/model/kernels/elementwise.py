@@ -102,8 +102,8 @@ def activate_backward_(grad: Tensor, before: Tensor, activation: Activation, gat
     """The gradient of `activate`'s input and, made again if `output`, its output; both in place.
 
     Args:
-        grad: (rows, width), of the output; replaced by the output itself.
-        before: the input; replaced by its gradient.
+        grad: (rows, width), of the output; replaced by the output itself. Its rows may lie apart.
+        before: the input, contiguous; replaced by its gradient.
         activation, gated: as given to `activate`.
         output: whether the output is wanted; otherwise `grad` is left without meaning.
     """
@@ -185,7 +185,10 @@ def norm_backward(
     offset: float,
     more: Tensor,
 ) -> Tensor:
-    """Gradient of `norm`'s input, plus `more`: the gradient that reaches it by the residual connection."""
+    """Gradient of `norm`'s input, plus `more`: the gradient that reaches it by the residual connection.
+
+    All are contiguous, but that the rows of `grad` may lie apart.
+    """
     if bias is not None:
         backward = torch.ops.aten.native_layer_norm_backward
         mask = [True, False, False]

@@ -57,8 +57,9 @@ def norm(
 
 @triton.jit(do_not_specialize_on_alignment=["means", "inverses"])
 def _norm_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_of, x_of, means, inverses, weight_of, more_of, out, size, offset, CENTRED: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad_of, x_of, means, inverses, weight_of, more_of, out, size, stride, offset,
+    CENTRED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     valid = place < size
@@ -68,7 +69,7 @@ def _norm_backward_kernel(  # type: ignore[no-untyped-def]
     if CENTRED:
         x = tl.where(valid, x - tl.load(means + row), 0.0)
     normed = x * inverse
-    grad = tl.load(grad_of + here, mask=valid, other=0.0).to(tl.float32)
+    grad = tl.load(grad_of + row * stride + place, mask=valid, other=0.0).to(tl.float32)
     grad *= tl.load(weight_of + place, mask=valid, other=0.0).to(tl.float32) + offset
     result = grad - normed * (tl.sum(grad * normed, axis=0) / size)
     if CENTRED:
@@ -86,11 +87,11 @@ def norm_backward(
     offset: float,
     more: Tensor,
 ) -> Tensor:
-    """As `elementwise.norm_backward`, of contiguous tensors. Each program does one row."""
+    """As `elementwise.norm_backward`; rows of `grad` may lie apart. Each program does one row."""
     rows, size = x.shape
     out, block = torch.empty_like(x), power_of_two(size)
     _norm_backward_kernel[(rows,)](
-        grad, x, statistics[0], statistics[-1], weight, more, out, size, offset,
+        grad, x, statistics[0], statistics[-1], weight, more, out, size, grad.stride(0), offset,
         CENTRED=bias is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
@@ -101,15 +102,8 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _activate_kernel(  # type: ignore[no-untyped-def]
-    before, grad, out, width, stride,
-    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = place < width
-    gates, here = before + row * (1 + GATED) * width + place, row * width + place
-    gate = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
+def activated(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What an activation multiplies its input by, and its slope."""
     if KIND == "silu":
         share = tl.sigmoid(gate)
         slope = share * (1 + gate * (1 - share))
@@ -126,6 +120,20 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         share = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
         slope = share + gate * 2 * share * (1 - share) * 0.7978845608028654 * (1 + 0.134145 * gate * gate)
+    return share, slope
+
+
+@triton.jit
+def _activate_kernel(  # type: ignore[no-untyped-def]
+    before, grad, out, width, stride,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < width
+    gates, here = before + row * (1 + GATED) * width + place, row * stride + place
+    gate = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
+    share, slope = activated(gate, KIND)
     output = gate * share
     if BACKWARD:
         slope *= tl.load(grad + here, mask=valid, other=0.0).to(tl.float32)
@@ -139,7 +147,7 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
     if BACKWARD:
         tl.store(gates, slope, mask=valid)
     if OUTPUT:
-        tl.store(out + row * stride + place, output, mask=valid)
+        tl.store(out + here, output, mask=valid)
 
 
 def _activate(before: Tensor, grad: Tensor, activation: str, gated: bool, backward: bool, output: bool) -> None:
@@ -159,7 +167,7 @@ def activate(before: Tensor, activation: str, gated: bool, spare: int = 0) -> Te
 
 
 def activate_backward_(grad: Tensor, before: Tensor, activation: str, gated: bool, output: bool) -> None:
-    """As `elementwise.activate_backward_`, of contiguous tensors."""
+    """As `elementwise.activate_backward_`."""
     _activate(before, grad, activation, gated, backward=True, output=output)
 
 
