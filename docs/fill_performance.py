@@ -99,16 +99,16 @@ def waterfall(record: Record) -> str:
 def layers(record: Record) -> str:
     """Passes of the fast layers, by shape."""
     names = {run["run"]: run for run in record["runs"]}
-    before = {run["run"]: f"{run['tokens_per_second']:,}" for run in record["before"]}
+    before = {run["run"]: f"{run['tokens_per_second']:,}" for run in record.get("before", ())}
     rows = []
     for name, run in names.items():
         shape, recompute, *_ = name.split(":")
         low, high = run["range"]
         rate = f"{run['tokens_per_second']:,} ({low:,}–{high:,})"
-        rows.append(
-            [shape, recompute, rate, f"{run['peak_gib']:.1f}", f"{run['of_matrix_rate']:.0%}", before.get(name, "–")]
-        )
-    head = ["shape", "recompute", "tokens/s (range)", "peak GiB", "of the matrix rate", "tokens/s before"]
+        row = [shape, recompute, rate, f"{run['peak_gib']:.1f}", f"{run['of_matrix_rate']:.0%}"]
+        rows.append([*row, before.get(name, "–")] if before else row)
+    head = ["shape", "recompute", "tokens/s (range)", "peak GiB", "of the matrix rate"]
+    head += ["tokens/s before"] if before else []
     return table(head, rows) + "\n" + where(record)
 
 

@@ -137,7 +137,9 @@ def two_cards(record: dict[str, Any]) -> str:
     return (
         table(["training", "tokens/s: median (range)", "peak GiB", "loss at step 24"], rows)
         + f"\n\n{record['device']}, torch {versions['torch']}, transformers {versions['transformers']}, bitsandbytes "
-        f"{versions['bitsandbytes']}. The dry run had said {planned:.1f} GiB for Falcon-40B."
+        f"{versions['bitsandbytes']}. The dry run had said {planned:.1f} GiB for Falcon-40B. When one of two processes was killed, the "
+        f"other had ended {record['killed']['seconds_to_end']} s later. The answers of two processes were "
+        f"{'byte for byte' if record['answers']['same_bytes'] else 'not'} those of one."
     )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from kestrel.model.architecture import Architecture
 from kestrel.model.kernels.attention import attend
-from kestrel.model.kernels.elementwise import activate, norm, norm_backward, rotate
+from kestrel.model.kernels.elementwise import activate, activate_backward_, norm, norm_backward, rotate
 from kestrel.model.projection import Group, Repeats
 
 Recompute = Literal["dense", "none", "mlp", "full"]
@@ -294,11 +294,14 @@ def _mlp_backward(
         made, _ = layer.down.forward(layer.activate(before), seed + 3)
     grad = _before_norm(layer.down_norm, grad, made)
     del made
-    a = layer.architecture
-    grad_low, inner = layer.down.backward_activated(grad, before, a.activation, a.gated, seed + 3)
+    grad_inner, grad_low = layer.down.backward_input(grad, seed + 3)
+    a, needs_inner = layer.architecture, bool(layer.down.updates)
+    activate_backward_(grad_inner, before, a.activation, a.gated, output=needs_inner)
+    inner, grad_before = grad_inner if needs_inner else None, before
+    del grad_inner, before
     of_down = layer.down.backward_updates(grad, grad_low, inner, low_down, seed + 3)
     del inner
-    grad_normed, of_up = layer.up.backward(before, normed, low_up, seed + 2)
+    grad_normed, of_up = layer.up.backward(grad_before, normed, low_up, seed + 2)
     return grad_normed, [*of_up, *of_down]
 
 

@@ -17,14 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kestrel.model.kernels.elementwise import Activation, activate_backward_, dequantize
-from kestrel.model.kernels.low_rank import (
-    add_and_activate_backward_,
-    add_input_gradient_,
-    in_float32,
-    project,
-    project_gradient,
-)
+from kestrel.model.kernels.elementwise import dequantize
+from kestrel.model.kernels.low_rank import add_input_gradient_, in_float32, project, project_gradient
 
 
 class Repeats(NamedTuple):
@@ -124,8 +118,8 @@ class Group:
     @property
     def spare(self) -> int:
         """Numbers of memory behind each row of the input; with them `forward` makes the update within the frozen product,
-        and need not read and write all outputs again to add it; nor read their gradients again in the backward pass, which
-        has this room behind its result. 0: they would not help.
+        and need not read and write all outputs again to add it; nor read their gradients again in the backward pass, whose
+        product has this room behind its result. 0: they would not help.
         """
         ranks = self.updates[-1].ranks.stop if self.updates else 0
         in_4_bit = all(weight.state is not None for weight in self._weights)
@@ -261,37 +255,38 @@ class Group:
     def _p(self) -> float:
         return float(self._dropout.p) if isinstance(self._dropout, nn.Dropout) and self._dropout.training else 0.0
 
-    def backward_activated(
-        self, grad: Tensor, before: Tensor, activation: Activation, gated: bool, seed: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Where an activation makes the input: replaces `before`, what it is applied to, by its gradient.
+    def backward_input(self, grad: Tensor, seed: int, onto: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the input.
 
         Args:
-            grad, seed: as of `backward_updates`.
-            before, activation, gated: as of `activate_backward_`.
+            grad: (tokens, outputs), of the output.
+            seed: as given to `forward`.
+            onto: (tokens, inputs), which the result is added to in place.
 
         Returns:
-            What `backward_updates` needs, if anything: the gradient of dropout(x) Aᵀ, and the input, (tokens, inputs).
+            (tokens, inputs), whose rows may lie apart, and the gradient of dropout(x) Aᵀ, which `backward_updates` needs.
         """
-        grad_x, grad_low = self._backward_products(grad)
-        if grad_low is None:
-            activate_backward_(grad_x, before, activation, gated, output=False)
-            return None, None
-        add_and_activate_backward_(grad_x, before, grad_low, self._a, activation, gated, self._p(), seed)
-        return grad_low, grad_x
+        grad_x, grad_low = self._backward_products(grad, onto)
+        if grad_low is not None:
+            add_input_gradient_(grad_x, grad_low, self._a, self._p(), seed)
+        return grad_x, grad_low
 
-    def _backward_products(self, grad: Tensor, onto: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def _backward_products(self, grad: Tensor, onto: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradient of the input by way of the frozen weights, and that of dropout(x) Aᵀ; one product, where there is room."""
         inputs, spare = self._shape[1], self.spare
         if onto is None and spare:
             wide = grad @ self._dense(grad.dtype, inputs + spare)  # grad [W | B]
             return wide[:, :inputs], wide[:, inputs:].contiguous()
-        dense = (w.dense(grad.dtype) for w in self._weights) if self._apart else (self._dense(grad.dtype, inputs),)
-        parts = [grad[:, columns] for columns in self._columns] if self._apart else [grad]
-        for part, weight in zip(parts, dense, strict=True):
-            onto = part @ weight if onto is None else onto.addmm_(part, weight)
-        assert onto is not None
-        return onto, grad @ self._b if self.updates else None
+        if self._apart:
+            grad_x = onto
+            for weight, columns in zip(self._weights, self._columns, strict=True):
+                dense, part = weight.dense(grad.dtype), grad[:, columns]
+                grad_x = part @ dense if grad_x is None else grad_x.addmm_(part, dense)
+            assert grad_x is not None
+        else:
+            dense = self._dense(grad.dtype, inputs)
+            grad_x = grad @ dense if onto is None else onto.addmm_(grad, dense)
+        return grad_x, grad @ self._b if self.updates else None
 
     def backward_updates(
         self, grad: Tensor, grad_low: Tensor | None, x: Tensor | None, low: Tensor | None, seed: int
@@ -300,7 +295,7 @@ class Group:
 
         Args:
             grad: (tokens, outputs), of the output.
-            grad_low: that of dropout(x) Aᵀ, or None where it is not made yet.
+            grad_low: from `backward_input`, or None where that was not needed.
             x: (tokens, inputs), the input; None where there is no update.
             low: from `forward`.
             seed: as given to `forward`.
@@ -325,15 +320,8 @@ class Group:
     def backward(
         self, grad: Tensor, x: Tensor | None, low: Tensor | None, seed: int, onto: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of the input, (tokens, inputs), whose rows may lie apart; and those of `backward_updates`.
-
-        Args:
-            grad, x, low, seed: as of `backward_updates`.
-            onto: (tokens, inputs), which the gradient of the input is added to in place.
-        """
-        grad_x, grad_low = self._backward_products(grad, onto)
-        if grad_low is not None:
-            add_input_gradient_(grad_x, grad_low, self._a, self._p(), seed)
+        """`backward_input` and `backward_updates` at once."""
+        grad_x, grad_low = self.backward_input(grad, seed, onto)
         return grad_x, self.backward_updates(grad, grad_low, x, low, seed)
 
 

@@ -96,13 +96,6 @@ def launches(dtype: torch.dtype, sizes: list[int]) -> Iterator[tuple[str, Callab
         yield f"project, {ranks} ranks", lambda a=a: low.project(wide, a, 0.05, 2**40)
         yield f"gradient of A, {ranks} ranks", lambda n=narrow: low.project_gradient(n, wide, 0.05, 2**40)
         yield f"gradient of x, {ranks} ranks", lambda a=a, n=narrow: low.add_input_gradient_(wide, n, a, 0.05, 2**40)
-        of_inner, before, over = tensor(512, 11008), tensor(512, 22016), tensor(ranks, 11008)
-        yield (
-            f"gradient through gelu_tanh, {ranks} ranks",
-            lambda g=of_inner, b=before, n=narrow, a=over: low.add_and_activate_backward_(
-                g, b, n, a, "gelu_tanh", True, 0.05, 2**40
-            ),
-        )
     for size in sizes:
         out = tensor(2, 300, 36, size)
         cos = tensor(300, size)

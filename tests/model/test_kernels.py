@@ -56,6 +56,7 @@ def test_activations_and_their_gradients(module: Any, activation: elementwise.Ac
     torch.testing.assert_close(module.activate(before, activation, gated), output.detach())
     for wanted in (True, False):
         of_before, result = before.clone(), grad.clone()
+        result = torch.cat([result, before], dim=1)[:, :300]  # rows that lie apart
         module.activate_backward_(result, of_before, activation, gated, wanted)
         torch.testing.assert_close(of_before, expected)
         if wanted:
@@ -199,16 +200,11 @@ def test_products_with_dropout_in_passing(tokens: int, inputs: int, ranks: int, 
     expected = total + (grad_low @ a) * mask
     low_rank_gpu.add_input_gradient_(total, grad_low, a, p, 7)
     torch.testing.assert_close(total, expected, **close)
-    for activation, gated in (("silu", True), ("gelu", False)):
-        wide = _random(tokens, inputs + 16, seed=4)  # rows that lie apart
-        before, ours, grad = _random(tokens, inputs * (1 + gated), seed=5), wide[:, :inputs], wide[:, :inputs].clone()
-        of_before, rest = before.clone(), wide[:, inputs:].clone()
-        low_rank_gpu.add_and_activate_backward_(ours, of_before, grad_low, a, activation, gated, p, 7)
-        low_rank_gpu.add_input_gradient_(grad, grad_low, a, p, 7)
-        elementwise.activate_backward_(grad, before, activation, gated, output=True)
-        torch.testing.assert_close(of_before, before, **close)
-        torch.testing.assert_close(ours, grad, **close)
-        assert torch.equal(wide[:, inputs:], rest)
+    wide = _random(tokens, inputs + 16, seed=4)  # rows that lie apart
+    rest, expected = wide[:, inputs:].clone(), wide[:, :inputs] + (grad_low @ a) * mask
+    low_rank_gpu.add_input_gradient_(wide[:, :inputs], grad_low, a, p, 7)
+    torch.testing.assert_close(wide[:, :inputs], expected, **close)
+    assert torch.equal(wide[:, inputs:], rest)
 
 
 def _described(result: Any) -> Any:
@@ -237,7 +233,6 @@ def test_what_is_counted_on_the_meta_device_is_what_the_kernels_return(monkeypat
         (low_rank.project, (wide, a, 0.5, 1)),
         (low_rank.project_gradient, (narrow, wide, 0.5, 1)),
         (low_rank.add_input_gradient_, (wide, narrow, a, 0.5, 1)),
-        (low_rank.add_and_activate_backward_, (wide, _random(4, 64), narrow, a, "silu", True, 0.5, 1)),
     ]
     for function, arguments in calls:
         found = []

@@ -87,7 +87,7 @@ def norm_backward(
     offset: float,
     more: Tensor,
 ) -> Tensor:
-    """As `elementwise.norm_backward`; rows of `grad` may lie apart. Each program does one row."""
+    """As `elementwise.norm_backward`. Each program does one row."""
     rows, size = x.shape
     out, block = torch.empty_like(x), power_of_two(size)
     _norm_backward_kernel[(rows,)](
@@ -102,8 +102,15 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def activated(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What an activation multiplies its input by, and its slope."""
+def _activate_kernel(  # type: ignore[no-untyped-def]
+    before, grad, out, width, stride,
+    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = place < width
+    gates, here = before + row * (1 + GATED) * width + place, row * stride + place
+    gate = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
     if KIND == "silu":
         share = tl.sigmoid(gate)
         slope = share * (1 + gate * (1 - share))
@@ -120,20 +127,6 @@ def activated(gate, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         share = tl.sigmoid(2 * inner)  # (1 + tanh(inner)) / 2
         slope = share + gate * 2 * share * (1 - share) * 0.7978845608028654 * (1 + 0.134145 * gate * gate)
-    return share, slope
-
-
-@triton.jit
-def _activate_kernel(  # type: ignore[no-untyped-def]
-    before, grad, out, width, stride,
-    KIND: tl.constexpr, GATED: tl.constexpr, BACKWARD: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = place < width
-    gates, here = before + row * (1 + GATED) * width + place, row * stride + place
-    gate = tl.load(gates, mask=valid, other=0.0).to(tl.float32)
-    share, slope = activated(gate, KIND)
     output = gate * share
     if BACKWARD:
         slope *= tl.load(grad + here, mask=valid, other=0.0).to(tl.float32)

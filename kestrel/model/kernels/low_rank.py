@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kestrel.model.kernels import cards
-from kestrel.model.kernels.elementwise import Activation, activate_backward_, fused
+from kestrel.model.kernels.elementwise import fused
 
 
 def _drops(*arguments: Any) -> bool:
@@ -81,12 +81,3 @@ def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, s
         grad_x.addcmul_(grad_low @ a, _kept(grad_x, p, seed), value=1 / (1 - p))
     else:
         grad_x.addmm_(grad_low, a)
-
-
-@fused("low_rank_gpu", lambda *_: None, when=_drops)
-def add_and_activate_backward_(
-    grad: Tensor, before: Tensor, grad_low: Tensor, a: Tensor, activation: Activation, gated: bool, p: float, seed: int
-) -> None:
-    """`add_input_gradient_`, and then `activate_backward_` with its output: where the input is an activation."""
-    add_input_gradient_(grad, grad_low, a, p, seed)
-    activate_backward_(grad, before, activation, gated, output=True)

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kestrel.model.kernels import cards
-from kestrel.model.kernels.elementwise_gpu import activate_backward_, activated
 from kestrel.model.kernels.sizes import ceil_div, power_of_two
 
 # Sizes of tiles, and how many programs there are at least, so that the multiprocessors of any card are occupied.
@@ -20,7 +19,6 @@ _PROJECT_PROGRAMS = 512
 _GRADIENT = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}
 _GRADIENT_PROGRAMS = 1024
 _ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
-_ADD_AND_ACTIVATE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 8}
 
 
 def widest() -> int:
@@ -132,14 +130,19 @@ def project_gradient(grad_low: Tensor, x: Tensor, p: float, seed: int) -> Tensor
     return partial[0] if parts == 1 else partial.sum(0)
 
 
-@triton.jit
-def _input_gradient(  # type: ignore[no-untyped-def]
-    grad_of, a_of, rows, first, tokens, inputs, ranks, threshold, scale, seed,
+@triton.jit(do_not_specialize=["tokens", "threshold", "seed"])
+def _add_input_gradient_kernel(  # type: ignore[no-untyped-def]
+    total, grad_of, a_of, tokens, inputs, stride, ranks, threshold, scale, seed,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dropout's gradient of grad_low A, float32 (ROWS, COLUMNS)."""
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * COLUMNS
     place = tl.arange(0, COLUMNS)
+    column = first + place
     rank = tl.arange(0, RANKS)
+    there = (rows < tokens)[:, None] & (column < inputs)[None, :]
+    here = total + rows[:, None] * stride + column[None, :]
+    old = tl.load(here, mask=there, other=0.0)  # at first, so that the draws hide its latency
     grad = tl.load(
         grad_of + rows[:, None] * ranks + rank[None, :],
         mask=(rows < tokens)[:, None] & (rank < ranks)[None, :],
@@ -155,39 +158,8 @@ def _input_gradient(  # type: ignore[no-untyped-def]
     )
     part = tl.dot(grad, a, input_precision="ieee") * scale
     part = part.reshape(ROWS, COLUMNS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, COLUMNS)
-    return tl.where(_kept(seed, rows, first, threshold, COLUMNS), part, 0.0)
-
-
-@triton.jit(do_not_specialize=["tokens", "threshold", "seed"])
-def _add_input_gradient_kernel(  # type: ignore[no-untyped-def]
-    total, before, grad_of, a_of, tokens, inputs, stride, ranks, threshold, scale, seed,
-    KIND: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """With a KIND of activation, the sum is the gradient of its output, and goes on to its input, `before`."""
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(0) * COLUMNS
-    column = first + tl.arange(0, COLUMNS)
-    there = (rows < tokens)[:, None] & (column < inputs)[None, :]
-    here = total + rows[:, None] * stride + column[None, :]
-    gates = before + rows[:, None] * (1 + GATED) * inputs + column[None, :]
-    grad = tl.load(here, mask=there, other=0.0)  # at first, so that the draws hide its latency
-    if KIND is not None:
-        gate = tl.load(gates, mask=there, other=0.0)
-    grad = grad.to(tl.float32) + _input_gradient(
-        grad_of, a_of, rows, first, tokens, inputs, ranks, threshold, scale, seed, ROWS, COLUMNS, RANKS
-    )
-    if KIND is None:
-        tl.store(here, grad, mask=there)
-    else:
-        share, slope = activated(gate.to(tl.float32), KIND)
-        output = gate.to(tl.float32) * share
-        if GATED:
-            up = tl.load(gates + inputs, mask=there, other=0.0).to(tl.float32)
-            tl.store(gates + inputs, grad * output, mask=there)
-            slope *= up
-            output *= up
-        tl.store(gates, grad * slope, mask=there)
-        tl.store(here, output, mask=there)
+    kept = tl.where(_kept(seed, rows, first, threshold, COLUMNS), part, 0.0)
+    tl.store(here, old.to(tl.float32) + kept, mask=there)
 
 
 def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, seed: int) -> None:
@@ -196,29 +168,12 @@ def add_input_gradient_(grad_x: Tensor, grad_low: Tensor, a: Tensor, p: float, s
         for of_some, some in zip(grad_low.split(widest(), dim=1), a.split(widest()), strict=True):
             add_input_gradient_(grad_x, of_some.contiguous(), some, p, seed)
         return
-    _add_input_gradient(grad_x, grad_x, grad_low, a, None, False, p, seed, _ADD)
-
-
-def add_and_activate_backward_(
-    grad: Tensor, before: Tensor, grad_low: Tensor, a: Tensor, activation: str, gated: bool, p: float, seed: int
-) -> None:
-    """As `low_rank.add_and_activate_backward_`: one kernel, so that the gradient is read and written once."""
-    if len(a) > widest():
-        add_input_gradient_(grad, grad_low, a, p, seed)
-        activate_backward_(grad, before, activation, gated, output=True)
-        return
-    _add_input_gradient(grad, before, grad_low, a, activation, gated, p, seed, _ADD_AND_ACTIVATE)
-
-
-def _add_input_gradient(
-    grad: Tensor, before: Tensor, grad_low: Tensor, a: Tensor, activation: str | None, gated: bool, p: float, seed: int,
-    tiles: dict[str, int],
-) -> None:  # fmt: skip
-    tokens, inputs = grad.shape
-    grid = (ceil_div(inputs, tiles["COLUMNS"]), ceil_div(tokens, tiles["ROWS"]))
+    tokens, inputs = grad_x.shape
+    ranks = _padded(len(a))
+    grid = (ceil_div(inputs, _ADD["COLUMNS"]), ceil_div(tokens, _ADD["ROWS"]))
     _add_input_gradient_kernel[grid](
-        grad, before, grad_low, a, tokens, inputs, grad.stride(0), len(a), round(p * 65536), 1 / (1 - p), seed,
-        KIND=activation, GATED=gated, RANKS=_padded(len(a)), **tiles,
+        grad_x, grad_low, a, tokens, inputs, grad_x.stride(0), len(a), round(p * 65536), 1 / (1 - p), seed,
+        RANKS=ranks, **_ADD,
     )  # fmt: skip
 
 
