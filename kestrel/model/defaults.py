@@ -61,6 +61,12 @@ def refuse_other_kinds(settings: Model, config: Mapping[str, Any]) -> None:
             f"model.name {settings.name} is a {kind} model, which does not write a text from left to right; name a causal "
             "language model, such as Llama, Qwen or Falcon"
         )
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention") is True:
+        raise KestrelError(
+            f"model.name {settings.name} is a {kind} model in which each token sees the later ones, as for embeddings of whole "
+            "texts (is_causal or use_bidirectional_attention in its config.json), and could copy the reply that it is to "
+            "write; name the causal language model that it was made from"
+        )
     if senses:
         raise KestrelError(
             f"model.name {settings.name} is a {kind} model with {' and '.join(senses)}, and Kestrel trains models of text "

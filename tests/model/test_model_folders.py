@@ -91,6 +91,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "SentencePiece's file alone": (sentencepiece_only, "pip install sentencepiece"),
     "an encoder": (lambda f: change(f / "config.json", architectures=["LlamaForMaskedLM"]), "from left to right"),
     "encoder and decoder": (lambda f: change(f / "config.json", is_encoder_decoder=True), "from left to right"),
+    "a model of embeddings": (lambda f: change(f / "config.json", is_causal=False), "each token sees the later ones"),
     "images": (lambda f: change(f / "config.json", vision_config={"a": 1}), "with vision, .* docs/faq.md"),
     "code": (lambda f: change(f / "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}),
              "set model.trust_remote_code: true"),
