@@ -37,6 +37,12 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "mistral, a window that is met": lambda: transformers.MistralConfig(**SMALL, sliding_window=9),
     "mistral, a window that is not met": lambda: transformers.MistralConfig(**SMALL, sliding_window=64),
+    "mistral, with what it does not read": lambda: transformers.MistralConfig(
+        **SMALL, sliding_window=9, use_sliding_window=False, layer_types=["full_attention"] * 3
+    ),
+    "llama, with what it does not read": lambda: transformers.LlamaConfig(
+        **SMALL, sliding_window=9, hidden_activation="gelu"
+    ),
     "mistral, heads of another size": lambda: transformers.MistralConfig(**SMALL, sliding_window=None, head_dim=32),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),

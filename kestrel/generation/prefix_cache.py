@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kestrel.generation.passes import continuing_pass, whole_pass
 from kestrel.generation.prefix_batch import KeysAndValues, PreallocatedLayer, PrefixBatch
+from kestrel.model.architecture import describe
 from kestrel.model.budget import Budget, Given
 from kestrel.model.likelihood import SpanRequest, span_nll, sums_by_span
 from kestrel.model.loss import causal_lm_of
@@ -42,6 +43,9 @@ def supports_prefixes(model: torch.nn.Module, longest: float = math.inf) -> bool
     rotaries = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]  # one for each kind of layer
     layers = DynamicCache(config=causal_lm.config).layers
     windows = [layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer]
+    # Of a Mistral whose configuration has layer types, which its layers do not read, the cache knows no windows.
+    known = describe(getattr(causal_lm, causal_lm.base_model_prefix))
+    windows += [window for window in known.windows if window is not None] if known is not None else []
     return (
         type(causal_lm).__module__.startswith("transformers.")
         and {"position_ids", "past_key_values"} <= parameters.keys()

@@ -75,13 +75,13 @@ _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_te
 def describe(backbone: Any) -> Architecture | None:
     """The description of a transformers backbone; None where its layers are not known here (transformers 5.17 to 5.23)."""
     config = backbone.config
+    # By its full name: a repository's own code (model.trust_remote_code) may have a module of that name, with other layers.
+    name = config.model_type.removesuffix("_text")
+    if type(backbone).__module__ != f"transformers.models.{name}.modeling_{name}":
+        return None
     if config.model_type == "falcon":
         return _falcon(config)
-    if config.model_type in _LIKE_LLAMA and type(backbone).__module__.endswith(
-        f"modeling_{config.model_type.removesuffix('_text')}"
-    ):
-        return _llama(config)
-    return None
+    return _llama(config) if config.model_type in _LIKE_LLAMA else None
 
 
 def _falcon(config: Any) -> Architecture | None:
@@ -122,9 +122,9 @@ def _falcon(config: Any) -> Architecture | None:
 
 def _llama(config: Any) -> Architecture | None:
     """Llama and its family: sequential, RMS norm, grouped heads, a gated MLP."""
-    activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or config.hidden_act)
-    dropped = [getattr(config, name, 0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
     gemma3 = config.model_type == "gemma3_text"
+    activation = _ACTIVATIONS.get(config.hidden_activation if gemma3 else config.hidden_act)
+    dropped = [getattr(config, name, 0) for name in ("attention_dropout", "resid_pdrop", "embd_pdrop")]
     capped = gemma3 and (config.attn_logit_softcapping or config.use_bidirectional_attention)
     if activation is None or any(dropped) or capped:
         return None
@@ -161,7 +161,12 @@ def _llama(config: Any) -> Architecture | None:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """Of each layer; configurations without layer types have one window for all, or none."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    """Of each layer. Which architectures read `sliding_window` and `layer_types` is decided as transformers' layers decide it:
+    a configuration may hold either where they are not read, as of a Llama that was made from a Mistral.
+    """
+    layers = config.num_hidden_layers
+    if config.model_type in ("mistral", "phi3"):  # the same for all layers
+        return (config.sliding_window,) * layers
+    if config.model_type in ("qwen2", "qwen3", "gemma3_text"):
+        return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types)
+    return (None,) * layers

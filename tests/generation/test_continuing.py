@@ -19,7 +19,7 @@ from kestrel.model.loss import attach_token_nll, causal_lm_of, fast_layers_of
 
 SEQUENCES = [list(range(12, 12 + length)) for length in (9, 4, 7)]
 PREFIXES = [(0, 9), (2, 3), (1, 4), (2, 7)]  # sequence, and how many of its tokens
-SHORT_WINDOWS = {"mistral, a window that is met", "gemma3_text"}
+SHORT_WINDOWS = {"mistral, a window that is met", "mistral, with what it does not read", "gemma3_text"}
 NEXT = [[31, 32, 33], [41, 42, 43], [51, 52, 53], [61, 62, 63]]
 
 

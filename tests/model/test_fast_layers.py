@@ -146,6 +146,16 @@ def test_what_is_not_described_is_left_to_transformers() -> None:
         assert describe(getattr(causal_lm, causal_lm.base_model_prefix)) is None
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_layers_of_a_repositorys_own_code_are_not_taken_for_transformers(name: str) -> None:
+    causal_lm = causal_lm_of(make_described(name, torch.float32))
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    assert describe(backbone) is not None
+    module = f"transformers_modules.somebody.model.modeling_{name}"  # as `trust_remote_code` imports it
+    backbone.__class__ = type("Own", (type(backbone),), {"__module__": module})
+    assert describe(backbone) is None
+
+
 @pytest.mark.parametrize("name", ["qwen2", "falcon"])
 def test_the_proof_leaves_everything_as_it_was_and_sees_a_wrong_gradient(
     name: str, monkeypatch: pytest.MonkeyPatch
