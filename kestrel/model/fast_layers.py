@@ -69,11 +69,11 @@ class FastBackbone:
         backbone, architecture = self._backbone, self._architecture
         embedding = backbone.get_submodule(architecture.embedding)
         x = embedding(input_ids)
-        if not len(wanted) and attending is None:
+        if not len(wanted) and attending is None and not torch.is_grad_enabled():
             return x.new_zeros(0, x.shape[-1])
-        if architecture.embedding_scale != 1 and not hasattr(
-            embedding, "embed_scale"
-        ):  # since transformers 5.2x it scales
+        # Since transformers 5.2x the embedding scales, also within a LoRA layer.
+        scales = any(hasattr(module, "embed_scale") for module in embedding.modules())
+        if architecture.embedding_scale != 1 and not scales:
             x = x * torch.tensor(architecture.embedding_scale, dtype=x.dtype)
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]

@@ -74,6 +74,19 @@ def test_loss_and_every_gradient_are_the_librarys(name: str, recompute: Recomput
     assert apart(gradients(model, ours), expected) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text"])
+def test_an_adapter_on_an_embedding_that_scales(name: str) -> None:
+    model = make_described(name, torch.float32, ["embed_tokens", "q_proj"])
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_embedding_A" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs = library_loss(model)
+    expected = gradients(model, theirs)
+    ours = fast_loss(model, "none")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert apart(gradients(model, ours), expected) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
@@ -154,6 +167,16 @@ def test_layers_of_a_repositorys_own_code_are_not_taken_for_transformers(name: s
     module = f"transformers_modules.somebody.model.modeling_{name}"  # as `trust_remote_code` imports it
     backbone.__class__ = type("Own", (type(backbone),), {"__module__": module})
     assert describe(backbone) is None
+
+
+def test_a_pass_without_supervised_tokens_has_gradients_of_zero() -> None:
+    model = make_described("llama", torch.float32, ["q_proj"])
+    attach_token_nll(model)
+    nothing = collate([{"input_ids": [20, 21, 22], "labels": [-100] * 3}], pad_id=20)
+    loss = token_nll(model, nothing).sum()
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "falcon"])
