@@ -15,7 +15,7 @@ from kestrel.model.decoder_layer import Recompute
 from kestrel.model.host_embedding import move_embedding_to_host
 from kestrel.model.loss import attach_token_nll, token_nll
 from kestrel.planning.memory import GIB, Estimator, Needed, Pass
-from kestrel.planning.passes import Dialogues, Plan, available_memory, fitting_plan
+from kestrel.planning.passes import Dialogues, Plan, available_memory, fitting_plan, refuse_dense_shards
 from kestrel.planning.random_base import random_model
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def report(settings: Settings, config: PretrainedConfig, dialogues: Dialogues, s
     Raises:
         KestrelError: training does not fit the GPU that was found or named, or this machine where there is none.
     """
+    refuse_dense_shards(settings, sharded)
     memory = available_memory(settings, is_planned=True)
     estimator = Estimator(settings, config, sharded)
     plan = fitting_plan(settings, estimator, memory, dialogues)

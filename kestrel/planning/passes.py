@@ -55,7 +55,7 @@ class Plan:
 
 
 def available_memory(settings: Settings, is_planned: bool = False) -> int:
-    """Bytes of memory for training: training.device_memory, as far as the GPU has it, else what is free on the GPU now; without
+    """Bytes of memory for training: training.device_memory, as far as it is there, else what is free on the GPU now; without
     one, what this process has and what the machine or its container still has.
 
     The process with the least memory decides, so that all make the same passes.
@@ -64,10 +64,11 @@ def available_memory(settings: Settings, is_planned: bool = False) -> int:
         is_planned: for a device that is named and need not be the one that is here.
     """
     named = memory_bytes(settings.training.device_memory)
-    if named is not None and (is_planned or not torch.cuda.is_available()):
+    if named is not None and is_planned:
         return named
     if not torch.cuda.is_available():
-        return memory_used() + memory_available()
+        found = memory_used() + memory_available()
+        return found if named is None else min(named, found)
     free, total = torch.cuda.mem_get_info(device())
     found = min(total, free + CONTEXT)  # this process has its context already
     return distributed.all_reduce_min(found if named is None else min(named, found))
@@ -133,10 +134,7 @@ def plan_passes(
     Raises:
         KestrelError: dense weights of a base that is sharded.
     """
-    if sharded and settings.training.recompute == "dense":
-        raise KestrelError(
-            "training.recompute: dense keeps all weights in each process, and FSDP is there to split them; take none"
-        )
+    refuse_dense_shards(settings, sharded)
     if settings.training.dense_weights:
         print(
             "note: training.dense_weights has no effect any more; training.recompute: dense does what it did",
@@ -154,6 +152,18 @@ def plan_passes(
     except CannotEstimate as error:
         print(f"warning: {error}", file=sys.stderr)
         return configured_plan(settings)
+
+
+def refuse_dense_shards(settings: Settings, sharded: bool) -> None:
+    """Refuses dense weights of a base that is sharded.
+
+    Raises:
+        KestrelError: both are asked for.
+    """
+    if sharded and settings.training.recompute == "dense":
+        raise KestrelError(
+            "training.recompute: dense keeps all weights in each process, and FSDP is there to split them; take none"
+        )
 
 
 def configured_plan(settings: Settings) -> Plan:

@@ -97,7 +97,13 @@ def run_script(
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     """
+    if problem := distributed.launch_problem():
+        print(f"{name}: {problem}", file=sys.stderr)
+        return 1
     if not (together or distributed.is_first()):
+        if distributed.started_by_hand():
+            where = f"RANK={distributed.rank()} of WORLD_SIZE={distributed.world_size()}"
+            print(f"note: {name} works in the first process alone, and this is {where}", file=sys.stderr)
         return 0
     prepare_output()
     stderr, run_dir = sys.stderr, None

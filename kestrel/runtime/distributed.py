@@ -24,7 +24,28 @@ T = TypeVar("T")
 
 def world_size() -> int:
     """Number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1"))  # `launch_problem` comes first
+
+
+def launch_problem() -> str | None:
+    """What is wrong where the launchers' variables do not belong together, as those that another shell left; else None."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    advice = "start several processes with torchrun; for a single one: unset WORLD_SIZE RANK LOCAL_RANK"
+    for name, value in given.items():
+        if name != "MASTER_ADDR" and not (value.isascii() and value.isdecimal()):
+            return f"the environment has {name}={value!r}, which is no number; {advice}"
+    needs_all = world_size() > 1 or "LOCAL_RANK" in given
+    missing = [name for name in names if name not in given and name != "LOCAL_RANK"] if needs_all else []
+    if missing or rank() >= world_size():
+        found = ", ".join(f"{name}={value}" for name, value in given.items())
+        return f"the environment has {found}{f' without {missing[0]}' if missing else ''}, perhaps left by another run; {advice}"
+    return None
+
+
+def started_by_hand() -> bool:
+    """Whether several processes were not started by torchrun or accelerate, or only the variables say that there are any."""
+    return world_size() > 1 and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def rank() -> int:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kestrel.errors import KestrelError
 from kestrel.runtime.atomic import INCOMPLETE
-from kestrel.runtime.distributed import all_reduce_max, broadcast_from_first, is_first, rank, world_size
+from kestrel.runtime.distributed import (
+    all_reduce_max,
+    broadcast_from_first,
+    is_first,
+    rank,
+    started_by_hand,
+    world_size,
+)
 from kestrel.runtime.manifest import differences, library_versions
+from kestrel.runtime.output import write_to_stderr
 
 if TYPE_CHECKING:
     from kestrel.config.settings import Settings
@@ -42,14 +53,40 @@ def join_processes(settings: Settings) -> bool:
     if gpus > here:
         print(f"using {here} of this machine's {gpus} GPUs; torchrun --nproc_per_node {gpus} uses all of them")
     # Removed from the environment: `sharding` shards the base, and the libraries would shard everything again.
-    sharded = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" and world_size() > 1
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and world_size() == 1:
+        print("note: ACCELERATE_USE_FSDP=true has no effect on a single process, which holds the whole base")
+    sharded = asked and world_size() > 1
     if world_size() == 1 or torch.distributed.is_initialized():
         return sharded
     if gpus:
         torch.cuda.set_device(local)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
+    with _said_what_is_waited_for():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
     _require_same(settings)
     return sharded
+
+
+@contextmanager
+def _said_what_is_waited_for() -> Iterator[None]:
+    """For processes without a launcher that ends them: says who is missing, and Ctrl-C ends a process while it waits.
+
+    torch waits outside of Python, where no other handler of a signal would run.
+    """
+    if not started_by_hand():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    write_to_stderr(
+        f"process {rank()} waits at {address} for all {world_size()} of WORLD_SIZE={world_size()}; if you started no others, "
+        "stop it and run: unset WORLD_SIZE RANK LOCAL_RANK"
+    )
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _require_same(settings: Settings) -> None:

@@ -45,8 +45,9 @@ def test_machines_with_different_settings_are_refused_on_both(prepared, tmp_path
 def test_only_the_first_process_prints_uses_the_folder_and_runs_other_scripts(prepared, tmp_path, monkeypatch, capsys):
     import train
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     arguments = [*prepared.arguments(), "--run_dir", str(tmp_path / "run")]
     for name in ("preprocess", "evaluate"):  # by path: a library is named evaluate too
         assert script(name).main(arguments) == 0

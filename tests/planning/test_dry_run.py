@@ -12,7 +12,8 @@ from make_models import make_config, settings_of
 
 import generate
 import train
-from kestrel.config.settings import Lora, Quantization
+from kestrel.config.settings import Lora, Quantization, Training
+from kestrel.errors import KestrelError
 from kestrel.planning import dry_run
 from kestrel.planning.passes import Dialogues, Plan
 from kestrel.runtime.run_folder import locked_run_folder
@@ -102,6 +103,12 @@ def test_it_needs_the_dataset(prepared, tmp_path, capsys):
 def test_device_memory_must_be_an_amount(prepared, capsys, text):
     assert train.main(prepared.arguments("--dry-run", f"--training.device_memory={text}")) == 2
     assert "expected an amount of memory such as 24GiB" in capsys.readouterr().err
+
+
+def test_dense_weights_of_a_sharded_base_are_refused_as_in_training():
+    settings, lengths = settings_of(training=Training(recompute="dense")), np.full(4, 20)
+    with pytest.raises(KestrelError, match="dense keeps all weights in each process"):
+        dry_run.report(settings, make_config("falcon"), Dialogues(lengths, lengths, [np.arange(4)]), sharded=True)
 
 
 def test_the_time_of_a_run_is_that_of_its_passes(monkeypatch):

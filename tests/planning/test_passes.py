@@ -157,6 +157,14 @@ def test_the_named_or_free_memory_of_a_gpu_is_taken(monkeypatch):
     assert limits == [pytest.approx((12 * gib - CONTEXT) / (24 * gib))]
 
 
+def test_a_machine_without_a_gpu_has_no_more_than_its_own_memory_whatever_is_named(monkeypatch):
+    monkeypatch.setattr(passes, "memory_used", lambda: 2 * 2**30)
+    monkeypatch.setattr(passes, "memory_available", lambda: 6 * 2**30)
+    large, small = settings_for(device_memory="900GiB"), settings_for(device_memory="1GiB")
+    assert passes.available_memory(large) == 8 * 2**30 and passes.available_memory(small) == 2**30
+    assert passes.available_memory(large, is_planned=True) == 900 * 2**30
+
+
 def test_supervised_tokens_are_the_labels(prepared):
     rows = load_split(prepared.run / "dataset", "train", "")
     labels = [sum(label != -100 for label in row["labels"]) for row in rows]

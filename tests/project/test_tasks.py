@@ -77,20 +77,49 @@ def run(command: str) -> int:
     return status
 
 
-def test_the_notebook_runs_and_goes_on_after_a_lost_session(small: Path, capsys) -> None:
-    """Its cells as a kernel would run them; `git clone` and `pip` are left out, and so is what displays a picture."""
+def cells_of_the_notebook() -> list[str]:
+    """Its code as a kernel would run it; `git clone` and `pip` are left out, and so is what displays a picture."""
     notebook = json.loads((ROOT / "docs" / "falcon-7b-t4.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    run_here = [re.sub(r"!python (.*)", r'assert run(f"python \1") == 0', cell) for cell in cells]
+    return [re.sub(r"!(git|pip) .*|from IPython.*", "pass", cell) for cell in run_here]
+
+
+def test_the_notebook_says_what_a_session_lacks(tmp_path: Path, monkeypatch, capsys) -> None:
+    """No Drive, no GPU, no repository at the address, cells that run twice, and losses before there are any."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    first, mount, clone, _, _, losses, *_ = cells_of_the_notebook()
+    variables: dict[str, Any] = {}
+    exec(first, variables)  # noqa: S102
+    with pytest.raises(SystemExit, match="Drive is not mounted"):
+        exec(mount, variables)  # noqa: S102
+    variables["RUN"] = str(tmp_path / "run")
+    with pytest.raises(SystemExit, match="no GPU here"):
+        exec(mount, variables)  # noqa: S102
+    with pytest.raises(SystemExit, match="set SOURCE"):
+        exec(clone, variables)  # noqa: S102
+    (tmp_path / "kestrel-source").mkdir()
+    (tmp_path / "kestrel-source" / "train.py").touch()
+    for _again in range(2):
+        exec(clone, variables)  # noqa: S102
+    assert Path.cwd() == tmp_path / "kestrel-source"
+    exec(losses, variables)  # noqa: S102
+    assert "no plot of the losses yet" in capsys.readouterr().out
+
+
+def test_the_notebook_runs_and_goes_on_after_a_lost_session(small: Path, monkeypatch, capsys) -> None:
     assert (ROOT / "configs" / "falcon-7b-t4.yaml").is_file()
     (small / "kestrel-source").symlink_to(small)
+    (small / "nvidia-smi").touch(0o755)
+    monkeypatch.setenv("PATH", str(small), prepend=os.pathsep)
     shown: list[Any] = []
     for _session in (1, 2):
         variables: dict[str, Any] = {"run": run, "Image": Path, "display": shown.append}
         os.chdir(small)
-        for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
-            source = re.sub(r"!python (.*)", r'assert run(f"python \1") == 0', "".join(cell["source"]))
-            source = re.sub(r"!(git|pip) .*|from IPython.*", "pass", source)
-            exec(source, variables)  # noqa: S102
+        for number, cell in enumerate(cells_of_the_notebook()):
+            exec(cell, variables)  # noqa: S102
             if number == 0:
-                variables |= {"CONFIG": "configs/quickstart.yaml", "RUN": str(small / "drive" / "run")}
+                variables |= {"CONFIG": "configs/quickstart.yaml", "RUN": str(small / "My Drive" / "run")}
     assert len(shown) == 2 and all(picture.is_file() for picture in shown)
     assert capsys.readouterr().out.count("best validation loss") == 2
