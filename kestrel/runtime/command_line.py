@@ -97,14 +97,8 @@ def run_script(
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
     """
-    if problem := distributed.launch_problem():
-        print(f"{name}: {problem}", file=sys.stderr)
-        return 1
-    if not (together or distributed.is_first()):
-        if distributed.started_by_hand():
-            where = f"RANK={distributed.rank()} of WORLD_SIZE={distributed.world_size()}"
-            print(f"note: {name} works in the first process alone, and this is {where}", file=sys.stderr)
-        return 0
+    if (status := _status_without_work(name, together)) is not None:
+        return status
     prepare_output()
     stderr, run_dir = sys.stderr, None
     with on_signals(ignore_signal):  # while a failure is reported: the launcher ends the other processes with SIGTERM
@@ -135,6 +129,19 @@ def run_script(
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  any failure becomes one message
             debug = "--debug" in (sys.argv if argv is None else argv)
             return _failed(name, error, run_dir, debug, stderr)
+
+
+def _status_without_work(name: str, together: bool) -> int | None:
+    """The exit status of a process that has nothing to do, or cannot tell which of several it is; None for all others."""
+    if problem := distributed.launch_problem():
+        print(f"{name}: {problem}", file=sys.stderr)
+        return 1
+    if together or distributed.is_first():
+        return None
+    if distributed.started_by_hand():
+        where = f"RANK={distributed.rank()} of WORLD_SIZE={distributed.world_size()}"
+        print(f"note: {name} works in the first process alone, and this is {where}", file=sys.stderr)
+    return 0
 
 
 def _following(name: str, settings: Settings, arguments: argparse.Namespace) -> str | None:
