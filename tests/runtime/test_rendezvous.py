@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,13 @@ def test_a_process_that_waits_for_others_in_vain_says_so_and_can_be_stopped(tmp_
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE
     )
     assert process.stderr is not None
+    ended_at_last = threading.Timer(120, process.kill)  # else a process that says nothing would hold the test for ever
+    ended_at_last.start()
     said = process.stderr.readline()
     assert said.startswith("process 0 waits at 127.0.0.1:") and "all 2 of WORLD_SIZE=2" in said
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
+    ended_at_last.cancel()
     assert process.returncode == -signal.SIGINT
 
 
