@@ -39,10 +39,17 @@ def join_processes(settings: Settings) -> bool:
         Whether to shard the base: accelerate's FSDP is on and the run has several processes.
 
     Raises:
-        KestrelError: more processes than GPUs here, or settings, libraries or run folder are not the first process's.
+        KestrelError: more processes than GPUs here, or settings, libraries or run folder are not the first process's, or
+            accelerate was told to use DeepSpeed or the like.
     """
     import torch
 
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise KestrelError(
+                f"ACCELERATE_USE_{name}=true asks for what Kestrel does not use; launch with configs/accelerate/ddp.yaml or "
+                f"fsdp.yaml, or: unset ACCELERATE_USE_{name}"
+            )
     gpus = torch.cuda.device_count()
     local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus and local >= gpus:

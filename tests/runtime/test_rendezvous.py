@@ -14,6 +14,7 @@ from launching import ROOT, free_port
 
 from benchmarks.profiles import script
 from kestrel.config.settings import Settings
+from kestrel.errors import KestrelError
 from kestrel.runtime import rendezvous
 
 
@@ -75,3 +76,12 @@ def test_sharding_asked_of_a_single_process_is_noted(monkeypatch, capsys):
     settings = Settings.model_validate({"run_dir": "r", "data": {"source": "s"}, "model": {"name": "m"}})
     assert rendezvous.join_processes(settings) is False
     assert "ACCELERATE_USE_FSDP=true has no effect on a single process" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "MEGATRON_LM"])
+def test_what_accelerate_offers_and_kestrel_does_not_use_is_refused(name, monkeypatch):
+    """The Trainer would look for a package, and its error would name none that exists."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    settings = Settings.model_validate({"run_dir": "r", "data": {"source": "s"}, "model": {"name": "m"}})
+    with pytest.raises(KestrelError, match=f"ACCELERATE_USE_{name}=true asks for what Kestrel does not use"):
+        rendezvous.join_processes(settings)
