@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def world_size() -> int:
     """Number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))  # `launch_problem` comes first
+    return int(os.environ.get("WORLD_SIZE", "1"))  # a number: scripts have asked `launch_problem` before
 
 
 def launch_problem() -> str | None:

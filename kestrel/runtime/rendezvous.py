@@ -68,14 +68,14 @@ def join_processes(settings: Settings) -> bool:
         return sharded
     if gpus:
         torch.cuda.set_device(local)
-    with _said_what_is_waited_for():
+    with _announced_wait():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_TIMEOUT)
     _require_same(settings)
     return sharded
 
 
 @contextmanager
-def _said_what_is_waited_for() -> Iterator[None]:
+def _announced_wait() -> Iterator[None]:
     """For processes without a launcher that ends them: says who is missing, and Ctrl-C ends a process while it waits.
 
     torch waits outside of Python, where no other handler of a signal would run.
